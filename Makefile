@@ -1,0 +1,66 @@
+# Every target sets itself up in .venv, so `make serve` works on a bare clone.
+#
+#   make serve           serve the embedded demo model (or: make serve MODEL=/path/to/checkpoint)
+#   make test            the test suite
+#   make check           lint, format check, types, tests: what CI runs
+#   make fix             repair what ruff can repair
+#   make bench           serve the demo model and measure it with `moe-serve bench serve`
+#   make clean           remove .venv, builds and tool caches
+#
+# PYTHON=...       interpreter that .venv is made from (3.11 or newer)
+# TORCH_INDEX=...  extra package index for torch. The default has CPU builds; set it to nothing
+#                  (make TORCH_INDEX=) for PyPI's build, which on Linux brings CUDA along.
+
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+MODEL ?=
+SERVE_ARGS ?=
+BENCH_PORT ?= 8765
+BENCH_ARGS ?= --num-prompts 64 --request-rate 8 --random-input-len 128 --random-output-len 64 --ignore-eos
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DELETE_ON_ERROR:
+.PHONY: serve test check lint types fix bench clean
+
+serve: $(READY)
+	$(BIN)/moe-serve serve $(MODEL) $(SERVE_ARGS)
+
+# OMP_WAIT_POLICY: idle OpenMP threads must sleep, not spin, or small machines test at half speed.
+test: $(READY)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy --strict
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# BENCH_PORT is not serve's port, so a running server is neither measured nor disturbed by accident.
+bench: $(READY)
+	@$(BIN)/moe-serve serve $(MODEL) --port $(BENCH_PORT) $(SERVE_ARGS) & server=$$!; \
+	trap 'kill $$server 2>/dev/null; wait $$server' EXIT; \
+	$(BIN)/moe-serve bench serve --base-url http://127.0.0.1:$(BENCH_PORT) --ready-check-timeout-sec 600 $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone, so that TORCH_INDEX is asked for nothing else; where that index cannot
+# be reached, pip says so and takes the build it finds elsewhere.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'moe-serve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --no-deps --retries 1 -c constraints.txt \
+	    --extra-index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
