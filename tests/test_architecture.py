@@ -1,0 +1,270 @@
+"""The layer rule, checked on the syntax tree of every file: no import is executed to check it.
+
+A rule is a function from all imports of a source tree to complaints, so that the same rules run on
+this repository and on small trees with a planted violation.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FOLDER_OF = {
+    "moe_serve": "moe_serve",
+    "expert_cache": "expert_cache",
+    "placement": "placement",
+    "predictors": "predictors",
+    "moe_serve_kernels": "kernels/moe_serve_kernels",
+}
+MAY_IMPORT = {
+    "moe_serve": {"moe_serve", "expert_cache", "placement", "predictors", "moe_serve_kernels"},
+    "expert_cache": {"expert_cache", "predictors", "moe_serve_kernels"},
+    "placement": {"placement"},
+    "predictors": {"predictors"},
+    "moe_serve_kernels": {"moe_serve_kernels"},
+}
+# Library -> the only modules (with everything below them) that may import it.
+ONLY_IN = {
+    "fastapi": ("moe_serve.server",),
+    "pydantic": ("moe_serve.server",),
+    "starlette": ("moe_serve.server",),
+    "uvicorn": ("moe_serve.server",),
+    "prometheus_client": ("moe_serve.server",),
+    "transformers": ("moe_serve",),
+    "triton": ("moe_serve_kernels",),
+    "torch": ("moe_serve", "expert_cache", "moe_serve_kernels", "predictors.methods"),
+    "pulp": ("placement",),
+}
+# Importing one of these must not load a heavy library, not even through another of our modules.
+TORCH_FREE = (
+    "moe_serve.sequence",
+    "moe_serve.kv_pages",
+    "moe_serve.batch_plan",
+    "moe_serve.scheduler",
+    "moe_serve.errors",
+    "moe_serve.stats",
+    "moe_serve.config",
+    "moe_serve.cli",
+    "placement",
+)
+HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` (ours) names `target` on `line`. `at_load`: it happens when `module` is imported."""
+
+    module: str
+    target: str
+    line: int
+    at_load: bool
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+Rule = Callable[[list[Import]], Iterable[str]]
+
+
+def module_files(root: Path) -> dict[str, Path]:
+    """Every module of ours by its import name."""
+    found = {}
+    for package, folder in FOLDER_OF.items():
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root / folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def _is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _nodes(body: Iterable[ast.AST], at_load: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes below `body`, each with whether it runs when the module loads."""
+    for node in body:
+        yield node, at_load
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and _is_type_checking(node):
+            yield from _nodes(node.body, False)
+            yield from _nodes(node.orelse, at_load)
+        else:
+            yield from _nodes(ast.iter_child_nodes(node), at_load and not deferred)
+
+
+def _targets(node: ast.AST, module: str, is_package: bool) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module or ""
+    if node.level:
+        parents = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+        base = ".".join([*parents, *([base] if base else [])])
+    return [f"{base}.{alias.name}" for alias in node.names]
+
+
+def read_imports(root: Path) -> list[Import]:
+    found = []
+    for module, path in module_files(root).items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node, at_load in _nodes(tree.body, True):
+            for target in _targets(node, module, path.name == "__init__.py"):
+                found.append(Import(module, target, getattr(node, "lineno", 0), at_load))
+    return found
+
+
+def top(name: str) -> str:
+    return name.split(".")[0]
+
+
+def inside(module: str, homes: Iterable[str]) -> bool:
+    return any(module == home or module.startswith(home + ".") for home in homes)
+
+
+def layers(imports: list[Import]) -> Iterator[str]:
+    for item in imports:
+        if top(item.target) in FOLDER_OF and top(item.target) not in MAY_IMPORT[top(item.module)]:
+            yield f"{item}: {top(item.module)} may not import {top(item.target)}"
+
+
+def kernels_name(imports: list[Import]) -> Iterator[str]:
+    for item in imports:
+        if top(item.target) == "kernels":
+            yield f"{item}: ours is moe_serve_kernels; `kernels` is Hugging Face's"
+
+
+def libraries(imports: list[Import]) -> Iterator[str]:
+    for item in imports:
+        homes = ONLY_IN.get(top(item.target))
+        if homes and not inside(item.module, homes):
+            yield f"{item}: {top(item.target)} belongs in {', '.join(homes)}"
+
+
+def _loaded_with(module: str) -> list[str]:
+    """Importing a.b.c runs a and a.b as well."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def torch_free(imports: list[Import]) -> Iterator[str]:
+    """Follow load-time imports from each TORCH_FREE module; complain where a heavy library is met."""
+    by_module: dict[str, list[Import]] = {}
+    for item in imports:
+        if item.at_load:
+            by_module.setdefault(item.module, []).append(item)
+    for start in TORCH_FREE:
+        starts = {m for m in by_module if inside(m, [start])} | set(_loaded_with(start))
+        yield from _heavy_reached(start, sorted(starts), by_module)
+
+
+def _heavy_reached(start: str, queue: list[str], by_module: dict[str, list[Import]]) -> Iterator[str]:
+    seen = set(queue)
+    while queue:
+        for item in by_module.get(queue.pop(), []):
+            if top(item.target) in HEAVY:
+                yield f"{item}, which importing {start} reaches"
+            new = set(_loaded_with(item.target)) - seen
+            seen |= new
+            queue.extend(new)
+
+
+RULES: list[Rule] = [layers, kernels_name, libraries, torch_free]
+
+
+def prints(root: Path) -> Iterator[str]:
+    for module, path in module_files(root).items():
+        if inside(module, ["moe_serve.cli"]):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                yield f"{module}:{node.lineno} prints; use logging, or return what the CLI should print"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.__name__))
+def test_imports_keep_the_rule(rule: Rule) -> None:
+    assert sorted(set(rule(read_imports(ROOT)))) == []
+
+
+def test_only_the_command_line_prints() -> None:
+    assert list(prints(ROOT)) == []
+
+
+def test_tests_and_kernels_folder_are_no_packages() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_import_really_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["gpu"], *extras["distributed"]]
+    return {re.split(r"[^\w.-]", line)[0].lower() for line in lines}
+
+
+def test_every_imported_library_is_declared() -> None:
+    outside = {top(i.target) for i in read_imports(ROOT)} - set(sys.stdlib_module_names) - set(FOLDER_OF)
+    owner = importlib.metadata.packages_distributions()
+    missing = {name for name in outside if not {d.lower() for d in owner.get(name, [name])} & _declared()}
+    # starlette and anyio come with fastapi, which re-exports the one and runs on the other.
+    assert missing - {"starlette", "anyio"} == set()
+
+
+PLANTED = {
+    "kernels/moe_serve_kernels/op.py": ("import expert_cache.store", layers, "may not import expert_cache"),
+    "placement/solve.py": ("from predictors import trace", layers, "may not import predictors"),
+    "expert_cache/cache.py": ("def f():\n    from moe_serve import engine", layers, "may not import moe_serve"),
+    "predictors/methods/a.py": ("from kernels import x", kernels_name, "is Hugging Face's"),
+    "moe_serve/engine.py": ("from fastapi import FastAPI", libraries, "belongs in moe_serve.server"),
+    "predictors/trace.py": ("import torch.nn", libraries, "belongs in"),
+    "moe_serve/scheduler.py": ("from moe_serve import helper", torch_free, "imports torch"),
+    "moe_serve/cli/serve.py": ("from ..helper import f", torch_free, "imports torch"),
+}
+
+
+@pytest.mark.parametrize("where", PLANTED)
+def test_a_planted_violation_is_caught(tmp_path: Path, where: str) -> None:
+    source, rule, complaint = PLANTED[where]
+    helper = tmp_path / "moe_serve" / "helper.py"
+    for path, text in ((helper, "import torch"), (tmp_path / where, source)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert [line for line in rule(read_imports(tmp_path)) if complaint in line]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
+        "def run():\n    import torch",
+    ],
+)
+def test_an_import_that_does_not_happen_at_load_is_allowed(tmp_path: Path, source: str) -> None:
+    (tmp_path / "moe_serve").mkdir()
+    (tmp_path / "moe_serve" / "scheduler.py").write_text(source)
+    assert list(torch_free(read_imports(tmp_path))) == []
+
+
+def test_a_planted_print_is_caught(tmp_path: Path) -> None:
+    for folder in ("moe_serve", "moe_serve/cli"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "noisy.py").write_text("print('hello')")
+    assert [line.split(":")[0] for line in prints(tmp_path)] == ["moe_serve.noisy"]
