@@ -1,0 +1,131 @@
+"""What the user chose: frozen settings, one help text per field, shared by CLI, docs and errors.
+
+Flag names are vLLM's where vLLM has one. "auto" stays "auto" here; `resolve` in
+moe_serve/resolve.py turns it into numbers once the model and the hardware are known, by returning
+a new config. Knows no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from moe_serve.errors import ConfigError
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that carries its own help text and allowed values."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _check_choices(config: Any) -> None:
+    for f in dataclasses.fields(config):
+        choices = f.metadata.get("choices")
+        value = getattr(config, f.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{flag_name(f.name)}: {value!r} is not one of {', '.join(choices)}")
+
+
+def flag_name(field_name: str) -> str:
+    """`max_num_seqs` -> `--max-num-seqs`."""
+    return "--" + field_name.replace("_", "-")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{flag_name(name)} must be positive, got {value}")
+
+
+class FromDict:
+    """Adds `from_dict`, which rejects unknown keys and suggests the nearest known one."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping; ConfigError on an unknown key."""
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"{cls.__name__} has no setting {key!r}{hint}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class EngineConfig(FromDict):
+    """Everything the engine needs to know to load a model and run it."""
+
+    model: str = option("", "Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json).")
+    tokenizer: str | None = option(None, "Folder of the tokenizer, where it is not the model's own.")
+    dtype: str = option(
+        "auto",
+        "Type of weights and activations. auto: the checkpoint's type on a GPU or on a CPU with native bf16"
+        " arithmetic, float32 on any other CPU.",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
+    max_model_len: int | None = option(None, "Longest sequence, prompt plus completion, in tokens. Default: the model's own limit.")
+    max_num_seqs: int = option(128, "Most sequences in one step.")
+    max_num_batched_tokens: int = option(2048, "Token budget of one step; longer prompts are computed in chunks.")
+    block_size: int = option(16, "Tokens in one KV page.")
+    kv_cache_mib: int | None = option(
+        None, "Memory for KV pages, in MiB. Default: enough for max_num_seqs full sequences, but at most a quarter of free memory."
+    )
+    num_kv_pages: int | None = option(None, "Number of KV pages; overrides --kv-cache-mib.")
+    enable_prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes between requests.")
+    enable_chunked_prefill: bool = option(True, "Compute long prompts in chunks, beside the decoding of others.")
+    moe_cache_mib: int | None = option(
+        None,
+        "Memory for expert weights in compute-ready form, in MiB. Default: all experts, or 70 % of free memory if they do not"
+        " fit; experts without a slot are computed from the memory-mapped checkpoint.",
+    )
+    max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
+    max_num_queued_tokens: int | None = option(None, "Waiting prompt tokens beyond which a new request is refused with 503.")
+    seed: int = option(0, "Seed for requests that bring none of their own.")
+    chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
+    generation_config: str = option(
+        "auto",
+        "Where default sampling parameters come from: auto (the checkpoint's generation_config.json) or vllm (neutral defaults).",
+        ("auto", "vllm"),
+    )
+    num_threads: int | None = option(None, "CPU threads for the model. Default: the cores this process may use.")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require_positive(
+            self,
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_mib",
+            "num_kv_pages",
+            "num_threads",
+        )
+        if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
+            raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
+        if self.max_num_queued_reqs < 0:
+            raise ConfigError(f"--max-num-queued-reqs must not be negative, got {self.max_num_queued_reqs}")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            raise ConfigError(f"--device: {self.device!r} is not auto, cpu, cuda or cuda:N")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < (self.max_model_len or 0):
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-model-len"
+                f" ({self.max_model_len}) when chunked prefill is off"
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig(FromDict):
+    """The HTTP side."""
+
+    host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on every interface.")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.")
+    served_model_name: str | None = option(None, "Name clients use for the model. Default: the model folder's name.")
+    disable_log_stats: bool = option(False, "Do not log throughput every ten seconds.")
+    uvicorn_log_level: str = option("info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug"))

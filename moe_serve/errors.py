@@ -1,0 +1,88 @@
+"""Every error a user or client can cause, as one tree, each with its HTTP status.
+
+Assertions elsewhere mean "our bug"; whatever a person can trigger raises from here and names the
+field and the fix. This module knows nothing of HTTP beyond the number, and imports nothing of ours.
+
+    MoEServeError
+    ├── InvalidRequestError         400  one request is wrong; `param` names its field
+    │   ├── UnsupportedFieldError   400  a field (or a value of it) that this server does not implement
+    │   └── ContextTooLongError     400  the prompt does not fit the context window
+    ├── ModelNotFoundError          404
+    ├── OverloadedError             503  the queue is full; carries `retry_after_s`
+    ├── EngineDeadError             503  the engine thread died; the server must be restarted
+    └── ConfigError                      found at start-up, before any request
+        ├── UnsupportedModelError        a model family we cannot run
+        └── CheckpointError              a missing, truncated or inconsistent checkpoint file
+"""
+
+from __future__ import annotations
+
+
+class MoEServeError(Exception):
+    """Root of the tree. `message` is safe to show to a client."""
+
+    http_status = 500
+    error_type = "internal_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequestError(MoEServeError):
+    """A request that can never succeed as written. `param` is the offending field."""
+
+    http_status = 400
+    error_type = "invalid_request_error"
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnsupportedFieldError(InvalidRequestError):
+    """A field that is valid in the OpenAI API but is not implemented here."""
+
+
+class ContextTooLongError(InvalidRequestError):
+    """Prompt plus requested completion exceed the context window or the KV pages that exist."""
+
+
+class ModelNotFoundError(MoEServeError):
+    """The request names a model this server does not serve."""
+
+    http_status = 404
+    error_type = "not_found_error"
+    param = "model"
+
+
+class OverloadedError(MoEServeError):
+    """The waiting queue is full. Clients should retry after `retry_after_s` seconds."""
+
+    http_status = 503
+    error_type = "overloaded_error"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineDeadError(MoEServeError):
+    """The engine thread ended with an error; nothing can be served until a restart."""
+
+    http_status = 503
+    error_type = "engine_dead_error"
+
+
+class ConfigError(MoEServeError):
+    """A setting, flag or file that cannot be used. Raised while starting, never per request."""
+
+    error_type = "config_error"
+
+
+class UnsupportedModelError(ConfigError):
+    """The checkpoint's model family is not one we serve."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint folder with a missing, truncated or inconsistent file."""

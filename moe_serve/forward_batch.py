@@ -1,0 +1,197 @@
+"""ForwardBatch: a BatchPlan as tensors. The one place where host integers become device tensors.
+
+Knows page tables and token order; knows nothing of models, attention arithmetic or scheduling.
+Shape alphabet: T tokens in the step, N sequences in a group, P pages, B page size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_serve.batch_plan import BatchPlan, ScheduledSequence
+
+PADDING_LIMIT = 1.25
+"""A decode group may read at most this many times the KV it needs (the rest is padding)."""
+MIN_GROUP_PAGES = 64
+"""Below this many pages, padding is cheaper than one more attention call."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences with one query token each, attended to in one call.
+
+    Example, page size 4, contexts of 6 and 9 tokens on pages [3, 7] and [1, 2, 5]:
+    page_table = [[3, 7, 0], [1, 2, 5]] (0 pads), lengths = [6, 9].
+    """
+
+    first_row: int
+    """Row of the first sequence's token among the step's T tokens."""
+    page_table: torch.Tensor
+    """[N, max pages] int64; padded with page 0, which `lengths` keeps from being seen."""
+    lengths: torch.Tensor
+    """[N] int64: context length of each sequence, its own new token included."""
+    max_length: int
+    even: bool
+    """True when all lengths are equal, so that no mask is needed."""
+    single_run: int | None
+    """First page, when N = 1 and its pages are consecutive: keys and values can be read in place."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [N, 1, 1, max_length], made once per step and window, shared by layers."""
+
+    @property
+    def num_seqs(self) -> int:
+        return self.page_table.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRun:
+    """One sequence with several query tokens: positions start .. end-1, context of `end` tokens."""
+
+    first_row: int
+    start: int
+    end: int
+    pages: torch.Tensor
+    """[pages of the context] int64."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [count, end], made once per step and window, shared by layers."""
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """All a model needs to run one step."""
+
+    input_ids: torch.Tensor
+    """[1, T] int64."""
+    positions: torch.Tensor
+    """[1, T] int64: position of each token in its own sequence."""
+    kv_slots: torch.Tensor
+    """[T] int64: page * B + offset, where each token's key and value are written."""
+    decode_groups: tuple[DecodeGroup, ...]
+    prefill_runs: tuple[PrefillRun, ...]
+    sample_rows: torch.Tensor
+    """[rows to sample] int64, in plan order; the order of StepResult."""
+    sample_order: tuple[int, ...]
+    """For each row of sample_rows, in batch order, its index in plan order."""
+    page_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+
+def order_for_batch(plan: BatchPlan) -> list[ScheduledSequence]:
+    """Single-token runs first, by context length, so that equals sit together; then the others."""
+    decodes = sorted((s for s in plan.scheduled if s.count == 1), key=lambda s: s.end)
+    return decodes + [s for s in plan.scheduled if s.count > 1]
+
+
+def make(plan: BatchPlan, page_size: int, device: torch.device) -> ForwardBatch:
+    """Turn a non-empty plan into tensors on `device`."""
+    ordered = order_for_batch(plan)
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for item in ordered:
+        ids += item.seq.token_ids[item.start : item.end]
+        positions += range(item.start, item.end)
+        slots += _kv_slots(item, page_size)
+    num_decodes = sum(item.count == 1 for item in ordered)
+    rows, order = _sample_rows(plan, ordered)
+    return ForwardBatch(
+        input_ids=_int64([ids], device),
+        positions=_int64([positions], device),
+        kv_slots=_int64(slots, device),
+        decode_groups=tuple(_decode_groups(ordered[:num_decodes], page_size, device)),
+        prefill_runs=tuple(_prefill_runs(ordered[num_decodes:], num_decodes, page_size, device)),
+        sample_rows=_int64(rows, device),
+        sample_order=tuple(order),
+        page_size=page_size,
+    )
+
+
+def _int64(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _kv_slots(item: ScheduledSequence, page_size: int) -> list[int]:
+    pages = item.seq.page_ids
+    return [pages[p // page_size] * page_size + p % page_size for p in range(item.start, item.end)]
+
+
+def _sample_rows(plan: BatchPlan, ordered: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
+    """Rows whose logits are wanted (in batch order), and which sampled sequence of the plan each is."""
+    plan_index = {id(s.seq): i for i, s in enumerate(s for s in plan.scheduled if s.needs_sample)}
+    rows, order, row = [], [], 0
+    for item in ordered:
+        row += item.count
+        if item.needs_sample:
+            rows.append(row - 1)
+            order.append(plan_index[id(item.seq)])
+    return rows, order
+
+
+def _decode_groups(items: list[ScheduledSequence], page_size: int, device: torch.device) -> list[DecodeGroup]:
+    groups = []
+    first = 0
+    for last in _group_ends([-(-s.end // page_size) for s in items]):
+        groups.append(_decode_group(items[first:last], first, page_size, device))
+        first = last
+    return groups
+
+
+def _group_ends(num_pages: list[int]) -> list[int]:
+    """Cut ascending page counts into groups with bounded padding.
+
+    Example: [2, 2, 3, 40, 41] -> [3, 5] with a limit that 3 x 40 padded pages would break.
+    """
+    ends = []
+    first, used = 0, 0
+    for i, pages in enumerate(num_pages):
+        padded = (i - first + 1) * pages
+        if i > first and padded > MIN_GROUP_PAGES and padded > PADDING_LIMIT * (used + pages):
+            ends.append(i)
+            first, used = i, 0
+        used += pages
+    if num_pages:
+        ends.append(len(num_pages))
+    return ends
+
+
+def _decode_group(
+    items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device
+) -> DecodeGroup:
+    lengths = [s.end for s in items]
+    width = -(-max(lengths) // page_size)
+    table = [(s.seq.page_ids[:width] + [0] * width)[:width] for s in items]
+    return DecodeGroup(
+        first_row=first_row,
+        page_table=_int64(table, device),
+        lengths=_int64(lengths, device),
+        max_length=max(lengths),
+        even=lengths[0] == lengths[-1],
+        single_run=_single_run(table),
+    )
+
+
+def _single_run(table: list[list[int]]) -> int | None:
+    pages = table[0]
+    if len(table) > 1 or pages != list(range(pages[0], pages[0] + len(pages))):
+        return None
+    return pages[0]
+
+
+def _prefill_runs(
+    items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device
+) -> list[PrefillRun]:
+    runs = []
+    for item in items:
+        pages = item.seq.page_ids[: -(-item.end // page_size)]
+        runs.append(PrefillRun(first_row, item.start, item.end, _int64(pages, device)))
+        first_row += item.count
+    return runs

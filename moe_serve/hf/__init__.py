@@ -1,0 +1,1 @@
+"""The only folder that knows transformers' internals: its two hooks, its checkpoints, its families."""

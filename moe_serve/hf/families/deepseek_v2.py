@@ -1,0 +1,5 @@
+"""DeepSeek-V2 and -V2-Lite: latent attention, shared experts, leading dense layers."""
+
+from moe_serve.hf.family import Family
+
+FAMILY = Family(experts_class="DeepseekV2Experts")

@@ -1,0 +1,5 @@
+"""ERNIE 4.5 MoE (Baidu)."""
+
+from moe_serve.hf.family import Family
+
+FAMILY = Family(experts_class="Ernie4_5_MoeExperts")

@@ -1,0 +1,5 @@
+"""Mixtral (Mistral AI)."""
+
+from moe_serve.hf.family import Family
+
+FAMILY = Family(experts_class="MixtralExperts")

@@ -1,0 +1,5 @@
+"""Qwen3-MoE: many small experts, no shared one."""
+
+from moe_serve.hf.family import Family
+
+FAMILY = Family(experts_class="Qwen3MoeExperts")

@@ -1,0 +1,85 @@
+"""Family: what we must know about one Hugging Face MoE architecture to take over its experts.
+
+One file per family in moe_serve/hf/families/, named after config.json's `model_type` and exporting
+FAMILY. Attention, norms, router and everything else stay Hugging Face's own code; a family only
+says which class holds the experts, how their tensors are named, and what happens between the two
+matrix products. Knows no tensors and loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from expert_cache.activations import Gate, silu_gate
+from moe_serve.errors import UnsupportedModelError
+from moe_serve.hf import families
+
+PART_OF = {
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "gate_up",
+    "input_linear": "gate_up",
+    "output_linear": "down",
+    "gate_up_proj_bias": "gate_up_bias",
+    "down_proj_bias": "down_bias",
+}
+"""Name in the checkpoint -> what it is. gate_up holds gate and up one after the other."""
+
+PER_EXPERT = re.compile(
+    r"layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\."
+    r"(?P<part>w[123]|gate_proj|up_proj|down_proj)\.weight$"
+)
+"""One 2-D tensor per expert and matrix, [out, in]."""
+
+FUSED = re.compile(
+    r"layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe)\.experts\."
+    r"(?P<part>gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias)$"
+)
+"""One 3-D tensor per layer and matrix, [E, out, in] (or [E, in, out] where Family.transposed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one architecture stores and applies its experts."""
+
+    experts_class: str
+    """Name of the transformers class that our SlottedExperts replaces."""
+    patterns: tuple[re.Pattern[str], ...] = (PER_EXPERT, FUSED)
+    """Checkpoint names of expert tensors, with groups layer, part and (per-expert layout) expert."""
+    transposed: bool = False
+    """Fused tensors are [E, in, out]."""
+    interleaved: bool = False
+    """gate_up alternates gate and up columns instead of stacking them."""
+    gate: Callable[[Any], Gate] = field(default=silu_gate)
+    """Made from the HF config: what joins gate and up into the down projection's input."""
+    masks_by_config_window: bool = False
+    """The sliding window is in the config only and never passed to the attention function."""
+
+    def match(self, tensor_name: str) -> re.Match[str] | None:
+        """The match of an expert tensor's name, or None for a dense one."""
+        return next((m for p in self.patterns if (m := p.search(tensor_name))), None)
+
+
+def supported() -> list[str]:
+    """Model types with a file in moe_serve/hf/families/."""
+    return sorted(m.name for m in pkgutil.iter_modules(families.__path__))
+
+
+def find(model_type: str) -> Family:
+    """The Family of config.json's `model_type`; UnsupportedModelError lists the supported ones."""
+    if model_type not in supported():
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
+            f" supported: {', '.join(supported())}"
+        )
+    family: Family = importlib.import_module(f"{families.__name__}.{model_type}").FAMILY
+    return family

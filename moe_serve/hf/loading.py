@@ -1,0 +1,110 @@
+"""Loading: a checkpoint folder becomes a dense Hugging Face model and an ExpertStore beside it.
+
+The dense part (embeddings, attention, norms, routers, shared experts) is loaded by transformers
+itself; the experts stay in the files. Knows nothing of batches, pages or requests.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from expert_cache.store import ExpertStore
+from moe_serve.errors import CheckpointError, UnsupportedModelError
+from moe_serve.hf import attention
+from moe_serve.hf.checkpoint import open_experts, read_config, safetensors_files
+from moe_serve.hf.experts import find_experts, replacing
+from moe_serve.hf.family import Family, find
+from moe_serve.kv_cache import LayerKVShape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model without experts, the store that has them, and what the model caches per token."""
+
+    model: nn.Module
+    hf_config: Any
+    family: Family
+    store: ExpertStore
+    kv_shapes: dict[int, LayerKVShape]
+
+
+def load(folder: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load a checkpoint folder. ConfigError and its subclasses name what is wrong with it."""
+    hf_config = read_config(folder)
+    family = find(hf_config.model_type)
+    safetensors_files(folder)
+    model = _load_dense(folder, hf_config, family, dtype).to(device)
+    layers = sorted(find_experts(model))
+    if not layers:
+        raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
+    store = open_experts(folder, family, layers)
+    _set_windows(model, hf_config, family)
+    return LoadedModel(model, hf_config, family, store, _probe_kv_shapes(model, device))
+
+
+def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype) -> nn.Module:
+    attention.register()
+    model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
+    try:
+        with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True
+            )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise CheckpointError(f"{folder}: {len(info['missing_keys'])} tensors are missing, among them {names}")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
+    """Expert tensors are not "unexpected": they are ours. Without this they fill the log."""
+    before = model_class._keys_to_ignore_on_load_unexpected
+    # transformers joins all patterns into one, which forbids repeated group names.
+    patterns = [re.sub(r"\(\?P<\w+>", "(?:", p.pattern) for p in family.patterns]
+    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws one progress bar per load on stderr; ours covers the whole start."""
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
+    """Give attention modules the sliding window that transformers applies through masks alone."""
+    window = getattr(hf_config, "sliding_window", None)
+    if not family.masks_by_config_window or window is None:
+        return
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
+            module.window_of_config = window
+
+
+@torch.inference_mode()
+def _probe_kv_shapes(model: nn.Module, device: torch.device) -> dict[int, LayerKVShape]:
+    """Run one token through the dense part to see what each layer's attention would cache."""
+    probe = attention.KVShapeProbe()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model(input_ids=token, position_ids=token, use_cache=False, forward_batch=None, kv_cache=probe)
+    return probe.shapes

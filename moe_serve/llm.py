@@ -1,0 +1,129 @@
+"""LLM: the engine for offline use, without a server. `LLM(path).generate(["Once upon a time"])`.
+
+Knows the engine and the tokenizer; knows no threads and no HTTP.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine import Engine
+from moe_serve.errors import InvalidRequestError, MoEServeError
+from moe_serve.sequence import FinishReason, Request, SampleOutput, SamplingParams, TokenLogprob
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished sample."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestResult:
+    """A prompt and its finished samples, by index."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    completions: list[Completion]
+    num_cached_tokens: int = 0
+
+    def _apply(self, output: SampleOutput) -> None:
+        completion = self.completions[output.index]
+        completion.text += output.text
+        completion.token_ids += output.token_ids
+        completion.logprobs += output.logprobs
+        completion.finish_reason = output.finish_reason
+        completion.stop_reason = output.stop_reason
+        if output.index == 0:
+            self.num_cached_tokens = output.num_cached_tokens
+
+
+class LLM:
+    """A loaded model. Keyword arguments are EngineConfig's fields."""
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.engine = Engine.from_config(EngineConfig.from_dict({"model": model, **settings}))
+        self.tokenizer = self.engine.tokenizer
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool = False,
+    ) -> list[RequestResult]:
+        """Complete all prompts (texts or token ids) together; results in their order.
+
+        Raises InvalidRequestError before anything runs if one of them is impossible.
+        """
+        requests = [self._request(prompt, p) for prompt, p in zip(prompts, _spread(params, len(prompts)), strict=True)]
+        results = {r.request_id: _empty_result(r) for r in requests}
+        for request in requests:
+            self.engine.check_request(request)
+        for request in requests:
+            self.engine.add_request(request)
+        with tqdm(total=sum(r.params.n for r in requests), disable=not show_progress, unit="sample") as bar:
+            for output in self._run(set(results)):
+                results[output.request_id]._apply(output)
+                bar.update(output.finish_reason is not None)
+        return list(results.values())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[SampleOutput]:
+        """Complete one prompt, yielding each step's gain. Closing the iterator aborts the request."""
+        request = self._request(prompt, params or SamplingParams())
+        self.engine.add_request(request)
+        try:
+            yield from self._run({request.request_id})
+        finally:
+            self.engine.abort(request.request_id)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
+    ) -> RequestResult:
+        """Answer a conversation, rendered with the model's chat template."""
+        return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:
+        """Token ids of a conversation, ready for `generate` or `stream`."""
+        return self.tokenizer.render_chat(list(messages), chat_template_kwargs=template_kwargs or None)
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(f"llm-{next(self._ids)}", tuple(ids), params, time.monotonic())
+
+    def _run(self, request_ids: set[str]) -> Iterator[SampleOutput]:
+        """Step until the given requests have nothing left; a failed sample raises."""
+        while self.engine.has_work():
+            for output in self.engine.step():
+                if output.request_id in request_ids:
+                    if output.error is not None:
+                        raise MoEServeError(output.error)
+                    yield output
+
+
+def _empty_result(request: Request) -> RequestResult:
+    return RequestResult(request.request_id, request.prompt_token_ids, [Completion(i) for i in range(request.params.n)])
+
+
+def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequestError("params", f"{len(params)} sampling parameters for {count} prompts; give one or one each")
+    return params

@@ -1,0 +1,84 @@
+"""ModelRunner: executes a BatchPlan. Owns the model, its KV tensors and its experts.
+
+The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from expert_cache import forms
+from expert_cache.cache import ExpertCache
+from expert_cache.resident import ResidentExperts
+from moe_serve import forward_batch, resolve, sampler
+from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.config import EngineConfig
+from moe_serve.errors import CheckpointError
+from moe_serve.hf import experts, loading
+from moe_serve.hf.loading import LoadedModel
+from moe_serve.kv_cache import KVCache
+from moe_serve.spec import ModelSpec
+
+
+class ModelRunner:
+    """One model on one device; `run` turns a plan into sampled tokens."""
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, eos_token_ids: frozenset[int]) -> None:
+        """`config` must be resolved (moe_serve.resolve.resolve)."""
+        assert config.num_kv_pages is not None
+        self.config = config
+        self.device = torch.device(config.device)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self.model = loaded.model
+        self.expert_cache = _expert_cache(config, loaded, dtype, self.device)
+        self._kv = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
+        self._eos = eos_token_ids
+        experts.connect(self.model, self.expert_cache)
+
+    @torch.inference_mode()
+    def run(self, plan: BatchPlan) -> StepResult:
+        """Compute the plan's tokens and sample where a sequence has caught up."""
+        batch = forward_batch.make(plan, self.config.block_size, self.device)
+        seqs = [s.seq for s in plan.scheduled if s.needs_sample]
+        logits = self._forward(batch)
+        tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self._eos)
+        by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
+        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan))
+
+    def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
+        """Logits [rows to sample, V], in batch order."""
+        output = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.sample_rows,
+            forward_batch=batch,
+            kv_cache=self._kv,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def _expert_cache(
+    config: EngineConfig, loaded: LoadedModel, dtype: torch.dtype, device: torch.device
+) -> ExpertCache:
+    assert config.moe_cache_mib is not None
+    rules = forms.rules_for(device, dtype, resolve.has_native_bf16())
+    gate = loaded.family.gate(loaded.hf_config)
+    budget = config.moe_cache_mib * resolve.MIB
+    return ExpertCache(ResidentExperts(loaded.store, gate, rules, dtype, device, budget))
+
+
+def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[ModelRunner, ModelSpec]:
+    """Load the checkpoint `config` names; the runner's config is the resolved one."""
+    device = resolve.device_of(config)
+    torch.set_num_threads(resolve.num_threads_of(config))
+    hf_config = loading.read_config(config.model)
+    spec = ModelSpec.from_hf(hf_config)
+    dtype = resolve.dtype_of(config, spec, device)
+    loaded = loading.load(config.model, dtype, device)
+    resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    try:
+        return ModelRunner(resolved, loaded, eos_token_ids), spec
+    except ValueError as error:  # an activation we do not have
+        raise CheckpointError(f"{config.model}/config.json: {error}") from error

@@ -1,0 +1,144 @@
+"""Turning "auto" into numbers, once model and machine are known. Pure functions of both.
+
+Returns new configs and never changes one. Knows memory sizes and CPU features, not requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from expert_cache import forms, resident
+from expert_cache.store import ExpertStore
+from moe_serve.config import EngineConfig
+from moe_serve.errors import ConfigError
+from moe_serve.kv_cache import LayerKVShape, bytes_per_token
+from moe_serve.spec import ModelSpec
+
+MIB = 1 << 20
+KV_SHARE_OF_FREE = 0.25
+EXPERT_SHARE_OF_FREE = 0.70
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """The device to run on; ConfigError if it is not there."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU; use --device cpu or install a CUDA build of torch")
+    return device
+
+
+def dtype_of(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """The compute type; see EngineConfig.dtype for what auto means."""
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    if device.type == "cpu" and not (spec.dtype == torch.bfloat16 and has_native_bf16()):
+        return torch.float32
+    return spec.dtype
+
+
+def has_native_bf16() -> bool:
+    """True on CPUs with bf16 dot products (AVX512-BF16, AMX). Emulated ones are slower than fp32."""
+    cpu = torch.cpu
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(cpu, name)() for name in probes if hasattr(cpu, name))
+
+
+def num_threads_of(config: EngineConfig) -> int:
+    """Threads to compute with; the default respects this process's CPU affinity."""
+    return config.num_threads or len(os.sched_getaffinity(0))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be taken on the device. MemAvailable counts reclaimable page cache."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return min(int(line.split()[1]) * 1024, _cgroup_free_bytes())
+    raise ConfigError("/proc/meminfo has no MemAvailable; give --kv-cache-mib and --moe-cache-mib")
+
+
+def _cgroup_free_bytes() -> int:
+    """What the container's memory limit leaves, or a very large number without one."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return 1 << 62
+    return (1 << 62) if limit == "max" else max(0, int(limit) - used)
+
+
+def resolve(
+    config: EngineConfig,
+    spec: ModelSpec,
+    store: ExpertStore,
+    kv_shapes: dict[int, LayerKVShape],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> EngineConfig:
+    """`config` with every "auto" and None that the engine reads replaced by a number.
+
+    ConfigError when the settings contradict each other or the machine.
+    """
+    max_model_len = _max_model_len(config, spec)
+    free = free_bytes(device)
+    num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.block_size, free)
+    max_model_len = min(max_model_len, num_pages * config.block_size)
+    return dataclasses.replace(
+        config,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        max_model_len=max_model_len,
+        max_num_batched_tokens=_token_budget(config, max_model_len),
+        num_kv_pages=num_pages,
+        moe_cache_mib=_moe_cache_mib(config, store, dtype, device, free),
+        num_threads=num_threads_of(config),
+    )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    limit = spec.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} exceeds the model's {limit} positions"
+            " (max_position_embeddings in config.json)"
+        )
+    return config.max_model_len or limit
+
+
+def _num_kv_pages(config: EngineConfig, max_model_len: int, page_bytes: int, free: int) -> int:
+    """Enough for max_num_seqs full sequences, within the memory given or a share of what is free."""
+    if config.num_kv_pages is not None:
+        return config.num_kv_pages
+    if config.kv_cache_mib is not None:
+        pages = config.kv_cache_mib * MIB // page_bytes
+    else:
+        wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+        pages = min(wanted, int(free * KV_SHARE_OF_FREE) // page_bytes)
+    if pages < 1:
+        raise ConfigError(f"no memory for a single KV page of {page_bytes} bytes; raise --kv-cache-mib")
+    return pages
+
+
+def _token_budget(config: EngineConfig, max_model_len: int) -> int:
+    """Without chunked prefill, a step must be able to take the longest prompt whole."""
+    if config.enable_chunked_prefill:
+        return config.max_num_batched_tokens
+    return max(config.max_num_batched_tokens, max_model_len)
+
+
+def _moe_cache_mib(
+    config: EngineConfig, store: ExpertStore, dtype: torch.dtype, device: torch.device, free: int
+) -> int:
+    if config.moe_cache_mib is not None:
+        return config.moe_cache_mib
+    rules = forms.rules_for(device, dtype, has_native_bf16())
+    everything = resident.bytes_for_everything(store, rules, dtype, device)
+    return -(-min(everything, int(free * EXPERT_SHARE_OF_FREE)) // MIB)

@@ -1,0 +1,169 @@
+"""Sampler: logits of the step's last tokens -> one token per sequence, each by its own parameters.
+
+Randomness is a pure function of (seed, sample index, position): the same request draws the same
+tokens whatever else is in the batch, after a preemption, and on every device. Knows nothing of
+models or scheduling.
+
+Shape alphabet: N rows (sequences that sample in this step), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+
+from moe_serve.sequence import SamplingParams, Sequence, TokenLogprob
+
+MASK64 = (1 << 64) - 1
+
+
+def sample(
+    logits: torch.Tensor, seqs: Rows[Sequence], default_seed: int, eos_token_ids: frozenset[int]
+) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Choose a token for each row of `logits` [N, V]; log-probabilities where the request wants them.
+
+    Log-probabilities are those of the raw logits, before penalties and temperature, as in vLLM.
+    """
+    adjusted = _adjust(logits, seqs, eos_token_ids)
+    greedy = [i for i, s in enumerate(seqs) if s.params.is_greedy]
+    random = [i for i, s in enumerate(seqs) if not s.params.is_greedy]
+    tokens = [0] * len(seqs)
+    if greedy:
+        _scatter(tokens, greedy, _pick(adjusted, greedy).argmax(dim=-1))
+    if random:
+        rows = [seqs[i] for i in random]
+        _scatter(tokens, random, _sample_random(_pick(adjusted, random).float(), rows, default_seed))
+    return tokens, _logprobs(logits, seqs, tokens)
+
+
+def _pick(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits if len(rows) == logits.shape[0] else logits[rows]
+
+
+def _scatter(tokens: list[int], rows: list[int], chosen: torch.Tensor) -> None:
+    for row, token in zip(rows, chosen.tolist(), strict=True):
+        tokens[row] = token
+
+
+# ---- adjustments: bias, penalties, forbidden tokens -----------------------------------------------
+
+
+def _adjust(logits: torch.Tensor, seqs: Rows[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
+    """A copy with each row's own adjustments, or `logits` itself when no row has any."""
+    rows = [i for i, s in enumerate(seqs) if _needs_adjusting(s)]
+    if not rows:
+        return logits
+    adjusted = logits.float().clone()
+    for i in rows:
+        _adjust_row(adjusted[i], seqs[i], eos_token_ids)
+    return adjusted
+
+
+def _needs_adjusting(seq: Sequence) -> bool:
+    p = seq.params
+    penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+    return penalised or bool(p.logit_bias) or seq.num_generated < p.min_tokens
+
+
+def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int]) -> None:
+    """Apply one request's adjustments to its logits [V], in place."""
+    params = seq.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(seq.token_ids)), device=row.device)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and seq.num_generated:
+        generated = torch.tensor(seq.output_token_ids, device=row.device)
+        ids, counts = generated.unique(return_counts=True)
+        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    for token_id, bias in params.logit_bias.items():
+        row[token_id] += bias
+    if seq.num_generated < params.min_tokens:
+        forbidden = set(params.stop_token_ids) | (set() if params.ignore_eos else eos_token_ids)
+        row[sorted(forbidden)] = float("-inf")
+
+
+# ---- random sampling --------------------------------------------------------------------------------
+
+
+def _sample_random(logits: torch.Tensor, seqs: Rows[Sequence], default_seed: int) -> torch.Tensor:
+    """Inverse-CDF sampling of logits [n, V] after temperature and truncation -> [n] token ids."""
+    logits = logits / _column([s.params.temperature for s in seqs], logits)
+    probs, ids = _truncate(torch.softmax(logits, dim=-1), [s.params for s in seqs])
+    cumulative = probs.double().cumsum(dim=-1)
+    draws = _column([_uniform(s, default_seed) for s in seqs], cumulative)
+    # Strictly below the total, and past any leading zero: never a token of probability 0.
+    targets = draws * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=probs.shape[1] - 1)
+    return chosen[:, 0] if ids is None else ids.gather(1, chosen)[:, 0]
+
+
+def _truncate(probs: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Zero what top_k, top_p and min_p exclude.
+
+    Returns probabilities in vocabulary order with None, or, when some row needs an order, sorted
+    probabilities [n, m] with their token ids [n, m].
+    """
+    min_p = _column([p.min_p for p in params], probs)
+    if all(p.top_k <= 0 and p.top_p >= 1.0 for p in params):
+        if all(p.min_p == 0.0 for p in params):
+            return probs, None
+        return torch.where(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0, probs), None
+    vocab = probs.shape[1]
+    top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
+    probs, ids = probs.topk(max(top_k), dim=-1)
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    probs = torch.where(rank >= _column(top_k, probs), 0.0, probs)
+    # As transformers does: top_p counts the mass that top_k left, and keeps the token that crosses it.
+    before = (probs / probs.sum(dim=-1, keepdim=True)).cumsum(dim=-1).roll(1, dims=-1)
+    before[:, 0] = 0.0
+    dropped = (before >= _column([p.top_p for p in params], probs)) | (probs < min_p * probs[:, :1])
+    return torch.where(dropped, 0.0, probs), ids
+
+
+def _column(values: list[float] | list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _uniform(seq: Sequence, default_seed: int) -> float:
+    """A number in [0, 1) from (seed, request, sample index, position), by SplitMix64 finalisers.
+
+    A request without a seed of its own mixes in its id, so that equal prompts differ.
+    """
+    params = seq.params
+    if params.seed is None:
+        state = _mix(default_seed ^ _text_seed(seq.request.request_id))
+    else:
+        state = _mix(params.seed)
+    state = _mix(state ^ _mix(seq.index + 1) ^ _mix((seq.num_tokens << 1) | 1))
+    return (state >> 11) / (1 << 53)
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's output function (Steele, Lea and Flood, 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
+    return value ^ (value >> 31)
+
+
+def _text_seed(text: str) -> int:
+    return int.from_bytes(text.encode()[-32:], "little") & MASK64 ^ _mix(len(text))
+
+
+# ---- log-probabilities --------------------------------------------------------------------------------
+
+
+def _logprobs(logits: torch.Tensor, seqs: Rows[Sequence], tokens: list[int]) -> list[TokenLogprob | None]:
+    rows = [i for i, s in enumerate(seqs) if s.params.logprobs is not None]
+    result: list[TokenLogprob | None] = [None] * len(seqs)
+    if not rows:
+        return result
+    logprobs = logits[rows].float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(max(seqs[i].params.logprobs or 1 for i in rows), logprobs.shape[1]), dim=-1)
+    for j, i in enumerate(rows):
+        wanted = seqs[i].params.logprobs or 0
+        top = tuple(zip(ids[j, :wanted].tolist(), values[j, :wanted].tolist(), strict=True))
+        result[i] = TokenLogprob(tokens[i], logprobs[j, tokens[i]].item(), top)
+    return result

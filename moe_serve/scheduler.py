@@ -1,0 +1,248 @@
+"""Scheduler: which tokens of which sequences the next step computes, and where their KV goes.
+
+There are no phases. Each sequence has `num_computed` chasing `num_tokens`; every step, the token
+budget is handed out to close gaps: first to sequences with a gap of one (decoding), then to those
+in the middle of their prompt, then to waiting ones. Chunked prefill, prefix-cache hits, mixed
+batches and recomputation after preemption are all the same rule (idea: vLLM v1's scheduler).
+
+Host integers only: imports no torch, no tokenizer, no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_serve.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.kv_pages import PagePool, page_hash
+from moe_serve.sequence import FinishReason, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """The bounds of one step, from EngineConfig."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+
+
+class _StepDraft:
+    """A BatchPlan in the making: the budget left and what was decided so far."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.scheduled: list[ScheduledSequence] = []
+        self.preempted: list[Sequence] = []
+        self.queried = 0
+        self.hits = 0
+
+    def add(self, seq: Sequence, count: int) -> None:
+        self.scheduled.append(ScheduledSequence(seq, seq.num_computed, count))
+        self.budget -= count
+
+    def drop(self, seq: Sequence) -> None:
+        """Take a just-scheduled sequence out again, because it was preempted."""
+        for item in self.scheduled:
+            if item.seq is seq:
+                self.scheduled.remove(item)
+                self.budget += item.count
+                return
+
+    def finish(self) -> BatchPlan:
+        return BatchPlan(tuple(self.scheduled), tuple(self.preempted), self.queried, self.hits)
+
+
+class Scheduler:
+    """Owns the queues and decides; `schedule` -> BatchPlan, `update` applies what came of it."""
+
+    def __init__(self, limits: SchedulerLimits, pool: PagePool, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        self.limits = limits
+        self.pool = pool
+        self._eos = eos_token_ids
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of admission: the last one is preempted first."""
+
+    # ---- queues ---------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence behind all others."""
+        self.waiting.append(seq)
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def live(self) -> Iterator[Sequence]:
+        """Every unfinished sequence."""
+        yield from self.running
+        yield from self.waiting
+
+    def finish(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a live sequence and free its pages at once."""
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+        self._release(seq)
+        if seq in self.running:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.free(seq.page_ids)
+        seq.page_ids = []
+
+    # ---- plan -----------------------------------------------------------------------------------
+
+    def schedule(self) -> BatchPlan:
+        """Decide one step. Every sequence in the plan owns the pages its tokens go to.
+
+        Admission comes last, and not at all in a step that had to preempt: a sequence admitted
+        then would take the pages that the preempted one is waiting for.
+        """
+        draft = _StepDraft(self.limits.max_num_batched_tokens)
+        for seq in [s for s in self.running if s.num_tokens - s.num_computed == 1]:
+            self._schedule_running(seq, draft)
+        for seq in [s for s in self.running if s.num_tokens - s.num_computed > 1]:
+            self._schedule_running(seq, draft)
+        if not draft.preempted:
+            self._admit_waiting(draft)
+        return draft.finish()
+
+    def _schedule_running(self, seq: Sequence, draft: _StepDraft) -> None:
+        if not seq.page_ids:
+            return  # preempted by one scheduled before it
+        count = self._affordable(seq, draft.budget)
+        if count == 0:
+            return
+        while not self._grow(seq, seq.num_computed + count):
+            victim = self.running[-1]
+            self._preempt(victim, draft)
+            if victim is seq:
+                return
+        draft.add(seq, count)
+
+    def _affordable(self, seq: Sequence, budget: int) -> int:
+        """Tokens of `seq` that fit the budget: all that are missing, a chunk of them, or none."""
+        missing = seq.num_tokens - seq.num_computed
+        if missing <= budget:
+            return missing
+        return budget if self.limits.enable_chunked_prefill else 0
+
+    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give `seq` pages for `num_tokens` tokens; False, and nothing changed, if there are too few."""
+        pages = self.pool.allocate(max(0, self.pool.pages_for(num_tokens) - len(seq.page_ids)))
+        if pages is None:
+            return False
+        seq.page_ids.extend(pages)
+        return True
+
+    def _preempt(self, seq: Sequence, draft: _StepDraft) -> None:
+        """Free everything `seq` holds; it goes to the head of the queue and is recomputed later."""
+        draft.drop(seq)
+        self._release(seq)
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self.running.remove(seq)
+        self.waiting.appendleft(seq)
+        draft.preempted.append(seq)
+
+    def _admit_waiting(self, draft: _StepDraft) -> None:
+        while self.waiting and draft.budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            seq = self.waiting[0]
+            if self._awaits_leader(seq) or not self._admit(seq, draft):
+                return
+            self.waiting.popleft()
+            self.running.append(seq)
+
+    def _awaits_leader(self, seq: Sequence) -> bool:
+        """True for samples 2..n of a request while the first computes the prompt they will share."""
+        if seq.index == 0 or not self.limits.enable_prefix_caching:
+            return False
+        return any(s.request is seq.request and s.num_computed < s.num_prompt for s in self.running)
+
+    def _admit(self, seq: Sequence, draft: _StepDraft) -> bool:
+        """Put a waiting sequence into the step if pages and budget allow; prefix hits come free."""
+        cached = self._cached_prefix(seq)
+        num_cached = len(cached) * self.pool.page_size
+        seq.num_computed = num_cached
+        count = self._affordable(seq, draft.budget)
+        needed = self.pool.pages_for(num_cached + count) - len(cached)
+        if count == 0 or needed + self.pool.num_evictable(cached) > self.pool.num_free:
+            seq.num_computed = 0
+            return False
+        self.pool.share(cached)
+        seq.page_ids = cached
+        grown = self._grow(seq, num_cached + count)
+        assert grown, "admission miscounted the free pages"
+        if self.limits.enable_prefix_caching:
+            draft.queried += seq.num_tokens
+            draft.hits += num_cached
+        if seq.num_preemptions == 0:
+            seq.num_cached = num_cached
+        draft.add(seq, count)
+        return True
+
+    def _cached_prefix(self, seq: Sequence) -> list[int]:
+        """Pages of the longest cached prefix; the last token is always left to compute."""
+        if not self.limits.enable_prefix_caching:
+            return []
+        self._extend_hashes(seq, seq.num_tokens)
+        usable = (seq.num_tokens - 1) // self.pool.page_size
+        return self.pool.match(seq.page_hashes[:usable])
+
+    def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
+        """Hash the full pages among the first `num_tokens` tokens that have no hash yet."""
+        size = self.pool.page_size
+        for page in range(len(seq.page_hashes), num_tokens // size):
+            parent = seq.page_hashes[-1] if seq.page_hashes else b""
+            seq.page_hashes.append(page_hash(parent, seq.token_ids[page * size : (page + 1) * size]))
+
+    # ---- apply ----------------------------------------------------------------------------------
+
+    def update(self, plan: BatchPlan, result: StepResult) -> list[Sequence]:
+        """Book the step: computed counts, published pages, sampled tokens, finished sequences.
+
+        Returns the sequences that got a token, in plan order. Sequences that were aborted while
+        the step ran are skipped. Example: plan with a decode (needs_sample), a prompt chunk (does
+        not) and a prompt end (needs_sample) has result.token_ids of length 2.
+        """
+        advanced = []
+        sampled = iter(zip(result.token_ids, result.logprobs, strict=True))
+        for item in plan.scheduled:
+            token = next(sampled) if item.needs_sample else None
+            seq = item.seq
+            if seq.is_finished:
+                continue
+            seq.num_computed = item.end
+            self._publish_pages(seq, item)
+            if token is None:
+                continue
+            seq.token_ids.append(token[0])
+            if token[1] is not None:
+                seq.logprobs.append(token[1])
+            self._check_finished(seq)
+            advanced.append(seq)
+        return advanced
+
+    def _publish_pages(self, seq: Sequence, item: ScheduledSequence) -> None:
+        """Make pages that this step filled up findable for others."""
+        if not self.limits.enable_prefix_caching:
+            return
+        self._extend_hashes(seq, seq.num_computed)
+        size = self.pool.page_size
+        for page in range(item.start // size, seq.num_computed // size):
+            self.pool.register(seq.page_ids[page], seq.page_hashes[page])
+
+    def _check_finished(self, seq: Sequence) -> None:
+        token = seq.token_ids[-1]
+        params = seq.params
+        past_min = seq.num_generated >= params.min_tokens
+        if past_min and token in params.stop_token_ids:
+            self.finish(seq, FinishReason.STOP, token)
+        elif past_min and not params.ignore_eos and token in self._eos:
+            self.finish(seq, FinishReason.STOP)
+        elif seq.num_tokens >= seq.max_total_tokens:
+            self.finish(seq, FinishReason.LENGTH)

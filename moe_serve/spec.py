@@ -1,0 +1,43 @@
+"""ModelSpec: what the checkpoint is, in our words. The one place that knows HF config field names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Facts of a checkpoint that the engine, the scheduler and the server need."""
+
+    model_type: str
+    dtype: torch.dtype
+    """Of the checkpoint, not of the computation."""
+    vocab_size: int
+    max_position_embeddings: int
+    num_layers: int
+    top_k: int
+    """Experts per token."""
+
+    @staticmethod
+    def from_hf(config: Any) -> ModelSpec:
+        """Translate a Hugging Face config."""
+        dtype = getattr(config, "dtype", None)
+        return ModelSpec(
+            model_type=config.model_type,
+            dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            num_layers=config.num_hidden_layers,
+            top_k=_first(config, "num_experts_per_tok", "moe_k", "moe_topk"),
+        )
+
+
+def _first(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    raise AttributeError(f"{config.model_type}: none of {names} is in the config")

@@ -1,0 +1,92 @@
+"""StepRecorder: stamps sequences with times and reports one step to the StatsObserver.
+
+Keeps measuring out of the engine's three-line heart. Knows no metrics library.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from moe_serve.batch_plan import BatchPlan
+from moe_serve.scheduler import Scheduler
+from moe_serve.sequence import Sequence
+from moe_serve.stats import FinishedStats, StatsObserver, StepStats
+
+
+class StepRecorder:
+    """Lives for one step: `planned` before the model runs, `applied` after its result is booked."""
+
+    def __init__(self, runner: Any, scheduler: Scheduler, observer: StatsObserver | None) -> None:
+        self._start = time.monotonic()
+        self._experts = getattr(getattr(runner, "expert_cache", None), "resident", None)
+        self._scheduler = scheduler
+        self._observer = observer
+        self._plan = BatchPlan(())
+        self._num_prompt_tokens = 0
+        self._experts_before = self._expert_counts()
+
+    def _expert_counts(self) -> tuple[int, int]:
+        """(hits, misses) so far; zeros for runners without an expert cache."""
+        return (self._experts.num_hits, self._experts.num_misses) if self._experts is not None else (0, 0)
+
+    def planned(self, plan: BatchPlan) -> None:
+        """Note what is about to run, while each sequence still shows its state before the step."""
+        self._plan = plan
+        for item in plan.scheduled:
+            if item.seq.first_scheduled_s is None:
+                item.seq.first_scheduled_s = self._start
+        self._num_prompt_tokens = sum(i.count for i in plan.scheduled if i.start < i.seq.num_prompt)
+
+    def applied(self, advanced: list[Sequence], now: float) -> None:
+        """Stamp the sequences that got a token at time `now` and report."""
+        gaps = tuple(now - s.last_token_s for s in advanced if s.last_token_s is not None)
+        firsts = [s for s in advanced if s.first_token_s is None]
+        for seq in advanced:
+            seq.first_token_s = seq.first_token_s or now
+            seq.last_token_s = now
+        if self._observer is None:
+            return
+        self._observer.on_step(self._step_stats(now, advanced, gaps, firsts))
+        for seq in advanced:
+            if seq.is_finished:
+                self._observer.on_finished(finished_stats(seq, now))
+
+    def _step_stats(
+        self, now: float, advanced: list[Sequence], gaps: tuple[float, ...], firsts: list[Sequence]
+    ) -> StepStats:
+        hits, misses = self._expert_counts()
+        return StepStats(
+            duration_s=now - self._start,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=len(advanced),
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_preemptions=len(self._plan.preempted),
+            kv_usage_frac=self._scheduler.pool.usage_frac,
+            prefix_queried_tokens=self._plan.prefix_queried_tokens,
+            prefix_hit_tokens=self._plan.prefix_hit_tokens,
+            inter_token_s=gaps,
+            time_to_first_token_s=tuple(now - s.request.arrival_time_s for s in firsts),
+            expert_hits=hits - self._experts_before[0],
+            expert_misses=misses - self._experts_before[1],
+        )
+
+
+def finished_stats(seq: Sequence, now: float) -> FinishedStats:
+    """Times of one finished sample; phases it never reached count as zero."""
+    assert seq.finish_reason is not None
+    arrival = seq.request.arrival_time_s
+    scheduled = seq.first_scheduled_s or now
+    first = seq.first_token_s or now
+    return FinishedStats(
+        finish_reason=seq.finish_reason,
+        num_prompt_tokens=seq.num_prompt,
+        num_output_tokens=seq.num_generated,
+        max_tokens=seq.params.max_tokens,
+        n=seq.params.n,
+        e2e_s=now - arrival,
+        queue_s=scheduled - arrival,
+        prefill_s=first - scheduled,
+        decode_s=(seq.last_token_s or first) - first,
+    )
