@@ -1,0 +1,71 @@
+"""The command line: `moe-serve serve | generate | chat | bench ...`.
+
+A command is a file in this folder, found by listing it (see `commands.py`). Commands import torch
+and transformers only when they run, so `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from moe_serve import __version__
+from moe_serve.cli.commands import Parser, add_commands
+from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. A mistake of the user's is one line on stderr, no traceback."""
+    args = parse(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except (ConfigError, InvalidRequestError) as error:
+        return _complain(error, EXIT_USAGE)
+    except MoEServeError as error:
+        return _complain(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return _reader_went_away()
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of the chosen command, with its `run`. Exits with status 2 on a mistake, like argparse."""
+    parser = Parser(prog="moe-serve", description="Serve Mixture-of-Experts language models.")
+    parser.add_argument("--version", action="version", version=f"moe-serve {__version__}")
+    add_commands(parser, __name__, __path__)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(_unknown_message(unknown, args.parser))
+    return args
+
+
+def _unknown_message(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Names the first unknown flag, and the known one most like it."""
+    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        return f"unexpected argument: {unknown[0]}"
+    known = re.findall(r"--[\w-]+", parser.format_help())
+    near = get_close_matches(flags[0], known, n=1)
+    return f"unknown flag {flags[0]}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _complain(error: MoEServeError, status: int) -> int:
+    print(f"moe-serve: error: {error.message}", file=sys.stderr)
+    return status
+
+
+def _reader_went_away() -> int:
+    """`moe-serve generate | head` closed our output; leave quietly, also in the flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_FAILED

@@ -1,0 +1,24 @@
+"""`moe-serve serve [MODEL]`: the HTTP server."""
+
+from __future__ import annotations
+
+import argparse
+
+from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
+from moe_serve.config import EngineConfig, ServerConfig
+
+HELP = "Serve a model over HTTP, as an OpenAI-compatible API."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
+    add_config_flags(parser, ServerConfig)
+    add_config_flags(parser, EngineConfig, skip=("model",))
+
+
+def run(args: argparse.Namespace) -> int:
+    server, engine = config_from_args(args, ServerConfig), config_from_args(args, EngineConfig)
+    from moe_serve.server.run import serve
+
+    serve(server, engine)
+    return 0
