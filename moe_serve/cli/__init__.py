@@ -43,8 +43,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of the chosen command, with its `run`. Exits with status 2 on a mistake, like argparse."""
     parser = Parser(prog="moe-serve", description="Serve Mixture-of-Experts language models.")
     parser.add_argument("--version", action="version", version=f"moe-serve {__version__}")
-    add_commands(parser, __name__, __path__)
-    args, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    add_commands(parser, __name__, __path__, words)
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         args.parser.error(_unknown_message(unknown, args.parser))
     return args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,7 +30,7 @@ class Backend(Protocol):
         ...
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     parser.add_argument(
         "--url", help="Chat with the OpenAI-compatible server at this address instead of loading MODEL."

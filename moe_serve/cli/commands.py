@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Iterable
-from typing import Protocol, cast
+from collections.abc import Iterable, Sequence
+from typing import NoReturn, Protocol, cast
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,13 +20,17 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("allow_abbrev", False)
         super().__init__(**settings)  # type: ignore[arg-type]
 
+    def error(self, message: str) -> NoReturn:
+        """One line rather than the whole usage, in which the line would be lost."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
 
 class Command(Protocol):
     """What a command's file exports."""
 
     HELP: str
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None: ...
 
     def run(self, args: argparse.Namespace) -> int: ...
 
@@ -38,10 +42,14 @@ def find_commands(package: str, path: Iterable[str]) -> dict[str, Command]:
     return {name: cast(Command, module) for name, module in modules.items() if all(hasattr(module, w) for w in wanted)}
 
 
-def add_commands(parser: argparse.ArgumentParser, package: str, path: Iterable[str]) -> None:
-    """Give `parser` one sub-command per command in the folder; the parsed one lands in `args.run`."""
+def add_commands(parser: argparse.ArgumentParser, package: str, path: Iterable[str], argv: Sequence[str]) -> None:
+    """Give `parser` one sub-command per command in the folder; the parsed one lands in `args.run`.
+
+    Commands that `argv` does not mention are listed but get no arguments: building those takes time.
+    """
     choices = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in find_commands(package, path).items():
         sub = choices.add_parser(name, help=command.HELP, description=command.HELP)
         sub.set_defaults(run=command.run, parser=sub)
-        command.add_arguments(sub)
+        if name in argv:
+            command.add_arguments(sub, argv)

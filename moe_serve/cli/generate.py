@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
@@ -15,7 +16,7 @@ from moe_serve.errors import ConfigError
 HELP = "Complete a prompt, without a server."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="The text to continue. Default: standard input.")
     add_sampling_flags(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
 from moe_serve.config import EngineConfig, ServerConfig
@@ -10,7 +11,7 @@ from moe_serve.config import EngineConfig, ServerConfig
 HELP = "Serve a model over HTTP, as an OpenAI-compatible API."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     add_config_flags(parser, ServerConfig)
     add_config_flags(parser, EngineConfig, skip=("model",))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from moe_serve.cli.commands import add_commands
 
 HELP = "Measure a running system."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_commands(parser, __name__, __path__)
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    add_commands(parser, __name__, __path__, argv)
 
 
 def run(args: argparse.Namespace) -> int:
