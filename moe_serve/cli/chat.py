@@ -29,6 +29,8 @@ class Backend(Protocol):
         """Pieces of the answer as they come. Closing the generator stops the answer."""
         ...
 
+    def close(self) -> None: ...
+
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
@@ -44,11 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    backend = Remote(args) if args.url else Local(args)
+    backend: Backend = Remote(args) if args.url else Local(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
     if sys.stdin.isatty():
         print("/reset starts over, /exit leaves.", file=sys.stderr)
-    return converse(backend, opening)
+    with closing(backend):
+        return converse(backend, opening)
 
 
 def converse(backend: Backend, opening: list[Message]) -> int:
@@ -84,11 +87,13 @@ def _turn(backend: Backend, messages: list[Message], line: str) -> int:
 def _print_reply(reply: Generator[str, None, None]) -> str:
     """Show pieces as they come; Ctrl-C stops the answer and keeps what there is of it."""
     said: list[str] = []
-    with suppress(KeyboardInterrupt), closing(reply):
-        for piece in reply:
-            print(piece, end="", flush=True)
-            said.append(piece)
-    print()
+    try:
+        with suppress(KeyboardInterrupt), closing(reply):
+            for piece in reply:
+                print(piece, end="", flush=True)
+                said.append(piece)
+    finally:
+        print()
     return "".join(said)
 
 
@@ -106,6 +111,9 @@ class Local:
         for output in self._llm.stream(self._llm.render_chat(messages), self._params):
             yield output.text
 
+    def close(self) -> None:
+        """The model goes with the process."""
+
 
 class Remote:
     """A model behind an OpenAI-compatible server. Only flags that are given are sent."""
@@ -116,7 +124,10 @@ class Remote:
         base_url = args.url.rstrip("/").removesuffix("/v1")
         self._client = httpx.Client(base_url=base_url, timeout=httpx.Timeout(10, read=None))
         self._settings = given(args, [*HELP_OF, "stop"])
-        self._model = args.served_model_name or self._first_model()
+        self._model: str | None = args.served_model_name
+
+    def close(self) -> None:
+        self._client.close()
 
     def _first_model(self) -> str:
         with _connection_errors():
@@ -126,6 +137,7 @@ class Remote:
         return str(response.json()["data"][0]["id"])
 
     def reply(self, messages: list[Message]) -> Generator[str, None, None]:
+        self._model = self._model or self._first_model()
         body = {"model": self._model, "messages": messages, "stream": True, **self._settings}
         with _connection_errors(), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:

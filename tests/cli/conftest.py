@@ -27,10 +27,13 @@ class StubServer:
     has_tokenize: bool = True
     bodies: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    """Of the last request."""
     url: str = ""
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         body = await self._read(receive)
+        self.headers = dict(scope["headers"])
         if scope["path"] == "/v1/models":
             await self._json(send, 200, {"data": [{"id": "stub-model"}]})
         elif scope["path"] == "/tokenize" and self.has_tokenize:
@@ -94,7 +97,7 @@ class StubServer:
 @pytest.fixture
 def stub() -> Iterator[StubServer]:
     app = StubServer()
-    config = uvicorn.Config(app, lifespan="off", ws="none", log_level="critical")  # type: ignore[arg-type]
+    config = uvicorn.Config(app, lifespan="off", ws="none", log_level="critical")
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -44,8 +43,6 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_console_script_answers() -> None:
-    start = time.monotonic()
     code = "import sys; from moe_serve.cli import main; sys.exit(main(['--version']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"moe-serve \d+\.\d+\.\d+\n", done.stdout)
-    assert time.monotonic() - start < 10

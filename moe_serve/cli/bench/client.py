@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,7 @@ class Outcome:
 
     @property
     def itls_s(self) -> list[float]:
-        return [b - a for a, b in zip(self.token_times_s, self.token_times_s[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.token_times_s)]
 
     @property
     def tpot_s(self) -> float:
