@@ -17,7 +17,7 @@ import pytest
 from moe_serve.cli import parse
 from moe_serve.cli.bench.arrivals import arrival_times
 from moe_serve.cli.bench.datasets import DatasetOptions, Pieces, PlannedRequest, plan_requests
-from moe_serve.cli.bench.serve import _dataset_options
+from moe_serve.cli.bench.flags import dataset_options
 from moe_serve.cli.bench.traces import TraceEntry, read_trace
 from moe_serve.cli.bench.vocabulary import Vocabulary
 from moe_serve.errors import ConfigError
@@ -40,7 +40,7 @@ MOONCAKE = """{"timestamp": 0, "input_length": 1100, "output_length": 500, "hash
 
 def options(*flags: str) -> DatasetOptions:
     args: argparse.Namespace = parse(["bench", "serve", *flags])
-    return _dataset_options(args)
+    return dataset_options(args)
 
 
 def pieces(request: PlannedRequest) -> Pieces:
