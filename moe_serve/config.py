@@ -69,28 +69,33 @@ class EngineConfig(FromDict):
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
-    max_model_len: int | None = option(None, "Longest sequence, prompt plus completion, in tokens. Default: the model's own limit.")
+    max_model_len: int | None = option(
+        None, "Longest sequence, prompt plus completion, in tokens. Default: the model's own limit."
+    )
     max_num_seqs: int = option(128, "Most sequences in one step.")
     max_num_batched_tokens: int = option(2048, "Token budget of one step; longer prompts are computed in chunks.")
     block_size: int = option(16, "Tokens in one KV page.")
     kv_cache_mib: int | None = option(
-        None, "Memory for KV pages, in MiB. Default: enough for max_num_seqs full sequences, but at most a quarter of free memory."
+        None,
+        "Memory for KV pages, in MiB. Default: enough for max_num_seqs full sequences, at most a quarter of free memory.",
     )
     num_kv_pages: int | None = option(None, "Number of KV pages; overrides --kv-cache-mib.")
     enable_prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes between requests.")
     enable_chunked_prefill: bool = option(True, "Compute long prompts in chunks, beside the decoding of others.")
     moe_cache_mib: int | None = option(
         None,
-        "Memory for expert weights in compute-ready form, in MiB. Default: all experts, or 70 % of free memory if they do not"
-        " fit; experts without a slot are computed from the memory-mapped checkpoint.",
+        "Memory for expert weights in compute-ready form, in MiB. Default: all experts, or 70 % of free memory if"
+        " they do not fit; experts without a slot are computed from the memory-mapped checkpoint.",
     )
     max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
-    max_num_queued_tokens: int | None = option(None, "Waiting prompt tokens beyond which a new request is refused with 503.")
+    max_num_queued_tokens: int | None = option(
+        None, "Waiting prompt tokens beyond which a new request is refused with 503."
+    )
     seed: int = option(0, "Seed for requests that bring none of their own.")
     chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
     generation_config: str = option(
         "auto",
-        "Where default sampling parameters come from: auto (the checkpoint's generation_config.json) or vllm (neutral defaults).",
+        "Default sampling parameters: auto (those of the checkpoint's generation_config.json) or vllm (neutral).",
         ("auto", "vllm"),
     )
     num_threads: int | None = option(None, "CPU threads for the model. Default: the cores this process may use.")
@@ -128,4 +133,6 @@ class ServerConfig(FromDict):
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
     served_model_name: str | None = option(None, "Name clients use for the model. Default: the model folder's name.")
     disable_log_stats: bool = option(False, "Do not log throughput every ten seconds.")
-    uvicorn_log_level: str = option("info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug"))
+    uvicorn_log_level: str = option(
+        "info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug")
+    )

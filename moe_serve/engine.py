@@ -7,7 +7,6 @@ text. Single-threaded: moe_serve/async_engine.py runs it on a worker thread. Kno
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import Protocol
 
 from moe_serve.batch_plan import BatchPlan, StepResult

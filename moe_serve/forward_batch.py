@@ -12,10 +12,18 @@ import torch
 
 from moe_serve.batch_plan import BatchPlan, ScheduledSequence
 
-PADDING_LIMIT = 1.25
-"""A decode group may read at most this many times the KV it needs (the rest is padding)."""
 MIN_GROUP_PAGES = 64
 """Below this many pages, padding is cheaper than one more attention call."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLimits:
+    """How large a decode group may grow. The default is for attention that knows no padding."""
+
+    max_tokens: float = float("inf")
+    """KV tokens, padding included, that a group of several sequences may span."""
+    max_padding: float = float("inf")
+    """A group may span at most this many times the KV tokens it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ def order_for_batch(plan: BatchPlan) -> list[ScheduledSequence]:
     return decodes + [s for s in plan.scheduled if s.count > 1]
 
 
-def make(plan: BatchPlan, page_size: int, device: torch.device) -> ForwardBatch:
+def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLimits) -> ForwardBatch:
     """Turn a non-empty plan into tensors on `device`."""
     ordered = order_for_batch(plan)
     ids: list[int] = []
@@ -107,7 +115,7 @@ def make(plan: BatchPlan, page_size: int, device: torch.device) -> ForwardBatch:
         input_ids=_int64([ids], device),
         positions=_int64([positions], device),
         kv_slots=_int64(slots, device),
-        decode_groups=tuple(_decode_groups(ordered[:num_decodes], page_size, device)),
+        decode_groups=tuple(_decode_groups(ordered[:num_decodes], page_size, device, limits)),
         prefill_runs=tuple(_prefill_runs(ordered[num_decodes:], num_decodes, page_size, device)),
         sample_rows=_int64(rows, device),
         sample_order=tuple(order),
@@ -136,25 +144,29 @@ def _sample_rows(plan: BatchPlan, ordered: list[ScheduledSequence]) -> tuple[lis
     return rows, order
 
 
-def _decode_groups(items: list[ScheduledSequence], page_size: int, device: torch.device) -> list[DecodeGroup]:
+def _decode_groups(
+    items: list[ScheduledSequence], page_size: int, device: torch.device, limits: GroupLimits
+) -> list[DecodeGroup]:
     groups = []
     first = 0
-    for last in _group_ends([-(-s.end // page_size) for s in items]):
+    for last in _group_ends([-(-s.end // page_size) for s in items], page_size, limits):
         groups.append(_decode_group(items[first:last], first, page_size, device))
         first = last
     return groups
 
 
-def _group_ends(num_pages: list[int]) -> list[int]:
-    """Cut ascending page counts into groups with bounded padding.
+def _group_ends(num_pages: list[int], page_size: int, limits: GroupLimits) -> list[int]:
+    """Cut ascending page counts into groups of bounded size and padding.
 
-    Example: [2, 2, 3, 40, 41] -> [3, 5] with a limit that 3 x 40 padded pages would break.
+    Example: [2, 2, 3, 40, 41] and max_padding 1.25 -> [3, 5]: a group of four would span 4 x 40
+    pages where 47 are needed.
     """
     ends = []
     first, used = 0, 0
     for i, pages in enumerate(num_pages):
         padded = (i - first + 1) * pages
-        if i > first and padded > MIN_GROUP_PAGES and padded > PADDING_LIMIT * (used + pages):
+        wasteful = padded > MIN_GROUP_PAGES and padded > limits.max_padding * (used + pages)
+        if i > first and (wasteful or padded * page_size > limits.max_tokens):
             ends.append(i)
             first, used = i, 0
         used += pages
@@ -163,9 +175,7 @@ def _group_ends(num_pages: list[int]) -> list[int]:
     return ends
 
 
-def _decode_group(
-    items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device
-) -> DecodeGroup:
+def _decode_group(items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device) -> DecodeGroup:
     lengths = [s.end for s in items]
     width = -(-max(lengths) // page_size)
     table = [(s.seq.page_ids[:width] + [0] * width)[:width] for s in items]

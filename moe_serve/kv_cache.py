@@ -9,6 +9,7 @@ there is one query per KV head (docs/log.md, 2026-11-21).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +28,39 @@ class LayerKVShape:
         return self.num_heads * (self.key_dim + self.value_dim)
 
 
+class Scratch:
+    """Named buffers that grow and are reused, because fresh memory costs a page fault per 4 KiB.
+
+    Without it, half the time of a gather went into faults (docs/log.md, 2026-11-21).
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised contiguous tensor of `shape`; overwritten by the next call of this name."""
+        count = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name] = torch.empty(count, dtype=like.dtype, device=like.device)
+        return buffer[:count].view(shape)
+
+
 class LayerKV:
     """Keys and values of one layer: `keys` [heads, P*B, key_dim], `values` [heads, P*B, value_dim]."""
 
-    def __init__(self, shape: LayerKVShape, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        shape: LayerKVShape,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: Scratch,
+    ) -> None:
         tokens = num_pages * page_size
         self.page_size = page_size
+        self._scratch = scratch
         self.keys = torch.zeros(shape.num_heads, tokens, shape.key_dim, dtype=dtype, device=device)
         self.values = torch.zeros(shape.num_heads, tokens, shape.value_dim, dtype=dtype, device=device)
 
@@ -42,13 +70,17 @@ class LayerKV:
         self.values.index_copy_(1, slots, values)
 
     def gather(self, page_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the pages in `page_table` [N, p] -> two tensors [N, heads, p*B, dim]."""
-        return self._gather(self.keys, page_table), self._gather(self.values, page_table)
+        """Copies of the pages in `page_table` [N, p] -> two tensors [N, heads, p*B, dim].
 
-    def _gather(self, data: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
+        They live in scratch memory and are valid until the next gather of any layer.
+        """
+        return self._gather("keys", self.keys, page_table), self._gather("values", self.values, page_table)
+
+    def _gather(self, name: str, data: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
         heads, tokens, dim = data.shape
         by_page = data.view(heads, tokens // self.page_size, self.page_size * dim)
-        picked = by_page.index_select(1, page_table.flatten())
+        picked = self._scratch.empty(name, (heads, page_table.numel(), self.page_size * dim), data)
+        torch.index_select(by_page, 1, page_table.flatten(), out=picked)
         return picked.view(heads, page_table.shape[0], -1, dim).transpose(0, 1)
 
     def run(self, first_page: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +100,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.layers = {i: LayerKV(s, num_pages, page_size, dtype, device) for i, s in shapes.items()}
+        scratch = Scratch()
+        self.layers = {i: LayerKV(s, num_pages, page_size, dtype, device, scratch) for i, s in shapes.items()}
 
 
 def bytes_per_token(shapes: dict[int, LayerKVShape], dtype: torch.dtype) -> int:

@@ -63,7 +63,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         show_progress: bool = False,
@@ -72,7 +72,8 @@ class LLM:
 
         Raises InvalidRequestError before anything runs if one of them is impossible.
         """
-        requests = [self._request(prompt, p) for prompt, p in zip(prompts, _spread(params, len(prompts)), strict=True)]
+        pairs = zip(prompts, _spread(params, len(prompts)), strict=True)
+        requests = [self._request(prompt, p) for prompt, p in pairs]
         results = {r.request_id: _empty_result(r) for r in requests}
         for request in requests:
             self.engine.check_request(request)
@@ -125,5 +126,7 @@ def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise InvalidRequestError("params", f"{len(params)} sampling parameters for {count} prompts; give one or one each")
+        raise InvalidRequestError(
+            "params", f"{len(params)} sampling parameters for {count} prompts; give one or one each"
+        )
     return params

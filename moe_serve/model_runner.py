@@ -15,9 +15,15 @@ from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError
 from moe_serve.hf import experts, loading
+from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
-from moe_serve.kv_cache import KVCache
+from moe_serve.kv_cache import KVCache, LayerKVShape
 from moe_serve.spec import ModelSpec
+from moe_serve_kernels.cpu import paged_attention
+
+PADDING_LIMIT = 1.25
+L2_BYTES = 512 << 10
+"""Gathered keys and values are read right after they are written: half a common L2 holds them."""
 
 
 class ModelRunner:
@@ -32,13 +38,14 @@ class ModelRunner:
         self.model = loaded.model
         self.expert_cache = _expert_cache(config, loaded, dtype, self.device)
         self._kv = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
+        self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self._eos = eos_token_ids
         experts.connect(self.model, self.expert_cache)
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
-        batch = forward_batch.make(plan, self.config.block_size, self.device)
+        batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)
         tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self._eos)
@@ -59,9 +66,7 @@ class ModelRunner:
         return logits
 
 
-def _expert_cache(
-    config: EngineConfig, loaded: LoadedModel, dtype: torch.dtype, device: torch.device
-) -> ExpertCache:
+def _expert_cache(config: EngineConfig, loaded: LoadedModel, dtype: torch.dtype, device: torch.device) -> ExpertCache:
     assert config.moe_cache_mib is not None
     rules = forms.rules_for(device, dtype, resolve.has_native_bf16())
     gate = loaded.family.gate(loaded.hf_config)
@@ -69,11 +74,23 @@ def _expert_cache(
     return ExpertCache(ResidentExperts(loaded.store, gate, rules, dtype, device, budget))
 
 
+def _group_limits(
+    kv_shapes: dict[int, LayerKVShape], dtype: torch.dtype, device: torch.device
+) -> forward_batch.GroupLimits:
+    """The native kernel takes everything at once; gathering wants little padding and, on CPU, L2-sized groups."""
+    if paged_attention.is_available(device, dtype):
+        return forward_batch.GroupLimits()
+    if device.type != "cpu":
+        return forward_batch.GroupLimits(max_padding=PADDING_LIMIT)
+    token_bytes = max(s.elements_per_token for s in kv_shapes.values()) * dtype.itemsize
+    return forward_batch.GroupLimits(max_tokens=L2_BYTES / token_bytes, max_padding=PADDING_LIMIT)
+
+
 def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[ModelRunner, ModelSpec]:
     """Load the checkpoint `config` names; the runner's config is the resolved one."""
     device = resolve.device_of(config)
     torch.set_num_threads(resolve.num_threads_of(config))
-    hf_config = loading.read_config(config.model)
+    hf_config = read_config(config.model)
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, dtype, device)

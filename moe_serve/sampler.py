@@ -75,7 +75,7 @@ def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int])
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if (params.presence_penalty or params.frequency_penalty) and seq.num_generated:
         generated = torch.tensor(seq.output_token_ids, device=row.device)
-        ids, counts = generated.unique(return_counts=True)
+        ids, counts = torch.unique(generated, return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         row[token_id] += bias
@@ -132,11 +132,8 @@ def _uniform(seq: Sequence, default_seed: int) -> float:
     A request without a seed of its own mixes in its id, so that equal prompts differ.
     """
     params = seq.params
-    if params.seed is None:
-        state = _mix(default_seed ^ _text_seed(seq.request.request_id))
-    else:
-        state = _mix(params.seed)
-    state = _mix(state ^ _mix(seq.index + 1) ^ _mix((seq.num_tokens << 1) | 1))
+    seed = default_seed ^ _text_seed(seq.request.request_id) if params.seed is None else params.seed
+    state = _mix(_mix(seed) ^ _mix(seq.index + 1) ^ _mix((seq.num_tokens << 1) | 1))
     return (state >> 11) / (1 << 53)
 
 

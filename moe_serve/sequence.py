@@ -65,7 +65,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(1 <= self.n <= 128, "n", f"must be between 1 and 128, got {self.n}")
-        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}")
+        _require(
+            self.max_tokens is None or self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}"
+        )
         _require(self.min_tokens >= 0, "min_tokens", f"must not be negative, got {self.min_tokens}")
         _require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -83,7 +85,11 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            _require(math.isfinite(value) and low <= value <= high, name, f"must be between {low:g} and {high:g}, got {value}")
+            _require(
+                math.isfinite(value) and low <= value <= high,
+                name,
+                f"must be between {low:g} and {high:g}, got {value}",
+            )
         _require(0 < self.top_p <= 1, "top_p", f"must be above 0 and at most 1, got {self.top_p}")
         _require(self.top_k >= -1, "top_k", f"must be -1 (off), 0 (off) or positive, got {self.top_k}")
         _require(
@@ -92,7 +98,11 @@ class SamplingParams:
             f"must be above 0, got {self.repetition_penalty}",
         )
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit a signed 64-bit integer")
-        _require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", f"must be between 0 and 20, got {self.logprobs}")
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= 20,
+            "logprobs",
+            f"must be between 0 and 20, got {self.logprobs}",
+        )
         for token_id, bias in self.logit_bias.items():
             _require(
                 token_id >= 0 and math.isfinite(bias) and -100 <= bias <= 100,

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from moe_serve.forward_batch import DecodeGroup, ForwardBatch, PrefillRun
 from moe_serve.kv_cache import KVCache, LayerKV, LayerKVShape
+from moe_serve_kernels.cpu import paged_attention as native
 
 NAME = "moe_serve_paged"
 
@@ -93,7 +94,29 @@ class _Attend:
         self.sinks = sinks
 
     def decode(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
-        """query [Hq, N, D] -> [N, Hq, Dv]; the G query heads of a KV head ride as G query rows."""
+        """query [Hq, N, D] -> [N, Hq, Dv]."""
+        if native.is_available(layer.keys.device, layer.keys.dtype):
+            return self._decode_in_place(query, layer, group)
+        return self._decode_gathered(query, layer, group)
+
+    def _decode_in_place(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
+        return native.paged_decode(
+            query.transpose(0, 1).contiguous(),
+            layer.keys,
+            layer.values,
+            group.page_table,
+            group.lengths,
+            page_size=layer.page_size,
+            scale=self._scale(query),
+            window=self.window,
+            sinks=self.sinks,
+        )
+
+    def _scale(self, query: torch.Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scaling is None else float(self.scaling)
+
+    def _decode_gathered(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
+        """The G query heads of a KV head ride as G query rows, so that keys are not repeated."""
         if group.single_run is not None:
             keys, values = layer.run(group.single_run, group.max_length)
         else:
@@ -124,7 +147,7 @@ class _Attend:
     ) -> torch.Tensor:
         if self.sinks is None:
             return sdpa(query, keys, values, attn_mask=mask, scale=self.scaling)
-        return _attention_with_sinks(query, keys, values, mask, self.scaling, self.sinks)
+        return _attention_with_sinks(query, keys, values, mask, self._scale(query), self.sinks)
 
 
 def _attention_with_sinks(
@@ -132,7 +155,7 @@ def _attention_with_sinks(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    scale: float,
     sinks: torch.Tensor,
 ) -> torch.Tensor:
     """Softmax with one extra logit per head that takes weight but has no value (GPT-OSS).
@@ -140,7 +163,6 @@ def _attention_with_sinks(
     query [N, h, R, D], keys [N, h, C, D]; `sinks` [Hq] is laid out head-major over (h, R) for
     decode (R = G) and over h alone for prefill (h = Hq).
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, keys.transpose(2, 3)) * scale
     if mask is not None:
         scores = scores + mask

@@ -60,15 +60,17 @@ def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype)
     model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
     try:
         with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True
             )
+            model, info = loaded
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise CheckpointError(f"{folder}: {len(info['missing_keys'])} tensors are missing, among them {names}")
-    return model.eval()  # type: ignore[no-any-return]
+    dense: nn.Module = model.eval()
+    return dense
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+// Paged attention for decoding, float32: one query token per sequence, keys and values read in place.
+//
+//   for each sequence n and key/value head h:                    (one task; tasks run in parallel)
+//     for each token t of the context, page by page:
+//       score[g][t] = scale * query[n][h*G + g] . key[h][t]      (G query heads share a KV head)
+//     weight = softmax(score, with the head's sink logit where there is one)
+//     out[n][h*G + g] = sum_t weight[g][t] * value[h][t]
+//
+// Every key and value is read once, straight from its page; nothing is gathered first. The tokens of
+// one head in one page are contiguous, [B, D]. Plain C ABI, no libtorch: fits any torch version.
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+// Unaligned 16-lane vectors: one register with AVX-512, two with AVX2, four with SSE.
+typedef float Vec __attribute__((vector_size(64), aligned(4)));
+typedef int32_t VecMask __attribute__((vector_size(64)));
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86_VERSIONS 1
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace avx512 {
+#include "paged_attention.inc"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "paged_attention.inc"
+}
+#pragma GCC pop_options
+#endif
+namespace generic {
+#include "paged_attention.inc"
+}
+
+namespace {
+
+template <typename Attend, typename Shape>
+void for_each_task(Attend attend, const Shape& shape, const float* query, const float* keys, const float* values,
+                   const int64_t* page_table, const int64_t* lengths, const float* sinks, float* out,
+                   int64_t num_seqs, int64_t kv_heads, int64_t tokens, int64_t table_width, float scale,
+                   int64_t window, int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads)
+    {
+        std::vector<float> score;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < num_seqs * kv_heads; ++task) {
+            const int64_t n = task / kv_heads;
+            const int64_t h = task % kv_heads;
+            const int64_t head = task * shape.groups;
+            const int64_t length = lengths[n];
+            const int64_t first = window > 0 && length > window ? length - window : 0;
+            score.resize(static_cast<size_t>((length - first) * shape.groups));
+            attend(query + head * shape.key_dim, keys + h * tokens * shape.key_dim,
+                   values + h * tokens * shape.value_dim, page_table + n * table_width, first, length, scale,
+                   sinks ? sinks + h * shape.groups : nullptr, out + head * shape.value_dim, shape, score.data());
+        }
+    }
+}
+
+}  // namespace
+
+// query [N, Hk*G, D]; keys [Hk, tokens, D]; values [Hk, tokens, Dv]; page_table [N, table_width] int64;
+// lengths [N] int64; sinks [Hk*G] or null; out [N, Hk*G, Dv]. window <= 0: none.
+extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys, const float* values,
+                                           const int64_t* page_table, const int64_t* lengths, const float* sinks,
+                                           float* out, int64_t num_seqs, int64_t kv_heads, int64_t groups,
+                                           int64_t key_dim, int64_t value_dim, int64_t tokens, int64_t page_size,
+                                           int64_t table_width, float scale, int64_t window, int32_t num_threads) {
+#define RUN(isa)                                                                                              \
+    for_each_task(isa::choose(key_dim, value_dim), isa::Shape{groups, key_dim, value_dim, page_size}, query, \
+                  keys, values, page_table, lengths, sinks, out, num_seqs, kv_heads, tokens, table_width,     \
+                  scale, window, num_threads)
+#ifdef X86_VERSIONS
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq")) {
+        RUN(avx512);
+        return;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        RUN(avx2);
+        return;
+    }
+#endif
+    RUN(generic);
+#undef RUN
+}

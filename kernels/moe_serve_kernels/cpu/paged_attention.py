@@ -1,0 +1,102 @@
+"""Paged attention for decoding on the CPU, float32, keys and values read in place.
+
+    out[n, h*G + g] = softmax(scale * query[n, h*G + g] . keys[h, context of n]) @ values[h, context of n]
+
+where the context of sequence n is the last `window` of its `lengths[n]` tokens, found through its
+row of the page table, and a head's sink adds one logit without a value. (PagedAttention, vLLM;
+sinks: GPT-OSS.)
+
+Shape alphabet: N sequences, Hk key/value heads, G query heads per key/value head, D head dim,
+P pages, B page size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from moe_serve_kernels.cpu import library
+
+POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
+ARGTYPES = [*[POINTER] * 7, *[INT64] * 8, ctypes.c_float, INT64, ctypes.c_int32]
+
+
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """True when `paged_decode` can run on such tensors here."""
+    return device.type == "cpu" and dtype == torch.float32 and library.load() is not None
+
+
+def paged_decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one query token per sequence -> [N, Hk*G, Dv] float32.
+
+    query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64;
+    lengths [N] int64, each >= 1; sinks [Hk*G]. All contiguous, float32 where not stated, on CPU.
+    """
+    native = library.load()
+    assert native is not None, "ask is_available first"
+    tensors = (query, keys, values, page_table, lengths)
+    assert all(t.is_contiguous() for t in tensors), "paged_decode needs contiguous tensors"
+    assert page_table.dtype == lengths.dtype == torch.int64
+    assert query.dtype == keys.dtype == values.dtype == torch.float32
+    num_seqs, heads, key_dim = query.shape
+    kv_heads, tokens, value_dim = values.shape
+    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+    out = query.new_empty(num_seqs, heads, value_dim)
+    function = native.moe_serve_paged_decode_f32
+    function.argtypes, function.restype = ARGTYPES, None
+    function(
+        *(t.data_ptr() for t in tensors),
+        None if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        num_seqs,
+        kv_heads,
+        heads // kv_heads,
+        key_dim,
+        value_dim,
+        tokens,
+        page_size,
+        page_table.shape[1],
+        scale,
+        window or 0,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def paged_decode_reference(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain torch, one sequence at a time, in the dtype of the inputs."""
+    groups = query.shape[1] // keys.shape[0]
+    rows = []
+    for n, length in enumerate(lengths.tolist()):
+        positions = torch.arange(max(0, length - window) if window else 0, length)
+        slots = page_table[n][positions // page_size] * page_size + positions % page_size
+        own_keys = keys[:, slots].repeat_interleave(groups, 0)
+        scores = torch.einsum("hd,hcd->hc", query[n], own_keys) * scale
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None].to(scores.dtype)], dim=1)
+        weights = scores.softmax(dim=-1)[:, : len(slots)]
+        rows.append(torch.einsum("hc,hcd->hd", weights, values[:, slots].repeat_interleave(groups, 0)))
+    return torch.stack(rows)

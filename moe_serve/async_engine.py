@@ -1,0 +1,235 @@
+"""AsyncEngine: the engine on a worker thread, requests and outputs over asyncio queues.
+
+One thread owns the engine and steps it while there is work. The event loop never touches engine
+state: it puts commands into an inbox and reads outputs from one queue per request. Knows threads
+and asyncio; knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from moe_serve.config import EngineConfig
+from moe_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from moe_serve.sequence import Request, SampleOutput
+from moe_serve.stats import StatsObserver
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Consecutive steps that may raise before the engine is declared dead."""
+
+
+class EngineLike(Protocol):
+    """What AsyncEngine needs of an engine; all but check_request run on the worker thread."""
+
+    config: EngineConfig
+    observer: StatsObserver | None
+    max_model_len: int
+    num_pages: int
+    block_size: int
+
+    def check_request(self, request: Request) -> None: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[SampleOutput]: ...
+    def has_work(self) -> bool: ...
+    def fail_running(self, message: str) -> list[SampleOutput]: ...
+
+
+class EngineState(StrEnum):
+    """READY serves; DRAINING finishes what it has; STOPPED and DEAD serve nothing."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    DEAD = "dead"
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A request as the event loop sees it, from submission to its last output."""
+
+    request: Request
+    queue: asyncio.Queue[SampleOutput | EngineDeadError] = field(default_factory=asyncio.Queue)
+    unfinished: int = 1
+    """Samples that have not ended."""
+    is_queued: bool = True
+    """No output yet: it counts against the queue limits."""
+
+
+class AsyncEngine:
+    """Many concurrent `generate` calls over one engine."""
+
+    def __init__(self, engine: EngineLike) -> None:
+        self.engine = engine
+        self.state = EngineState.READY
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._in_flight: dict[str, _InFlight] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="moe-serve-engine", daemon=True)
+        self._finish_times: list[float] = []
+
+    # ---- event-loop side ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the worker thread. Call from the event loop that will consume outputs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Accepted requests whose last output has not been handed over."""
+        return len(self._in_flight)
+
+    @property
+    def num_queued(self) -> int:
+        """Accepted requests that have produced nothing yet, beyond the ones a step can hold."""
+        queued = sum(f.is_queued for f in self._in_flight.values())
+        running = len(self._in_flight) - queued
+        return max(0, queued - max(0, self.engine.config.max_num_seqs - running))
+
+    async def generate(self, request: Request) -> AsyncIterator[SampleOutput]:
+        """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
+
+        Raises InvalidRequestError, OverloadedError or EngineDeadError before the first output.
+        """
+        in_flight = self.submit(request)
+        try:
+            while in_flight.unfinished > 0:
+                output = await in_flight.queue.get()
+                if isinstance(output, EngineDeadError):
+                    raise output
+                in_flight.unfinished -= output.finish_reason is not None
+                yield output
+        finally:
+            self._in_flight.pop(request.request_id, None)
+            if in_flight.unfinished > 0:
+                self._post(lambda: self.engine.abort(request.request_id))
+
+    def submit(self, request: Request) -> _InFlight:
+        """Accept a request or raise why not; `generate` reads its outputs."""
+        if self.state is EngineState.DEAD:
+            raise EngineDeadError("the engine has died after repeated errors; restart the server")
+        if self.state is not EngineState.READY:
+            raise OverloadedError("the server is shutting down", retry_after_s=10)
+        if request.request_id in self._in_flight:
+            raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
+        self.engine.check_request(request)
+        self._check_queue(request)
+        in_flight = self._in_flight[request.request_id] = _InFlight(request, unfinished=request.params.n)
+        self._post(lambda: self.engine.add_request(request))
+        return in_flight
+
+    def _check_queue(self, request: Request) -> None:
+        config = self.engine.config
+        queued = self.num_queued
+        free_seats = config.max_num_seqs - len(self._in_flight)
+        if free_seats <= 0 and queued >= config.max_num_queued_reqs:
+            raise OverloadedError(
+                f"{queued} requests are waiting already; try again later", self._retry_after_s(queued)
+            )
+        if config.max_num_queued_tokens is None or free_seats > 0:
+            return
+        tokens = sum(len(f.request.prompt_token_ids) for f in self._in_flight.values() if f.is_queued)
+        if tokens + len(request.prompt_token_ids) > config.max_num_queued_tokens:
+            raise OverloadedError(f"{tokens} prompt tokens are waiting already", self._retry_after_s(queued))
+
+    def _retry_after_s(self, queued: int) -> int:
+        """Seconds until the queue should have room, from how fast requests finished lately."""
+        recent = self._finish_times
+        if len(recent) < 2 or recent[-1] <= recent[0]:
+            return 1
+        per_s = (len(recent) - 1) / (recent[-1] - recent[0])
+        return max(1, min(60, math.ceil(queued / 2 / per_s)))
+
+    async def shutdown(self, drain_timeout_s: float = 0.0) -> None:
+        """Refuse new requests, give the running ones `drain_timeout_s`, abort the rest, end the thread."""
+        if self.state is EngineState.READY:
+            self.state = EngineState.DRAINING
+        deadline = time.monotonic() + drain_timeout_s
+        while self._in_flight and time.monotonic() < deadline and self.state is EngineState.DRAINING:
+            await asyncio.sleep(0.02)
+        for request_id in list(self._in_flight):
+            self._post(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
+            self._in_flight[request_id].queue.put_nowait(EngineDeadError("the server is shutting down"))
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+        if self.state is not EngineState.DEAD:
+            self.state = EngineState.STOPPED
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Have the worker thread run `command` before its next step."""
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _deliver(self, outputs: list[SampleOutput]) -> None:
+        """Hand one step's outputs to their requests; on the event loop."""
+        for output in outputs:
+            in_flight = self._in_flight.get(output.request_id)
+            if in_flight is not None:
+                in_flight.is_queued = False
+                in_flight.queue.put_nowait(output)
+                if output.finish_reason is not None:
+                    self._finish_times = [*self._finish_times[-63:], time.monotonic()]
+
+    def _die(self, message: str) -> None:
+        """Tell every request that the engine is gone; on the event loop."""
+        self.state = EngineState.DEAD
+        for in_flight in self._in_flight.values():
+            in_flight.queue.put_nowait(EngineDeadError(message))
+
+    # ---- worker-thread side -----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        failures = 0
+        while True:
+            commands = self._next_commands()
+            if commands is None:
+                return
+            outputs, error = self._advance(commands)
+            failures = failures + 1 if error else 0
+            if outputs:
+                self._call_loop(self._deliver, outputs)
+            if failures >= MAX_FAILED_STEPS:
+                log.critical("%d steps in a row failed; the engine stops", failures)
+                self._call_loop(self._die, f"the engine died: {error}")
+                return
+
+    def _next_commands(self) -> list[Callable[[], None]] | None:
+        """Wait for something to do; None means stop."""
+        with self._wake:
+            while not self._inbox and not self._stopping and not self.engine.has_work():
+                self._wake.wait()
+            if self._stopping and not self._inbox:
+                return None
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _advance(self, commands: list[Callable[[], None]]) -> tuple[list[SampleOutput], str | None]:
+        """Run commands and one step; an error ends the requests it hit and nothing else."""
+        try:
+            for command in commands:
+                command()
+            return (self.engine.step() if self.engine.has_work() else []), None
+        except Exception as error:
+            log.exception("an engine step failed")
+            return self.engine.fail_running(f"the engine failed on this request ({type(error).__name__})"), str(error)
+
+    def _call_loop(self, function: Callable[[Any], None], argument: Any) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, argument)

@@ -1,0 +1,115 @@
+"""Tokenizer: text to token ids and back, and conversations through the model's chat template.
+
+A thin face on transformers' fast tokenizers, so that the rest of the code sees five methods.
+Knows no requests and no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from moe_serve.errors import ConfigError, InvalidRequestError
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer."""
+
+    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
+        self._hf = hf
+        self.backend: FastTokenizer = hf.backend_tokenizer
+        """The tokenizers library's object, for DecodeStream."""
+        self._byte_of = _byte_level_alphabet() if _is_byte_level(self.backend) else None
+
+    @staticmethod
+    def from_path(folder: str, chat_template_file: str | None = None) -> Tokenizer:
+        """Load from a checkpoint folder; `chat_template_file` replaces its chat template."""
+        try:
+            hf = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder}: cannot load its tokenizer ({error})") from error
+        if not hf.is_fast:
+            raise ConfigError(f"{folder}: needs a tokenizer.json; convert the slow tokenizer with transformers first")
+        if chat_template_file is not None:
+            path = Path(chat_template_file)
+            if not path.is_file():
+                raise ConfigError(f"--chat-template: no file {chat_template_file}")
+            hf.chat_template = path.read_text()
+        return Tokenizer(hf)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this; added tokens included."""
+        return len(self._hf)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self._hf(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. InvalidRequestError (messages) when the template refuses it."""
+        if not self._hf.chat_template:
+            raise InvalidRequestError(
+                "messages", "this model has no chat template; use /v1/completions or start with --chat-template FILE"
+            )
+        try:
+            text = self._hf.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(chat_template_kwargs or {}),
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise InvalidRequestError("messages", f"the chat template cannot render these messages: {error}") from error
+        return self.encode(str(text), add_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """The token on its own; half of a UTF-8 character shows as U+FFFD."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """The token's UTF-8 bytes, exact even for half a character (OpenAI's `bytes`)."""
+        piece = self.backend.id_to_token(token_id)
+        if piece is None:
+            return []
+        if self._byte_of is not None and all(c in self._byte_of for c in piece):
+            return [self._byte_of[c] for c in piece]
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return [int(piece[3:5], 16)]
+        return list(self.token_text(token_id).encode())
+
+
+def _is_byte_level(backend: FastTokenizer) -> bool:
+    return "ByteLevel" in repr(backend.decoder)
+
+
+@lru_cache(maxsize=1)
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of GPT-2's byte-level alphabet: printable Latin-1 stands for itself."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
