@@ -1,0 +1,73 @@
+"""Running moe_serve on a tiny checkpoint: settings, greedy requests and a count of preemptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_serve import LLM, SamplingParams
+from moe_serve.llm import RequestResult
+from moe_serve.stats import FinishedStats, StepStats
+
+from .references import NEW_TOKENS
+from .tiny_configs import POSITIONS
+
+SMALL_ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "num_threads": 1,
+    "max_model_len": POSITIONS,
+    "max_num_seqs": 8,
+    "num_kv_pages": 128,
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def load(folder: Path, **settings: Any) -> LLM:
+    """An LLM with a KV cache small enough to build in no time."""
+    return LLM(str(folder), **{**SMALL_ENGINE, **settings})
+
+
+def greedy(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[RequestResult]:
+    """Complete all prompts together, then prove that nothing is left behind."""
+    results = llm.generate(prompts, GREEDY)
+    llm.engine.check_integrity()
+    assert llm.engine.pool.num_free == llm.engine.num_pages
+    return results
+
+
+def tokens(results: Sequence[RequestResult]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each result's only sample."""
+    return tuple(tuple(r.completions[0].token_ids) for r in results)
+
+
+class StepLog:
+    """A StatsObserver that keeps every step's numbers."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.steps: list[StepStats] = []
+        llm.engine.observer = self
+
+    def on_step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def on_finished(self, stats: FinishedStats) -> None:
+        """Only steps are of interest."""
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(s.num_preemptions for s in self.steps)
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Prompt tokens of the largest step."""
+        return max(s.num_prompt_tokens for s in self.steps)
+
+    @property
+    def expert_hits(self) -> int:
+        return sum(s.expert_hits for s in self.steps)
+
+    @property
+    def expert_misses(self) -> int:
+        return sum(s.expert_misses for s in self.steps)

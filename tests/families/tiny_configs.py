@@ -1,0 +1,198 @@
+"""The tiny models of these tests: one config per family and per trait that changes the arithmetic.
+
+Small enough to build and run in milliseconds, large enough that every mechanism is really used:
+grouped query heads, more experts than are chosen, contexts longer than the sliding window. The
+experts of each model take between 1 and 2 MiB, so that `moe_cache_mib=1` holds some of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig
+
+VOCAB = 257
+"""256 bytes and one end-of-text token (see tiny_checkpoints.tiny_tokenizer)."""
+WINDOW = 24
+"""Tokens; well below the longest contexts of the tests."""
+POSITIONS = 256
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": False,
+    # Greedy runs of a fixed length on both sides; end-of-sequence handling is tested in tests/engine.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+LATENT_ATTENTION: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+"""DeepSeek: keys are 24 wide and values 12, unlike every other family."""
+
+DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+}
+"""The first layer is dense; the experts of 2 of 4 groups are open to each token."""
+
+
+@dataclass(frozen=True)
+class TinyCase:
+    """One tiny model: a config and the seed of its weights."""
+
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    """Chosen so that no greedy choice of the tests is a near tie (test_references.py)."""
+    std: float = 0.2
+    """Of the random matrices."""
+
+    def config(self) -> Any:
+        """The transformers config."""
+        return AutoConfig.for_model(self.model_type, **{**COMMON, **self.fields})
+
+
+CASES: dict[str, TinyCase] = {
+    "mixtral": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8}),
+    "mixtral_window": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8, "sliding_window": WINDOW}),
+    # Experts above 128 Ki elements per in-projection run in oneDNN's packed form, not as columns.
+    "mixtral_wide": TinyCase(
+        "mixtral", {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 544, "num_local_experts": 4}
+    ),
+    "qwen2_moe": TinyCase(
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 48,
+            "intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+        },
+    ),
+    # Layers 0 and 2 slide, layer 1 does not; layer 1 has a dense MLP.
+    "qwen2_moe_window": TinyCase(
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 48,
+            "intermediate_size": 96,
+            "num_experts": 12,
+            "num_experts_per_tok": 2,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe": TinyCase(
+        "qwen3_moe",
+        {
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "head_dim": 24,
+        },
+    ),
+    "olmoe": TinyCase(
+        "olmoe",
+        {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 2.0},
+    ),
+    "deepseek_v2": TinyCase(
+        "deepseek_v2", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "topk_method": "group_limited_greedy"}
+    ),
+    # As V2-Lite: no low-rank queries, all experts open to every token.
+    "deepseek_v2_lite": TinyCase("deepseek_v2", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "q_lora_rank": None}),
+    "deepseek_v3": TinyCase(
+        "deepseek_v3",
+        {
+            **LATENT_ATTENTION,
+            **DEEPSEEK_EXPERTS,
+            # Yarn multiplies the attention's scale, which only the attention function sees.
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        seed=1,
+    ),
+    # Layers 0 and 2 slide, layer 1 does not; every head has a sink.
+    "gpt_oss": TinyCase(
+        "gpt_oss",
+        {
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+        },
+    ),
+    "phimoe": TinyCase(
+        "phimoe", {"intermediate_size": 64, "num_local_experts": 8, "attention_bias": True, "lm_head_bias": True}
+    ),
+    "phimoe_window": TinyCase("phimoe", {"intermediate_size": 64, "num_local_experts": 8, "sliding_window": WINDOW}),
+    "granitemoe": TinyCase(
+        "granitemoe",
+        {
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "glm4_moe": TinyCase(
+        "glm4_moe",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "n_group": 2,
+            "topk_group": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "head_dim": 16,
+        },
+    ),
+    "ernie4_5_moe": TinyCase(
+        "ernie4_5_moe",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 64,
+            "moe_num_experts": 12,
+            "moe_num_shared_experts": 1,
+            "moe_k": 3,
+            "moe_layer_start_index": 1,
+            "use_bias": True,
+        },
+        seed=1,
+    ),
+}
