@@ -13,12 +13,13 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from moe_serve.cli.bench.arrivals import arrival_times
-from moe_serve.cli.bench.client import Outcome, Target, open_client, send, send_all, wait_until_ready
+from moe_serve.cli.bench.client import Clients, Outcome, Target, send, send_all, wait_until_ready
 from moe_serve.cli.bench.datasets import PlannedRequest, plan_requests
 from moe_serve.cli.bench.flags import add_flags, dataset_options, endpoint, request_settings, summary_options
 from moe_serve.cli.bench.summary import SummaryOptions, summarise, table, without_details
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(args: argparse.Namespace, plan: list[PlannedRequest], options: SummaryOptions) -> dict[str, Any]:
-    async with open_client(args.base_url) as client:
+    async with aclosing(Clients(args.base_url)) as clients, clients.take() as client:
         first_model = await wait_until_ready(client, args.ready_check_timeout_sec)
         target = Target(endpoint(args), args.model or first_model, request_settings(args))
         requests = await spell(plan, TokenCounter(client, target.model), as_text=target.is_chat)
@@ -53,7 +54,7 @@ async def _measure(args: argparse.Namespace, plan: list[PlannedRequest], options
             _require_success(await send(client, target, request))
         with _progress(args, len(requests)) as bar:
             outcomes, duration_s = await send_all(
-                client, target, requests, _arrivals(args, requests), args.max_concurrency, bar.update
+                clients, target, requests, _arrivals(args, requests), args.max_concurrency, bar.update
             )
     _report_errors(outcomes)
     return {**_header(args, target, len(requests)), **summarise(outcomes, duration_s, options)}
