@@ -217,13 +217,18 @@ def _declared() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *extras["gpu"], *extras["distributed"]]
-    return {re.split(r"[^\w.-]", line)[0].lower() for line in lines}
+    return {_normal(re.split(r"[^\w.-]", line)[0]) for line in lines}
+
+
+def _normal(distribution: str) -> str:
+    """Distribution names are equal up to case and punctuation."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def test_every_imported_library_is_declared() -> None:
     outside = {top(i.target) for i in read_imports(ROOT)} - set(sys.stdlib_module_names) - set(FOLDER_OF)
     owner = importlib.metadata.packages_distributions()
-    missing = {name for name in outside if not {d.lower() for d in owner.get(name, [name])} & _declared()}
+    missing = {name for name in outside if not {_normal(d) for d in owner.get(name, [name])} & _declared()}
     # starlette and anyio come with fastapi, which re-exports the one and runs on the other.
     assert missing - {"starlette", "anyio"} == set()
 
