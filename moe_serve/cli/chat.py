@@ -101,8 +101,8 @@ class Local:
     """The model in this process."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._params = sampling_from_args(args)
         config = config_from_args(args, EngineConfig)
+        self._params = sampling_from_args(args, config)
         from moe_serve.llm import LLM
 
         self._llm = LLM(**vars_of(config))

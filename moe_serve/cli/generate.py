@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config, params, prompt = config_from_args(args, EngineConfig), sampling_from_args(args), _prompt(args)
+    config = config_from_args(args, EngineConfig)
+    params, prompt = sampling_from_args(args, config), _prompt(args)
     from moe_serve.llm import LLM
 
     for output in LLM(**vars_of(config)).stream(prompt, params):

@@ -6,19 +6,20 @@ import argparse
 from types import MappingProxyType
 
 from moe_serve.cli.flags import add_flag, field_kinds, given
-from moe_serve.config import flag_name
+from moe_serve.config import EngineConfig, flag_name
+from moe_serve.generation_defaults import read_generation_defaults
 from moe_serve.sequence import SamplingParams
 
 HELP_OF = MappingProxyType(
     {
-        "max_tokens": "Longest answer, in tokens. Default: up to the end of the context window.",
-        "temperature": "0 always takes the likeliest token; higher is more varied. Default: 1.",
-        "top_p": "Sample from the likeliest tokens that together have this probability. Default: 1, all.",
-        "top_k": "Sample from this many likeliest tokens. Default: 0, all.",
-        "min_p": "Leave out tokens less likely than this fraction of the likeliest one's probability. Default: 0.",
+        "max_tokens": "Longest answer, in tokens. Default: the checkpoint's, or up to the end of the context window.",
+        "temperature": "0 always takes the likeliest token; higher is more varied. Default: the checkpoint's.",
+        "top_p": "Sample from the likeliest tokens that together have this probability. Default: the checkpoint's.",
+        "top_k": "Sample from this many likeliest tokens; 0 is all. Default: the checkpoint's.",
+        "min_p": "Leave out tokens below this fraction of the likeliest one's probability. Default: the checkpoint's.",
         "presence_penalty": "Subtracted from the logit of tokens already generated. Default: 0.",
         "frequency_penalty": "Subtracted from a token's logit for each time it was generated. Default: 0.",
-        "repetition_penalty": "Above 1 discourages tokens of the prompt and the answer. Default: 1.",
+        "repetition_penalty": "Above 1 discourages tokens of the prompt and the answer. Default: the checkpoint's.",
         "ignore_eos": "Go on past the end-of-sequence token.",
     }
 )
@@ -38,8 +39,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_from_args(args: argparse.Namespace) -> SamplingParams:
-    """InvalidRequestError names the flag whose value is out of range."""
-    settings = given(args, [*HELP_OF, "stop"])
+def sampling_from_args(args: argparse.Namespace, config: EngineConfig) -> SamplingParams:
+    """The checkpoint's own defaults with the given flags on top, as the server does it.
+
+    InvalidRequestError names the setting whose value is out of range.
+    """
+    settings = read_generation_defaults(config.model, config.generation_config)
+    settings |= given(args, [*HELP_OF, "stop"])
     settings["stop"] = tuple(settings.get("stop", ()))
     return SamplingParams(**settings)

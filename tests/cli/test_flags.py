@@ -80,13 +80,26 @@ def test_the_default_model_is_in_the_package() -> None:
     assert parse(["serve", "elsewhere"]).model == "elsewhere"
 
 
-def test_sampling_flags_round_trip() -> None:
+def _sampling(config: EngineConfig, *argv: str) -> SamplingParams:
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
-    assert sampling_from_args(parser.parse_args([])) == SamplingParams()
+    return sampling_from_args(parser.parse_args(argv), config)
+
+
+def test_sampling_flags_round_trip(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(tmp_path))
+    assert _sampling(config) == SamplingParams()
     argv = ["--max-tokens", "5", "--temperature", "0", "--ignore-eos", "--stop", "a", "--stop", "b"]
     expected = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, stop=("a", "b"))
-    assert sampling_from_args(parser.parse_args(argv)) == expected
+    assert _sampling(config, *argv) == expected
+
+
+def test_sampling_starts_from_the_checkpoints_defaults(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 40}')
+    auto, neutral = (EngineConfig(model=str(tmp_path), generation_config=mode) for mode in ("auto", "vllm"))
+    assert _sampling(auto) == SamplingParams(temperature=0.7, top_k=40)
+    assert _sampling(auto, "--top-k", "5") == SamplingParams(temperature=0.7, top_k=5)
+    assert _sampling(neutral) == SamplingParams()
 
 
 def test_sampling_flags_are_fields() -> None:

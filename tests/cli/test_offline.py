@@ -57,7 +57,8 @@ def _type(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 
 def test_generate_streams_the_completion(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--prompt", "a b c", "--max-tokens", "9", "--max-num-seqs", "3"]) == 0
+    flags = ["--max-tokens", "9", "--max-num-seqs", "3", "--generation-config", "vllm"]
+    assert main(["generate", "--prompt", "a b c", *flags]) == 0
     assert capsys.readouterr().out == "c b a \n"
     assert fake.last.calls == [("a b c", SamplingParams(max_tokens=9))]
     assert fake.last.settings["max_num_seqs"] == 3
