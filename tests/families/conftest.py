@@ -14,7 +14,7 @@ from .tiny_checkpoints import write_checkpoint
 from .tiny_configs import CASES
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny matrices run faster on one thread than on two that wait for each other."""
     before = torch.get_num_threads()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from .tiny_configs import VOCAB
 
-NEW_TOKENS = 20
+NEW_TOKENS = 12
 PROMPT_LENGTHS = (1, 3, 16, 41, 48, 70)
 """Tokens; 16 and 48 end exactly on a page. The last three share their first 32, i.e. full pages of 4 and of 16."""
 SHARED = 32

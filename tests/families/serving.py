@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from moe_serve import LLM, SamplingParams
+from moe_serve.hf import loading
 from moe_serve.llm import RequestResult
 from moe_serve.stats import FinishedStats, StepStats
 
@@ -24,9 +28,18 @@ SMALL_ENGINE: dict[str, Any] = {
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
+_load_once = cache(loading.load)
+
+
 def load(folder: Path, **settings: Any) -> LLM:
-    """An LLM with a KV cache small enough to build in no time."""
-    return LLM(str(folder), **{**SMALL_ENGINE, **settings})
+    """An LLM with a KV cache small enough to build in no time.
+
+    The dense model is shared by all LLMs of a folder, because transformers takes a second to load
+    it; so use only the newest of them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load", _load_once)
+        return LLM(str(folder), **{**SMALL_ENGINE, **settings})
 
 
 def greedy(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[RequestResult]:

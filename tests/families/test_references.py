@@ -21,7 +21,7 @@ def test_no_greedy_choice_is_a_near_tie(case: str, reference: Callable[[str], Re
 def test_the_continuations_are_not_collapsed(case: str, reference: Callable[[str], Reference]) -> None:
     outputs = reference(case).outputs
     assert len(set(outputs)) == len(outputs)
-    assert min(len(set(tokens)) for tokens in outputs) >= 8
+    assert min(len(set(tokens)) for tokens in outputs) >= 6
 
 
 @pytest.mark.parametrize("case", CASES)

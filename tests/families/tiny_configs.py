@@ -88,6 +88,7 @@ CASES: dict[str, TinyCase] = {
             "num_experts": 8,
             "num_experts_per_tok": 3,
         },
+        seed=1,
     ),
     # Layers 0 and 2 slide, layer 1 does not; layer 1 has a dense MLP.
     "qwen2_moe_window": TinyCase(

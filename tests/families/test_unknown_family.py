@@ -1,0 +1,55 @@
+"""A model we cannot run is refused at once, with the list of those we can."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from moe_serve import LLM
+from moe_serve.errors import ConfigError, UnsupportedModelError
+from moe_serve.hf.family import supported
+
+NAMED_IN_THE_ISSUE = {
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "phimoe",
+    "granitemoe",
+    "glm4_moe",
+    "ernie4_5_moe",
+}
+
+
+def test_the_promised_families_are_supported() -> None:
+    assert set(supported()) >= NAMED_IN_THE_ISSUE
+
+
+@pytest.mark.parametrize("model_type", ["llama", "jamba", "gpt2"])
+def test_a_family_we_lack_is_refused_with_the_list(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError) as caught:
+        LLM(str(tmp_path))
+    assert model_type in caught.value.message
+    assert all(family in caught.value.message for family in supported())
+
+
+def test_a_model_type_nobody_knows_is_refused_naming_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moe_of_tomorrow"}))
+    with pytest.raises(ConfigError) as caught:
+        LLM(str(tmp_path))
+    assert "moe_of_tomorrow" in caught.value.message
+    assert all(family in caught.value.message for family in supported())
+
+
+def test_a_quantised_checkpoint_is_refused_naming_its_method(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("mixtral").to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(UnsupportedModelError, match="gptq"):
+        LLM(str(tmp_path))
