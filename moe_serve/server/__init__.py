@@ -1,0 +1,1 @@
+"""The HTTP face: the only folder that knows FastAPI, pydantic, uvicorn and Prometheus."""

@@ -1,0 +1,143 @@
+"""One or more requests' outputs, merged as they come or collected whole; gone clients abort them.
+
+Between the endpoints and AsyncEngine. Knows no JSON shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import Request as HttpRequest
+
+from moe_serve.async_engine import AsyncEngine
+from moe_serve.errors import MoEServeError
+from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
+
+DISCONNECT_POLL_S = 0.25
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished sample, as endpoints report it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts over all prompts and samples of one HTTP request."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def note_first(self, output: SampleOutput) -> None:
+        """Count a prompt once, from the first output of its first sample."""
+        self.prompt_tokens += output.num_prompt_tokens
+        self.cached_tokens += output.num_cached_tokens
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(slots=True)
+class Merger:
+    """Numbers the samples of several requests through: choice = request's position * n + sample."""
+
+    requests: Sequence[Request]
+    usage: Usage = field(default_factory=Usage)
+    _seen: set[str] = field(default_factory=set)
+
+    def choice_index(self, position: int, output: SampleOutput) -> int:
+        return position * self.requests[position].params.n + output.index
+
+    def count(self, output: SampleOutput) -> None:
+        if output.request_id not in self._seen:
+            self._seen.add(output.request_id)
+            self.usage.note_first(output)
+        self.usage.completion_tokens += len(output.token_ids)
+
+
+async def stream(engine: AsyncEngine, merger: Merger) -> AsyncIterator[tuple[int, SampleOutput]]:
+    """(choice index, output) of all requests, in order of arrival. Leaving it aborts what is left."""
+    if len(merger.requests) == 1:
+        async with aclosing(engine.generate(merger.requests[0])) as outputs:
+            async for output in outputs:
+                merger.count(output)
+                yield merger.choice_index(0, output), output
+        return
+    queue: asyncio.Queue[tuple[int, SampleOutput] | BaseException | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(engine, i, r, queue)) for i, r in enumerate(merger.requests)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+                continue
+            merger.count(item[1])
+            yield merger.choice_index(*item), item[1]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    engine: AsyncEngine,
+    position: int,
+    request: Request,
+    queue: asyncio.Queue[tuple[int, SampleOutput] | BaseException | None],
+) -> None:
+    try:
+        async with aclosing(engine.generate(request)) as outputs:
+            async for output in outputs:
+                queue.put_nowait((position, output))
+    except MoEServeError as error:
+        queue.put_nowait(error)
+    queue.put_nowait(None)
+
+
+async def collect(engine: AsyncEngine, merger: Merger, http: HttpRequest) -> list[Choice]:
+    """All choices, finished. Raises asyncio.CancelledError when the client hangs up meanwhile."""
+    task = asyncio.ensure_future(_collect(engine, merger))
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=DISCONNECT_POLL_S)
+            if not task.done() and await http.is_disconnected():
+                raise asyncio.CancelledError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _collect(engine: AsyncEngine, merger: Merger) -> list[Choice]:
+    choices = [Choice(i) for i in range(sum(r.params.n for r in merger.requests))]
+    async with aclosing(stream(engine, merger)) as outputs:
+        async for index, output in outputs:
+            if output.error is not None:
+                raise MoEServeError(output.error)
+            choice = choices[index]
+            choice.text += output.text
+            choice.token_ids += output.token_ids
+            choice.logprobs += output.logprobs
+            choice.finish_reason = output.finish_reason
+            choice.stop_reason = output.stop_reason
+    return choices

@@ -1,0 +1,113 @@
+"""/v1/completions: prompts to requests, outputs to OpenAI's text-completion JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
+from moe_serve.sequence import SampleOutput, TokenLogprob
+from moe_serve.server.collect import Choice, Merger, Usage
+from moe_serve.server.protocol import CompletionBody
+from moe_serve.tokenizer import Tokenizer
+
+MAX_PROMPTS = 128
+
+
+def prompts_of(body: CompletionBody, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Token ids of each prompt in the body."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        prompt = [prompt]  # type: ignore[list-item]
+    if not prompt or len(prompt) > MAX_PROMPTS:
+        raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompt)}")
+    return [tuple(tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p) for p in prompt]  # type: ignore[arg-type]
+
+
+def check(body: CompletionBody) -> None:
+    """What only this endpoint can refuse."""
+    body.check_stream_options()
+    if body.echo and body.logprobs is not None:
+        raise UnsupportedFieldError("logprobs", "logprobs of an echoed prompt are not supported; drop echo or logprobs")
+
+
+class CompletionShapes:
+    """The JSON of one request's answer, whole or in chunks."""
+
+    def __init__(self, body: CompletionBody, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger) -> None:
+        self._body = body
+        self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._tokenizer = tokenizer
+        self._merger = merger
+        self._offsets: dict[int, int] = {}
+        self._echoed: set[int] = set()
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer of a request that is not streamed."""
+        shaped = [
+            self._choice(c.index, c.text, c.token_ids, c.logprobs, c.finish_reason, c.stop_reason) for c in choices
+        ]
+        return {**self._head, "choices": shaped, "usage": self._merger.usage.as_json()}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunk(self, index: int, output: SampleOutput) -> dict[str, Any] | None:
+        """One streamed chunk, or None when the output shows nothing yet."""
+        if not output.text and output.finish_reason is None and not output.logprobs and not self._body.return_token_ids:
+            return None
+        choice = self._choice(
+            index, output.text, output.token_ids, output.logprobs, output.finish_reason, output.stop_reason
+        )
+        return {**self._head, "choices": [choice]}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return {**self._head, "choices": [], "usage": usage.as_json()}
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob],
+        finish_reason: Any,
+        stop_reason: int | str | None,
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "text": self._echo(index) + text,
+            "logprobs": self._logprobs(index, logprobs) if self._body.logprobs is not None else None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+        return choice
+
+    def _echo(self, index: int) -> str:
+        """The prompt's text, before the first text of each choice, when the request asked for it."""
+        if not self._body.echo or index in self._echoed:
+            return ""
+        self._echoed.add(index)
+        prompt = self._merger.requests[index // self._merger.requests[0].params.n].prompt_token_ids
+        return self._tokenizer.decode(prompt)
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """OpenAI's legacy shape: parallel lists over tokens."""
+        texts = [self._tokenizer.token_text(p.token_id) for p in logprobs]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [p.logprob for p in logprobs],
+            "top_logprobs": [self._top(p) for p in logprobs] if self._body.logprobs else None,
+            "text_offset": offsets,
+        }
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        return {self._tokenizer.token_text(token_id): value for token_id, value in logprob.top}

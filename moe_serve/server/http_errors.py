@@ -1,0 +1,47 @@
+"""Errors as OpenAI-shaped responses: {"error": {message, type, param, code}}. Never a bare 500."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from moe_serve.errors import MoEServeError, OverloadedError
+
+log = logging.getLogger(__name__)
+
+
+def error_body(error: MoEServeError) -> dict[str, Any]:
+    """The JSON object clients of the OpenAI API expect."""
+    return _body(error.message, error.error_type, getattr(error, "param", None), error.http_status)
+
+
+def _body(message: str, error_type: str, param: str | None, code: int) -> dict[str, Any]:
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+def install(app: FastAPI) -> None:
+    """Answer our own errors, HTTP errors and unexpected ones in the same shape."""
+    app.add_exception_handler(MoEServeError, _ours)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _ours(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, MoEServeError)
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
+    return JSONResponse(error_body(error), error.http_status, headers)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(_body(message, "invalid_request_error", None, error.status_code), error.status_code)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse(_body("an internal error occurred; see the server's log", "internal_error", None, 500), 500)
