@@ -1,0 +1,147 @@
+"""Write a random Mixtral checkpoint of a chosen size, for benchmarks that need bytes, not sense.
+
+    python benchmarks/make_checkpoint.py mixtral-1.4g /tmp/mixtral-1.4g --dtype bfloat16
+
+Shard by shard straight to safetensors, under the names published Mixtral checkpoints use, so that
+the peak of memory is one shard and no model is ever built. The tokenizer is the demo model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+DEMO = Path(__file__).resolve().parents[1] / "moe_serve" / "demo" / "model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SHARD_BYTES = 200 << 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """What makes one Mixtral larger than another; 8 experts, 2 per token, head dim 64, vocabulary 4096."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    kv_heads: int
+
+    def config(self, dtype: torch.dtype) -> MixtralConfig:
+        return MixtralConfig(
+            vocab_size=4096,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=0,
+            dtype=str(dtype).removeprefix("torch."),
+            architectures=["MixtralForCausalLM"],
+        )
+
+
+SIZES = {
+    "mixtral-20m": Size(hidden=256, intermediate=640, layers=4, kv_heads=2),
+    "mixtral-300m": Size(hidden=768, intermediate=1536, layers=10, kv_heads=4),
+    "mixtral-1.4g": Size(hidden=1024, intermediate=3456, layers=8, kv_heads=4),
+}
+"""mixtral-300m has 305 million parameters; mixtral-1.4g takes 1.42 GB in bf16, 96 % of them experts."""
+
+
+def tensor_shapes(config: MixtralConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Checkpoint names and shapes, layer by layer."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    for layer in range(config.num_hidden_layers):
+        yield from _layer_shapes(f"model.layers.{layer}", config)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (vocab, hidden)
+
+
+def _layer_shapes(prefix: str, config: MixtralConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
+        yield f"{prefix}.self_attn.{name}.weight", (rows, hidden)
+    yield f"{prefix}.input_layernorm.weight", (hidden,)
+    yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+    yield f"{prefix}.block_sparse_moe.gate.weight", (config.num_local_experts, hidden)
+    for expert in range(config.num_local_experts):
+        for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+            yield f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight", shape
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Ones for norms; otherwise normal with variance 1 / fan-in, so that activations keep their size."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    std = 1.0 if "embed" in name else shape[1] ** -0.5
+    return torch.empty(shape).normal_(0.0, std, generator=generator).to(dtype)
+
+
+def write_weights(folder: Path, config: MixtralConfig, dtype: torch.dtype, seed: int) -> int:
+    """Write numbered shards and their index; returns the bytes of all tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    used = total = number = 0
+    for name, shape in tensor_shapes(config):
+        shard[name] = random_tensor(name, shape, dtype, generator)
+        used += shard[name].nbytes
+        if used >= SHARD_BYTES or name == "lm_head.weight":
+            number += 1
+            _write_shard(folder, number, shard, weight_map)
+            total, used, shard = total + used, 0, {}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return total
+
+
+def _write_shard(folder: Path, number: int, shard: dict[str, torch.Tensor], weight_map: dict[str, str]) -> None:
+    file = f"model-{number:05}.safetensors"
+    save_file(shard, folder / file, metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(shard, file))
+
+
+def make_checkpoint(size: str, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """Write the named size into `folder` unless the same one is there already; returns the folder."""
+    done = folder / "made.json"
+    recipe = {"size": size, "dtype": str(dtype), "seed": seed, "sizes": str(SIZES[size])}
+    if done.is_file() and json.loads(done.read_text()) == recipe:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = SIZES[size].config(dtype)
+    write_weights(folder, config, dtype, seed)
+    config.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(DEMO / name, folder / name)
+    done.write_text(json.dumps(recipe))
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = make_checkpoint(args.size, args.folder, getattr(torch, args.dtype), args.seed)
+    files = list(folder.glob("*.safetensors"))
+    print(f"{folder}: {len(files)} shards, {sum(f.stat().st_size for f in files) / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
