@@ -32,8 +32,7 @@ class ExpertCache:
         groups = regroup(ids, self.resident.store.num_experts)
         inputs = hidden.index_select(0, groups.tokens)
         outputs = [
-            self.resident.get(layer, expert, end - start)(inputs[start:end])
-            for expert, start, end in groups.segments()
+            self.resident.get(layer, expert, end - start)(inputs[start:end]) for expert, start, end in groups.segments()
         ]
         by_pair = torch.empty_like(inputs).index_copy_(0, groups.pairs, torch.cat(outputs))
         return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)

@@ -68,7 +68,7 @@ class FormRules:
 
     def names(self, in_elements: int, rows_are_free: bool) -> set[str]:
         """Every form these rules can ask for, over all token counts."""
-        return {self.choose(in_elements, t, rows_are_free) for t in (1, NEVER)}
+        return {self.choose(in_elements, t, rows_are_free) for t in (1, NEVER - 1)}
 
 
 NEVER = 1 << 60
@@ -135,7 +135,7 @@ def _packed(weights: ExpertWeights, gate: Gate, dtype: torch.dtype, device: torc
 def _packed_product(matrix: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     packed = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), None)
     product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: product(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: product(x, packed, bias, "none", [], "")
 
 
 def _in_matrix(weights: ExpertWeights) -> torch.Tensor:

@@ -77,7 +77,7 @@ class EngineConfig(FromDict):
     block_size: int = option(16, "Tokens in one KV page.")
     kv_cache_mib: int | None = option(
         None,
-        "Memory for KV pages, in MiB. Default: enough for max_num_seqs full sequences, at most a quarter of free memory.",
+        "KV page memory in MiB. Default: enough for max_num_seqs full sequences, at most a quarter of free memory.",
     )
     num_kv_pages: int | None = option(None, "Number of KV pages; overrides --kv-cache-mib.")
     enable_prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes between requests.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -61,8 +62,8 @@ class LayerKV:
         tokens = num_pages * page_size
         self.page_size = page_size
         self._scratch = scratch
-        self.keys = torch.zeros(shape.num_heads, tokens, shape.key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(shape.num_heads, tokens, shape.value_dim, dtype=dtype, device=device)
+        self.keys = lazy_zeros((shape.num_heads, tokens, shape.key_dim), dtype, device)
+        self.values = lazy_zeros((shape.num_heads, tokens, shape.value_dim), dtype, device)
 
     def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys, values [heads, T, dim] at `slots` [T]."""
@@ -87,6 +88,18 @@ class LayerKV:
         """Views [1, heads, length, dim] of consecutive pages; nothing is copied."""
         start = first_page * self.page_size
         return self.keys[None, :, start : start + length], self.values[None, :, start : start + length]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory on a CPU only where they are written.
+
+    torch.zeros writes them all; NumPy asks the kernel for zero pages. A page pool is sized for the
+    worst case, so the difference is gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 class KVCache:

@@ -93,7 +93,7 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     hf_config = read_config(config.model)
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
-    loaded = loading.load(config.model, dtype, device)
+    loaded = loading.load(config.model, hf_config, spec, dtype, device)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
     try:
         return ModelRunner(resolved, loaded, eos_token_ids), spec

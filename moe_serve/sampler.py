@@ -88,38 +88,36 @@ def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int])
 
 
 def _sample_random(logits: torch.Tensor, seqs: Rows[Sequence], default_seed: int) -> torch.Tensor:
-    """Inverse-CDF sampling of logits [n, V] after temperature and truncation -> [n] token ids."""
+    """Inverse-CDF sampling of logits [n, V] after temperature and truncation -> [n] token ids.
+
+    Always in vocabulary order, so that a row's draw means the same token in every batch.
+    """
     logits = logits / _column([s.params.temperature for s in seqs], logits)
-    probs, ids = _truncate(torch.softmax(logits, dim=-1), [s.params for s in seqs])
+    probs = _truncate(torch.softmax(logits, dim=-1), [s.params for s in seqs])
     cumulative = probs.double().cumsum(dim=-1)
     draws = _column([_uniform(s, default_seed) for s in seqs], cumulative)
     # Strictly below the total, and past any leading zero: never a token of probability 0.
-    targets = draws * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=probs.shape[1] - 1)
-    return chosen[:, 0] if ids is None else ids.gather(1, chosen)[:, 0]
+    chosen = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    return chosen[:, 0].clamp_(max=probs.shape[1] - 1)
 
 
-def _truncate(probs: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Zero what top_k, top_p and min_p exclude.
-
-    Returns probabilities in vocabulary order with None, or, when some row needs an order, sorted
-    probabilities [n, m] with their token ids [n, m].
-    """
+def _truncate(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Zero the probabilities [n, V] that top_k, top_p and min_p exclude."""
     min_p = _column([p.min_p for p in params], probs)
+    if any(p.min_p > 0.0 for p in params):
+        probs = torch.where(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0, probs)
     if all(p.top_k <= 0 and p.top_p >= 1.0 for p in params):
-        if all(p.min_p == 0.0 for p in params):
-            return probs, None
-        return torch.where(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0, probs), None
+        return probs
     vocab = probs.shape[1]
     top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
-    probs, ids = probs.topk(max(top_k), dim=-1)
-    rank = torch.arange(probs.shape[1], device=probs.device)
-    probs = torch.where(rank >= _column(top_k, probs), 0.0, probs)
+    best, ids = probs.topk(max(top_k), dim=-1)
+    rank = torch.arange(best.shape[1], device=probs.device)
+    best = torch.where(rank >= _column(top_k, rank), 0.0, best)
     # As transformers does: top_p counts the mass that top_k left, and keeps the token that crosses it.
-    before = (probs / probs.sum(dim=-1, keepdim=True)).cumsum(dim=-1).roll(1, dims=-1)
+    before = (best / best.sum(dim=-1, keepdim=True)).cumsum(dim=-1).roll(1, dims=-1)
     before[:, 0] = 0.0
-    dropped = (before >= _column([p.top_p for p in params], probs)) | (probs < min_p * probs[:, :1])
-    return torch.where(dropped, 0.0, probs), ids
+    best = torch.where(before >= _column([p.top_p for p in params], probs), 0.0, best)
+    return torch.zeros_like(probs).scatter_(1, ids, best)
 
 
 def _column(values: list[float] | list[int], like: torch.Tensor) -> torch.Tensor:

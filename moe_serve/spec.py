@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moe_serve.errors import CheckpointError
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -18,8 +20,13 @@ class ModelSpec:
     vocab_size: int
     max_position_embeddings: int
     num_layers: int
+    hidden_size: int
+    num_experts: int
+    """Routed experts of each MoE layer."""
     top_k: int
     """Experts per token."""
+    expert_intermediate_size: int
+    """Inner width of one routed expert."""
 
     @staticmethod
     def from_hf(config: Any) -> ModelSpec:
@@ -31,7 +38,10 @@ class ModelSpec:
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
             top_k=_first(config, "num_experts_per_tok", "moe_k", "moe_topk"),
+            expert_intermediate_size=_first(config, "moe_intermediate_size", "intermediate_size"),
         )
 
 
@@ -40,4 +50,4 @@ def _first(config: Any, *names: str) -> int:
         value = getattr(config, name, None)
         if value is not None:
             return int(value)
-    raise AttributeError(f"{config.model_type}: none of {names} is in the config")
+    raise CheckpointError(f"config.json of this {config.model_type} model has none of {', '.join(names)}")

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe_serve.errors import ConfigError, InvalidRequestError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -32,6 +33,9 @@ class Tokenizer:
     @staticmethod
     def from_path(folder: str, chat_template_file: str | None = None) -> Tokenizer:
         """Load from a checkpoint folder; `chat_template_file` replaces its chat template."""
+        if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+            # transformers would make up an empty one
+            raise ConfigError(f"{folder}: no tokenizer here ({', '.join(TOKENIZER_FILES)}); see --tokenizer")
         try:
             hf = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:

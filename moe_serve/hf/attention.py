@@ -74,7 +74,8 @@ def paged_attention(
     layer = kv_cache.layers[layer_idx]
     layer.write(forward_batch.kv_slots, key[0], value[0])
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    window = getattr(module, "window_of_config", sliding_window)
+    # Some families pass their window, some only keep it, some leave it to the mask (hf/loading.py).
+    window = sliding_window or getattr(module, "sliding_window", None)
     attend = _Attend(scaling, window, s_aux)
     for group in forward_batch.decode_groups:
         rows = slice(group.first_row, group.first_row + group.num_seqs)

@@ -6,8 +6,8 @@ Errors name the file and the tensor. Knows no model code.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,25 @@ from transformers import AutoConfig
 
 from expert_cache.store import ExpertStore, FusedLayout
 from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moe_serve.hf.family import PART_OF, Family
+from moe_serve.hf.family import PART_OF, Family, find
+from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 Parts = dict[tuple[str, int | None], torch.Tensor]
 
 
 def read_config(folder: str) -> Any:
-    """The folder's Hugging Face config; ConfigError if it is not a checkpoint folder."""
+    """The folder's Hugging Face config, of a family we support; ConfigError says what is wrong."""
     path = Path(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the path of a Hugging Face checkpoint folder")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; this is not a Hugging Face checkpoint folder")
     try:
+        # Before AutoConfig, whose error for an unknown type would list none of ours.
+        find(str(json.loads((path / "config.json").read_text()).get("model_type")))
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -64,56 +67,69 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a valid index ({error})") from error
 
 
-def open_experts(folder: str, family: Family, layers: list[int]) -> ExpertStore:
+def open_experts(folder: str, family: Family, layers: list[int], spec: ModelSpec) -> ExpertStore:
     """Map every expert tensor of the checkpoint; nothing is read yet.
 
     `layers`: the decoder layers that must have experts. CheckpointError names what is missing.
     """
-    tensors: dict[int, Parts] = defaultdict(dict)
+    tensors: dict[int, Parts] = {layer: {} for layer in layers}
     for file in safetensors_files(folder):
         for layer, part, expert, tensor in _expert_tensors(file, family):
-            tensors[layer][part, expert] = tensor
-    num_experts = _check_complete(folder, {layer: tensors[layer] for layer in layers})
+            tensors.setdefault(layer, {})[part, expert] = tensor
+    tensors = {layer: tensors[layer] for layer in layers}
+    for layer, parts in tensors.items():
+        for expert in range(spec.num_experts):
+            _check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
     fused = FusedLayout(transposed=family.transposed, interleaved=family.interleaved)
-    return ExpertStore({layer: tensors[layer] for layer in layers}, num_experts, fused)
+    store = ExpertStore(tensors, spec.num_experts, fused)
+    _check_shapes(folder, store, spec)
+    return store
 
 
-def _expert_tensors(file: Path, family: Family) -> Iterator[tuple[int, str, int | None, torch.Tensor]]:
+def check_headers(folder: str) -> None:
+    """Open every file once, so that a damaged one is reported by name before anything is loaded."""
+    for file in safetensors_files(folder):
+        with _opened(file):
+            pass
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
-                match = family.match(name)
-                if match:
-                    groups = match.groupdict()
-                    expert = int(groups["expert"]) if groups.get("expert") else None
-                    yield int(groups["layer"]), PART_OF[groups["part"]], expert, handle.get_tensor(name)
+            yield handle
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or not a safetensors file ({error})") from error
 
 
-def _check_complete(folder: str, tensors: dict[int, Parts]) -> int:
-    """Number of experts per layer; every layer must have every part of every expert."""
-    num_experts = max((_num_experts(parts) for parts in tensors.values()), default=0)
-    if num_experts == 0:
-        raise CheckpointError(f"{folder}: no expert tensors with names this model family uses")
-    for layer, parts in tensors.items():
-        for expert in range(num_experts):
-            _check_expert(folder, layer, expert, parts)
-    return num_experts
+def _expert_tensors(file: Path, family: Family) -> Iterator[tuple[int, str, int | None, torch.Tensor]]:
+    with _opened(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
+            match = family.match(name)
+            if match:
+                groups = match.groupdict()
+                expert = int(groups["expert"]) if groups.get("expert") else None
+                yield int(groups["layer"]), PART_OF[groups["part"]], expert, handle.get_tensor(name)
 
 
-def _num_experts(parts: Parts) -> int:
-    return max((t.shape[0] if e is None else e + 1 for (_, e), t in parts.items()), default=0)
-
-
-def _check_expert(folder: str, layer: int, expert: int, parts: Parts) -> None:
+def _check_present(where: str, expert: int, parts: Parts) -> None:
     def has(part: str) -> bool:
         return (part, expert) in parts or ((part, None) in parts and expert < parts[part, None].shape[0])
 
     wanted = ("gate", "up", "down") if any(p == "gate" for p, _ in parts) else ("gate_up", "down")
     missing = [part for part in wanted if not has(part)]
     if missing:
-        raise CheckpointError(
-            f"{folder}: layer {layer} expert {expert}: the {' and '.join(missing)} projection is missing from the"
-            " checkpoint's *.safetensors files"
-        )
+        raise CheckpointError(f"{where}: no {' and no '.join(missing)} projection in the *.safetensors files")
+
+
+def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
+    """Every expert must have the shape config.json gives it, or a request would find out."""
+    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    for layer in store.layers:
+        for expert in range(store.num_experts):
+            weights = store.weights(layer, expert)
+            for part, wanted in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+                found = tuple(getattr(weights, part).shape)
+                if found != wanted:
+                    where = f"{folder}: layer {layer} expert {expert}: the {part} projection"
+                    raise CheckpointError(f"{where} has shape {found}, but config.json asks for {wanted}")

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 from expert_cache.store import ExpertStore
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.hf import attention
-from moe_serve.hf.checkpoint import open_experts, read_config, safetensors_files
+from moe_serve.hf.checkpoint import check_headers, open_experts
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
 from moe_serve.kv_cache import LayerKVShape
+from moe_serve.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,15 @@ class LoadedModel:
     kv_shapes: dict[int, LayerKVShape]
 
 
-def load(folder: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """Load a checkpoint folder. ConfigError and its subclasses name what is wrong with it."""
-    hf_config = read_config(folder)
+def load(folder: str, hf_config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load a checkpoint folder whose config was read. ConfigError's subclasses name what is wrong with it."""
     family = find(hf_config.model_type)
-    safetensors_files(folder)
+    check_headers(folder)
     model = _load_dense(folder, hf_config, family, dtype).to(device)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
-    store = open_experts(folder, family, layers)
+    store = open_experts(folder, family, layers, spec)
     _set_windows(model, hf_config, family)
     return LoadedModel(model, hf_config, family, store, _probe_kv_shapes(model, device))
 
@@ -61,16 +61,27 @@ def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype)
     try:
         with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True
+                folder,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come back in the info, by name
             )
             model, info = loaded
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    _check_loading_info(folder, info)
+    dense: nn.Module = model.eval()
+    return dense
+
+
+def _check_loading_info(folder: str, info: Any) -> None:
+    """transformers fills gaps with random numbers and a warning; here they are errors."""
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise CheckpointError(f"{folder}: {len(info['missing_keys'])} tensors are missing, among them {names}")
-    dense: nn.Module = model.eval()
-    return dense
+    for name, found, wanted in sorted(info["mismatched_keys"], key=str):
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}")
 
 
 @contextmanager
@@ -100,7 +111,7 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
         return
     for module in model.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
-            module.window_of_config = window
+            module.sliding_window = window
 
 
 @torch.inference_mode()

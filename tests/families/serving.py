@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moe_serve import LLM, SamplingParams
 from moe_serve.hf import loading
+from moe_serve.hf.checkpoint import read_config
 from moe_serve.llm import RequestResult
+from moe_serve.spec import ModelSpec
 from moe_serve.stats import FinishedStats, StepStats
 
 from .references import NEW_TOKENS
@@ -28,7 +31,13 @@ SMALL_ENGINE: dict[str, Any] = {
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
-_load_once = cache(loading.load)
+load_model = loading.load  # before anything replaces it
+
+
+@cache
+def _loaded(folder: str) -> loading.LoadedModel:
+    hf_config = read_config(folder)
+    return load_model(folder, hf_config, ModelSpec.from_hf(hf_config), torch.float32, torch.device("cpu"))
 
 
 def load(folder: Path, **settings: Any) -> LLM:
@@ -38,7 +47,7 @@ def load(folder: Path, **settings: Any) -> LLM:
     it; so use only the newest of them.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load", _load_once)
+        patch.setattr(loading, "load", lambda folder, *rest: _loaded(folder))
         return LLM(str(folder), **{**SMALL_ENGINE, **settings})
 
 

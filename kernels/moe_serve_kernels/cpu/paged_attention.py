@@ -13,13 +13,14 @@ P pages, B page size.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 
 from moe_serve_kernels.cpu import library
 
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
-ARGTYPES = [*[POINTER] * 7, *[INT64] * 8, ctypes.c_float, INT64, ctypes.c_int32]
+ARGTYPES: list[Any] = [*[POINTER] * 7, *[INT64] * 8, ctypes.c_float, INT64, ctypes.c_int32]
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,110 @@
+"""Sampler: each parameter does what it says, rows do not influence each other, seeds repeat."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from moe_serve import sampler
+from moe_serve.sequence import Request, SamplingParams, Sequence
+
+NO_EOS: frozenset[int] = frozenset()
+
+
+def seq(prompt=(1,), generated=(), index=0, request_id="r", **params) -> Sequence:
+    request = Request(request_id, tuple(prompt), SamplingParams(**params))
+    return Sequence(request, index, [*prompt, *generated], 100)
+
+
+def draw(logits, seqs, eos=NO_EOS):
+    return sampler.sample(torch.tensor(logits), seqs, 0, eos)[0]
+
+
+def frequencies(logits, count=2000, **params) -> Counter:
+    rows = [seq(request_id=str(i), **params) for i in range(count)]
+    return Counter(draw([logits] * count, rows))
+
+
+def test_greedy_takes_the_largest() -> None:
+    assert draw([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]], [seq(temperature=0), seq(temperature=0)]) == [1, 0]
+
+
+def test_samples_follow_the_softmax_at_the_given_temperature() -> None:
+    logits = [0.0, 1.0, 2.0]
+    counts = frequencies(logits, temperature=2.0)
+    weights = [math.exp(x / 2.0) for x in logits]
+    for token, weight in enumerate(weights):
+        assert counts[token] / 2000 == pytest.approx(weight / sum(weights), abs=0.04)
+
+
+def test_top_k_top_p_and_min_p_exclude_the_tail() -> None:
+    logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert set(frequencies(logits, top_k=2)) == {0, 1}
+    assert set(frequencies(logits, top_p=0.81)) == {0, 1, 2}
+    assert set(frequencies(logits, top_p=0.4)) == {0}
+    assert set(frequencies(logits, min_p=0.2)) == {0, 1, 2}
+
+
+def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
+    logits = [math.log(p) for p in (0.5, 0.3, 0.2)]
+    counts = frequencies(logits, top_p=0.6)
+    assert set(counts) == {0, 1}
+    assert counts[0] / 2000 == pytest.approx(0.625, abs=0.04)
+
+
+def test_mixed_rows_keep_their_own_parameters() -> None:
+    rows = [seq(temperature=0), seq(top_k=1), seq(logit_bias={2: 100.0}), seq(seed=3)]
+    for _ in range(20):
+        tokens = draw([[0.0, 2.0, 1.0]] * 4, rows)
+        assert tokens[:3] == [1, 1, 2]
+
+
+def test_a_seed_repeats_whatever_else_is_in_the_batch() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50)
+    alone = sampler.sample(logits[None], [seq(seed=7)], 0, NO_EOS)[0]
+    others = [seq(request_id=str(i), top_p=0.9) for i in range(5)]
+    together = sampler.sample(logits.repeat(6, 1), [*others, seq(seed=7, request_id="other")], 123, NO_EOS)[0]
+    assert together[-1] == alone[0]
+
+
+def test_samples_positions_and_requests_differ() -> None:
+    flat = [0.0] * 1000
+    assert len({draw([flat], [seq(seed=1, index=i)])[0] for i in range(20)}) > 15
+    assert len({draw([flat], [seq(seed=1, generated=[5] * i)])[0] for i in range(20)}) > 15
+    assert len({draw([flat], [seq(request_id=f"r{i}")])[0] for i in range(20)}) > 15
+
+
+def test_penalties() -> None:
+    logits = [[1.0, 1.05, 0.0]]
+    assert draw(logits, [seq(prompt=(0,), generated=(1,), temperature=0, presence_penalty=0.5)]) == [0]
+    assert draw(logits, [seq(prompt=(1,), temperature=0, presence_penalty=0.5)]) == [1]
+    assert draw(logits, [seq(prompt=(1,), temperature=0, repetition_penalty=1.5)]) == [0]
+    twice = seq(prompt=(2,), generated=(1, 1), temperature=0, frequency_penalty=0.03)
+    assert draw(logits, [twice]) == [0]
+
+
+def test_min_tokens_forbids_eos_and_stop_ids_only_as_long_as_needed() -> None:
+    logits = [[3.0, 2.0, 1.0]]
+    params = {"temperature": 0, "min_tokens": 2, "stop_token_ids": (1,)}
+    assert draw(logits, [seq(**params)], frozenset({0})) == [2]
+    assert draw(logits, [seq(generated=(9, 9), **params)], frozenset({0})) == [0]
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    tokens, logprobs = sampler.sample(logits, [seq(temperature=0, logit_bias={0: 50.0}, logprobs=2)], 0, NO_EOS)
+    expected = logits[0].log_softmax(-1).tolist()
+    assert tokens == [0]
+    assert logprobs[0] is not None
+    assert logprobs[0].logprob == pytest.approx(expected[0])
+    assert [t for t, _ in logprobs[0].top] == [2, 1]
+    assert logprobs[0].top[0][1] == pytest.approx(expected[2])
+
+
+def test_no_probability_zero_token_is_ever_drawn() -> None:
+    logits = [-math.inf] * 10 + [0.0] + [-math.inf] * 10
+    assert set(frequencies(logits, count=500)) == {10}

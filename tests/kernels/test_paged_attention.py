@@ -1,0 +1,81 @@
+"""The C++ paged attention against its torch reference in float64, and the gathered torch path against both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve.forward_batch import DecodeGroup
+from moe_serve.hf.attention import _Attend
+from moe_serve.kv_cache import LayerKV, LayerKVShape, Scratch
+from moe_serve_kernels.cpu import library, paged_attention
+
+CPU = torch.device("cpu")
+needs_library = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+SHAPES = [
+    # sequences, longest context, KV heads, group, key dim, value dim, page size
+    (5, 40, 2, 4, 32, 32, 16),
+    (1, 1, 1, 1, 64, 64, 16),
+    (3, 33, 4, 1, 128, 128, 4),
+    (4, 70, 2, 3, 24, 16, 8),
+    (2, 50, 1, 8, 192, 128, 16),
+    (3, 19, 3, 2, 96, 96, 5),
+]
+
+
+def case(seqs, longest, kv_heads, groups, key_dim, value_dim, page_size):
+    """Random tensors with shuffled pages; unused slots hold NaN, so that reading one shows."""
+    torch.manual_seed(seqs * longest)
+    width = -(-longest // page_size)
+    pages = torch.randperm(seqs * width + 3)
+    table = pages[: seqs * width].view(seqs, width).contiguous()
+    lengths = torch.linspace(longest, max(1, longest // 3), seqs).long()
+    keys = torch.full((kv_heads, len(pages) * page_size, key_dim), torch.nan)
+    values = torch.full((kv_heads, len(pages) * page_size, value_dim), torch.nan)
+    for n in range(seqs):
+        positions = torch.arange(int(lengths[n]))
+        slots = table[n][positions // page_size] * page_size + positions % page_size
+        keys[:, slots] = torch.randn(kv_heads, len(slots), key_dim)
+        values[:, slots] = torch.randn(kv_heads, len(slots), value_dim)
+    query = torch.randn(seqs, kv_heads * groups, key_dim)
+    return query, keys, values, table, lengths
+
+
+@needs_library
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_native_matches_the_reference(shape, window, with_sinks) -> None:
+    query, keys, values, table, lengths = case(*shape)
+    sinks = torch.randn(query.shape[1]) if with_sinks else None
+    settings = {"page_size": shape[-1], "scale": 0.2, "window": window, "sinks": sinks}
+    got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
+    wide = (query.double(), keys.double(), values.double(), table, lengths)
+    expected = paged_attention.paged_decode_reference(*wide, **settings)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
+
+
+@needs_library
+def test_large_scores_do_not_overflow() -> None:
+    query, keys, values, table, lengths = case(*SHAPES[0])
+    got = paged_attention.paged_decode(query * 300, keys, values, table, lengths, page_size=16, scale=1.0)
+    wide = (query.double() * 300, keys.double(), values.double(), table, lengths)
+    expected = paged_attention.paged_decode_reference(*wide, page_size=16, scale=1.0)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_gathered_path_matches_the_reference(window, with_sinks) -> None:
+    """The path of machines without a compiler, of bf16 and of GPUs."""
+    shape = SHAPES[0]
+    query, keys, values, table, lengths = case(*shape)
+    layer = LayerKV(LayerKVShape(2, 32, 32), keys.shape[1] // 16, 16, torch.float32, CPU, Scratch())
+    layer.keys.copy_(keys.nan_to_num())
+    layer.values.copy_(values.nan_to_num())
+    sinks = torch.randn(query.shape[1]) if with_sinks else None
+    group = DecodeGroup(0, table, lengths, int(lengths.max()), even=False, single_run=None)
+    got = _Attend(0.2, window, sinks)._decode_gathered(query.transpose(0, 1), layer, group)
+    settings = {"page_size": 16, "scale": 0.2, "window": window, "sinks": sinks}
+    expected = paged_attention.paged_decode_reference(query, keys, values, table, lengths, **settings)
+    torch.testing.assert_close(got, expected, rtol=0, atol=3e-6)
