@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,11 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    bench = Bench(args)
     cells = []
-    for num_seqs, prompt_len in args.cells:
-        cells.append(bench.run_cell(num_seqs, prompt_len))
-        print(json.dumps(cells[-1].as_json()["median_ratio"] | {"cell": cells[-1].name}), file=sys.stderr, flush=True)
-    bench.close()
+    with closing(Bench(args)) as bench:  # the manager's thread would keep a failed run alive
+        for num_seqs, prompt_len in args.cells:
+            cells.append(bench.run_cell(num_seqs, prompt_len))
+            print(cells[-1].name, cells[-1].as_json()["median_ratio"], file=sys.stderr, flush=True)
     print_table(cells, args.rounds)
     print(json.dumps(summary(args, cells)))
     return 0

@@ -145,7 +145,8 @@ class ContinuousBatch:
         self._hf = hf
         config = ContinuousBatchingConfig(
             page_size=self.PAGE,
-            num_blocks=max_seqs * -(-max_len // self.PAGE) + 8,
+            # Twice what is needed: its scheduler admits no prompt when few blocks are free.
+            num_blocks=2 * max_seqs * -(-max_len // self.PAGE) + 8,
             max_batch_tokens=self.STEP_TOKENS,
             max_requests_per_batch=max_seqs,
         )
