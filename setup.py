@@ -6,12 +6,17 @@ version. Without a compiler the installation still succeeds and torch's own kern
 
 from setuptools import Extension, setup
 
+HERE = "kernels/moe_serve_kernels/cpu"
+
 setup(
     ext_modules=[
         Extension(
             "moe_serve_kernels.cpu._native",
-            sources=["kernels/moe_serve_kernels/cpu/paged_attention.cpp"],
-            depends=["kernels/moe_serve_kernels/cpu/paged_attention.inc"],
+            sources=[f"{HERE}/linear_rows.cpp", f"{HERE}/paged_attention.cpp"],
+            depends=[
+                f"{HERE}/{name}"
+                for name in ("vectors.h", "horizontal_sum.inc", "linear_rows.inc", "paged_attention.inc")
+            ],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffast-math", "-fno-finite-math-only"],
             extra_link_args=["-fopenmp"],

@@ -1,8 +1,9 @@
 """Compute-ready forms of one expert: the same weights, laid out for one way of multiplying.
 
-rows      [out, in], as checkpoints store it; F.linear. Costs no memory when the dtype fits.
+rows      [out, in], as checkpoints store it. Costs no memory when the dtype fits (F.linear) or our
+          kernel reads bf16 in place for float32 activations, at half the bytes per weight.
 columns   [in, out], contiguous; x @ W. Fastest at every token count for experts that fit in L2.
-packed    oneDNN's blocked layout; 2x F.linear from 4 tokens on, for large experts.
+packed    oneDNN's blocked layout; 2x F.linear from 4 tokens on, 1.2x our kernel from 9 on.
 
 Which one wins was measured per size and token count (docs/log.md, 2026-11-21, and
 shared/design/notes/kernels.md section 4); `FormRules` holds the outcome. Knows nothing of budgets.
@@ -19,7 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from expert_cache.activations import Gate
-from expert_cache.store import ExpertWeights
+from expert_cache.store import ExpertStore, ExpertWeights
+from moe_serve_kernels.cpu import linear_rows
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -74,13 +76,26 @@ class FormRules:
 NEVER = 1 << 60
 
 
-def rules_for(device: torch.device, dtype: torch.dtype, native_bf16: bool) -> FormRules:
+def rules_for(store: ExpertStore, dtype: torch.dtype, device: torch.device, native_bf16: bool) -> FormRules:
     """The measured rules: float32 on CPU, bf16 with and without native arithmetic, GPU."""
     if device.type != "cpu" or dtype == torch.float16:
         return FormRules(columns_max_elements=0, packed_min_tokens=NEVER)
     if dtype == torch.bfloat16:
         return FormRules(columns_max_elements=0, packed_min_tokens=1 if native_bf16 else NEVER)
-    return FormRules(columns_max_elements=1 << 17, packed_min_tokens=4)
+    in_place = _reads_in_place(store.weights(store.layers[0], 0), dtype)
+    return FormRules(columns_max_elements=1 << 17, packed_min_tokens=9 if in_place else 4)
+
+
+def rows_are_views(weights: ExpertWeights, dtype: torch.dtype, device: torch.device) -> bool:
+    """True when the `rows` form needs no memory of its own."""
+    same = weights.down.dtype == dtype and weights.down.device == device
+    return same or (device.type == "cpu" and _reads_in_place(weights, dtype))
+
+
+def _reads_in_place(weights: ExpertWeights, dtype: torch.dtype) -> bool:
+    """True when our kernel multiplies activations of `dtype` by the weights as they are stored."""
+    matrices = (weights.gate, weights.up, weights.down)
+    return weights.gate_bias is None and all(linear_rows.is_available(m, dtype) for m in matrices)
 
 
 def build(name: str, weights: ExpertWeights, gate: Gate, dtype: torch.dtype, device: torch.device) -> ExpertForm:
@@ -90,7 +105,9 @@ def build(name: str, weights: ExpertWeights, gate: Gate, dtype: torch.dtype, dev
 
 
 def _rows(weights: ExpertWeights, gate: Gate, dtype: torch.dtype, device: torch.device) -> ExpertForm:
-    is_view = weights.down.dtype == dtype and weights.down.device == device
+    if device.type == "cpu" and _reads_in_place(weights, dtype):
+        return ExpertForm(_gate_up_in_place(weights), _linear_in_place(weights.down), gate, 0)
+    is_view = rows_are_views(weights, dtype, device)
     down, down_bias = weights.down.to(device, dtype), _bias(weights.down_bias, dtype, device)
     if is_view and weights.gate_up is None:
         project_in = _separate_linear(weights)
@@ -98,6 +115,23 @@ def _rows(weights: ExpertWeights, gate: Gate, dtype: torch.dtype, device: torch.
         project_in = _linear(_in_matrix(weights).to(device, dtype), _in_bias(weights, dtype, device))
     num_bytes = 0 if is_view else weights.num_elements * dtype.itemsize
     return ExpertForm(project_in, _linear(down, down_bias), gate, num_bytes)
+
+
+def _gate_up_in_place(weights: ExpertWeights) -> Linear:
+    gate, up = weights.gate, weights.up
+    inner = gate.shape[0]
+
+    def project(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], 2 * inner)
+        linear_rows.linear_rows(x, gate, out[:, :inner])
+        linear_rows.linear_rows(x, up, out[:, inner:])
+        return out
+
+    return project
+
+
+def _linear_in_place(matrix: torch.Tensor) -> Linear:
+    return lambda x: linear_rows.linear_rows(x, matrix)
 
 
 def _separate_linear(weights: ExpertWeights) -> Linear:

@@ -54,7 +54,7 @@ class ResidentExperts:
         """Build and keep the wanted form, or run from the mapping when it does not fit."""
         weights = self.store.weights(layer, expert)
         cost = weights.num_elements * self._dtype.itemsize
-        is_view = name == "rows" and weights.down.dtype == self._dtype and weights.down.device == self._device
+        is_view = name == "rows" and forms.rows_are_views(weights, self._dtype, self._device)
         if not is_view and self.used_bytes + cost > self.budget_bytes:
             return forms.build("rows", weights, self._gate, self._dtype, self._device)
         form = forms.build(name, weights, self._gate, self._dtype, self._device)
@@ -75,7 +75,7 @@ class ResidentExperts:
 
 def rows_are_free(store: ExpertStore, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> bool:
     """True when the `rows` form is a view, or the budget holds two forms of every expert."""
-    if store.dtype == dtype and device.type == "cpu":
+    if forms.rows_are_views(store.weights(store.layers[0], 0), dtype, device):
         return True
     return budget_bytes >= 2 * store.num_total * store.expert_elements * dtype.itemsize
 
@@ -83,6 +83,6 @@ def rows_are_free(store: ExpertStore, dtype: torch.dtype, device: torch.device, 
 def bytes_for_everything(store: ExpertStore, rules: FormRules, dtype: torch.dtype, device: torch.device) -> int:
     """Anonymous bytes that hold every form the rules can ask for, of every expert."""
     in_elements = 2 * store.weights(store.layers[0], 0).gate.numel()
-    is_view = store.dtype == dtype and device.type == "cpu"
+    is_view = forms.rows_are_views(store.weights(store.layers[0], 0), dtype, device)
     names = rules.names(in_elements, rows_are_free=True) - ({"rows"} if is_view else set())
     return len(names) * store.num_total * store.expert_elements * dtype.itemsize

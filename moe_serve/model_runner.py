@@ -68,7 +68,7 @@ class ModelRunner:
 
 def _expert_cache(config: EngineConfig, loaded: LoadedModel, dtype: torch.dtype, device: torch.device) -> ExpertCache:
     assert config.moe_cache_mib is not None
-    rules = forms.rules_for(device, dtype, resolve.has_native_bf16())
+    rules = forms.rules_for(loaded.store, dtype, device, resolve.has_native_bf16())
     gate = loaded.family.gate(loaded.hf_config)
     budget = config.moe_cache_mib * resolve.MIB
     return ExpertCache(ResidentExperts(loaded.store, gate, rules, dtype, device, budget))

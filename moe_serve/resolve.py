@@ -139,6 +139,6 @@ def _moe_cache_mib(
 ) -> int:
     if config.moe_cache_mib is not None:
         return config.moe_cache_mib
-    rules = forms.rules_for(device, dtype, has_native_bf16())
+    rules = forms.rules_for(store, dtype, device, has_native_bf16())
     everything = resident.bytes_for_everything(store, rules, dtype, device)
     return -(-min(everything, int(free * EXPERT_SHARE_OF_FREE)) // MIB)

@@ -106,6 +106,15 @@ def test_all_tokens_to_one_expert() -> None:
     torch.testing.assert_close(got.double(), expected(store, gate, hidden, ids, weights), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9, 40])
+def test_bf16_weights_under_float32_activations(tokens) -> None:
+    store, gate = split_store(torch.bfloat16), silu_gate(Config())
+    cache = cache_of(store, gate, RULES["rows"], budget=0)
+    inputs = routing(tokens)
+    torch.testing.assert_close(cache.run(3, *inputs).double(), expected(store, gate, *inputs), rtol=0, atol=2e-5)
+    assert cache.resident.used_bytes == 0
+
+
 @pytest.mark.parametrize("experts_that_fit", [0, 1, 3])
 def test_a_small_budget_changes_nothing_but_what_is_kept(experts_that_fit) -> None:
     store, gate = split_store(torch.bfloat16), silu_gate(Config())

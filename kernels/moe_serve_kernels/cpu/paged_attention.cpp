@@ -14,12 +14,9 @@
 #include <limits>
 #include <vector>
 
-// Unaligned 16-lane vectors: one register with AVX-512, two with AVX2, four with SSE.
-typedef float Vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t VecMask __attribute__((vector_size(64)));
+#include "vectors.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define X86_VERSIONS 1
+#ifdef X86_VERSIONS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace avx512 {
@@ -76,12 +73,11 @@ extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys
                   keys, values, page_table, lengths, sinks, out, num_seqs, kv_heads, tokens, table_width,     \
                   scale, window, num_threads)
 #ifdef X86_VERSIONS
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq")) {
+    if (has_avx512()) {
         RUN(avx512);
         return;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (has_avx2()) {
         RUN(avx2);
         return;
     }
