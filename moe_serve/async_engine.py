@@ -12,13 +12,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 from moe_serve.config import EngineConfig
-from moe_serve.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from moe_serve.errors import EngineDeadError, InvalidRequestError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SampleOutput
 from moe_serve.stats import StatsObserver
 
@@ -59,7 +59,7 @@ class _InFlight:
     """A request as the event loop sees it, from submission to its last output."""
 
     request: Request
-    queue: asyncio.Queue[SampleOutput | EngineDeadError] = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue[SampleOutput | MoEServeError] = field(default_factory=asyncio.Queue)
     unfinished: int = 1
     """Samples that have not ended."""
     is_queued: bool = True
@@ -99,7 +99,7 @@ class AsyncEngine:
         running = len(self._in_flight) - queued
         return max(0, queued - max(0, self.engine.config.max_num_seqs - running))
 
-    async def generate(self, request: Request) -> AsyncIterator[SampleOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[SampleOutput]:
         """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
 
         Raises InvalidRequestError, OverloadedError or EngineDeadError before the first output.
@@ -108,7 +108,7 @@ class AsyncEngine:
         try:
             while in_flight.unfinished > 0:
                 output = await in_flight.queue.get()
-                if isinstance(output, EngineDeadError):
+                if isinstance(output, MoEServeError):
                     raise output
                 in_flight.unfinished -= output.finish_reason is not None
                 yield output
@@ -128,7 +128,7 @@ class AsyncEngine:
         self.engine.check_request(request)
         self._check_queue(request)
         in_flight = self._in_flight[request.request_id] = _InFlight(request, unfinished=request.params.n)
-        self._post(lambda: self.engine.add_request(request))
+        self._post(lambda: self._admit(request))
         return in_flight
 
     def _check_queue(self, request: Request) -> None:
@@ -166,7 +166,8 @@ class AsyncEngine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
         if self.state is not EngineState.DEAD:
             self.state = EngineState.STOPPED
 
@@ -186,6 +187,12 @@ class AsyncEngine:
                 if output.finish_reason is not None:
                     self._finish_times = [*self._finish_times[-63:], time.monotonic()]
 
+    def _refuse(self, request_id: str, error: MoEServeError) -> None:
+        """Tell one request that the engine would not take it; on the event loop."""
+        in_flight = self._in_flight.get(request_id)
+        if in_flight is not None:
+            in_flight.queue.put_nowait(error)
+
     def _die(self, message: str) -> None:
         """Tell every request that the engine is gone; on the event loop."""
         self.state = EngineState.DEAD
@@ -195,6 +202,13 @@ class AsyncEngine:
     # ---- worker-thread side -----------------------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._loop_steps()
+        except Exception as error:  # not a step that failed, but the handling of it
+            log.critical("the engine thread ends", exc_info=error)
+            self._call_loop(self._die, f"the engine died: {error}")
+
+    def _loop_steps(self) -> None:
         failures = 0
         while True:
             commands = self._next_commands()
@@ -221,15 +235,33 @@ class AsyncEngine:
 
     def _advance(self, commands: list[Callable[[], None]]) -> tuple[list[SampleOutput], str | None]:
         """Run commands and one step; an error ends the requests it hit and nothing else."""
+        for command in commands:
+            self._run(command)
         try:
-            for command in commands:
-                command()
             return (self.engine.step() if self.engine.has_work() else []), None
         except Exception as error:
             log.exception("an engine step failed")
             return self.engine.fail_running(f"the engine failed on this request ({type(error).__name__})"), str(error)
 
-    def _call_loop(self, function: Callable[[Any], None], argument: Any) -> None:
+    def _run(self, command: Callable[[], None]) -> None:
+        """Run one command; if it raises, the others of the batch still run."""
+        try:
+            command()
+        except Exception:
+            log.exception("an engine command failed")
+
+    def _admit(self, request: Request) -> None:
+        """Give the engine a request. If it raises, this request ends with the error and leaves nothing behind."""
+        try:
+            self.engine.add_request(request)
+        except Exception as error:
+            if not isinstance(error, MoEServeError):
+                log.exception("the engine could not take request %s", request.request_id)
+                error = MoEServeError(f"the engine could not take this request ({type(error).__name__})")
+            self._call_loop(self._refuse, request.request_id, error)
+            self.engine.abort(request.request_id)
+
+    def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(function, *arguments)

@@ -49,6 +49,9 @@ class IncrementalDetokenizer:
         return text
 
     def _release(self) -> tuple[str, str | None]:
+        if not self._stops:
+            text, self._held = self._held, ""
+            return text, None
         match = self._first_stop()
         if match is not None:
             start, stop = match
@@ -61,12 +64,15 @@ class IncrementalDetokenizer:
         return text, None
 
     def _first_stop(self) -> tuple[int, str] | None:
-        """Earliest stop string in the held text; of two that start together, the one listed first."""
-        found = [(start, i) for i, stop in enumerate(self._stops) if (start := self._held.find(stop)) >= 0]
+        """Where in the held text a stop string is complete first; of two that end together, the longer.
+
+        Judged character by character, so that it does not depend on how the text fell into tokens.
+        """
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if not found:
             return None
-        start, i = min(found)
-        return start, self._stops[i]
+        _, start, stop = min(found)
+        return start, stop
 
     def _longest_partial_stop(self) -> int:
         """Length of the longest end of the held text that begins some stop string."""

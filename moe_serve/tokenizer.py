@@ -6,14 +6,15 @@ Knows no requests and no HTTP.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_serve.errors import ConfigError, InvalidRequestError
 
@@ -29,6 +30,9 @@ class Tokenizer:
         self.backend: FastTokenizer = hf.backend_tokenizer
         """The tokenizers library's object, for DecodeStream."""
         self._byte_of = _byte_level_alphabet() if _is_byte_level(self.backend) else None
+        self._added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
+        self._space = "\u2581" if "\u2581" in repr(self.backend.decoder) else None
+        """The character that stands for a space in a SentencePiece vocabulary."""
 
     @staticmethod
     def from_path(folder: str, chat_template_file: str | None = None) -> Tokenizer:
@@ -47,7 +51,7 @@ class Tokenizer:
             if not path.is_file():
                 raise ConfigError(f"--chat-template: no file {chat_template_file}")
             hf.chat_template = path.read_text()
-        return Tokenizer(hf)
+        return Tokenizer(cast(PreTrainedTokenizerFast, hf))
 
     @property
     def vocab_size(self) -> int:
@@ -78,33 +82,46 @@ class Tokenizer:
             raise InvalidRequestError(
                 "messages", "this model has no chat template; use /v1/completions or start with --chat-template FILE"
             )
+        taken = sorted(_template_arguments() & set(chat_template_kwargs or ()))
+        if taken:  # among them chat_template itself: a client must not bring code
+            raise InvalidRequestError("chat_template_kwargs", f"chat_template_kwargs cannot set {taken[0]}")
         try:
             text = self._hf.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
+                [dict(m) for m in messages],
+                tools=[dict(t) for t in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,
                 **(chat_template_kwargs or {}),
             )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequestError("messages", f"the chat template cannot render these messages: {error}") from error
         return self.encode(str(text), add_special_tokens=False)
 
     def token_text(self, token_id: int) -> str:
         """The token on its own; half of a UTF-8 character shows as U+FFFD."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        return bytes(self.token_bytes(token_id)).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> list[int]:
         """The token's UTF-8 bytes, exact even for half a character (OpenAI's `bytes`)."""
         piece = self.backend.id_to_token(token_id)
         if piece is None:
             return []
+        if token_id in self._added:
+            return list(self._added[token_id].encode())
         if self._byte_of is not None and all(c in self._byte_of for c in piece):
             return [self._byte_of[c] for c in piece]
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return [int(piece[3:5], 16)]
-        return list(self.token_text(token_id).encode())
+        if self._space is not None:
+            return list(piece.replace(self._space, " ").encode())
+        return list(self.backend.decode([token_id], skip_special_tokens=False).encode())
+
+
+@lru_cache(maxsize=1)
+def _template_arguments() -> frozenset[str]:
+    """Names that apply_chat_template takes for itself, so that they cannot be variables of a template."""
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 def _is_byte_level(backend: FastTokenizer) -> bool:

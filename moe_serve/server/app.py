@@ -5,24 +5,24 @@ Knows FastAPI and AsyncEngine; knows no scheduling and no tensors.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import InvalidRequestError, ModelNotFoundError, MoEServeError
 from moe_serve.sequence import Request, SamplingParams
 from moe_serve.server import chat, completions, http_errors, sse
 from moe_serve.server.chat import ChatShapes
-from moe_serve.server.collect import Merger, collect, stream
+from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
 from moe_serve.server.metrics import Metrics
 from moe_serve.server.parsing import parse
@@ -116,6 +116,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 def _request_id(prefix: str, body: SamplingBody, http: HttpRequest) -> str:
     given = body.request_id or http.headers.get("x-request-id", "")[:200]
+    if not given.isascii() or not given.isprintable():
+        given = ""
     return f"{prefix}-{given or uuid.uuid4().hex}"
 
 
@@ -129,27 +131,21 @@ async def _answer(
     for request in merger.requests:  # refuse the whole body before any part of it runs
         service.engine.engine.check_request(request)
     headers = {"X-Request-Id": merger.requests[0].request_id}
-    if not body.stream:
-        try:
-            choices = await collect(service.engine, merger, http)
-        except asyncio.CancelledError:
-            return Response(status_code=CLIENT_CLOSED)
-        return JSONResponse(shapes.whole(choices), headers=headers)
-    chunks = _stream_events(service, body, merger, shapes)
-    first = await anext(chunks)  # an overload or a dead engine is still an HTTP status here
-    return StreamingResponse(_chain(first, chunks), media_type=sse.MEDIA_TYPE, headers={**sse.HEADERS, **headers})
-
-
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with aclosing(rest) as chunks:  # type: ignore[type-var]
-        yield first
-        async for chunk in chunks:
-            yield chunk
+    try:
+        if not body.stream:
+            choices = await unless_disconnected(http, collect(service.engine, merger))
+            return JSONResponse(shapes.whole(choices), headers=headers)
+        events = _stream_events(service, body, merger, shapes)
+        # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
+        first = await unless_disconnected(http, anext(events))
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_CLOSED)
+    return sse.EventStream(first, events, headers)
 
 
 async def _stream_events(
     service: Service, body: SamplingBody, merger: Merger, shapes: CompletionShapes | ChatShapes
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """SSE bytes of one answer. Errors before the first output raise; later ones become an event."""
     options = body.stream_options
     started = False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_serve.sequence import SampleOutput, TokenLogprob
-from moe_serve.server.collect import Choice, Merger, Usage
+from moe_serve.server.collect import Choice, Merger, Usage, json_logprob
 from moe_serve.server.protocol import ChatBody, Message
 from moe_serve.tokenizer import Tokenizer
 
@@ -94,4 +94,4 @@ class ChatShapes:
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         text, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": logprob, "bytes": raw}
+        return {"token": text, "logprob": json_logprob(logprob), "bytes": raw}

@@ -6,17 +6,27 @@ Between the endpoints and AsyncEngine. Knows no JSON shapes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
 
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import MoEServeError
 from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
 
-DISCONNECT_POLL_S = 0.25
+T = TypeVar("T")
+
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say; OpenAI's and vLLM's value."""
+
+
+def json_logprob(value: float) -> float:
+    return max(LOWEST_LOGPROB, value)
 
 
 @dataclass(slots=True)
@@ -71,7 +81,7 @@ class Merger:
         self.usage.completion_tokens += len(output.token_ids)
 
 
-async def stream(engine: AsyncEngine, merger: Merger) -> AsyncIterator[tuple[int, SampleOutput]]:
+async def stream(engine: AsyncEngine, merger: Merger) -> AsyncGenerator[tuple[int, SampleOutput]]:
     """(choice index, output) of all requests, in order of arrival. Leaving it aborts what is left."""
     if len(merger.requests) == 1:
         async with aclosing(engine.generate(merger.requests[0])) as outputs:
@@ -113,22 +123,27 @@ async def _pump(
     queue.put_nowait(None)
 
 
-async def collect(engine: AsyncEngine, merger: Merger, http: HttpRequest) -> list[Choice]:
-    """All choices, finished. Raises asyncio.CancelledError when the client hangs up meanwhile."""
-    task = asyncio.ensure_future(_collect(engine, merger))
+async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. When the client hangs up first, cancels it and raises ClientDisconnect."""
+    tasks = working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
     try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=DISCONNECT_POLL_S)
-            if not task.done() and await http.is_disconnected():
-                raise asyncio.CancelledError
-        return task.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _collect(engine: AsyncEngine, merger: Merger) -> list[Choice]:
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def collect(engine: AsyncEngine, merger: Merger) -> list[Choice]:
+    """All choices, finished."""
     choices = [Choice(i) for i in range(sum(r.params.n for r in merger.requests))]
     async with aclosing(stream(engine, merger)) as outputs:
         async for index, output in outputs:

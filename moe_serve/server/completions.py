@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
 from moe_serve.sequence import SampleOutput, TokenLogprob
-from moe_serve.server.collect import Choice, Merger, Usage
+from moe_serve.server.collect import Choice, Merger, Usage, json_logprob
 from moe_serve.server.protocol import CompletionBody
 from moe_serve.tokenizer import Tokenizer
 
@@ -18,10 +18,8 @@ MAX_PROMPTS = 128
 def prompts_of(body: CompletionBody, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """Token ids of each prompt in the body."""
     prompt = body.prompt
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
-    elif prompt and isinstance(prompt[0], int):
-        prompt = [prompt]  # type: ignore[list-item]
     if not prompt or len(prompt) > MAX_PROMPTS:
         raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompt)}")
     return [tuple(tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p) for p in prompt]  # type: ignore[arg-type]
@@ -104,10 +102,10 @@ class CompletionShapes:
             self._offsets[index] = offsets[-1] + len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [p.logprob for p in logprobs],
+            "token_logprobs": [json_logprob(p.logprob) for p in logprobs],
             "top_logprobs": [self._top(p) for p in logprobs] if self._body.logprobs else None,
             "text_offset": offsets,
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        return {self._tokenizer.token_text(token_id): value for token_id, value in logprob.top}
+        return {self._tokenizer.token_text(token_id): json_logprob(value) for token_id, value in logprob.top}

@@ -39,7 +39,9 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(_body(message, "invalid_request_error", None, error.status_code), error.status_code)
+    return JSONResponse(
+        _body(message, "invalid_request_error", None, error.status_code), error.status_code, error.headers
+    )
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

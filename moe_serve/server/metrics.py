@@ -91,13 +91,13 @@ class Metrics:
             n: Histogram(PREFIX + n, h, names, buckets=b, registry=self._registry).labels(*values)
             for n, (h, b) in HISTOGRAMS.items()
         }
-        success = Counter(
+        self._success = Counter(
             PREFIX + "request_success",
             "Finished samples by reason.",
             [*names, "finished_reason"],
             registry=self._registry,
         )
-        self._success = lambda reason: success.labels(*values, reason)
+        self._label_values = values
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -124,7 +124,7 @@ class Metrics:
             self._histograms["inter_token_latency_seconds"].observe(seconds)
 
     def on_finished(self, stats: FinishedStats) -> None:
-        self._success(str(stats.finish_reason)).inc()
+        self._success.labels(*self._label_values, str(stats.finish_reason)).inc()
         observed = {
             "e2e_request_latency_seconds": stats.e2e_s,
             "request_queue_time_seconds": stats.queue_s,

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, Protocol, Self, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
 
 
-class Body(Protocol):
-    """A pydantic model with a table of fields it refuses."""
+class Body(BaseModel):
+    """A request body: unknown fields are errors, and so are the known ones in `unsupported`."""
 
-    unsupported: Any
+    model_config = ConfigDict(extra="forbid")
 
-    @classmethod
-    def model_validate(cls, obj: Any) -> Self: ...
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields of the OpenAI or vLLM API we do not implement -> values that change nothing."""
 
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -38,7 +39,10 @@ async def parse(request: HttpRequest, body_class: type[BodyT]) -> BodyT:
 
 def _load(raw: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(raw)
+        text = raw.decode()
+        fields = json.loads(text)
+        if "\\ud" in text.lower():  # maybe half of a surrogate pair, which no later step could encode
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError("body", f"the request body is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -46,7 +50,7 @@ def _load(raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def _as_invalid_request(error: ValidationError, body_class: Any) -> InvalidRequestError:
+def _as_invalid_request(error: ValidationError, body_class: type[BaseModel]) -> InvalidRequestError:
     """The first problem pydantic found, in a sentence that names the field."""
     problem = error.errors(include_url=False, include_context=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else "body"

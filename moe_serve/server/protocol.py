@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
 from moe_serve.sequence import SamplingParams
+from moe_serve.server.parsing import Body
 
 DIRECT_FIELDS = (
     "n",
@@ -53,10 +54,8 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: Flag = False
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(Body):
     """What chat and text completions have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     n: Int | None = None
@@ -78,12 +77,10 @@ class SamplingBody(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: Flag | None = None
-    request_id: str | None = Field(default=None, min_length=1, max_length=200)
+    request_id: str | None = Field(default=None, max_length=200, pattern=r"^[!-~]+$")
+    """Printable ASCII, because it comes back in a header."""
     user: str | None = None
     """Accepted and unused, as OpenAI documents it: an end-user tag for abuse monitoring."""
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields of the OpenAI or vLLM API we do not implement -> values that change nothing."""
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -227,12 +224,9 @@ class ChatBody(SamplingBody):
         return self.top_logprobs or 0
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(Body):
     """POST /tokenize: a prompt or a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -243,11 +237,8 @@ class TokenizeBody(BaseModel):
     return_token_strs: Literal[True, False, None] = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     model: str | None = None
     tokens: list[Annotated[Int, Field(ge=0)]]

@@ -1,0 +1,329 @@
+"""A fake engine that needs no model, a tiny byte-level BPE tokenizer, and apps and servers made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moe_serve.async_engine import AsyncEngine
+from moe_serve.config import EngineConfig
+from moe_serve.detokenizer import IncrementalDetokenizer
+from moe_serve.errors import ContextTooLongError, InvalidRequestError
+from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
+from moe_serve.server.app import create_app
+from moe_serve.stats import FinishedStats, StatsObserver, StepStats
+from moe_serve.tokenizer import Tokenizer
+
+MODEL = "fake-model"
+SENTENCE = "The quick brown fox jumps over the lazy dog. Grüße, 你好 🙂! "
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'forbidden' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(eq=False)
+class Sample:
+    """One running sample of the fake engine."""
+
+    request: Request
+    index: int
+    detokenizer: IncrementalDetokenizer
+    generated: int = 0
+    done: bool = False
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """An EngineLike. Token k of sample i is token (k + i) of SENTENCE, again and again."""
+
+    tokenizer: Tokenizer
+    config: EngineConfig = field(default_factory=EngineConfig)
+    observer: StatsObserver | None = None
+    max_model_len: int = 512
+    num_pages: int = 64
+    block_size: int = 16
+    delay_s: float = 0.0
+    failing_steps: int = 0
+    """So many of the next steps with work raise."""
+    refuse_add: bool = False
+    refuse_abort: bool = False
+    aborted: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    waiting: list[Sample] = field(default_factory=list)
+    running: list[Sample] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    """Steps wait for it; open unless a test closes it."""
+
+    def __post_init__(self) -> None:
+        self.ids = self.tokenizer.encode(SENTENCE)
+        self.gate.set()
+
+    def check_request(self, request: Request) -> None:
+        vocab = self.tokenizer.vocab_size
+        if not request.prompt_token_ids:
+            raise InvalidRequestError("prompt", "the prompt is empty")
+        if any(not 0 <= t < vocab for t in request.prompt_token_ids):
+            raise InvalidRequestError("prompt", "token id outside the vocabulary")
+        if any(t >= vocab for t in request.params.logit_bias):
+            raise InvalidRequestError("logit_bias", "token id outside the vocabulary")
+        if len(request.prompt_token_ids) + (request.params.max_tokens or 1) > self.max_model_len:
+            raise ContextTooLongError("prompt", "the prompt is too long")
+
+    def add_request(self, request: Request) -> None:
+        if self.refuse_add:
+            self.refuse_add = False
+            raise RuntimeError("no room")
+        for i in range(request.params.n):
+            self.waiting.append(Sample(request, i, IncrementalDetokenizer(self.tokenizer, request.params)))
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self.waiting = [s for s in self.waiting if s.request.request_id != request_id]
+        self.running = [s for s in self.running if s.request.request_id != request_id]
+        if self.refuse_abort:
+            raise RuntimeError("cannot abort")
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def fail_running(self, message: str) -> list[SampleOutput]:
+        failed, self.running = self.running, []
+        return [self._output(s, "", (), FinishReason.ERROR, None, message) for s in failed]
+
+    def step(self) -> list[SampleOutput]:
+        self.gate.wait()
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        admitted = self.waiting[: self.config.max_num_seqs - len(self.running)]
+        del self.waiting[: len(admitted)]
+        self.running += admitted
+        if self.failing_steps:
+            self.failing_steps -= 1
+            raise RuntimeError("the step failed")
+        outputs = [self._advance(s) for s in self.running]
+        self._report(admitted)
+        self.running = [s for s in self.running if not s.done]
+        return outputs
+
+    def _advance(self, sample: Sample) -> SampleOutput:
+        params = sample.request.params
+        token_id = self.ids[(sample.generated + sample.index) % len(self.ids)]
+        sample.generated += 1
+        text, stop = sample.detokenizer.push([token_id])
+        limit = params.max_tokens or self.max_model_len - len(sample.request.prompt_token_ids)
+        reason = None
+        if stop is not None:
+            reason = FinishReason.STOP
+        elif sample.generated >= limit:
+            reason = FinishReason.LENGTH
+            text += sample.detokenizer.flush()
+        if reason is not None:
+            sample.done = True
+            self.finished.append(sample.request.request_id)
+        return self._output(sample, text, (token_id,), reason, stop)
+
+    def _output(
+        self,
+        sample: Sample,
+        text: str,
+        token_ids: tuple[int, ...],
+        reason: FinishReason | None,
+        stop: str | None,
+        error: str | None = None,
+    ) -> SampleOutput:
+        count = sample.request.params.logprobs
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if count is not None:
+            top = tuple((t, -0.5 - i if i < 2 else float("-inf")) for i, t in enumerate(range(count)))
+            logprobs = tuple(TokenLogprob(t, -0.25, top) for t in token_ids)
+        num_prompt = len(sample.request.prompt_token_ids)
+        return SampleOutput(
+            sample.request.request_id,
+            sample.index,
+            text,
+            token_ids,
+            logprobs,
+            reason,
+            stop,
+            num_prompt,
+            num_prompt // 2,
+            sample.generated,
+            error,
+        )
+
+    def _report(self, admitted: list[Sample]) -> None:
+        if self.observer is None:
+            return
+        prompt = sum(len(s.request.prompt_token_ids) for s in admitted)
+        count = len(self.running)
+        self.observer.on_step(
+            StepStats(0.01, prompt, count, count, len(self.waiting), 0, 0.5, prompt, prompt // 2, (0.01,), (0.1,), 3, 1)
+        )
+        for s in self.running:
+            if s.done:
+                num_prompt, reason = len(s.request.prompt_token_ids), FinishReason.LENGTH
+                self.observer.on_finished(
+                    FinishedStats(reason, num_prompt, s.generated, s.request.params.max_tokens, 1, 0.4, 0.1, 0.1, 0.2)
+                )
+
+
+def train_byte_level(folder: Path) -> Path:
+    """A checkpoint folder that holds only a byte-level BPE tokenizer with a chat template."""
+    backend = FastTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([SENTENCE] * 4, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_byte_level(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.from_path(str(tokenizer_folder))
+
+
+@dataclass
+class Served:
+    """An app with its engine, and what tests do with them."""
+
+    engine: FakeEngine
+    app: FastAPI
+    async_engine: AsyncEngine
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A client of the running app, without sockets."""
+        async with self.app.router.lifespan_context(self.app):
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                yield client
+
+    def talk(self, *posts: tuple[str, Any]) -> list[httpx.Response]:
+        """Run the app for these posts, one after the other. A path alone is a GET; bytes go as they are."""
+
+        async def run() -> list[httpx.Response]:
+            async with self.running() as client:
+                return [await self._send(client, path, body) for path, body in posts]
+
+        return asyncio.run(run())
+
+    @staticmethod
+    async def _send(client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
+        if body is None:
+            return await client.get(path)
+        if isinstance(body, bytes):
+            return await client.post(path, content=body)
+        return await client.post(path, json=body)
+
+    def post(self, path: str, **body: Any) -> Any:
+        """JSON of one good answer."""
+        response = self.talk((path, body))[0]
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of one good streamed answer, [DONE] checked and dropped."""
+        response = self.talk((path, {**body, "stream": True}))[0]
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return sse_chunks(response.text)
+
+
+def sse_chunks(text: str) -> list[dict[str, Any]]:
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""], text[-200:]
+    assert all(e.startswith("data: ") for e in events[:-1])
+    return [json.loads(e.removeprefix("data: "), parse_constant=pytest.fail) for e in events[:-2]]
+
+
+Make = Callable[..., Served]
+
+
+@pytest.fixture(scope="session")
+def make(tokenizer: Tokenizer) -> Make:
+    """Build a Served; keyword arguments are FakeEngine's fields, and those of create_app after `app_`."""
+
+    def build(**values: Any) -> Served:
+        app_values = {k.removeprefix("app_"): values.pop(k) for k in list(values) if k.startswith("app_")}
+        engine = FakeEngine(tokenizer, **values)
+        async_engine = AsyncEngine(engine)
+        app = create_app(async_engine, tokenizer, model_name=MODEL, version="1.2.3", **app_values)
+        return Served(engine, app, async_engine)
+
+    return build
+
+
+@pytest.fixture
+def served(make: Make) -> Served:
+    return make()
+
+
+@contextmanager
+def live_server(app: FastAPI) -> Iterator[str]:
+    """A real uvicorn on a free port; gives its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=2))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def live(served: Served) -> Iterator[str]:
+    with live_server(served.app) as url:
+        yield url
+
+
+@pytest.fixture
+def sse() -> Callable[[str], list[dict[str, Any]]]:
+    return sse_chunks
+
+
+@pytest.fixture
+def sentence() -> str:
+    return SENTENCE
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object]], None]:
+    """Wait until something is true; fails after two seconds."""
+
+    def wait(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 2
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.005)
+
+    return wait
