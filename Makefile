@@ -8,11 +8,11 @@
 #   make clean           remove .venv, builds and tool caches
 #
 # PYTHON=...       interpreter that .venv is made from (3.11 or newer)
-# TORCH_INDEX=...  extra package index for torch. The default has CPU builds; set it to nothing
-#                  (make TORCH_INDEX=) for PyPI's build, which on Linux brings CUDA along.
+# TORCH_INDEX=...  extra package index to take torch from. PyPI's Linux build brings CUDA along (gigabytes);
+#                  PyTorch's own index of CPU builds does not: see README.md.
 
 PYTHON ?= python3
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 MODEL ?=
 SERVE_ARGS ?=
 BENCH_PORT ?= 8765
