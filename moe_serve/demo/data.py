@@ -114,9 +114,7 @@ class TextRows:
 class ChatRows:
     """Endless rows packed with whole chats; a row starts at a chat and cuts its last one."""
 
-    def __init__(
-        self, sources: list[list[list[int]]], weights: list[float], rng: torch.Generator
-    ) -> None:
+    def __init__(self, sources: list[list[list[int]]], weights: list[float], rng: torch.Generator) -> None:
         self._sources = sources
         self._weights = torch.tensor(weights)
         self._rng = rng
@@ -154,9 +152,7 @@ class Mixture:
 def build_mixture(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int) -> Mixture:
     """Tokenise the corpus once and make the batch source of the training run."""
     rng = torch.Generator().manual_seed(seed)
-    sources = [
-        encode_chats(chats, tokenizer) for chats in (corpus.gsm8k, corpus.passages, corpus.simple)
-    ]
+    sources = [encode_chats(chats, tokenizer) for chats in (corpus.gsm8k, corpus.passages, corpus.simple)]
     # Weights count chats, and the simple ones are about eight times shorter than the others.
     chats = ChatRows(sources, [0.40, 0.15, 0.45], rng)
     return Mixture(TextRows(encode_text(corpus, tokenizer), rng), chats, rng)

@@ -64,21 +64,14 @@ def windows(ids: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor, int
         scored, end = end, min(end + stride, len(ids))
 
 
-def text_bits(
-    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, length: int = 1024
-) -> float:
+def text_bits(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, length: int = 1024) -> float:
     """Code length of ``text`` in bits; each token sees length / 2 to length tokens before it."""
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"]])
-    nats = sum(
-        float(token_nats(model, window)[-new:].sum())
-        for window, new in windows(ids, length, length // 2)
-    )
+    nats = sum(float(token_nats(model, window)[-new:].sum()) for window, new in windows(ids, length, length // 2))
     return nats / float(np.log(2))
 
 
-def bits_per_byte(
-    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> float:
+def bits_per_byte(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
     """Total code length of ``texts`` over their UTF-8 bytes."""
     bits = sum(text_bits(model, tokenizer, text) for text in tqdm(texts, disable=None))
     return bits / sum(len(text.encode()) for text in texts)
@@ -113,9 +106,7 @@ def loss_by_position(model: MixtralForCausalLM, ids: Tensor, edges: list[int]) -
 
 
 @torch.no_grad()
-def generate(
-    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, sample: bool
-) -> str:
+def generate(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, sample: bool) -> str:
     """Up to 90 new tokens after ``prompt``, greedy or with the model's own sampling defaults."""
     set_seed(1)
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -125,16 +116,12 @@ def generate(
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
 
-def samples(
-    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, str | bool]]:
+def samples(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str | bool]]:
     """Completions and chat answers, greedy and sampled."""
     prompts = {text: text for text in COMPLETIONS}
     for text in CHATS:
         message = [{"role": "user", "content": text}]
-        prompts[text] = str(
-            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        )
+        prompts[text] = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     return [
         {"prompt": text, "sampled": sample, "answer": generate(model, tokenizer, prompt, sample)}
         for text, prompt in prompts.items()
@@ -155,9 +142,7 @@ def routing_figures(model: MixtralForCausalLM, ids: Tensor) -> dict[str, Any]:
     }
 
 
-def evaluate(
-    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
-) -> dict[str, Any]:
+def evaluate(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
     """Every figure of the model card."""
     held_out = [book.held_out for book in corpus.books]
     stream = torch.tensor([token for text in held_out for token in tokenizer(text)["input_ids"]])

@@ -9,9 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 NAME = "moe_serve_sorted"
 
 
-def sorted_forward(
-    experts: MixtralExperts, hidden: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
+def sorted_forward(experts: MixtralExperts, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Mix the chosen experts' outputs for each token.
 
     ``hidden`` is [tokens, width]; ``chosen`` and ``weights`` are [tokens, k]; returns

@@ -25,9 +25,7 @@ def router_losses(router_logits: tuple[Tensor, ...], top_k: int) -> tuple[Tensor
     return balance, z_loss
 
 
-def forward_loss(
-    model: MixtralForCausalLM, batch: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_loss(model: MixtralForCausalLM, batch: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
     """Total loss, language-model loss (nats per token) and mean balancing term of [rows, T + 1]."""
     output = model.model(batch[:, :-1], output_router_logits=True, use_cache=False)
     logits = model.lm_head(output.last_hidden_state)

@@ -38,9 +38,7 @@ class Progress:
 class Trainer:
     """One run: model, optimisers, batches, and the clock that drives the schedule."""
 
-    def __init__(
-        self, model: MixtralForCausalLM, mixture: Mixture, recipe: Recipe, state: Path
-    ) -> None:
+    def __init__(self, model: MixtralForCausalLM, mixture: Mixture, recipe: Recipe, state: Path) -> None:
         self.model = model
         self.recipe = recipe
         self.progress = Progress()
