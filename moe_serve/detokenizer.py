@@ -16,7 +16,11 @@ from moe_serve.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """The text of one sample. Concatenated deltas equal the text of all ids, cut at a stop string."""
+    """The text of one sample. Concatenated deltas equal the text of all ids, cut at a stop string.
+
+    Except where a byte-fallback vocabulary (Llama, Mixtral) breaks UTF-8: there one bad byte turns the
+    characters before it into U+FFFD too, which have been shown by then.
+    """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
@@ -31,13 +35,20 @@ class IncrementalDetokenizer:
     def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
         """New text that is safe to show, and the stop string that ended it, if one did."""
         for token_id in token_ids:
-            piece = self._stream.step(self._tokenizer.backend, token_id)
+            piece = self._step(token_id)
             if piece is None:
                 self._pending.append(token_id)
             else:
                 self._pending.clear()
                 self._held += piece
         return self._release()
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer.backend, token_id)
+        except Exception:  # the stream gives up on broken UTF-8 that changes text it has given out already
+            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=self._skip_special)
+            return self._tokenizer.decode([*self._pending, token_id], self._skip_special)
 
     def flush(self) -> str:
         """What is still held back, when no more tokens will come: an incomplete character as U+FFFD."""

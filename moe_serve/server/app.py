@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from moe_serve.async_engine import AsyncEngine, EngineState
-from moe_serve.errors import InvalidRequestError, ModelNotFoundError, MoEServeError
+from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SamplingParams
 from moe_serve.server import chat, completions, http_errors, sse
 from moe_serve.server.chat import ChatShapes
@@ -62,7 +62,8 @@ def create_app(
     drain_timeout_s: float = 5.0,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
-    metrics = Metrics(model_name)
+    pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
+    metrics = Metrics(model_name, pages)
     engine.engine.observer = metrics
     service = Service(
         engine, tokenizer, model_name, model_path, version, sampling_defaults or {}, metrics, int(time.time())
@@ -140,6 +141,9 @@ async def _answer(
         first = await unless_disconnected(http, anext(events))
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
+    except (OverloadedError, EngineDeadError) as error:
+        service.metrics.on_rejected(error.error_type.removesuffix("_error"))
+        raise
     return sse.EventStream(first, events, headers)
 
 

@@ -17,12 +17,12 @@ MAX_PROMPTS = 128
 
 def prompts_of(body: CompletionBody, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """Token ids of each prompt in the body."""
-    prompt = body.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]
-    if not prompt or len(prompt) > MAX_PROMPTS:
-        raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompt)}")
-    return [tuple(tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p) for p in prompt]  # type: ignore[arg-type]
+    prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if prompts and isinstance(prompts[0], int):
+        prompts = [prompts]
+    if not prompts or len(prompts) > MAX_PROMPTS:
+        raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}")
+    return [tuple(tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p) for p in prompts]
 
 
 def check(body: CompletionBody) -> None:

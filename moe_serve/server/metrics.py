@@ -6,6 +6,9 @@ registry per instance; knows nothing of HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from moe_serve.stats import FinishedStats, StepStats
@@ -77,7 +80,7 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, cache_config: Mapping[str, object] = MappingProxyType({})) -> None:
         self._registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         names, values = list(labels), list(labels.values())
@@ -98,10 +101,19 @@ class Metrics:
             registry=self._registry,
         )
         self._label_values = values
+        self._rejections = Counter(
+            PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self._registry
+        )
+        info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
+        Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self._registry).labels(**info).set(1)
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
+
+    def on_rejected(self, reason: str) -> None:
+        """A request found no place in the queue, or no engine."""
+        self._rejections.labels(*self._label_values, reason).inc()
 
     def on_step(self, stats: StepStats) -> None:
         self._gauges["num_requests_running"].set(stats.num_running)

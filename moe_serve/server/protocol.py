@@ -211,6 +211,8 @@ class ChatBody(SamplingBody):
 
     def completion_limit(self) -> int | None:
         """max_completion_tokens, or the older max_tokens."""
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            raise InvalidRequestError("max_completion_tokens", "max_completion_tokens must be at least 1")
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def num_logprobs(self) -> int | None:

@@ -58,7 +58,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"request_id": ""}, "request_id"),
     ({"request_id": "你好"}, "request_id"),
     ({"request_id": "a\r\nSet-Cookie: b"}, "request_id"),
-    ({"max_tokens": 511}, "prompt"),
+    ({"max_tokens": 512}, "prompt"),
 ]
 COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
@@ -92,7 +92,7 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 5}, "logprobs"),
-    ({"max_completion_tokens": -1}, "max_tokens"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
     ({"chat_template": "x"}, "chat_template"),
     ({"chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),

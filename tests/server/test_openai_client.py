@@ -25,7 +25,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 def test_completion_whole_and_streamed_agree(client: openai.OpenAI, sentence: str) -> None:
     whole = client.completions.create(model="fake-model", prompt="x", max_tokens=20, logprobs=2)
-    assert sentence.startswith(whole.choices[0].text)
+    assert whole.choices[0].text.startswith(sentence[:30])
     assert whole.choices[0].logprobs is not None
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 20
