@@ -73,12 +73,12 @@ def growth(samples: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def read_gauges(url: str) -> dict[str, float]:
-    """The gauges that must be zero on an idle server."""
+def read_gauges(url: str, names: tuple[str, ...] = IDLE_GAUGES) -> dict[str, float]:
+    """Values in /metrics; by default the gauges that must be zero on an idle server."""
     found = {}
     for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
         name = line.split("{")[0].removeprefix("moe_serve:")
-        if name in IDLE_GAUGES and not line.startswith("#"):
+        if name in names and not line.startswith("#"):
             found[name] = float(line.rsplit(" ", 1)[1])
     return found
 
@@ -137,6 +137,7 @@ def soak(server: Any, args: argparse.Namespace) -> dict[str, Any]:
         "outcomes": tally["outcomes"],
         "statuses": tally["statuses"],
         "output_events": tally["output_events"],
+        "preemptions": read_gauges(server.url, ("num_preemptions_total",)),
         "idle_after_s": round(idle_after_s, 2),
         "lone_idle_after_s": round(lone_idle_after_s, 2),
         "gauges": gauges,
@@ -166,8 +167,10 @@ def make_server(args: argparse.Namespace) -> Any:
     if args.url:
         return RemoteServer(args.url, args.pid)
     if args.in_process:
-        return InProcessServer(args.model or str(DEMO), {"max_num_seqs": args.max_num_seqs})
-    return StartedServer(args.model, ["--max-num-seqs", str(args.max_num_seqs)])
+        settings = {"max_num_seqs": args.max_num_seqs, "num_kv_pages": args.num_kv_pages}
+        return InProcessServer(args.model or str(DEMO), settings)
+    flags = ["--max-num-seqs", args.max_num_seqs, "--num-kv-pages", args.num_kv_pages]
+    return StartedServer(args.model, [str(f) for f in flags])
 
 
 def main() -> int:
@@ -176,6 +179,12 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--model", help="checkpoint folder; default: the demo model")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="below the clients, so that requests queue")
+    parser.add_argument(
+        "--num-kv-pages",
+        type=int,
+        default=1024,
+        help="few enough that all are touched during the warm-up (memory is taken at first use) and some preempted",
+    )
     parser.add_argument("--in-process", action="store_true", help="serve from this process and check its page pool")
     parser.add_argument("--url", help="a server that is already running")
     parser.add_argument("--pid", type=int, help="its process id, to watch its memory")
