@@ -182,7 +182,7 @@ def main() -> int:
     parser.add_argument(
         "--num-kv-pages",
         type=int,
-        default=384,
+        default=192,
         help="few enough that all are touched during the warm-up (memory is taken at first use) and some preempted",
     )
     parser.add_argument("--in-process", action="store_true", help="serve from this process and check its page pool")
