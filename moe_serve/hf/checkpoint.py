@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from expert_cache.store import ExpertStore, FusedLayout
@@ -73,7 +74,8 @@ def open_experts(folder: str, family: Family, layers: list[int], spec: ModelSpec
     `layers`: the decoder layers that must have experts. CheckpointError names what is missing.
     """
     tensors: dict[int, Parts] = {layer: {} for layer in layers}
-    for file in safetensors_files(folder):
+    # disable=None: no bar where stderr is no terminal
+    for file in tqdm(safetensors_files(folder), desc="Mapping experts", unit="file", disable=None):
         for layer, part, expert, tensor in _expert_tensors(file, family):
             tensors.setdefault(layer, {})[part, expert] = tensor
     tensors = {layer: tensors[layer] for layer in layers}

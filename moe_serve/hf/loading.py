@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype)
     attention.register()
     model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
     try:
-        with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _quiet():
+        with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _bar_only_on_terminals():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -98,10 +99,13 @@ def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws one progress bar per load on stderr; ours covers the whole start."""
-    with redirect_stderr(io.StringIO()):
+def _bar_only_on_terminals() -> Iterator[None]:
+    """transformers draws a progress bar on stderr; in a log file it would be one long line."""
+    if sys.stderr.isatty():
         yield
+    else:
+        with redirect_stderr(io.StringIO()):
+            yield
 
 
 def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
