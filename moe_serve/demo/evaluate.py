@@ -129,14 +129,19 @@ def samples(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase) -> li
     ]
 
 
-def routing_figures(model: MixtralForCausalLM, ids: Tensor) -> dict[str, Any]:
-    """Expert load and inter-layer affinity on windows [rows, length] of held-out text."""
+def routing_figures(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
+    """Expert load on all held-out text and on each book, and inter-layer affinity."""
     experts = model.config.num_local_experts
-    chosen = chosen_experts(model, ids)
+    books = {}
+    for book in corpus.books:
+        ids = torch.tensor(tokenizer(book.held_out)["input_ids"])
+        books[book.title] = chosen_experts(model, ids[: len(ids) // 512 * 512].reshape(-1, 512))
+    chosen = torch.cat(list(books.values()), dim=1)
     affinity = layer_affinity(chosen, experts)
     return {
         "tokens": chosen.shape[1],
         "load_max_over_mean": load_imbalance(chosen, experts),
+        "load_max_over_mean_by_book": {title: load_imbalance(own, experts) for title, own in books.items()},
         "mutual_information_bits": [real for real, _ in affinity],
         "mutual_information_bits_shuffled": [shuffled for _, shuffled in affinity],
     }
@@ -157,7 +162,7 @@ def evaluate(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, corp
             **ngram_figures(corpus, tokenizer),
         },
         "nats_by_position": loss_by_position(model, long_rows, [0, 128, 256, 512, 1024, 2047]),
-        "routing": routing_figures(model, stream[: 40 * 512].reshape(-1, 512)),
+        "routing": routing_figures(model, tokenizer, corpus),
         "samples": samples(model, tokenizer),
     }
 
