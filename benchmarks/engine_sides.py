@@ -67,6 +67,9 @@ class _PlanSizes:
     def on_step(self, stats: Any) -> None:
         self.num_tokens = 0 if stats.num_prompt_tokens else stats.num_generated_tokens
 
+    def on_load(self, load: Any) -> None:
+        """Only steps are of interest."""
+
     def on_finished(self, stats: Any) -> None:
         """Only steps are of interest."""
 

@@ -19,7 +19,7 @@ from moe_serve.model_runner import load_runner
 from moe_serve.scheduler import Scheduler, SchedulerLimits
 from moe_serve.sequence import FinishReason, Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
-from moe_serve.stats import StatsObserver
+from moe_serve.stats import EngineLoad, StatsObserver
 from moe_serve.step_stats import StepRecorder
 from moe_serve.tokenizer import Tokenizer
 
@@ -102,6 +102,7 @@ class Engine:
             if not seq.is_finished:
                 self._end(seq, FinishReason.ABORT)
                 self._forget(seq)
+        self._report_load()
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         """End every admitted sequence with an error, after a step that raised. Waiting ones stay."""
@@ -110,7 +111,14 @@ class Engine:
             self._end(seq, FinishReason.ERROR)
             outputs.append(_output(seq, "", 0, message))
             self._forget(seq)
+        self._report_load()
         return outputs
+
+    def _report_load(self) -> None:
+        if self.observer is not None:
+            scheduler = self.scheduler
+            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac)
+            self.observer.on_load(load)
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -119,7 +127,7 @@ class Engine:
 
     def step(self) -> list[SampleOutput]:
         """Plan, run, apply; returns what each sequence that got a token gained."""
-        recorder = StepRecorder(self.runner, self.scheduler, self.observer)
+        recorder = StepRecorder(self.runner, self.observer)
         plan = self.scheduler.schedule()
         if plan.is_empty:
             return []
@@ -129,6 +137,7 @@ class Engine:
         advanced = self.scheduler.update(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
         recorder.applied(advanced, now)
+        self._report_load()
         return outputs
 
     def _emit(self, seq: Sequence) -> SampleOutput:

@@ -13,19 +13,15 @@ from moe_serve.sequence import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One engine step, and the state it left behind."""
+    """One engine step."""
 
     duration_s: float
     num_prompt_tokens: int
     """Prompt tokens computed in this step (recomputation after preemption included)."""
     num_generated_tokens: int
     """Tokens sampled in this step."""
-    num_running: int
-    num_waiting: int
     num_preemptions: int
     """Sequences preempted by this step."""
-    kv_usage_frac: float
-    """Used fraction of the KV pages; cached but unreferenced pages count as free."""
     prefix_queried_tokens: int
     """Prompt tokens looked up in the prefix cache in this step."""
     prefix_hit_tokens: int
@@ -38,6 +34,17 @@ class StepStats:
     """(layer, expert) uses in this step served from compute-ready slots."""
     expert_misses: int = 0
     """(layer, expert) uses in this step that had to be brought in or computed from the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine holds right now; reported whenever it may have changed, aborts included."""
+
+    num_running: int
+    """Samples in the batch."""
+    num_waiting: int
+    kv_usage_frac: float
+    """Used fraction of the KV pages; cached but unreferenced pages count as free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +69,7 @@ class StatsObserver(Protocol):
     """Whatever wants to hear about steps; called on the engine thread, so it must be quick."""
 
     def on_step(self, stats: StepStats) -> None: ...
+
+    def on_load(self, load: EngineLoad) -> None: ...
 
     def on_finished(self, stats: FinishedStats) -> None: ...

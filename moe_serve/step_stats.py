@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from moe_serve.batch_plan import BatchPlan
-from moe_serve.scheduler import Scheduler
 from moe_serve.sequence import Sequence
 from moe_serve.stats import FinishedStats, StatsObserver, StepStats
 
@@ -17,10 +16,9 @@ from moe_serve.stats import FinishedStats, StatsObserver, StepStats
 class StepRecorder:
     """Lives for one step: `planned` before the model runs, `applied` after its result is booked."""
 
-    def __init__(self, runner: Any, scheduler: Scheduler, observer: StatsObserver | None) -> None:
+    def __init__(self, runner: Any, observer: StatsObserver | None) -> None:
         self._start = time.monotonic()
         self._experts = getattr(getattr(runner, "expert_cache", None), "resident", None)
-        self._scheduler = scheduler
         self._observer = observer
         self._plan = BatchPlan(())
         self._num_prompt_tokens = 0
@@ -60,10 +58,7 @@ class StepRecorder:
             duration_s=now - self._start,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=len(advanced),
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
             num_preemptions=len(self._plan.preempted),
-            kv_usage_frac=self._scheduler.pool.usage_frac,
             prefix_queried_tokens=self._plan.prefix_queried_tokens,
             prefix_hit_tokens=self._plan.prefix_hit_tokens,
             inter_token_s=gaps,

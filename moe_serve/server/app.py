@@ -15,7 +15,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
-from starlette.requests import ClientDisconnect
 
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
@@ -28,9 +27,6 @@ from moe_serve.server.metrics import Metrics
 from moe_serve.server.parsing import parse
 from moe_serve.server.protocol import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody
 from moe_serve.tokenizer import Tokenizer
-
-CLIENT_CLOSED = 499
-"""nginx's status for a client that hung up; nobody is left to read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +135,6 @@ async def _answer(
         events = _stream_events(service, body, merger, shapes)
         # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
         first = await unless_disconnected(http, anext(events))
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED)
     except (OverloadedError, EngineDeadError) as error:
         service.metrics.on_rejected(error.error_type.removesuffix("_error"))
         raise

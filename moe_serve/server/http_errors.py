@@ -6,12 +6,16 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from moe_serve.errors import MoEServeError, OverloadedError
 
 log = logging.getLogger(__name__)
+
+CLIENT_CLOSED = 499
+"""nginx's status for a client that hung up; nobody is left to read it."""
 
 
 def error_body(error: MoEServeError) -> dict[str, Any]:
@@ -27,6 +31,7 @@ def install(app: FastAPI) -> None:
     """Answer our own errors, HTTP errors and unexpected ones in the same shape."""
     app.add_exception_handler(MoEServeError, _ours)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -42,6 +47,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(
         _body(message, "invalid_request_error", None, error.status_code), error.status_code, error.headers
     )
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """The client left, perhaps before its body was read: an everyday event, with nobody to answer."""
+    return Response(status_code=CLIENT_CLOSED)
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

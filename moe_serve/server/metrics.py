@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from moe_serve.stats import FinishedStats, StepStats
+from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
 PREFIX = "moe_serve:"
 TTFT_S = (
@@ -116,9 +116,6 @@ class Metrics:
         self._rejections.labels(*self._label_values, reason).inc()
 
     def on_step(self, stats: StepStats) -> None:
-        self._gauges["num_requests_running"].set(stats.num_running)
-        self._gauges["num_requests_waiting"].set(stats.num_waiting)
-        self._gauges["kv_cache_usage_perc"].set(stats.kv_usage_frac)
         for name, amount in (
             ("prefix_cache_queries", stats.prefix_queried_tokens),
             ("prefix_cache_hits", stats.prefix_hit_tokens),
@@ -134,6 +131,11 @@ class Metrics:
             self._histograms["time_to_first_token_seconds"].observe(seconds)
         for seconds in stats.inter_token_s:
             self._histograms["inter_token_latency_seconds"].observe(seconds)
+
+    def on_load(self, load: EngineLoad) -> None:
+        self._gauges["num_requests_running"].set(load.num_running)
+        self._gauges["num_requests_waiting"].set(load.num_waiting)
+        self._gauges["kv_cache_usage_perc"].set(load.kv_usage_frac)
 
     def on_finished(self, stats: FinishedStats) -> None:
         self._success.labels(*self._label_values, str(stats.finish_reason)).inc()

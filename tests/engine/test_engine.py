@@ -130,3 +130,25 @@ def test_impossible_requests_are_refused_naming_the_field(engine) -> None:
 def test_without_max_tokens_a_sample_runs_to_the_end_of_the_context(engine) -> None:
     add(engine, "abc")
     assert finish(engine)["r", 0][-1].num_output_tokens == 57
+
+
+class LoadLog:
+    """A StatsObserver that keeps the newest load."""
+
+    load = None
+
+    def on_load(self, load) -> None:
+        self.load = load
+
+    def on_step(self, stats) -> None: ...
+
+    def on_finished(self, stats) -> None: ...
+
+
+def test_an_abort_shows_in_the_reported_load_at_once(engine) -> None:
+    engine.observer = log = LoadLog()
+    add(engine, "abc", max_tokens=50)
+    engine.step()
+    assert (log.load.num_running, log.load.kv_usage_frac) == (1, 1 / 32)
+    engine.abort("r")
+    assert (log.load.num_running, log.load.num_waiting, log.load.kv_usage_frac) == (0, 0, 0.0)

@@ -15,7 +15,7 @@ from moe_serve.hf import loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.llm import RequestResult
 from moe_serve.spec import ModelSpec
-from moe_serve.stats import FinishedStats, StepStats
+from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
 from .references import NEW_TOKENS
 from .tiny_configs import POSITIONS
@@ -73,6 +73,9 @@ class StepLog:
 
     def on_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
+
+    def on_load(self, load: EngineLoad) -> None:
+        """Only steps are of interest."""
 
     def on_finished(self, stats: FinishedStats) -> None:
         """Only steps are of interest."""

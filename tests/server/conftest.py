@@ -26,7 +26,7 @@ from moe_serve.detokenizer import IncrementalDetokenizer
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
 from moe_serve.server.app import create_app
-from moe_serve.stats import FinishedStats, StatsObserver, StepStats
+from moe_serve.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
 from moe_serve.tokenizer import Tokenizer
 
 MODEL = "fake-model"
@@ -172,9 +172,8 @@ class FakeEngine:
             return
         prompt = sum(len(s.request.prompt_token_ids) for s in admitted)
         count = len(self.running)
-        self.observer.on_step(
-            StepStats(0.01, prompt, count, count, len(self.waiting), 0, 0.5, prompt, prompt // 2, (0.01,), (0.1,), 3, 1)
-        )
+        self.observer.on_step(StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), 3, 1))
+        self.observer.on_load(EngineLoad(count, len(self.waiting), 0.5))
         for s in self.running:
             if s.done:
                 num_prompt, reason = len(s.request.prompt_token_ids), FinishReason.LENGTH
