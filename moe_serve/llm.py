@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -16,21 +16,9 @@ from tqdm import tqdm
 from moe_serve.config import EngineConfig
 from moe_serve.engine import Engine
 from moe_serve.errors import InvalidRequestError, MoEServeError
-from moe_serve.sequence import FinishReason, Request, SampleOutput, SamplingParams, TokenLogprob
+from moe_serve.sequence import Completion, Request, SampleOutput, SamplingParams
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(slots=True)
-class Completion:
-    """One finished sample."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)
@@ -43,12 +31,7 @@ class RequestResult:
     num_cached_tokens: int = 0
 
     def _apply(self, output: SampleOutput) -> None:
-        completion = self.completions[output.index]
-        completion.text += output.text
-        completion.token_ids += output.token_ids
-        completion.logprobs += output.logprobs
-        completion.finish_reason = output.finish_reason
-        completion.stop_reason = output.stop_reason
+        self.completions[output.index].add(output)
         if output.index == 0:
             self.num_cached_tokens = output.num_cached_tokens
 

@@ -225,3 +225,23 @@ class SampleOutput:
     """Tokens sampled so far in this sample."""
     error: str | None = None
     """Set with FinishReason.ERROR: what went wrong, safe to show to the client."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sample put together from its outputs: what a caller who does not stream gets."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: SampleOutput) -> None:
+        """Append what one step added."""
+        self.text += output.text
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason
+        self.stop_reason = output.stop_reason

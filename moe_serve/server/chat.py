@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moe_serve.sequence import SampleOutput, TokenLogprob
-from moe_serve.server.collect import Choice, Merger, Usage, json_logprob
+from moe_serve.sequence import Completion, SampleOutput, TokenLogprob
+from moe_serve.server.collect import Merger, Usage, json_logprob
 from moe_serve.server.protocol import ChatBody, Message
 from moe_serve.tokenizer import Tokenizer
 
@@ -39,13 +39,13 @@ class ChatShapes:
         self._tokenizer = tokenizer
         self._merger = merger
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
         shaped = [self._whole_choice(c) for c in choices]
         usage = self._merger.usage.as_json()
         return {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage}
 
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+    def _whole_choice(self, choice: Completion) -> dict[str, Any]:
         shaped = {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import MoEServeError
-from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
+from moe_serve.sequence import Completion, Request, SampleOutput
 
 T = TypeVar("T")
 
@@ -27,18 +27,6 @@ LOWEST_LOGPROB = -9999.0
 
 def json_logprob(value: float) -> float:
     return max(LOWEST_LOGPROB, value)
-
-
-@dataclass(slots=True)
-class Choice:
-    """One finished sample, as endpoints report it."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)
@@ -142,17 +130,12 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-async def collect(engine: AsyncEngine, merger: Merger) -> list[Choice]:
+async def collect(engine: AsyncEngine, merger: Merger) -> list[Completion]:
     """All choices, finished."""
-    choices = [Choice(i) for i in range(sum(r.params.n for r in merger.requests))]
+    choices = [Completion(i) for i in range(sum(r.params.n for r in merger.requests))]
     async with aclosing(stream(engine, merger)) as outputs:
         async for index, output in outputs:
             if output.error is not None:
                 raise MoEServeError(output.error)
-            choice = choices[index]
-            choice.text += output.text
-            choice.token_ids += output.token_ids
-            choice.logprobs += output.logprobs
-            choice.finish_reason = output.finish_reason
-            choice.stop_reason = output.stop_reason
+            choices[index].add(output)
     return choices

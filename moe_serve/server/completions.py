@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
-from moe_serve.sequence import SampleOutput, TokenLogprob
-from moe_serve.server.collect import Choice, Merger, Usage, json_logprob
+from moe_serve.sequence import Completion, SampleOutput, TokenLogprob
+from moe_serve.server.collect import Merger, Usage, json_logprob
 from moe_serve.server.protocol import CompletionBody
 from moe_serve.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ class CompletionShapes:
         self._offsets: dict[int, int] = {}
         self._echoed: set[int] = set()
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
         shaped = [
             self._choice(c.index, c.text, c.token_ids, c.logprobs, c.finish_reason, c.stop_reason) for c in choices
