@@ -1,6 +1,6 @@
 """Complete a few prompts without a server.
 
-    .venv/bin/python examples/offline.py [MODEL FOLDER]
+.venv/bin/python examples/offline.py [MODEL FOLDER]
 """
 
 import sys

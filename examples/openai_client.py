@@ -1,7 +1,7 @@
 """Talk to a running server with the official `openai` package.
 
-    make serve                                       # in one terminal
-    .venv/bin/python examples/openai_client.py       # in another
+make serve                                       # in one terminal
+.venv/bin/python examples/openai_client.py       # in another
 """
 
 from openai import OpenAI
