@@ -74,6 +74,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cells", nargs="+", metavar="SEQSxPROMPT", help="default: the six of the docstring's table")
     parser.add_argument("--text", type=Path, help="prompts are windows of this text file; default: random tokens")
+    experts = ("grouped_mm", "eager", "batched_mm")
+    parser.add_argument(
+        "--experts",
+        nargs="+",
+        choices=experts,
+        default=experts,
+        help="transformers' implementations to try, its default first; batched_mm copies weights per token and can"
+        " take minutes per step on large models",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two tiny cells, one round: does it run at all?")
     args = parser.parse_args()
@@ -102,7 +111,7 @@ class Bench:
 
     def run_cell(self, num_seqs: int, prompt_len: int) -> Cell:
         """Choose transformers' fastest experts for this cell, then run the rounds."""
-        best, step_ms = self.hf.best_experts(self.prompts.draw(num_seqs, prompt_len))
+        best, step_ms = self.hf.best_experts(self.prompts.draw(num_seqs, prompt_len), self.args.experts)
         cell = Cell(num_seqs, prompt_len, best, step_ms)
         self.ours.run(self.prompts.draw(num_seqs, prompt_len), 2)  # builds kernels for these shapes
         self.continuous.run(self.prompts.draw(num_seqs, prompt_len), 2)

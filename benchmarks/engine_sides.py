@@ -104,21 +104,23 @@ class HFModel:
         self.model.set_experts_implementation(name)
         self.clock.mark(num_tokens)
 
-    def best_experts(self, prompts: Prompts, rounds: int = 6) -> tuple[str, dict[str, float]]:
+    def best_experts(
+        self, prompts: Prompts, names: Sequence[str] = EXPERT_IMPLEMENTATIONS, rounds: int = 6
+    ) -> tuple[str, dict[str, float]]:
         """The fastest implementation for decoding these prompts, and ms of CPU per step of each.
 
         One run that changes the implementation from step to step: least of `rounds` steps each.
         """
-        self.decode_experts = EXPERT_IMPLEMENTATIONS
-        clock = StaticBatch(self).run(prompts, 1 + rounds * len(EXPERT_IMPLEMENTATIONS)).clock
+        if len(names) == 1:
+            return names[0], {}
+        self.decode_experts = names
+        clock = StaticBatch(self).run(prompts, 1 + rounds * len(names)).clock
         times = clock.cpu_times_s(len(prompts))
         self.decode_experts = EXPERT_IMPLEMENTATIONS[:1]
-        step_ms = {
-            name: 1e3 * min(times[i :: len(EXPERT_IMPLEMENTATIONS)]) for i, name in enumerate(EXPERT_IMPLEMENTATIONS)
-        }
+        step_ms = {name: 1e3 * min(times[i :: len(names)]) for i, name in enumerate(names)}
         best = min(step_ms, key=lambda name: step_ms[name])
-        is_clear = step_ms[best] < CLEARLY_FASTER * step_ms[EXPERT_IMPLEMENTATIONS[0]]
-        return best if is_clear else EXPERT_IMPLEMENTATIONS[0], step_ms
+        is_clear = step_ms[best] < CLEARLY_FASTER * step_ms[names[0]]
+        return best if is_clear else names[0], step_ms
 
 
 class StaticBatch:
