@@ -22,10 +22,12 @@ class LFRU:
 
     def keep_values(self, layer: int) -> Values:
         age = self._step[layer] - self._last_step[layer]
-        return np.divide(self._uses[layer], age + 1)
+        values: Values = self._uses[layer] / (age + 1)
+        return values
 
     def keep_values_all(self) -> Values:
-        return np.divide(self._uses, self._step - self._last_step + 1)
+        values: Values = self._uses / (self._step - self._last_step + 1)
+        return values
 
 
 POLICY = LFRU

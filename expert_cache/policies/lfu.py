@@ -17,7 +17,8 @@ class LFU:
         self._uses[layer, experts] += 1
 
     def keep_values(self, layer: int) -> Values:
-        return self._uses[layer]
+        row: Values = self._uses[layer]
+        return row
 
     def keep_values_all(self) -> Values:
         return self._uses

@@ -19,7 +19,8 @@ class LRU:
         self._last_event[layer, experts] = self._num_events
 
     def keep_values(self, layer: int) -> Values:
-        return self._last_event[layer]
+        row: Values = self._last_event[layer]
+        return row
 
     def keep_values_all(self) -> Values:
         return self._last_event

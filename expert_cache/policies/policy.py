@@ -31,7 +31,7 @@ class Policy(Protocol):
         ...
 
     def keep_values(self, layer: int) -> Values:
-        """[E] finite; higher = keep longer. Only the order within the layer matters."""
+        """[E] finite, not to be written to; higher = keep longer. Only the order within the layer matters."""
         ...
 
     def keep_values_all(self) -> Values:
@@ -43,5 +43,5 @@ class PolicyMaker(Protocol):
     """What a policy's file exports as `POLICY`: its class."""
 
     def __call__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> Policy:
-        """`popularity` [L, E]: uses per token on an earlier trace, if there is one; online policies may start from it."""
+        """`popularity` [L, E]: uses per token on an earlier trace, where there is one; a policy may start from it."""
         ...

@@ -33,13 +33,15 @@ class Predicted(LFRU):
         base = super().keep_values(layer)
         if not self._has_forecast[layer]:
             return base
-        return np.add(base / np.maximum(self._step[layer], 1), self._forecast[layer])
+        values: Values = base / np.maximum(self._step[layer], 1) + self._forecast[layer]
+        return values
 
     def keep_values_all(self) -> Values:
         base = super().keep_values_all()
         if not self._has_forecast.any():
             return base
-        return np.add(base / np.maximum(self._step, 1), self._forecast)
+        values: Values = base / np.maximum(self._step, 1) + self._forecast
+        return values
 
 
 POLICY = Predicted

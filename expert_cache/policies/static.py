@@ -18,7 +18,8 @@ class Static:
         pass
 
     def keep_values(self, layer: int) -> Values:
-        return self._popularity[layer]
+        row: Values = self._popularity[layer]
+        return row
 
     def keep_values_all(self) -> Values:
         return self._popularity
