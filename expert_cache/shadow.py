@@ -1,0 +1,73 @@
+"""ShadowCache: what a policy's cache would hold and miss, from ids alone; the core of replay, also driven live.
+
+Event-atomic: hits count against the state before the event, and members of the event's set do not evict one
+another. A set larger than its pool runs in waves: every member without a slot beforehand is a miss, and the members
+with the largest keep values stay. Moves no weights, knows no devices.
+
+Shape alphabet: L layers, E experts per layer, n distinct experts of one event.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_cache.policies.policy import Floats, Ints, Policy, Values
+from expert_cache.slots import Slots
+
+
+class ShadowCache:
+    """Residency by (layer, expert). Starts empty, keeps its state across sequences, as a server does."""
+
+    def __init__(self, policy: Policy, slots: Slots, num_layers: int, num_experts: int) -> None:
+        if slots.quotas is not None and len(slots.quotas) != num_layers:
+            raise ValueError(f"quotas has {len(slots.quotas)} entries; give one for each of {num_layers} layers")
+        self.resident: npt.NDArray[np.bool_] = np.zeros((num_layers, num_experts), dtype=bool)
+        """[L, E]."""
+        self.hits = [0] * num_layers
+        self.misses = [0] * num_layers
+        self._policy = policy
+        self._num_experts = num_experts
+        self._slots = slots
+        self._free = [slots.total] if slots.quotas is None else list(slots.quotas)
+
+    def event(self, layer: int, experts: Ints, counts: Ints, weights: Floats | None = None) -> int:
+        """Run one event, with the arguments of `Policy.record`; how many of its experts were resident."""
+        self._policy.record(layer, experts, counts, weights)
+        num_hits = int(np.count_nonzero(self.resident[layer, experts]))
+        num_misses = len(experts) - num_hits
+        self.hits[layer] += num_hits
+        self.misses[layer] += num_misses
+        if num_misses:
+            self._admit(layer, experts, num_misses)
+        return num_hits
+
+    def _admit(self, layer: int, experts: Ints, num_misses: int) -> None:
+        shared = self._slots.quotas is None
+        pool, size = (0, self._slots.total) if self._slots.quotas is None else (layer, self._slots.quotas[layer])
+        resident = self.resident.reshape(-1) if shared else self.resident[layer]
+        members = experts + layer * self._num_experts if shared else experts
+        num_evictions = num_misses - self._free[pool]
+        if num_evictions > 0:
+            values = (self._policy.keep_values_all().ravel() if shared else self._policy.keep_values(layer)).copy()
+            if len(members) > size:
+                resident[:] = False
+                members = members[smallest(-values[members], size)]
+            else:
+                values[~resident] = np.inf
+                values[members] = np.inf
+                resident[smallest(values, num_evictions)] = False
+        self._free[pool] = max(0, -num_evictions)
+        resident[members] = True
+
+
+def smallest(values: Values, count: int) -> npt.NDArray[Any]:
+    """Indices of the `count` smallest values; where values tie, the lower index counts as smaller."""
+    if count == 1:
+        return np.array([values.argmin()])
+    limit = np.partition(values, count - 1)[count - 1]
+    below = np.flatnonzero(values < limit)
+    level = np.flatnonzero(values == limit)
+    return np.concatenate([below, level[: count - len(below)]])
