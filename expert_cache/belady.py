@@ -38,7 +38,7 @@ def _first_events(events: Events, resident: Mask | None) -> npt.NDArray[np.int64
     """[L * E]: the event at which each expert held at the start is first used; NEVER for all others."""
     first = np.full(events.num_layers * events.num_experts, NEVER)
     if resident is not None:
-        cells = events.layer_of_use() * events.num_experts + events.experts
+        cells = events.cell_of_use()
         used, where = np.unique(cells, return_index=True)
         first[used] = events.event_of_use()[where]
         first[~resident.ravel()] = NEVER
@@ -49,10 +49,8 @@ def _per_layer(
     events: Events, quotas: npt.NDArray[np.int64], next_event: npt.NDArray[np.int64], keep: npt.NDArray[np.int64]
 ) -> Mask:
     """[M] whether each use hits. All layers advance together, one event of each at a time."""
-    steps = np.repeat(events.step_of_event(), np.diff(events.offsets))
-    order = np.argsort(steps, kind="stable")
-    bounds = np.searchsorted(steps[order], np.arange(steps.max(initial=-1) + 2))
-    cells = (events.layer_of_use() * events.num_experts + events.experts)[order]
+    order, bounds = events.uses_by_step()
+    cells = events.cell_of_use()[order]
     upcoming, hit = next_event[order], np.empty(len(order), dtype=bool)
     table, rows = keep.reshape(events.num_layers, -1), np.arange(events.num_layers)
     _trim_rows(table, quotas, rows)
@@ -78,7 +76,7 @@ def _trim_rows(table: npt.NDArray[np.int64], quotas: npt.NDArray[np.int64], rows
 def _shared(events: Events, total: int, next_event: npt.NDArray[np.int64], keep: npt.NDArray[np.int64]) -> Mask:
     """[M] whether each use hits, with one pool for all layers."""
     hit = np.empty(len(next_event), dtype=bool)
-    cells = events.layer_of_use() * events.num_experts + events.experts
+    cells = events.cell_of_use()
     ends = np.where(keep == NEVER, -1, keep)
     """[L * E] the event each held expert is kept for; -1 for those not held."""
     bounds = events.offsets.tolist()

@@ -64,13 +64,23 @@ class Events:
         """[V]: how many earlier events its layer has had."""
         return occurrence(self.layers)
 
+    def uses_by_step(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(order [M], bounds [steps + 1]): order[bounds[i] : bounds[i + 1]] are the uses of step i in all layers."""
+        steps = np.repeat(self.step_of_event(), np.diff(self.offsets))
+        order = np.argsort(steps, kind="stable")
+        return order, np.searchsorted(steps[order], np.arange(steps.max(initial=-1) + 2))
+
+    def cell_of_use(self) -> npt.NDArray[np.int64]:
+        """[M]: layer * E + expert."""
+        return self.layer_of_use() * self.num_experts + self.experts
+
     def uses_by_layer(self) -> npt.NDArray[np.int64]:
         """[L] expert uses: hits plus misses of any cache."""
         return np.bincount(self.layer_of_use(), minlength=self.num_layers)
 
     def next_event_of_use(self) -> npt.NDArray[np.int64]:
         """[M]: the next event that uses the same expert of the same layer, or NEVER."""
-        cells = self.layer_of_use() * self.num_experts + self.experts
+        cells = self.cell_of_use()
         order = np.argsort(cells, kind="stable")
         same = cells[order[1:]] == cells[order[:-1]]
         following = np.full(len(cells), NEVER)
