@@ -4,6 +4,8 @@ The library has a plain C interface and is loaded with ctypes, so it is tied to 
 version. Without a compiler the installation still succeeds and torch's own kernels are used.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 HERE = "kernels/moe_serve_kernels/cpu"
@@ -12,13 +14,10 @@ setup(
     ext_modules=[
         Extension(
             "moe_serve_kernels.cpu._native",
-            sources=[f"{HERE}/linear_rows.cpp", f"{HERE}/paged_attention.cpp"],
-            depends=[
-                f"{HERE}/{name}"
-                for name in ("vectors.h", "horizontal_sum.inc", "linear_rows.inc", "paged_attention.inc")
-            ],
+            sources=[f"{HERE}/{name}.cpp" for name in ("expert_mlp", "linear_rows", "paged_attention")],
+            depends=glob(f"{HERE}/*.inc") + glob(f"{HERE}/*.h"),
             language="c++",
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffast-math", "-fno-finite-math-only"],
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffast-math", "-fno-finite-math-only", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

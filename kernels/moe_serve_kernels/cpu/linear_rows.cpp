@@ -21,35 +21,10 @@ struct SplitTokens {
     int64_t tail;    // stride - 2 * half
 };
 
-#ifdef X86_VERSIONS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace avx512 {
-#include "linear_rows.inc"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace avx2 {
-#include "linear_rows.inc"
-}
-#pragma GCC pop_options
-#endif
-namespace generic {
-#include "linear_rows.inc"
-}
+#define ARITHMETIC "linear_rows.inc"
+#include "per_isa.inc"
 
 namespace {
-
-using Rows = void (*)(const SplitTokens&, const uint16_t*, float*, int64_t, int64_t, int64_t, int64_t, int64_t);
-
-Rows choose() {
-#ifdef X86_VERSIONS
-    if (has_avx512()) return avx512::rows;
-    if (has_avx2()) return avx2::rows;
-#endif
-    return generic::rows;
-}
 
 void split_token(const float* x, float* split, int64_t half, int64_t columns) {
     for (int64_t j = 0; j < half; ++j) {
@@ -68,7 +43,7 @@ constexpr int64_t ROWS_PER_TASK = 64;
 extern "C" void moe_serve_linear_rows_bf16(const float* x, const uint16_t* weight, float* out, int64_t tokens,
                                            int64_t num_rows, int64_t columns, int64_t row_stride, int64_t out_stride,
                                            int32_t num_threads) {
-    const Rows rows = choose();
+    const auto rows = FOR_THIS_CPU(rows);
     const int64_t half = columns / 32 * 16;
     std::vector<float> buffer(static_cast<std::size_t>(tokens * columns));
     for (int64_t t = 0; t < tokens; ++t) split_token(x + t * columns, buffer.data() + t * columns, half, columns);

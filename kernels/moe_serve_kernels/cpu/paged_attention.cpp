@@ -16,27 +16,21 @@
 
 #include "vectors.h"
 
-#ifdef X86_VERSIONS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace avx512 {
-#include "paged_attention.inc"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace avx2 {
-#include "paged_attention.inc"
-}
-#pragma GCC pop_options
-#endif
-namespace generic {
-#include "paged_attention.inc"
-}
+struct Shape {
+    int64_t groups;      // G, query heads per KV head
+    int64_t key_dim;     // D
+    int64_t value_dim;   // Dv
+    int64_t page_size;   // B
+};
+
+using Attend = void (*)(const float*, const float*, const float*, const int64_t*, int64_t, int64_t, float,
+                        const float*, float*, const Shape&, float*);
+
+#define ARITHMETIC "paged_attention.inc"
+#include "per_isa.inc"
 
 namespace {
 
-template <typename Attend, typename Shape>
 void for_each_task(Attend attend, const Shape& shape, const float* query, const float* keys, const float* values,
                    const int64_t* page_table, const int64_t* lengths, const float* sinks, float* out,
                    int64_t num_seqs, int64_t kv_heads, int64_t tokens, int64_t table_width, float scale,
@@ -68,20 +62,7 @@ extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys
                                            float* out, int64_t num_seqs, int64_t kv_heads, int64_t groups,
                                            int64_t key_dim, int64_t value_dim, int64_t tokens, int64_t page_size,
                                            int64_t table_width, float scale, int64_t window, int32_t num_threads) {
-#define RUN(isa)                                                                                              \
-    for_each_task(isa::choose(key_dim, value_dim), isa::Shape{groups, key_dim, value_dim, page_size}, query, \
-                  keys, values, page_table, lengths, sinks, out, num_seqs, kv_heads, tokens, table_width,     \
-                  scale, window, num_threads)
-#ifdef X86_VERSIONS
-    if (has_avx512()) {
-        RUN(avx512);
-        return;
-    }
-    if (has_avx2()) {
-        RUN(avx2);
-        return;
-    }
-#endif
-    RUN(generic);
-#undef RUN
+    const Shape shape{groups, key_dim, value_dim, page_size};
+    for_each_task(FOR_THIS_CPU(choose)(key_dim, value_dim), shape, query, keys, values, page_table, lengths, sinks,
+                  out, num_seqs, kv_heads, tokens, table_width, scale, window, num_threads);
 }

@@ -1,0 +1,203 @@
+// The experts of one MoE layer, float32 activations on float32 or bf16 weights read where they lie.
+//
+//   for each segment (an expert and its tokens), rows of all experts split over threads:
+//     inner[t] = activation(gate @ x[t] + gate_bias, up @ x[t] + up_bias)
+//   barrier
+//   for each segment, likewise:
+//     out[t] = down @ inner[t] + down_bias
+//
+// With few tokens the time is the time to read the weights: each row is read once, bf16 widened in
+// registers. With many it is the arithmetic: see expert_mlp.inc. An element of `out` is summed by one
+// thread, in an order that depends on the number of tokens of its segment only. Plain C ABI, no libtorch.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include <omp.h>
+
+#include "vectors.h"
+
+namespace {
+
+typedef uint16_t Bf16;
+
+enum ActivationKind { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
+
+struct Activation {
+    int32_t kind;
+    float alpha, limit;
+};
+
+// Where one expert's weights lie: expert_mlp.py fills these in, all 64-bit. Strides in elements.
+struct Matrix {
+    const void* data;
+    int64_t stride, rows, columns;
+};
+
+struct Bias {
+    const void* data;  // null: none
+    int64_t stride, bf16;
+
+    float at(int64_t i) const {
+        if (!bf16) return static_cast<const float*>(data)[i * stride];
+        union { uint32_t i; float f; } bits;
+        bits.i = static_cast<uint32_t>(static_cast<const Bf16*>(data)[i * stride]) << 16;
+        return bits.f;
+    }
+};
+
+struct Expert {
+    Matrix gate, up, down;
+    Bias gate_bias, up_bias, down_bias;
+    int64_t bf16;
+};
+
+struct Pairs {
+    const Expert* expert;
+    int64_t begin, end;
+};
+
+// Activations in scratch memory. For the streaming kernel (tile 0) one row of `stride` columns per token,
+// zeros behind the last; for the blocked one tiles of `tile` tokens, each [columns][tile].
+struct Tokens {
+    float* data;
+    int64_t count, stride, tile;
+};
+
+struct Segment;
+
+// One instruction set's arithmetic for one weight dtype and one way to multiply.
+struct Steps {
+    int64_t tile_tokens;  // 0: streaming
+    void (*gather)(const float* x, const int64_t* tokens, int64_t columns, const Tokens& target);
+    void (*gate_up)(const Segment&, const Activation&, int64_t row, float* scratch);
+    void (*down)(const Segment&, int64_t row, float* out, float* scratch);
+};
+
+struct Segment {
+    const Expert* expert;
+    int64_t begin;
+    Steps steps;
+    Tokens x, inner;
+};
+
+constexpr int64_t STREAM_MAX_TOKENS = 16;
+constexpr int64_t BLOCK_ROWS = 64;    // of a weight, per task
+constexpr int64_t BLOCK_DEPTH = 256;  // columns of a panel
+
+}  // namespace
+
+#define ARITHMETIC "expert_mlp.inc"
+#include "per_isa.inc"
+
+namespace {
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// The fewest tiles of at most `most` tokens, all of one size.
+int64_t tile_for(int64_t count, int64_t most) {
+    const int64_t tiles = (count + most - 1) / most;
+    return (count + tiles - 1) / tiles;
+}
+
+Segment plan(const Pairs& pairs) {
+    const int64_t count = pairs.end - pairs.begin;
+    const Expert& expert = *pairs.expert;
+    const Steps steps = FOR_THIS_CPU(steps)(expert.bf16 != 0, count <= STREAM_MAX_TOKENS);
+    const int64_t tile = steps.tile_tokens ? tile_for(count, steps.tile_tokens) : 0;
+    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, round_up(columns, 32), tile}; };
+    return {pairs.expert, pairs.begin, steps, tokens(expert.gate.columns), tokens(expert.down.columns)};
+}
+
+int64_t size_of(const Tokens& tokens) {
+    return (tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count) * tokens.stride;
+}
+
+// What one thread needs to compute BLOCK_ROWS rows of this segment.
+int64_t scratch_size(const Segment& segment) {
+    if (!segment.x.tile) return segment.x.count * 20 * 16;
+    return 2 * BLOCK_ROWS * (BLOCK_DEPTH + round_up(segment.x.count, segment.x.tile));
+}
+
+struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+};
+
+std::unique_ptr<float, Free> allocate(int64_t elements) {
+    return std::unique_ptr<float, Free>(
+        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(elements, 16)) * sizeof(float))));
+}
+
+struct Layer {
+    const float* x;
+    const int64_t* tokens;
+    float* out;
+    int64_t hidden, inner;
+    Activation activation;
+    std::vector<Segment> segments;
+    std::unique_ptr<float, Free> memory;
+    int64_t scratch_stride = 0;  // of one thread; all threads' scratch comes first in `memory`
+};
+
+bool place(Layer& layer, int32_t num_threads) {
+    int64_t total = 0;
+    for (const Segment& segment : layer.segments) {
+        layer.scratch_stride = std::max(layer.scratch_stride, round_up(scratch_size(segment), 16));
+        total += round_up(size_of(segment.x), 16) + round_up(size_of(segment.inner), 16);
+    }
+    layer.memory = allocate(total + num_threads * layer.scratch_stride);
+    float* next = layer.memory.get();
+    if (!next) return false;
+    next += num_threads * layer.scratch_stride;
+    for (Segment& segment : layer.segments) {
+        for (Tokens* tokens : {&segment.x, &segment.inner}) {
+            tokens->data = next;
+            next += round_up(size_of(*tokens), 16);
+        }
+    }
+    return true;
+}
+
+// Calls task(segment, row, scratch) for every block of `rows` rows of every segment.
+template <typename Task>
+void for_each_block(const Layer& layer, int64_t rows, Task task) {
+    float* scratch = layer.memory.get() + omp_get_thread_num() * layer.scratch_stride;
+    const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t tasks = blocks * static_cast<int64_t>(layer.segments.size());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) task(layer.segments[i / blocks], i % blocks * BLOCK_ROWS, scratch);
+}
+
+void run(const Layer& layer, int32_t num_threads) {
+    for (const Segment& segment : layer.segments) {
+        segment.steps.gather(layer.x, layer.tokens + segment.begin, layer.hidden, segment.x);
+    }
+#pragma omp parallel num_threads(num_threads)
+    {
+        for_each_block(layer, layer.inner, [&](const Segment& segment, int64_t row, float* scratch) {
+            segment.steps.gate_up(segment, layer.activation, row, scratch);
+        });
+        for_each_block(layer, layer.hidden, [&](const Segment& segment, int64_t row, float* scratch) {
+            segment.steps.down(segment, row, layer.out + segment.begin * layer.hidden, scratch);
+        });
+    }
+}
+
+}  // namespace
+
+// x [T, hidden]; tokens [P]; out [P, hidden], written only inside the segments. False: out of memory.
+extern "C" bool moe_serve_expert_mlp(const float* x, const int64_t* tokens, float* out, const Pairs* pairs,
+                                     int64_t num_segments, int64_t hidden, int64_t inner, int32_t activation,
+                                     float alpha, float limit, int32_t num_threads) {
+    Layer layer{x, tokens, out, hidden, inner, {activation, alpha, limit}, {}, {}};
+    for (int64_t i = 0; i < num_segments; ++i) {
+        if (pairs[i].begin < pairs[i].end) layer.segments.push_back(plan(pairs[i]));
+    }
+    if (!place(layer, num_threads)) return false;
+    run(layer, num_threads);
+    return true;
+}
