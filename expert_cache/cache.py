@@ -1,49 +1,284 @@
-"""ExpertCache: runs a MoE layer's experts for the tokens routed to them.
+"""ExpertCache: experts in slots, on their way, or waiting; one layer's step at a time.
 
-Regroups tokens by expert, asks for each expert's compute-ready form, and combines the results.
-A token's sum over experts runs in the same order whatever is resident; what may differ with the
-budget is the layout of one matrix product, i.e. its last bits. Knows nothing of models, requests
-or routers.
+One thread, the engine's, calls it; the Fetcher's threads only fill memory. Everything the router
+chose is pinned until it has run. When the slots do not suffice, the rest waits for a slot to be
+released (waves), so no token is dropped and no batch is too wide. Prefetched experts give way to
+demanded ones, never the other way round. Knows no tokens and no arithmetic.
 
-Shape alphabet: T tokens, H hidden, K choices per token.
+Shape alphabet: L layers, E experts per layer, S slots.
 """
 
 from __future__ import annotations
 
-import torch
+import time
+from collections.abc import Callable, Sequence
 
-from expert_cache.regroup import regroup
-from expert_cache.resident import ResidentExperts
+import numpy as np
+
+from expert_cache.acquisition import Acquisition
+from expert_cache.arena import SlotArena
+from expert_cache.compute import PreparedWeights
+from expert_cache.counters import CacheCounters
+from expert_cache.errors import ExpertReadError
+from expert_cache.fetch import DEMAND, Fetch, Fetcher
+from expert_cache.policies.policy import Policy
+from expert_cache.pools import resized
+from expert_cache.slot_table import Key, SlotTable
+from expert_cache.slots import Slots
+from expert_cache.store import ExpertStore, ExpertWeights, views_in
 
 
 class ExpertCache:
-    """The experts of all layers behind one call."""
+    """Slots for some of a store's experts, kept by a policy."""
 
-    def __init__(self, resident: ResidentExperts) -> None:
-        self.resident = resident
+    def __init__(
+        self,
+        store: ExpertStore,
+        prepare: Callable[[ExpertWeights], PreparedWeights],
+        arena: SlotArena,
+        slots: Slots,
+        policy: Policy,
+        fetcher: Fetcher,
+    ) -> None:
+        """`arena` has at least as many slots as `slots` allows to use; more allow growing later."""
+        num_layers = len(store.layers)
+        self._prepare = prepare
+        self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
+        self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, policy)
+        self.counters = CacheCounters(num_layers)
+        self._index = {layer: i for i, layer in enumerate(store.layers)}
+        self._weights: dict[Key, PreparedWeights] = {}
+        self._fetches: dict[Key, Fetch] = {}
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs.
+    # ---- one layer's step -------------------------------------------------------------------------
 
-        hidden [T, H]; ids [T, K] int64; weights [T, K] (float32 or hidden's dtype) -> [T, H].
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
+        """Pin what is here and start to bring what is not.
+
+        `experts`: distinct, ascending; `counts`: tokens of each. Prefetches for this layer that the
+        router did not confirm are cancelled (ExpertFlow's real-time correction).
         """
-        if ids.shape[0] == 1:
-            return self._run_one(layer, hidden, ids[0].tolist(), weights)
-        groups = regroup(ids, self.resident.store.num_experts)
-        inputs = hidden.index_select(0, groups.tokens)
-        outputs = [
-            self.resident.get(layer, expert, end - start)(inputs[start:end]) for expert, start, end in groups.segments()
-        ]
-        by_pair = torch.empty_like(inputs).index_copy_(0, groups.pairs, torch.cat(outputs))
-        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+        index = self._index[layer]
+        self.policy.record(index, np.asarray(experts), np.asarray(counts), None)
+        self._land_prefetches()
+        wanted = Acquisition(layer)
+        for expert in experts:
+            weights = self._weights.get((index, expert))
+            if weights is None:
+                wanted.waiting.append(expert)
+            else:
+                self._hit((index, expert))
+                wanted.ready[expert] = weights
+        self.counters.misses[index] += len(wanted.waiting)
+        self._correct_prefetches(index, wanted)
+        self._start_waiting(wanted)
+        return wanted
 
-    def _run_one(self, layer: int, hidden: torch.Tensor, ids: list[int], weights: torch.Tensor) -> torch.Tensor:
-        """A single token needs no regrouping."""
-        outputs = [self.resident.get(layer, expert, 1)(hidden) for expert in ids]
-        return _combine(torch.cat(outputs)[None], weights, hidden.dtype)
+    def wait(self, wanted: Acquisition) -> None:
+        """Block until something in flight has arrived (then it is in `ready`) or failed (`failed`)."""
+        index = self._index[wanted.layer]
+        assert wanted.in_flight, "everything waits for a slot, and nobody will release one"
+        start = time.perf_counter()
+        done = self.fetcher.wait_any([self._fetches[index, e] for e in wanted.in_flight])
+        self.counters.stall_s[index] += time.perf_counter() - start
+        for fetch in done:
+            expert = fetch.key[1]
+            wanted.in_flight.remove(expert)
+            outcome = self._land((index, expert))
+            if isinstance(outcome, ExpertReadError):
+                wanted.failed[expert] = outcome
+            else:
+                wanted.ready[expert] = outcome
+        self._start_waiting(wanted)
 
+    def release(self, wanted: Acquisition, expert: int) -> None:
+        """A ready expert has run: its slot may go to one that waits."""
+        del wanted.ready[expert]
+        self._unpin((self._index[wanted.layer], expert))
+        self._start_waiting(wanted)
 
-def _combine(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """outputs [T, K, H], weights [T, K] -> [T, H]; the sum over K runs in float32 or wider."""
-    weighted = outputs.to(torch.promote_types(dtype, torch.float32)) * weights[..., None]
-    return weighted.sum(dim=1).to(dtype)
+    def abandon(self, wanted: Acquisition) -> None:
+        """Give everything up: the step that acquired it has failed."""
+        index = self._index[wanted.layer]
+        wanted.waiting.clear()
+        for expert in list(wanted.ready):
+            self.release(wanted, expert)
+        for expert in list(wanted.in_flight):
+            self._unpin((index, expert))
+            self._cancel((index, expert))
+        wanted.in_flight.clear()
+
+    # ---- ahead of time ----------------------------------------------------------------------------
+
+    def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None:
+        """Bring experts that a predictor expects, where a slot can be had for them.
+
+        A slot is taken from the expert worth least, but from none that is pinned, itself expected,
+        or prefetched and not used yet. `urgencies` are finite; larger is earlier.
+        """
+        index = self._index[layer]
+        self._land_prefetches()
+        expected = np.asarray(experts, dtype=np.intp)
+        self.table.pins[index, expected] += 1
+        for expert, urgency in zip(experts, urgencies, strict=True):
+            key = index, expert
+            if key in self._weights or key in self._fetches:
+                continue
+            if not self._take(key, spare_unused=True):
+                break
+            self._start(key, urgency)
+        self.table.pins[index, expected] -= 1
+
+    def cancel_prefetches(self) -> None:
+        """Drop every prefetch under way."""
+        self._land_prefetches()
+        for key in self._prefetching():
+            self._cancel(key)
+
+    def resize(self, num_slots: int) -> None:
+        """Change the number of slots, between steps; what no longer fits is evicted and its memory freed."""
+        self.cancel_prefetches()
+        shape = len(self.store.layers), self.store.num_experts
+        self.table.allowed = resized(self.table.allowed, *shape, min(num_slots, self.arena.num_slots))
+        while crowded := self.table.over_capacity():
+            victim = self.table.victim(crowded[0], spare_unused=False)
+            assert victim is not None, "resized while a step has experts pinned"
+            self.arena.release(self._evict(victim))
+
+    # ---- looking at it ----------------------------------------------------------------------------
+
+    @property
+    def num_resident(self) -> int:
+        """Experts ready to run."""
+        return len(self._weights)
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the slots in use."""
+        return self.table.num_owned * self.arena.slot_bytes
+
+    def check_integrity(self) -> None:
+        """Prove the invariants; AssertionError says which one broke."""
+        self.table.check_integrity()
+        assert set(self.table.taken) == set(self._fetches), "a fetch has no slot, or a slot no fetch"
+        ready = {(int(i), int(e)) for i, e in np.argwhere(self.table.slot_of >= 0)}
+        assert set(self._weights) == ready, "weights and slots disagree"
+        for key, weights in self._weights.items():
+            start = self.arena.tensor(int(self.table.slot_of[key])).data_ptr()
+            assert start <= weights.down.data_ptr() < start + self.arena.slot_bytes, "weights lie outside their slot"
+
+    def close(self) -> None:
+        """Stop the reading threads."""
+        self.fetcher.close()
+
+    # ---- inside -----------------------------------------------------------------------------------
+
+    def _hit(self, key: Key) -> None:
+        self.table.pins[key] += 1
+        self.counters.hits[key[0]] += 1
+        if self.table.unused[key]:
+            self.table.unused[key] = False
+            self.counters.prefetch_hits[key[0]] += 1
+
+    def _unpin(self, key: Key) -> None:
+        assert self.table.pins[key] > 0
+        self.table.pins[key] -= 1
+
+    def _correct_prefetches(self, index: int, wanted: Acquisition) -> None:
+        """Promote what the router confirmed, cancel what it did not."""
+        for key in [k for k in self._fetches if k[0] == index]:
+            if key[1] not in wanted.waiting:
+                self._cancel(key)
+                continue
+            wanted.waiting.remove(key[1])
+            wanted.in_flight.add(key[1])
+            self.table.pins[key] += 1
+            self.counters.late_prefetches[index] += 1
+            self.fetcher.promote(self._fetches[key])
+
+    def _start_waiting(self, wanted: Acquisition) -> None:
+        """Give slots to waiting experts as long as there are any."""
+        index = self._index[wanted.layer]
+        while wanted.waiting and self._take_for_demand((index, wanted.waiting[0])):
+            expert = wanted.waiting.popleft()
+            self.table.pins[index, expert] += 1
+            wanted.in_flight.add(expert)
+            self._start((index, expert), DEMAND)
+
+    def _take_for_demand(self, key: Key) -> bool:
+        """A slot at the expense of others: by eviction, then of an unused prefetch, then of one under way."""
+        if self._take(key, spare_unused=True) or self._take(key, spare_unused=False):
+            return True
+        rivals = [k for k in self._prefetching() if self.table.same_pool(k[0], key[0])]
+        if not rivals:
+            return False
+        self._cancel(min(rivals, key=lambda k: self._fetches[k].urgency))
+        return self._take(key, spare_unused=False)
+
+    def _take(self, key: Key, spare_unused: bool) -> bool:
+        """A slot for `key`, free or by eviction. False if all are spoken for."""
+        if not self.table.has_room(key):
+            victim = self.table.victim(key[0], spare_unused)
+            if victim is None:
+                return False
+            self._evict(victim)
+        self.table.take(key)
+        return True
+
+    def _evict(self, victim: Key) -> int:
+        """Free the slot of a ready expert; returns which."""
+        self.counters.evictions[victim[0]] += 1
+        if self.table.unused[victim]:
+            self.counters.wasted_bytes[victim[0]] += self.store.expert_bytes
+        del self._weights[victim]
+        return self.table.evict(victim)
+
+    def _start(self, key: Key, urgency: float) -> None:
+        """Begin to fill the slot that was taken for an expert."""
+        layer = self.store.layers[key[0]]
+        reads = self.store.reads(layer, key[1])
+        memory = self.arena.landing(self.table.taken[key])
+        checksum = self.store.checksums.get((layer, key[1]))
+        fetch = self._fetches[key] = Fetch((layer, key[1]), reads, memory, urgency, checksum)
+        self.fetcher.submit(fetch)
+
+    def _prefetching(self) -> list[Key]:
+        return [key for key, fetch in self._fetches.items() if fetch.urgency < DEMAND]
+
+    def _land_prefetches(self) -> None:
+        """Book prefetches that have finished. A failed one is forgotten: if the router wants it, it is read again."""
+        for key in self._prefetching():
+            if self._fetches[key].is_done and not isinstance(self._land(key), ExpertReadError):
+                self.table.unused[key] = True
+
+    def _land(self, key: Key) -> PreparedWeights | ExpertReadError:
+        """Book a fetch that is done: its expert is ready, or its slot free again."""
+        fetch = self._fetches.pop(key)
+        self._count_bytes(key, fetch)
+        if fetch.error is not None:
+            self.counters.read_errors[key[0]] += 1
+            self.table.pins[key] = 0
+            self._drop(key)
+            return fetch.error
+        slot = self.table.make_ready(key)
+        self.arena.landed(slot)
+        weights = self.store.assemble(views_in(self.arena.tensor(slot), fetch.reads))
+        prepared = self._weights[key] = self._prepare(weights)
+        return prepared
+
+    def _cancel(self, key: Key) -> None:
+        """Stop a fetch and free its slot."""
+        fetch = self._fetches.pop(key)
+        self.fetcher.cancel(fetch)
+        self._count_bytes(key, fetch)
+        self.counters.wasted_bytes[key[0]] += fetch.num_bytes_read
+        self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        """An expert will not arrive: its slot is free again."""
+        self.arena.dropped(self.table.taken[key])
+        self.table.untake(key)
+
+    def _count_bytes(self, key: Key, fetch: Fetch) -> None:
+        bytes_of = self.counters.demand_bytes if fetch.urgency == DEMAND else self.counters.prefetch_bytes
+        bytes_of[key[0]] += fetch.num_bytes_read

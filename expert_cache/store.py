@@ -1,32 +1,35 @@
-"""ExpertStore: every expert's weights where they lie, in memory-mapped safetensors files.
+"""ExpertStore: where every expert's weights lie in the checkpoint's files.
 
-The cold tier. Nothing is copied: `weights` returns views of the mapping, whatever layout the
-checkpoint has, so that loading a model adds no anonymous memory for its experts and the kernel
-may drop their pages whenever it needs the RAM. Knows nothing of caching or of Hugging Face names.
+The cold tier. It answers in two ways: `weights` gives views of the memory-mapped file, which cost
+no memory of their own, and `reads` says which runs of bytes to read so that the same views can be
+made over other memory (`assemble`). Whatever layout the checkpoint has, nothing is converted.
+Knows nothing of caching or of Hugging Face names.
 
 Shape alphabet: E experts per layer, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
+
+from expert_cache.direct_io import BLOCK_BYTES, aligned_span
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """One expert as stored: views, possibly strided, in the checkpoint's dtype.
 
-    gate, up [I, H]; down [H, I]; biases [I], [I], [H] or all None. Where the checkpoint keeps gate
-    and up as one matrix in this order, `gate_up` [2I, H] is a view of both.
+    gate, up [I, H]; down [H, I]; biases [I], [I], [H] or all None.
     """
 
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
-    gate_up: torch.Tensor | None = None
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
@@ -45,41 +48,107 @@ class FusedLayout:
     interleaved: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of the checkpoint: a view of the mapped file, and where its bytes are."""
+
+    name: str
+    tensor: torch.Tensor
+    file: Path
+    offset: int
+    """Bytes from the start of the file; the tensor's bytes are contiguous."""
+
+    def expert(self, index: int) -> StoredTensor:
+        """One expert of a tensor whose first dimension counts experts."""
+        part = self.tensor[index]
+        return StoredTensor(f"{self.name}[{index}]", part, self.file, self.offset + index * part.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One run of consecutive bytes, and the tensors in it.
+
+    Example: an expert with gate at bytes 4200..5200 and up at 5200..6200 of a file is one Read:
+    offset 4200, num_bytes 2000. In the expert's memory, block-aligned, it starts at `memory_offset`,
+    0 say, with the 104 bytes that come before it in its first block: gate is at 104, up at 1104.
+    """
+
+    file: Path
+    offset: int
+    num_bytes: int
+    memory_offset: int
+    """Where the run's first block goes; a multiple of BLOCK_BYTES."""
+    tensors: tuple[tuple[str, StoredTensor], ...]
+    """(part, tensor) in file order."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(offset, length) in the file of the blocks that hold the run."""
+        return aligned_span(self.offset, self.num_bytes)
+
+    @property
+    def names(self) -> str:
+        return ", ".join(t.name for _, t in self.tensors)
+
+
+LayerTensors = Mapping[tuple[str, int | None], StoredTensor]
+"""(part, expert) -> 2-D tensor, or (part, None) -> 3-D tensor with the expert dimension first."""
+
+
 class ExpertStore:
     """Expert weights by (decoder layer, expert).
 
-    `tensors[layer]` maps either (part, expert) -> 2-D tensor or (part, None) -> 3-D tensor with
-    the expert dimension first; parts are gate, up, down, gate_up, gate_up_bias, down_bias.
+    Parts are gate, up, down, gate_up, gate_up_bias, down_bias, gate_bias, up_bias.
     """
 
     def __init__(
         self,
-        tensors: Mapping[int, Mapping[tuple[str, int | None], torch.Tensor]],
+        tensors: Mapping[int, LayerTensors],
         num_experts: int,
         fused: FusedLayout | None = None,
+        checksums: Mapping[tuple[int, int], str] | None = None,
     ) -> None:
-        self._tensors = tensors
+        self._parts = {layer: _by_expert(parts, num_experts) for layer, parts in tensors.items()}
+        self._reads: dict[tuple[int, int], tuple[Read, ...]] = {}
         self._fused = fused or FusedLayout()
         self.layers = tuple(sorted(tensors))
         """Decoder layers that have experts."""
         self.num_experts = num_experts
+        self.checksums = checksums or {}
+        """xxh3-64 of an expert's bytes in file order, in hexadecimal; only expert files carry them."""
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
-        """Views of one expert's weights; touching them reads the file."""
-        parts = self._tensors[layer]
-        down = self._matrix(parts, "down", expert)
-        if ("gate", expert) in parts:
-            return ExpertWeights(parts["gate", expert], parts["up", expert], down)
-        gate_up = self._matrix(parts, "gate_up", expert)
-        gate, up = self._halves(gate_up)
-        biases = self._biases(parts, expert)
-        return ExpertWeights(gate, up, down, None if self._fused.interleaved else gate_up, *biases)
+        """Views of one expert's weights in the mapped file; touching them reads it."""
+        return self.assemble({part: t.tensor for part, t in self._parts[layer][expert].items()})
 
-    def _matrix(self, parts: Mapping[tuple[str, int | None], torch.Tensor], part: str, expert: int) -> torch.Tensor:
-        """[out, in] view of a part, from whichever layout the checkpoint has."""
-        if (part, expert) in parts:
-            return parts[part, expert]
-        matrix = parts[part, None][expert]
+    def reads(self, layer: int, expert: int) -> tuple[Read, ...]:
+        """The runs of bytes that hold an expert, longest possible, in file order."""
+        if (layer, expert) not in self._reads:
+            self._reads[layer, expert] = self._find_reads(layer, expert)
+        return self._reads[layer, expert]
+
+    def _find_reads(self, layer: int, expert: int) -> tuple[Read, ...]:
+        runs: list[list[tuple[str, StoredTensor]]] = []
+        for item in sorted(self._parts[layer][expert].items(), key=lambda p: (p[1].file, p[1].offset)):
+            if runs and _follows(runs[-1][-1][1], item[1]):
+                runs[-1].append(item)
+            else:
+                runs.append([item])
+        return tuple(_place(runs))
+
+    def assemble(self, parts: Mapping[str, torch.Tensor]) -> ExpertWeights:
+        """The weights made of one expert's tensors, wherever those lie."""
+        down = self._matrix(parts["down"])
+        if "gate" in parts:
+            gate, up = self._matrix(parts["gate"]), self._matrix(parts["up"])
+            biases = parts.get("gate_bias"), parts.get("up_bias")
+        else:
+            gate, up = self._halves(self._matrix(parts["gate_up"]))
+            biases = self._halves(parts["gate_up_bias"]) if "gate_up_bias" in parts else (None, None)
+        return ExpertWeights(gate, up, down, *biases, parts.get("down_bias"))
+
+    def _matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[out, in] view of a stored matrix."""
         return matrix.t() if self._fused.transposed else matrix
 
     def _halves(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,24 +158,65 @@ class ExpertStore:
         half = gate_up.shape[0] // 2
         return gate_up[:half], gate_up[half:]
 
-    def _biases(
-        self, parts: Mapping[tuple[str, int | None], torch.Tensor], expert: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        if ("gate_up_bias", None) not in parts:
-            return None, None, None
-        gate, up = self._halves(parts["gate_up_bias", None][expert])
-        return gate, up, parts["down_bias", None][expert]
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert as stored; all experts of a model have the same shape."""
+        return sum(t.tensor.nbytes for t in self._parts[self.layers[0]][0].values())
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Memory that holds any one expert as `reads` lays it out."""
+        return max(_memory_bytes(self.reads(layer, e)) for layer in self.layers for e in range(self.num_experts))
 
     @property
     def dtype(self) -> torch.dtype:
         return self.weights(self.layers[0], 0).down.dtype
 
     @property
-    def expert_elements(self) -> int:
-        """Elements of one expert; all experts of a model have the same shape."""
-        return self.weights(self.layers[0], 0).num_elements
-
-    @property
     def num_total(self) -> int:
         """Experts over all layers."""
         return len(self.layers) * self.num_experts
+
+
+def _by_expert(parts: LayerTensors, num_experts: int) -> list[dict[str, StoredTensor]]:
+    """One layer's tensors, one dict of parts per expert."""
+    experts: list[dict[str, StoredTensor]] = [{} for _ in range(num_experts)]
+    for (part, index), tensor in parts.items():
+        if index is not None:
+            experts[index][part] = tensor
+            continue
+        for expert in range(num_experts):
+            experts[expert][part] = tensor.expert(expert)
+    return experts
+
+
+def _follows(before: StoredTensor, after: StoredTensor) -> bool:
+    return after.file == before.file and after.offset == before.offset + before.tensor.nbytes
+
+
+def _place(runs: Sequence[Sequence[tuple[str, StoredTensor]]]) -> Iterator[Read]:
+    memory_offset = 0
+    for run in runs:
+        first, num_bytes = run[0][1], sum(t.tensor.nbytes for _, t in run)
+        read = Read(first.file, first.offset, num_bytes, memory_offset, tuple(run))
+        yield read
+        memory_offset += read.span[1]
+
+
+def _memory_bytes(reads: Sequence[Read]) -> int:
+    last = reads[-1]
+    total = last.memory_offset + last.span[1]
+    assert total % BLOCK_BYTES == 0
+    return total
+
+
+def views_in(memory: torch.Tensor, reads: Sequence[Read]) -> dict[str, torch.Tensor]:
+    """Part -> tensor over `memory` (uint8, laid out as `reads` says), as the checkpoint stores it."""
+    parts = {}
+    for read in reads:
+        start = read.memory_offset + read.offset - read.span[0]
+        for part, stored in read.tensors:
+            size = stored.tensor.nbytes
+            parts[part] = memory[start : start + size].view(stored.tensor.dtype).view(stored.tensor.shape)
+            start += size
+    return parts

@@ -6,7 +6,8 @@ a plan into tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from moe_serve.sequence import Sequence, TokenLogprob
 
@@ -62,3 +63,5 @@ class StepResult:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     """Aligned with token_ids; None where the request asked for none."""
+    errors: Mapping[Sequence, str] = field(default_factory=dict)
+    """Sequences whose results are worthless, and why: some of their weights could not be read."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from expert_cache.policies import policy_names
 from moe_serve.errors import ConfigError
 
 
@@ -84,8 +85,25 @@ class EngineConfig(FromDict):
     enable_chunked_prefill: bool = option(True, "Compute long prompts in chunks, beside the decoding of others.")
     moe_cache_mib: int | None = option(
         None,
-        "Memory for expert weights in compute-ready form, in MiB. Default: all experts, or 70 % of free memory if"
-        " they do not fit; experts without a slot are computed from the memory-mapped checkpoint.",
+        "Memory for experts on the device, in MiB: the most used stay there, the others are read from the checkpoint"
+        " when they are needed. 0: no cache, experts are used where the checkpoint is mapped (CPU only)."
+        " Default: all experts, or 70 % of free memory if they do not fit.",
+    )
+    moe_cache_policy: str = option("lfru", "Which experts the cache keeps.", tuple(policy_names()))
+    moe_cache_pool: str = option(
+        "auto",
+        "How layers share the cache. global: one pool; per-layer: equal parts; auto: per-layer where every layer"
+        " gets at least as many slots as a token needs, else global.",
+        ("auto", "global", "per-layer"),
+    )
+    moe_prefetch: str = option(
+        "off",
+        "Bring experts ahead of time while the disk or the link is idle. next-layer: those that usually follow the"
+        " experts of the layer before.",
+        ("off", "next-layer"),
+    )
+    moe_expert_file: str | None = option(
+        None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
     )
     max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
     max_num_queued_tokens: int | None = option(

@@ -106,13 +106,14 @@ class Engine:
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         """End every admitted sequence with an error, after a step that raised. Waiting ones stay."""
-        outputs = []
-        for seq in list(self.scheduler.running):
-            self._end(seq, FinishReason.ERROR)
-            outputs.append(_output(seq, "", 0, message))
-            self._forget(seq)
+        outputs = [self._fail(seq, message) for seq in list(self.scheduler.running)]
         self._report_load()
         return outputs
+
+    def _fail(self, seq: Sequence, message: str) -> SampleOutput:
+        self._end(seq, FinishReason.ERROR)
+        self._forget(seq)
+        return _output(seq, "", 0, message)
 
     def _report_load(self) -> None:
         if self.observer is not None:
@@ -136,6 +137,7 @@ class Engine:
         now = time.monotonic()
         advanced = self.scheduler.update(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
+        outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
         recorder.applied(advanced, now)
         self._report_load()
         return outputs

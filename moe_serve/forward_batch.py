@@ -6,11 +6,16 @@ Shape alphabet: T tokens in the step, N sequences in a group, P pages, B page si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from moe_serve.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.sequence import Sequence
+
+Value = TypeVar("Value")
 
 MIN_GROUP_PAGES = 64
 """Below this many pages, padding is cheaper than one more attention call."""
@@ -121,6 +126,20 @@ def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLim
         sample_order=tuple(order),
         page_size=page_size,
     )
+
+
+def by_sequence(plan: BatchPlan, rows: Mapping[int, Value]) -> dict[Sequence, Value]:
+    """For each sequence of the plan with a token in `rows` (token row -> value), the first such value."""
+    found: dict[Sequence, Value] = {}
+    if not rows:
+        return found
+    first = 0
+    for item in order_for_batch(plan):
+        for row in range(first, first + item.count):
+            if row in rows:
+                found.setdefault(item.seq, rows[row])
+        first += item.count
+    return found
 
 
 def _int64(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:

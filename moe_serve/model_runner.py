@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from expert_cache import forms
-from expert_cache.cache import ExpertCache
-from expert_cache.resident import ResidentExperts
-from moe_serve import forward_batch, resolve, sampler
+from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError
@@ -29,18 +26,22 @@ L2_BYTES = 512 << 10
 class ModelRunner:
     """One model on one device; `run` turns a plan into sampled tokens."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, spec: ModelSpec, eos_token_ids: frozenset[int]
+    ) -> None:
         """`config` must be resolved (moe_serve.resolve.resolve)."""
         assert config.num_kv_pages is not None
         self.config = config
         self.device = torch.device(config.device)
         dtype: torch.dtype = getattr(torch, config.dtype)
         self.model = loaded.model
-        self.expert_cache = _expert_cache(config, loaded, dtype, self.device)
+        self.expert_layers = offload.expert_layers(
+            config, loaded.store, spec, loaded.family.activation, loaded.hf_config
+        )
         self._kv = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self._eos = eos_token_ids
-        experts.connect(self.model, self.expert_cache)
+        experts.connect(self.model, self.expert_layers)
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
@@ -50,7 +51,9 @@ class ModelRunner:
         logits = self._forward(batch)
         tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self._eos)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
-        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan))
+        failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
+        errors = {seq: error.message for seq, error in failures.items()}
+        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors)
 
     def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
         """Logits [rows to sample, V], in batch order."""
@@ -64,14 +67,6 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-
-def _expert_cache(config: EngineConfig, loaded: LoadedModel, dtype: torch.dtype, device: torch.device) -> ExpertCache:
-    assert config.moe_cache_mib is not None
-    rules = forms.rules_for(loaded.store, dtype, device, resolve.has_native_bf16())
-    gate = loaded.family.gate(loaded.hf_config)
-    budget = config.moe_cache_mib * resolve.MIB
-    return ExpertCache(ResidentExperts(loaded.store, gate, rules, dtype, device, budget))
 
 
 def _group_limits(
@@ -93,9 +88,9 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     hf_config = read_config(config.model)
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
-    loaded = loading.load(config.model, hf_config, spec, dtype, device)
+    loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
     try:
-        return ModelRunner(resolved, loaded, eos_token_ids), spec
+        return ModelRunner(resolved, loaded, spec, eos_token_ids), spec
     except ValueError as error:  # an activation we do not have
         raise CheckpointError(f"{config.model}/config.json: {error}") from error

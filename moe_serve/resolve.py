@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from expert_cache import forms, resident
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
@@ -21,6 +20,12 @@ from moe_serve.spec import ModelSpec
 MIB = 1 << 20
 KV_SHARE_OF_FREE = 0.25
 EXPERT_SHARE_OF_FREE = 0.70
+NO_LIMIT = 1 << 62
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""(limit, usage) as a container sees them: version 2, version 1."""
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -67,12 +72,15 @@ def free_bytes(device: torch.device) -> int:
 
 def _cgroup_free_bytes() -> int:
     """What the container's memory limit leaves, or a very large number without one."""
+    return min((_left(Path(limit), Path(used)) for limit, used in CGROUP_FILES), default=NO_LIMIT)
+
+
+def _left(limit_file: Path, used_file: Path) -> int:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit, used = limit_file.read_text().strip(), int(used_file.read_text())
     except (OSError, ValueError):
-        return 1 << 62
-    return (1 << 62) if limit == "max" else max(0, int(limit) - used)
+        return NO_LIMIT
+    return NO_LIMIT if limit == "max" else max(0, int(limit) - used)
 
 
 def resolve(
@@ -98,7 +106,7 @@ def resolve(
         max_model_len=max_model_len,
         max_num_batched_tokens=_token_budget(config, max_model_len),
         num_kv_pages=num_pages,
-        moe_cache_mib=_moe_cache_mib(config, store, dtype, device, free),
+        moe_cache_mib=_moe_cache_mib(config, store, device, free),
         num_threads=num_threads_of(config),
     )
 
@@ -134,11 +142,19 @@ def _token_budget(config: EngineConfig, max_model_len: int) -> int:
     return max(config.max_num_batched_tokens, max_model_len)
 
 
-def _moe_cache_mib(
-    config: EngineConfig, store: ExpertStore, dtype: torch.dtype, device: torch.device, free: int
-) -> int:
-    if config.moe_cache_mib is not None:
-        return config.moe_cache_mib
-    rules = forms.rules_for(store, dtype, device, has_native_bf16())
-    everything = resident.bytes_for_everything(store, rules, dtype, device)
-    return -(-min(everything, int(free * EXPERT_SHARE_OF_FREE)) // MIB)
+def _moe_cache_mib(config: EngineConfig, store: ExpertStore, device: torch.device, free: int) -> int:
+    """On a CPU, experts that fit are best used where they are mapped: 0. See EngineConfig.moe_cache_mib."""
+    everything = -(-store.num_total * store.slot_bytes // MIB)
+    fits = everything <= free * EXPERT_SHARE_OF_FREE / MIB
+    budget = config.moe_cache_mib
+    if budget is None:
+        if fits:
+            return 0 if device.type == "cpu" else everything
+        budget = int(free * EXPERT_SHARE_OF_FREE / MIB)
+    if device.type != "cpu" and budget == 0:
+        raise ConfigError("--moe-cache-mib 0 works on a CPU only: a GPU cannot compute from the mapped checkpoint")
+    if 0 < budget * MIB < store.slot_bytes:
+        raise ConfigError(
+            f"--moe-cache-mib {budget} does not hold a single expert; give at least {-(-store.slot_bytes // MIB)}"
+        )
+    return min(budget, everything)

@@ -206,15 +206,16 @@ class Scheduler:
         """Book the step: computed counts, published pages, sampled tokens, finished sequences.
 
         Returns the sequences that got a token, in plan order. Sequences that were aborted while
-        the step ran are skipped. Example: plan with a decode (needs_sample), a prompt chunk (does
-        not) and a prompt end (needs_sample) has result.token_ids of length 2.
+        the step ran, or whose results are errors, are skipped. Example: plan with a decode
+        (needs_sample), a prompt chunk (does not) and a prompt end (needs_sample) has
+        result.token_ids of length 2.
         """
         advanced = []
         sampled = iter(zip(result.token_ids, result.logprobs, strict=True))
         for item in plan.scheduled:
             token = next(sampled) if item.needs_sample else None
             seq = item.seq
-            if seq.is_finished:
+            if seq.is_finished or seq in result.errors:
                 continue
             seq.num_computed = item.end
             self._publish_pages(seq, item)

@@ -18,7 +18,8 @@ class StepRecorder:
 
     def __init__(self, runner: Any, observer: StatsObserver | None) -> None:
         self._start = time.monotonic()
-        self._experts = getattr(getattr(runner, "expert_cache", None), "resident", None)
+        layers = getattr(runner, "expert_layers", None)
+        self._experts = layers.experts.counters if layers is not None else None
         self._observer = observer
         self._plan = BatchPlan(())
         self._num_prompt_tokens = 0

@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from expert_cache.store import ExpertStore, FusedLayout
+from expert_cache import expert_file
+from expert_cache.safetensors_file import stored_tensors
+from expert_cache.store import ExpertStore, FusedLayout, StoredTensor
 from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_serve.hf.family import PART_OF, Family, find
 from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
-Parts = dict[tuple[str, int | None], torch.Tensor]
+Parts = dict[tuple[str, int | None], StoredTensor]
 
 
 def read_config(folder: str) -> Any:
@@ -101,22 +102,50 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated or not a safetensors file ({error})") from error
+        raise _damaged(file, error) from error
 
 
-def _expert_tensors(file: Path, family: Family) -> Iterator[tuple[int, str, int | None, torch.Tensor]]:
-    with _opened(file) as handle:
-        for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
-            match = family.match(name)
-            if match:
-                groups = match.groupdict()
-                expert = int(groups["expert"]) if groups.get("expert") else None
-                yield int(groups["layer"]), PART_OF[groups["part"]], expert, handle.get_tensor(name)
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file}: truncated or not a safetensors file ({error})")
+
+
+def _expert_tensors(file: Path, family: Family) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
+    try:
+        for stored in stored_tensors(file, lambda name: family.match(name) is not None):
+            match = family.match(stored.name)
+            assert match
+            groups = match.groupdict()
+            expert = int(groups["expert"]) if groups.get("expert") else None
+            yield int(groups["layer"]), PART_OF[groups["part"]], expert, stored
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec) -> ExpertStore:
+    """The experts from a file that `moe-serve pack` made of this checkpoint; CheckpointError if it is another's."""
+    try:
+        store, source = expert_file.read(Path(path))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"--moe-expert-file {path}: {error}") from error
+    if source != checkpoint_fingerprint(folder):
+        raise CheckpointError(
+            f"--moe-expert-file {path} was not made from the checkpoint in {folder}, or that has changed since;"
+            " make it again with `moe-serve pack`"
+        )
+    if store.layers != tuple(layers) or store.num_experts != spec.num_experts:
+        raise CheckpointError(f"--moe-expert-file {path} does not hold the experts that {folder}/config.json asks for")
+    _check_shapes(path, store, spec)
+    return store
+
+
+def checkpoint_fingerprint(folder: str) -> str:
+    """Identifies the checkpoint in expert files made from it."""
+    return expert_file.fingerprint(safetensors_files(folder))
 
 
 def _check_present(where: str, expert: int, parts: Parts) -> None:
     def has(part: str) -> bool:
-        return (part, expert) in parts or ((part, None) in parts and expert < parts[part, None].shape[0])
+        return (part, expert) in parts or ((part, None) in parts and expert < parts[part, None].tensor.shape[0])
 
     wanted = ("gate", "up", "down") if any(p == "gate" for p, _ in parts) else ("gate_up", "down")
     missing = [part for part in wanted if not has(part)]

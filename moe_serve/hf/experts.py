@@ -1,7 +1,7 @@
 """SlottedExperts: stands where transformers' experts class stood, without any parameters.
 
 transformers builds it while loading, so expert weights never enter the dense model; afterwards
-`connect` tells each instance its decoder layer and the ExpertCache to call. Knows no weights.
+`connect` tells each instance its decoder layer and the ExpertLayers to call. Knows no weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
-from expert_cache.cache import ExpertCache
+from expert_cache.layers import ExpertLayers
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 _registry_lock = threading.Lock()
@@ -25,18 +25,18 @@ _registry_lock = threading.Lock()
 
 
 class SlottedExperts(nn.Module):
-    """The call a MoE block makes to its experts, handed on to the ExpertCache."""
+    """The call a MoE block makes to its experts, handed on to ExpertLayers."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.layer_idx = -1
-        self.cache: ExpertCache | None = None
+        self.layers: ExpertLayers | None = None
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
-        if self.cache is None:  # the KV shape probe runs before experts are connected
+        if self.layers is None:  # the KV shape probe runs before experts are connected
             return torch.zeros_like(hidden_states)
-        return self.cache.run(self.layer_idx, hidden_states, top_k_index, top_k_weights)
+        return self.layers.run(self.layer_idx, hidden_states, top_k_index, top_k_weights)
 
 
 def find_experts(model: nn.Module) -> dict[int, SlottedExperts]:
@@ -50,11 +50,11 @@ def find_experts(model: nn.Module) -> dict[int, SlottedExperts]:
     return found
 
 
-def connect(model: nn.Module, cache: ExpertCache) -> None:
-    """Tell every SlottedExperts of `model` its layer and its cache."""
+def connect(model: nn.Module, layers: ExpertLayers) -> None:
+    """Tell every SlottedExperts of `model` its layer and whom to call."""
     for layer, module in find_experts(model).items():
         module.layer_idx = layer
-        module.cache = cache
+        module.layers = layers
 
 
 @contextmanager

@@ -11,11 +11,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from expert_cache.activations import Gate, silu_gate
+from expert_cache.activations import ActivationOf, gated
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf import families
 
@@ -59,7 +57,7 @@ class Family:
     """Fused tensors are [E, in, out]."""
     interleaved: bool = False
     """gate_up alternates gate and up columns instead of stacking them."""
-    gate: Callable[[Any], Gate] = field(default=silu_gate)
+    activation: ActivationOf = field(default=gated)
     """Made from the HF config: what joins gate and up into the down projection's input."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from expert_cache.store import ExpertStore
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.hf import attention
-from moe_serve.hf.checkpoint import check_headers, open_experts
+from moe_serve.hf.checkpoint import check_headers, open_expert_file, open_experts
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
 from moe_serve.kv_cache import LayerKVShape
@@ -43,15 +43,28 @@ class LoadedModel:
     kv_shapes: dict[int, LayerKVShape]
 
 
-def load(folder: str, hf_config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """Load a checkpoint folder whose config was read. ConfigError's subclasses name what is wrong with it."""
+def load(
+    folder: str,
+    hf_config: Any,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    expert_file: str | None = None,
+) -> LoadedModel:
+    """Load a checkpoint folder whose config was read. ConfigError's subclasses name what is wrong with it.
+
+    `expert_file`: take the experts from there (made by `moe-serve pack`).
+    """
     family = find(hf_config.model_type)
     check_headers(folder)
     model = _load_dense(folder, hf_config, family, dtype).to(device)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
-    store = open_experts(folder, family, layers, spec)
+    if expert_file is None:
+        store = open_experts(folder, family, layers, spec)
+    else:
+        store = open_expert_file(expert_file, folder, layers, spec)
     _set_windows(model, hf_config, family)
     return LoadedModel(model, hf_config, family, store, _probe_kv_shapes(model, device))
 

@@ -17,7 +17,7 @@ import functools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from moe_serve_kernels.cpu import library
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+KINDS: tuple[str, ...] = get_args(Kind)
 """In the order of ActivationKind in expert_mlp.cpp."""
 
 
@@ -37,7 +38,7 @@ class Activation:
     up on both sides.
     """
 
-    kind: Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+    kind: Kind
     alpha: float = 1.702
     limit: float = 7.0
 

@@ -1,0 +1,34 @@
+"""Acquisition: one MoE layer's experts for one step, from the request to the last one's release."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from expert_cache.compute import PreparedWeights
+from expert_cache.errors import ExpertReadError
+
+
+@dataclass(slots=True)
+class Acquisition:
+    """What a layer asked for. Every expert is in one of the four; all but `ready` empty themselves.
+
+    Example: experts 1, 4, 6, 7 wanted, 4 resident, two slots to be had: ready = {4: ...},
+    in_flight = {1, 6}, waiting = [7]. When 4 has run and is released, 7 moves to in_flight.
+    """
+
+    layer: int
+    """Decoder layer."""
+    ready: dict[int, PreparedWeights] = field(default_factory=dict)
+    """Experts that can run, pinned until released."""
+    failed: dict[int, ExpertReadError] = field(default_factory=dict)
+    """Experts whose bytes could not be had."""
+    in_flight: set[int] = field(default_factory=set)
+    """Experts on their way, pinned."""
+    waiting: deque[int] = field(default_factory=deque)
+    """Experts that get a slot when one is released: the overflow that runs in waves."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Some experts have neither arrived nor failed."""
+        return bool(self.in_flight or self.waiting)

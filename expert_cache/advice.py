@@ -1,0 +1,53 @@
+"""Advice: what an advisor tells the cache to bring ahead of time, and the advisors there are.
+
+Advice changes when bytes move, never which experts run: the model's own router decides, and the cache
+corrects what was advised wrongly. Knows no bytes and no slots.
+
+Shape alphabet: L layers by dense index, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from predictors.methods.transition import Transition
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Experts of one layer that are expected, most urgent first."""
+
+    layer: int
+    """Dense index."""
+    experts: tuple[int, ...]
+    urgencies: tuple[float, ...]
+    """Finite; larger is earlier."""
+
+
+class Advisor(Protocol):
+    """Asked once per layer and step."""
+
+    def advise(self, layer: int, experts: Sequence[int]) -> Sequence[Advice]:
+        """The router of `layer` (dense index) has chosen `experts` (ascending): what comes next?"""
+        ...
+
+
+class NextLayer:
+    """Expects in the next layer as many experts as this one used, by inter-layer affinity."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._transition = Transition(num_layers, num_experts)
+        self._last_layer = num_layers - 1
+        self._before: tuple[int, Sequence[int]] | None = None
+
+    def advise(self, layer: int, experts: Sequence[int]) -> Sequence[Advice]:
+        if self._before is not None and self._before[0] == layer - 1:
+            self._transition.record(layer - 1, self._before[1], experts)
+        self._before = layer, experts
+        if layer == self._last_layer:
+            return ()
+        scores = self._transition.scores(layer, experts)
+        best = [int(e) for e in (-scores).argsort(kind="stable")[: len(experts)] if scores[e] > 0]
+        return (Advice(layer + 1, tuple(best), tuple(float(scores[e]) for e in best)),)

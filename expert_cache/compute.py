@@ -1,0 +1,83 @@
+"""ExpertCompute: the arithmetic of a group of experts, by the best kernel there is for them.
+
+What a segment's numbers are depends on its tokens and its weights alone: never on where the weights
+lie, on what else runs in the same call, or on what is resident. That is what makes results the same
+bits whatever the cache does. Knows no cache.
+
+Shape alphabet: T tokens, P (token, choice) pairs sorted by expert, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from expert_cache.store import ExpertWeights
+from moe_serve_kernels.cpu import expert_mlp as native
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
+
+Segment = tuple[int, int]
+"""(start, end) among the P pairs: those of one expert."""
+
+PreparedWeights = ExpertWeights | MLPWeights
+
+
+class ExpertCompute:
+    """One model's expert function on one device."""
+
+    def __init__(self, activation: Activation, dtype: torch.dtype, device: torch.device, matrix_tokens: int) -> None:
+        """`dtype` of the activations. From `matrix_tokens` tokens per expert on, torch multiplies in `dtype`
+        itself: worth it where the CPU has matrix instructions for it (AMX, AVX512-BF16) or on a GPU."""
+        self._activation = activation
+        self._dtype = dtype
+        self._device = device
+        self._matrix_tokens = matrix_tokens
+
+    def prepare(self, weights: ExpertWeights) -> PreparedWeights:
+        """Done once for each expert that comes in: the form that `run` takes."""
+        rows = (weights.gate, weights.up, weights.down)
+        readable = native.is_available(self._device, weights.gate.dtype, torch.float32)
+        if not readable or any(m.stride(1) != 1 for m in rows) or self._matrix_tokens == 0:
+            return weights
+        return MLPWeights(*rows, weights.gate_bias, weights.up_bias, weights.down_bias)
+
+    def result_like(self, hidden: torch.Tensor, num_pairs: int) -> torch.Tensor:
+        """Uninitialised [P, H] for `run`: float32 at least, so that nothing is rounded before the sum."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return torch.empty(num_pairs, hidden.shape[1], dtype=dtype, device=hidden.device)
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        segments: Sequence[Segment],
+        weights: Sequence[PreparedWeights],
+        out: torch.Tensor,
+    ) -> None:
+        """Fill the rows of `out` that lie in `segments`, one expert each.
+
+        hidden [T, H] in the compute dtype; tokens [P] int64: the row of `hidden` of each pair.
+        """
+        fused_segments: list[Segment] = []
+        fused_weights: list[MLPWeights] = []
+        for (start, end), expert in zip(segments, weights, strict=True):
+            if isinstance(expert, MLPWeights) and end - start < self._matrix_tokens:
+                fused_segments.append((start, end))
+                fused_weights.append(expert)
+            else:
+                out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
+        if fused_weights:
+            x = hidden.to(torch.float32).contiguous()
+            native.expert_mlp(x, tokens, fused_segments, fused_weights, self._activation, out)
+
+    def _in_torch(self, x: torch.Tensor, expert: PreparedWeights) -> torch.Tensor:
+        """x [t, H] -> [t, H] without our kernels."""
+        gate = _linear(x, expert.gate, expert.gate_bias)
+        up = _linear(x, expert.up, expert.up_bias)
+        return _linear(native.activate(self._activation, gate, up), expert.down, expert.down_bias)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A copy of strided rows is made so that the layout cannot choose another summation order."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype).contiguous(), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,43 @@
+"""CacheCounters: what the expert cache did, by layer, since the start.
+
+Shape alphabet: L layers by dense index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
+
+
+class CacheCounters:
+    """Monotone counts [L]; readers take differences."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.hits: Counts = np.zeros(num_layers, np.int64)
+        """(step, expert) uses whose expert was in a slot when the router asked."""
+        self.misses: Counts = np.zeros(num_layers, np.int64)
+        """Uses that had to wait for bytes; a late prefetch is one of them."""
+        self.prefetch_hits: Counts = np.zeros(num_layers, np.int64)
+        """Hits that are owed to a prefetch: first use of an expert that was predicted."""
+        self.late_prefetches: Counts = np.zeros(num_layers, np.int64)
+        """Misses whose prefetch was under way."""
+        self.evictions: Counts = np.zeros(num_layers, np.int64)
+        self.demand_bytes: Counts = np.zeros(num_layers, np.int64)
+        """Bytes read because the router asked."""
+        self.prefetch_bytes: Counts = np.zeros(num_layers, np.int64)
+        """Bytes read on a prediction, useful or not."""
+        self.wasted_bytes: Counts = np.zeros(num_layers, np.int64)
+        """Prefetched bytes that were cancelled or evicted before any use."""
+        self.read_errors: Counts = np.zeros(num_layers, np.int64)
+        self.stall_s: NDArray[np.float64] = np.zeros(num_layers)
+        """Seconds the model waited for experts."""
+
+    @property
+    def num_hits(self) -> int:
+        return int(self.hits.sum())
+
+    @property
+    def num_misses(self) -> int:
+        return int(self.misses.sum())

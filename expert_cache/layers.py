@@ -1,0 +1,106 @@
+"""ExpertLayers: runs a MoE layer's experts for the tokens routed to them.
+
+Regroups tokens by expert, runs the experts that are ready while the others are being read, then
+each as it arrives, and sums each token's results. A pair's result goes to its own row and the sum
+runs over the choices in the router's order, so the order of arrival cannot change a bit.
+Knows nothing of models, requests or routers.
+
+Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from expert_cache.acquisition import Acquisition
+from expert_cache.advice import Advisor
+from expert_cache.compute import ExpertCompute
+from expert_cache.counters import CacheCounters
+from expert_cache.errors import ExpertReadError
+from expert_cache.regroup import Regrouped, regroup
+from expert_cache.store import ExpertStore
+
+
+class Experts(Protocol):
+    """Where experts come from: ExpertCache or MappedExperts."""
+
+    store: ExpertStore
+    counters: CacheCounters
+
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition: ...
+    def wait(self, wanted: Acquisition) -> None: ...
+    def release(self, wanted: Acquisition, expert: int) -> None: ...
+    def abandon(self, wanted: Acquisition) -> None: ...
+    def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None: ...
+    def check_integrity(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class ExpertLayers:
+    """The experts of all layers behind one call."""
+
+    def __init__(self, experts: Experts, compute: ExpertCompute, advisor: Advisor | None = None) -> None:
+        """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for."""
+        self.experts = experts
+        self.compute = compute
+        self.advisor = advisor
+        self._failed_rows: dict[int, ExpertReadError] = {}
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        hidden [T, H]; ids [T, K] int64; weights [T, K] (float32 or hidden's dtype) -> [T, H].
+        Tokens whose expert cannot be read get zeros, and `take_failures` tells which.
+        """
+        groups = regroup(ids, self.experts.store.num_experts)
+        out = self.compute.result_like(hidden, ids.numel())
+        wanted = self.experts.acquire(layer, groups.experts, groups.counts)
+        try:
+            if self.advisor is not None:
+                self._follow(self.advisor, layer, groups.experts)
+            self._run_as_they_come(wanted, hidden, groups, out)
+        except BaseException:
+            self.experts.abandon(wanted)
+            raise
+        for expert, error in wanted.failed.items():
+            self._fail(groups, expert, error, out)
+        by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
+        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+
+    def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int]) -> None:
+        layers = self.experts.store.layers
+        for advice in advisor.advise(layers.index(layer), experts):
+            self.experts.prefetch(layers[advice.layer], advice.experts, advice.urgencies)
+
+    def _run_as_they_come(
+        self, wanted: Acquisition, hidden: torch.Tensor, groups: Regrouped, out: torch.Tensor
+    ) -> None:
+        """Everything that is ready in one call, again and again until nothing is missing."""
+        while True:
+            ready = list(wanted.ready)
+            segments = [groups.segments[e] for e in ready]
+            self.compute.run(hidden, groups.tokens, segments, list(wanted.ready.values()), out)
+            for expert in ready:
+                self.experts.release(wanted, expert)
+            if not wanted.is_pending:
+                return
+            self.experts.wait(wanted)
+
+    def take_failures(self) -> dict[int, ExpertReadError]:
+        """Tokens of the steps since the last call whose results are worthless, by their row, and why."""
+        failures, self._failed_rows = self._failed_rows, {}
+        return failures
+
+    def _fail(self, groups: Regrouped, expert: int, error: ExpertReadError, out: torch.Tensor) -> None:
+        start, end = groups.segments[expert]
+        out[start:end] = 0
+        for row in groups.tokens[start:end].tolist():
+            self._failed_rows.setdefault(row, error)
+
+
+def _combine(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """outputs [T, K, H] float32 or wider, weights [T, K] -> [T, H]; the sum over K is not rounded in between."""
+    return (outputs * weights[..., None]).sum(dim=1).to(dtype)

@@ -1,0 +1,56 @@
+"""MappedExperts: every expert straight from the memory-mapped checkpoint, as if all were resident.
+
+The counterpart of ExpertCache for models that fit in memory: the kernel's page cache is the cache,
+loading costs nothing, and a restarted server finds its experts where the last one left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from expert_cache.acquisition import Acquisition
+from expert_cache.compute import PreparedWeights
+from expert_cache.counters import CacheCounters
+from expert_cache.store import ExpertStore, ExpertWeights
+
+
+class MappedExperts:
+    """The part of ExpertCache's interface that running a layer needs."""
+
+    def __init__(self, store: ExpertStore, prepare: Callable[[ExpertWeights], PreparedWeights]) -> None:
+        self.store = store
+        self.counters = CacheCounters(len(store.layers))
+        self._prepare = prepare
+        self._index = {layer: i for i, layer in enumerate(store.layers)}
+        self._weights: dict[tuple[int, int], PreparedWeights] = {}
+
+    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
+        """Everything is ready at once."""
+        self.counters.hits[self._index[layer]] += len(experts)
+        return Acquisition(layer, {e: self._ready(layer, e) for e in experts})
+
+    def _ready(self, layer: int, expert: int) -> PreparedWeights:
+        weights = self._weights.get((layer, expert))
+        if weights is None:
+            weights = self._weights[layer, expert] = self._prepare(self.store.weights(layer, expert))
+        return weights
+
+    def wait(self, wanted: Acquisition) -> None:
+        raise AssertionError("nothing is ever on its way")
+
+    def release(self, wanted: Acquisition, expert: int) -> None:
+        """The expert has run."""
+        del wanted.ready[expert]
+
+    def abandon(self, wanted: Acquisition) -> None:
+        """The step has failed."""
+        wanted.ready.clear()
+
+    def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None:
+        """Everything is here already."""
+
+    def check_integrity(self) -> None:
+        """Nothing can go wrong here."""
+
+    def close(self) -> None:
+        """Nothing to stop."""

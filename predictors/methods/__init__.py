@@ -1,0 +1,1 @@
+"""Prediction methods, one file each."""
