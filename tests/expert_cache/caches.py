@@ -1,0 +1,51 @@
+"""Expert caches for tests: any capacity, any policy, and files that can be made to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from expert_cache.arena import HostArena
+from expert_cache.cache import ExpertCache
+from expert_cache.compute import ExpertCompute
+from expert_cache.fetch import Fetcher
+from expert_cache.layers import ExpertLayers
+from expert_cache.mapped import MappedExperts
+from expert_cache.policies import find_policy
+from expert_cache.slots import Slots
+from expert_cache.store import ExpertStore
+from moe_serve_kernels.cpu.expert_mlp import Activation
+
+NEVER = 1 << 60
+
+
+def compute_of(activation: Activation, dtype: torch.dtype = torch.float32, matrix_tokens: int = NEVER) -> ExpertCompute:
+    return ExpertCompute(activation, dtype, torch.device("cpu"), matrix_tokens)
+
+
+def mapped_layers(
+    store: ExpertStore, activation: Activation, dtype: torch.dtype = torch.float32, matrix_tokens: int = NEVER
+) -> ExpertLayers:
+    compute = compute_of(activation, dtype, matrix_tokens)
+    return ExpertLayers(MappedExperts(store, compute.prepare), compute)
+
+
+@contextmanager
+def cached_layers(
+    store: ExpertStore,
+    activation: Activation,
+    slots: Slots,
+    dtype: torch.dtype = torch.float32,
+    policy: str = "lru",
+    fetcher: Fetcher | None = None,
+    matrix_tokens: int = NEVER,
+) -> Iterator[ExpertLayers]:
+    compute = compute_of(activation, dtype, matrix_tokens)
+    arena = HostArena(store.num_total, store.slot_bytes)
+    keeper = find_policy(policy)(len(store.layers), store.num_experts)
+    cache = ExpertCache(store, compute.prepare, arena, slots, keeper, fetcher or Fetcher())
+    yield ExpertLayers(cache, compute)
+    cache.check_integrity()
+    cache.close()

@@ -1,0 +1,162 @@
+"""The cache as a state machine: any order of acquiring, prefetching, cancelling, resizing, evicting and failing.
+
+After every step the bookkeeping is proved, and every ready expert's bytes are compared with the file:
+a slot that was reused too early, or filled by a cancelled read, would show.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from expert_cache.acquisition import Acquisition
+from expert_cache.arena import HostArena
+from expert_cache.cache import ExpertCache
+from expert_cache.direct_io import DirectFile
+from expert_cache.errors import ExpertReadError
+from expert_cache.fetch import Fetcher
+from expert_cache.policies import find_policy, policy_names
+from expert_cache.slots import Slots
+from expert_cache.store import ExpertWeights
+
+from .stores import LAYERS, E, split_store
+
+SLOTS = st.one_of(
+    st.integers(1, 10).map(Slots.shared),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)).map(Slots.per_layer),
+)
+EXPERT_SETS = st.sets(st.integers(0, E - 1), min_size=1).map(sorted)
+
+
+class FlakyFile(DirectFile):
+    """Fails on demand."""
+
+    broken = threading.Event()
+
+    def read(self, memory: memoryview, offset: int, needed: int) -> None:
+        if self.broken.is_set():
+            raise ExpertReadError(f"{self.path}: read error")
+        super().read(memory, offset, needed)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """One cache over a real file; at most one acquisition at a time, as in the engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.wanted: Acquisition | None = None
+        FlakyFile.broken.clear()
+
+    @initialize(slots=SLOTS, policy=st.sampled_from(policy_names()), threads=st.integers(1, 2))
+    def build(self, slots: Slots, policy: str, threads: int) -> None:
+        self.store = split_store(self.folder)
+        arena = HostArena(self.store.num_total, self.store.slot_bytes)
+        keeper = find_policy(policy)(len(LAYERS), E)
+        self.cache = ExpertCache(self.store, lambda w: w, arena, slots, keeper, Fetcher(threads, FlakyFile))
+        self.asked = self.answered = 0
+
+    @precondition(lambda self: self.wanted is None)
+    @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
+    def acquire(self, layer: int, experts: list[int]) -> None:
+        self.wanted = self.cache.acquire(layer, experts, [1] * len(experts))
+        self.asked = len(experts)
+        self.answered = 0
+
+    @precondition(lambda self: self.wanted is not None and self.wanted.ready)
+    @rule(data=st.data())
+    def release_one(self, data: st.DataObject) -> None:
+        assert self.wanted is not None
+        expert = data.draw(st.sampled_from(sorted(self.wanted.ready)))
+        self.cache.release(self.wanted, expert)
+        self.answered += 1
+        self._finish()
+
+    @precondition(lambda self: self.wanted is not None and self.wanted.in_flight)
+    @rule()
+    def wait(self) -> None:
+        assert self.wanted is not None
+        self.cache.wait(self.wanted)
+        self._finish()
+
+    @precondition(lambda self: self.wanted is not None)
+    @rule()
+    def abandon(self) -> None:
+        assert self.wanted is not None
+        self.cache.abandon(self.wanted)
+        self.wanted = None
+
+    @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
+    def prefetch(self, layer: int, experts: list[int]) -> None:
+        pinned = dict(self.wanted.ready) if self.wanted else {}
+        self.cache.prefetch(layer, experts, [1.0] * len(experts))
+        assert self.wanted is None or self.wanted.ready == pinned
+
+    @rule()
+    def cancel(self) -> None:
+        self.cache.cancel_prefetches()
+
+    @precondition(lambda self: self.wanted is None)
+    @rule(num_slots=st.integers(1, 10))
+    def resize(self, num_slots: int) -> None:
+        self.cache.resize(num_slots)
+        assert self.cache.used_bytes <= num_slots * self.store.slot_bytes
+
+    @rule(broken=st.booleans())
+    def break_disk(self, broken: bool) -> None:
+        (FlakyFile.broken.set if broken else FlakyFile.broken.clear)()
+
+    def _finish(self) -> None:
+        """Every expert asked for is either run or failed, none twice, none forgotten."""
+        assert self.wanted is not None
+        if not self.wanted.ready and not self.wanted.is_pending:
+            assert self.answered + len(self.wanted.failed) == self.asked
+            self.wanted = None
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_integrity()
+        if self.wanted is not None:
+            for expert, weights in self.wanted.ready.items():
+                assert isinstance(weights, ExpertWeights)
+                original = self.store.weights(self.wanted.layer, expert)
+                assert torch.equal(weights.gate, original.gate)
+                assert torch.equal(weights.down, original.down)
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.close()
+        shutil.rmtree(self.folder)
+
+
+class TestCacheStates(CacheMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(
+        max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+
+@pytest.mark.parametrize("slots", [Slots.shared(1), Slots.uniform(1, 2)], ids=["shared", "per_layer"])
+def test_prefetching_never_takes_a_pinned_slot(slots: Slots, tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    arena = HostArena(store.num_total, store.slot_bytes)
+    cache = ExpertCache(store, lambda w: w, arena, slots, find_policy("lru")(2, E), Fetcher())
+    wanted = cache.acquire(3, [1], [1])
+    while wanted.in_flight:
+        cache.wait(wanted)
+    cache.prefetch(3, [0, 2, 3, 4], [1.0] * 4)
+    cache.prefetch(7, [0, 2, 3, 4], [1.0] * 4)
+    assert isinstance(wanted.ready[1], ExpertWeights)
+    assert torch.equal(wanted.ready[1].down, store.weights(3, 1).down)
+    assert cache.table.slot_of[0, 1] >= 0
+    cache.check_integrity()
+    cache.close()

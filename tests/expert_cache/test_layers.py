@@ -1,0 +1,194 @@
+"""ExpertLayers: right numbers from every layout, and the same bits wherever the experts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_cache.activations import clamped, gated
+from expert_cache.advice import Advice, NextLayer
+from expert_cache.cache import ExpertCache
+from expert_cache.layers import ExpertLayers
+from expert_cache.policies import policy_names
+from expert_cache.regroup import regroup
+from expert_cache.slots import Slots
+
+from .caches import cached_layers, mapped_layers
+from .stores import LAYERS, SILU, STORES, E, expected, routing, split_store
+
+CAPACITIES = {
+    "one_slot_in_all": Slots.shared(1),
+    "fewer_than_a_token_needs": Slots.shared(2),
+    "one_per_layer": Slots.uniform(1, 2),
+    "uneven": Slots.per_layer([1, 4]),
+    "half": Slots.shared(5),
+    "all": Slots.shared(10),
+}
+
+
+@pytest.fixture(params=STORES)
+def layout(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 33])
+def test_every_layout_matches_a_plain_loop(layout: str, tokens: int, tmp_path: Path) -> None:
+    make, activation = STORES[layout]
+    store = make(tmp_path)
+    got = mapped_layers(store, activation).run(3, *routing(tokens))
+    torch.testing.assert_close(got.double(), expected(store, activation, 3, *routing(tokens)), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_bf16_weights_under_float32_activations(layout: str, tokens: int, tmp_path: Path) -> None:
+    make, activation = STORES[layout]
+    store = make(tmp_path, torch.bfloat16)
+    got = mapped_layers(store, activation).run(7, *routing(tokens))
+    want = expected(store, activation, 7, *routing(tokens))
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+def test_bf16_activations_are_rounded_once(tmp_path: Path) -> None:
+    store = split_store(tmp_path, torch.bfloat16)
+    hidden, ids, weights = routing(6)
+    hidden = hidden.bfloat16()
+    got = mapped_layers(store, SILU, torch.bfloat16).run(3, hidden, ids, weights)
+    assert got.dtype == torch.bfloat16
+    want = expected(store, SILU, 3, hidden, ids, weights)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+
+
+def test_matrix_instructions_take_over_at_many_tokens(tmp_path: Path) -> None:
+    store = split_store(tmp_path, torch.bfloat16)
+    hidden, ids, weights = routing(30)
+    got = mapped_layers(store, SILU, torch.bfloat16, matrix_tokens=4).run(3, hidden.bfloat16(), ids, weights)
+    want = expected(store, SILU, 3, hidden.bfloat16(), ids, weights)
+    torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.1)
+
+
+STEPS = [(3, 1, 1), (7, 1, 1), (3, 9, 2), (7, 9, 2), (3, 2, 3), (7, 30, 4), (3, 1, 5), (7, 1, 5), (3, 30, 6)]
+"""(layer, tokens, seed): a mix of decoding, prompts and batches."""
+
+
+def run_steps(layers: ExpertLayers, dtype: torch.dtype = torch.float32, choices: int = 2) -> list[torch.Tensor]:
+    outputs = []
+    for layer, tokens, seed in STEPS:
+        hidden, ids, weights = routing(tokens, choices, seed)
+        outputs.append(layers.run(layer, hidden.to(dtype), ids, weights))
+        layers.experts.check_integrity()
+    return outputs
+
+
+def assert_same_bits(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a, b), f"step {i}: {STEPS[i]}"
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_same_bits_at_any_capacity(layout: str, dtype: torch.dtype, capacity: str, tmp_path: Path) -> None:
+    make, activation = STORES[layout]
+    store = make(tmp_path, dtype)
+    want = run_steps(mapped_layers(store, activation, dtype), dtype)
+    with cached_layers(store, activation, CAPACITIES[capacity], dtype) as layers:
+        assert_same_bits(run_steps(layers, dtype), want)
+        counters = layers.experts.counters
+        assert counters.num_misses > 0
+        assert counters.num_hits + counters.num_misses == sum(
+            len(regroup(routing(t, 2, s)[1], E).experts) for _, t, s in STEPS
+        )
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_the_same_bits_under_any_policy(policy: str, tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    want = run_steps(mapped_layers(store, SILU))
+    with cached_layers(store, SILU, Slots.uniform(2, 2), policy=policy) as layers:
+        assert_same_bits(run_steps(layers), want)
+
+
+def test_every_expert_in_every_step_with_one_slot(tmp_path: Path) -> None:
+    """Each step needs all five experts and there is room for one: five waves, nothing dropped."""
+    store = split_store(tmp_path)
+    want = run_steps(mapped_layers(store, SILU), choices=E)
+    with cached_layers(store, SILU, Slots.shared(1)) as layers:
+        assert_same_bits(run_steps(layers, choices=E), want)
+
+
+class Wrong:
+    """Always expects what the router did not choose, in every layer."""
+
+    def advise(self, layer: int, experts: Sequence[int]) -> list[Advice]:
+        others = tuple(e for e in range(E) if e not in experts)
+        return [Advice(i, others, (1.0,) * len(others)) for i in range(len(LAYERS))]
+
+
+class Everything:
+    """Expects all experts of the other layer."""
+
+    def advise(self, layer: int, experts: Sequence[int]) -> list[Advice]:
+        return [Advice(1 - layer, tuple(range(E)), tuple(float(E - e) for e in range(E)))]
+
+
+@pytest.mark.parametrize("advisor", [NextLayer(2, E), Wrong(), Everything()], ids=["next_layer", "wrong", "everything"])
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_the_same_bits_whatever_is_predicted(advisor: object, capacity: str, tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    want = run_steps(mapped_layers(store, SILU))
+    with cached_layers(store, SILU, CAPACITIES[capacity]) as layers:
+        layers.advisor = advisor  # type: ignore[assignment]
+        assert_same_bits(run_steps(layers), want)
+
+
+def test_a_growing_and_shrinking_cache_keeps_the_bits(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    want = run_steps(mapped_layers(store, SILU))
+    with cached_layers(store, SILU, Slots.uniform(2, 2)) as layers:
+        cache = layers.experts
+        assert isinstance(cache, ExpertCache)
+        for num_slots in (10, 3, 1, 7):
+            cache.resize(num_slots)
+            assert_same_bits(run_steps(layers), want)
+            assert cache.num_resident <= num_slots
+            assert cache.used_bytes <= num_slots * store.slot_bytes
+
+
+def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    hidden, _, weights = routing(9, choices=1)
+    ids = torch.full((9, 1), 4)
+    got = mapped_layers(store, SILU).run(3, hidden, ids, weights)
+    want = expected(store, SILU, 3, hidden, ids, weights)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+def test_regroup_example_of_its_docstring() -> None:
+    groups = regroup(torch.tensor([[2, 0], [0, 1], [2, 1]]), 3)
+    assert groups.pairs.tolist() == [1, 2, 3, 5, 0, 4]
+    assert groups.tokens.tolist() == [0, 1, 1, 2, 0, 2]
+    assert groups.experts == [0, 1, 2]
+    assert groups.counts == [2, 2, 2]
+    assert groups.segments == {0: (0, 2), 1: (2, 4), 2: (4, 6)}
+
+
+class Config:
+    hidden_act = "gelu_pytorch_tanh"
+    swiglu_alpha = 1.5
+    swiglu_limit = 2.0
+
+
+def test_activations_come_from_the_config() -> None:
+    assert gated(Config()).kind == "gelu_tanh"
+    assert gated(object()).kind == "silu"
+    assert clamped(Config()) == STORES["gpt_oss"][1]
+
+
+def test_unknown_activation_is_an_error_that_lists_the_known_ones() -> None:
+    config = Config()
+    config.hidden_act = "quick_gelu"
+    with pytest.raises(ValueError, match=r"quick_gelu.*silu"):
+        gated(config)
