@@ -11,12 +11,14 @@ Shape alphabet: L layers, E experts per layer, S slots.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from expert_cache.acquisition import Acquisition
 from expert_cache.arena import SlotArena
+from expert_cache.belady_window import BeladyWindow
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
@@ -26,6 +28,9 @@ from expert_cache.pools import resized
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights, views_in
+
+WINDOW_STEPS = 256
+"""Steps over which the cache is compared with the best possible one."""
 
 
 class ExpertCache:
@@ -49,6 +54,8 @@ class ExpertCache:
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
         self._fetches: dict[Key, Fetch] = {}
+        self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
+        self._window = self._new_window(slots)
 
     # ---- one layer's step -------------------------------------------------------------------------
 
@@ -70,6 +77,7 @@ class ExpertCache:
                 self._hit((index, expert))
                 wanted.ready[expert] = weights
         self.counters.misses[index] += len(wanted.waiting)
+        self._compare_with_belady(index, experts, len(wanted.ready))
         self._correct_prefetches(index, wanted)
         self._start_waiting(wanted)
         return wanted
@@ -140,6 +148,7 @@ class ExpertCache:
         self.cancel_prefetches()
         shape = len(self.store.layers), self.store.num_experts
         self.table.allowed = resized(self.table.allowed, *shape, min(num_slots, self.arena.num_slots))
+        self._window = self._new_window(self.table.allowed)
         while crowded := self.table.over_capacity():
             victim = self.table.victim(crowded[0], spare_unused=False)
             assert victim is not None, "resized while a step has experts pinned"
@@ -168,10 +177,25 @@ class ExpertCache:
             assert start <= weights.down.data_ptr() < start + self.arena.slot_bytes, "weights lie outside their slot"
 
     def close(self) -> None:
-        """Stop the reading threads."""
-        self.fetcher.close()
+        """Stop the reading threads; more than once does no harm."""
+        self._close()
+
+    @property
+    def belady_gap_frac(self) -> float | None:
+        """Of the misses of the last full window of events, the fraction that perfect foresight would have avoided."""
+        last = self._window.last
+        # The window after a resize starts as if the cache were empty, so the bound may lie below what was reached.
+        return None if last is None else max(0.0, last.avoidable_frac)
 
     # ---- inside -----------------------------------------------------------------------------------
+
+    def _new_window(self, slots: Slots) -> BeladyWindow:
+        num_layers, num_experts = len(self.store.layers), self.store.num_experts
+        return BeladyWindow(slots, num_layers, num_experts, WINDOW_STEPS * num_layers)
+
+    def _compare_with_belady(self, index: int, experts: Sequence[int], num_hits: int) -> None:
+        """Note the event for the bound of its window."""
+        self._window.add(index, np.asarray(experts), num_hits, self.table.slot_of >= 0)
 
     def _hit(self, key: Key) -> None:
         self.table.pins[key] += 1

@@ -5,10 +5,32 @@ Shape alphabet: L layers by dense index.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import numpy as np
 from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTotals:
+    """CacheCounters over all layers, and differences of such; see there for what each means."""
+
+    hits: float = 0
+    misses: float = 0
+    prefetch_hits: float = 0
+    late_prefetches: float = 0
+    evictions: float = 0
+    demand_bytes: float = 0
+    prefetch_bytes: float = 0
+    wasted_bytes: float = 0
+    read_errors: float = 0
+    stall_s: float = 0
+
+    def since(self, before: ExpertTotals) -> ExpertTotals:
+        """What was added after `before` was taken."""
+        return ExpertTotals(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
 
 class CacheCounters:
@@ -33,6 +55,10 @@ class CacheCounters:
         self.read_errors: Counts = np.zeros(num_layers, np.int64)
         self.stall_s: NDArray[np.float64] = np.zeros(num_layers)
         """Seconds the model waited for experts."""
+
+    def totals(self) -> ExpertTotals:
+        """Sums over the layers."""
+        return ExpertTotals(*(float(getattr(self, f.name).sum()) for f in fields(ExpertTotals)))
 
     @property
     def num_hits(self) -> int:

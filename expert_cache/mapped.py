@@ -24,6 +24,11 @@ class MappedExperts:
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[tuple[int, int], PreparedWeights] = {}
 
+    @property
+    def belady_gap_frac(self) -> float | None:
+        """Without misses there is no gap."""
+        return None
+
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
         """Everything is ready at once."""
         self.counters.hits[self._index[layer]] += len(experts)

@@ -43,6 +43,8 @@ class EngineLike(Protocol):
     def step(self) -> list[SampleOutput]: ...
     def has_work(self) -> bool: ...
     def fail_running(self, message: str) -> list[SampleOutput]: ...
+    def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class EngineState(StrEnum):
@@ -117,12 +119,25 @@ class AsyncEngine:
             if in_flight.unfinished > 0:
                 self._post(lambda: self.engine.abort(request.request_id))
 
+    async def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""
+        self._check_serving()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def resize() -> None:
+            error: Exception | None = None
+            try:
+                self.engine.resize_expert_cache(moe_cache_mib)
+            except Exception as failure:
+                error = failure
+            self._call_loop(_settle, done, error)
+
+        self._post(resize)
+        await done
+
     def submit(self, request: Request) -> _InFlight:
         """Accept a request or raise why not; `generate` reads its outputs."""
-        if self.state is EngineState.DEAD:
-            raise EngineDeadError("the engine has died after repeated errors; restart the server")
-        if self.state is not EngineState.READY:
-            raise OverloadedError("the server is shutting down", retry_after_s=10)
+        self._check_serving()
         if request.request_id in self._in_flight:
             raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
         self.engine.check_request(request)
@@ -130,6 +145,12 @@ class AsyncEngine:
         in_flight = self._in_flight[request.request_id] = _InFlight(request, unfinished=request.params.n)
         self._post(lambda: self._admit(request))
         return in_flight
+
+    def _check_serving(self) -> None:
+        if self.state is EngineState.DEAD:
+            raise EngineDeadError("the engine has died after repeated errors; restart the server")
+        if self.state is not EngineState.READY:
+            raise OverloadedError("the server is shutting down", retry_after_s=10)
 
     def _check_queue(self, request: Request) -> None:
         config = self.engine.config
@@ -168,6 +189,7 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self.engine.close()
         if self.state is not EngineState.DEAD:
             self.state = EngineState.STOPPED
 
@@ -265,3 +287,13 @@ class AsyncEngine:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+    """Answer whoever waits, unless they have gone."""
+    if done.cancelled():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

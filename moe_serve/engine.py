@@ -30,6 +30,8 @@ class Runner(Protocol):
     config: EngineConfig
 
     def run(self, plan: BatchPlan) -> StepResult: ...
+    def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -120,6 +122,14 @@ class Engine:
             scheduler = self.scheduler
             load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac)
             self.observer.on_load(load)
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Change the memory for experts, between steps. InvalidRequestError says why it cannot be."""
+        self.runner.resize_expert_cache(moe_cache_mib)
+
+    def close(self) -> None:
+        """Stop the threads behind the model; the engine is of no use afterwards."""
+        self.runner.close()
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()

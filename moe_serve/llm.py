@@ -87,6 +87,10 @@ class LLM:
         """Token ids of a conversation, ready for `generate` or `stream`."""
         return self.tokenizer.render_chat(list(messages), chat_template_kwargs=template_kwargs or None)
 
+    def close(self) -> None:
+        """Stop the threads behind the model. Dropping the last reference does the same."""
+        self.engine.close()
+
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return Request(f"llm-{next(self._ids)}", tuple(ids), params, time.monotonic())

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import torch
 
+from expert_cache.cache import ExpertCache
+from expert_cache.layers import Experts
 from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
-from moe_serve.errors import CheckpointError
+from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.hf import experts, loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.kv_cache import KVCache, LayerKVShape
+from moe_serve.memory import free_bytes
+from moe_serve.memory_guard import MemoryGuard
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu import paged_attention
 
@@ -41,11 +45,38 @@ class ModelRunner:
         self._kv = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self._eos = eos_token_ids
+        self._guard = _memory_guard(self.expert_layers.experts, self.device)
         experts.connect(self.model, self.expert_layers)
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Change the memory for experts, between steps. InvalidRequestError if it holds no expert."""
+        cache = self.expert_layers.experts
+        if not isinstance(cache, ExpertCache):
+            raise InvalidRequestError("mib", "this server was started without an expert cache (--moe-cache-mib)")
+        slots = offload.num_slots(moe_cache_mib, cache.store)
+        if slots < 1:
+            least = -(-cache.store.slot_bytes // resolve.MIB)
+            raise InvalidRequestError("mib", f"{moe_cache_mib} MiB do not hold a single expert; give at least {least}")
+        cache.resize(slots)
+        assert self._guard is not None
+        self._guard.resized(slots)
+
+    def relieve_memory(self) -> None:
+        """Shrink the expert cache if memory is short, or let it grow back."""
+        cache = self.expert_layers.experts
+        if isinstance(cache, ExpertCache) and self._guard is not None:
+            num_slots = self._guard.check(cache.table.num_owned)
+            if num_slots is not None:
+                cache.resize(num_slots)
+
+    def close(self) -> None:
+        """Stop reading threads; the runner is of no use afterwards."""
+        self.expert_layers.experts.close()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
+        self.relieve_memory()
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)
@@ -67,6 +98,13 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def _memory_guard(experts: Experts, device: torch.device) -> MemoryGuard | None:
+    """Watches over a cache's memory; mapped experts have none of their own."""
+    if not isinstance(experts, ExpertCache):
+        return None
+    return MemoryGuard(experts.table.allowed.total, experts.store.slot_bytes, lambda: free_bytes(device))
 
 
 def _group_limits(

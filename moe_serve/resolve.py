@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import torch
 
@@ -15,17 +14,12 @@ from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.kv_cache import LayerKVShape, bytes_per_token
+from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 
 MIB = 1 << 20
 KV_SHARE_OF_FREE = 0.25
 EXPERT_SHARE_OF_FREE = 0.70
-NO_LIMIT = 1 << 62
-CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""(limit, usage) as a container sees them: version 2, version 1."""
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -58,29 +52,6 @@ def has_native_bf16() -> bool:
 def num_threads_of(config: EngineConfig) -> int:
     """Threads to compute with; the default respects this process's CPU affinity."""
     return config.num_threads or len(os.sched_getaffinity(0))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that may still be taken on the device. MemAvailable counts reclaimable page cache."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, _cgroup_free_bytes())
-    raise ConfigError("/proc/meminfo has no MemAvailable; give --kv-cache-mib and --moe-cache-mib")
-
-
-def _cgroup_free_bytes() -> int:
-    """What the container's memory limit leaves, or a very large number without one."""
-    return min((_left(Path(limit), Path(used)) for limit, used in CGROUP_FILES), default=NO_LIMIT)
-
-
-def _left(limit_file: Path, used_file: Path) -> int:
-    try:
-        limit, used = limit_file.read_text().strip(), int(used_file.read_text())
-    except (OSError, ValueError):
-        return NO_LIMIT
-    return NO_LIMIT if limit == "max" else max(0, int(limit) - used)
 
 
 def resolve(

@@ -5,9 +5,10 @@ Knows nothing of Prometheus and nothing of the engine, so both sides can depend 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from expert_cache.counters import ExpertTotals
 from moe_serve.sequence import FinishReason
 
 
@@ -30,10 +31,10 @@ class StepStats:
     """For each sequence that got a token and had one before: seconds since its previous token."""
     time_to_first_token_s: tuple[float, ...]
     """For each sequence that got its first token: seconds since its request arrived."""
-    expert_hits: int = 0
-    """(layer, expert) uses in this step served from compute-ready slots."""
-    expert_misses: int = 0
-    """(layer, expert) uses in this step that had to be brought in or computed from the checkpoint."""
+    experts: ExpertTotals = field(default_factory=ExpertTotals)
+    """What the expert cache did in this step."""
+    belady_gap_frac: float | None = None
+    """Of the expert cache's recent misses, the fraction that perfect foresight would have avoided."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from expert_cache.counters import ExpertTotals
 from moe_serve.batch_plan import BatchPlan
 from moe_serve.sequence import Sequence
 from moe_serve.stats import FinishedStats, StatsObserver, StepStats
@@ -19,15 +20,18 @@ class StepRecorder:
     def __init__(self, runner: Any, observer: StatsObserver | None) -> None:
         self._start = time.monotonic()
         layers = getattr(runner, "expert_layers", None)
-        self._experts = layers.experts.counters if layers is not None else None
+        self._experts = layers.experts if layers is not None else None
         self._observer = observer
         self._plan = BatchPlan(())
         self._num_prompt_tokens = 0
-        self._experts_before = self._expert_counts()
+        self._experts_before = self._expert_totals()
 
-    def _expert_counts(self) -> tuple[int, int]:
-        """(hits, misses) so far; zeros for runners without an expert cache."""
-        return (self._experts.num_hits, self._experts.num_misses) if self._experts is not None else (0, 0)
+    def _expert_totals(self) -> ExpertTotals:
+        """So far; zeros for runners without experts, or when nobody wants to know."""
+        if self._experts is None or self._observer is None:
+            return ExpertTotals()
+        totals: ExpertTotals = self._experts.counters.totals()
+        return totals
 
     def planned(self, plan: BatchPlan) -> None:
         """Note what is about to run, while each sequence still shows its state before the step."""
@@ -54,7 +58,6 @@ class StepRecorder:
     def _step_stats(
         self, now: float, advanced: list[Sequence], gaps: tuple[float, ...], firsts: list[Sequence]
     ) -> StepStats:
-        hits, misses = self._expert_counts()
         return StepStats(
             duration_s=now - self._start,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -64,8 +67,8 @@ class StepRecorder:
             prefix_hit_tokens=self._plan.prefix_hit_tokens,
             inter_token_s=gaps,
             time_to_first_token_s=tuple(now - s.request.arrival_time_s for s in firsts),
-            expert_hits=hits - self._experts_before[0],
-            expert_misses=misses - self._experts_before[1],
+            experts=self._expert_totals().since(self._experts_before),
+            belady_gap_frac=self._experts.belady_gap_frac if self._experts is not None else None,
         )
 
 

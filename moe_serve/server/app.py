@@ -25,7 +25,14 @@ from moe_serve.server.collect import Merger, collect, stream, unless_disconnecte
 from moe_serve.server.completions import CompletionShapes
 from moe_serve.server.metrics import Metrics
 from moe_serve.server.parsing import parse
-from moe_serve.server.protocol import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody
+from moe_serve.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ExpertCacheBody,
+    SamplingBody,
+    TokenizeBody,
+)
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -68,6 +75,7 @@ def create_app(
     http_errors.install(app)
     _add_generation(app, service)
     _add_tokenization(app, service)
+    _add_operation(app, service)
     _add_information(app, service)
     return app
 
@@ -203,6 +211,15 @@ def _tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int]:
             chat.render(body.messages, tokenizer, body.add_generation_prompt, body.continue_final_message, kwargs)
         )
     return tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
+
+
+def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.post("/moe_cache")
+    async def resize_expert_cache(http: HttpRequest) -> dict[str, int]:
+        """Change the memory for experts while serving; answers when it is done, between two steps."""
+        body = await parse(http, ExpertCacheBody)
+        await service.engine.resize_expert_cache(body.mib)
+        return {"mib": body.mib}
 
 
 def _add_information(app: FastAPI, service: Service) -> None:

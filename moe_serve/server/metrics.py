@@ -48,6 +48,7 @@ GAUGES = {
     "num_requests_running": "Samples in the running batch.",
     "num_requests_waiting": "Samples waiting for a place in the batch.",
     "kv_cache_usage_perc": "Used fraction of the KV pages, 0 to 1.",
+    "expert_cache_belady_gap_perc": "Recent expert cache misses that perfect foresight would have avoided, 0 to 1.",
 }
 COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
@@ -56,7 +57,15 @@ COUNTERS = {
     "generation_tokens": "Tokens sampled.",
     "num_preemptions": "Samples that lost their pages and were recomputed.",
     "expert_cache_queries": "(layer, expert) uses, one per layer, step and expert.",
-    "expert_cache_hits": "Of those, the ones served by a compute-ready expert.",
+    "expert_cache_hits": "Of those, the ones whose expert was there when the router asked.",
+    "expert_cache_prefetch_hits": "Of the hits, the first uses of experts brought ahead of time.",
+    "expert_cache_late_prefetches": "Uses whose expert was on its way when the router asked.",
+    "expert_cache_evictions": "Experts that lost their slot.",
+    "expert_load_bytes": "Bytes read because the router asked.",
+    "expert_prefetch_bytes": "Bytes read ahead of time.",
+    "expert_wasted_bytes": "Of the bytes read ahead of time, those cancelled or evicted before any use.",
+    "expert_read_errors": "Experts whose bytes could not be read or were damaged.",
+    "expert_stall_seconds": "Time the model waited for experts.",
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "iteration_tokens_total": ("Tokens computed in a step.", ITERATION_TOKENS),
@@ -116,16 +125,27 @@ class Metrics:
         self._rejections.labels(*self._label_values, reason).inc()
 
     def on_step(self, stats: StepStats) -> None:
+        experts = stats.experts
         for name, amount in (
             ("prefix_cache_queries", stats.prefix_queried_tokens),
             ("prefix_cache_hits", stats.prefix_hit_tokens),
             ("prompt_tokens", stats.num_prompt_tokens),
             ("generation_tokens", stats.num_generated_tokens),
             ("num_preemptions", stats.num_preemptions),
-            ("expert_cache_queries", stats.expert_hits + stats.expert_misses),
-            ("expert_cache_hits", stats.expert_hits),
+            ("expert_cache_queries", experts.hits + experts.misses),
+            ("expert_cache_hits", experts.hits),
+            ("expert_cache_prefetch_hits", experts.prefetch_hits),
+            ("expert_cache_late_prefetches", experts.late_prefetches),
+            ("expert_cache_evictions", experts.evictions),
+            ("expert_load_bytes", experts.demand_bytes),
+            ("expert_prefetch_bytes", experts.prefetch_bytes),
+            ("expert_wasted_bytes", experts.wasted_bytes),
+            ("expert_read_errors", experts.read_errors),
+            ("expert_stall_seconds", experts.stall_s),
         ):
             self._counters[name].inc(amount)
+        if stats.belady_gap_frac is not None:
+            self._gauges["expert_cache_belady_gap_perc"].set(stats.belady_gap_frac)
         self._histograms["iteration_tokens_total"].observe(stats.num_prompt_tokens + stats.num_generated_tokens)
         for seconds in stats.time_to_first_token_s:
             self._histograms["time_to_first_token_seconds"].observe(seconds)

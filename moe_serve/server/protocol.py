@@ -244,3 +244,10 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[Annotated[Int, Field(ge=0)]]
+
+
+class ExpertCacheBody(Body):
+    """POST /moe_cache."""
+
+    mib: Annotated[Int, Field(ge=1)]
+    """Memory for experts, as --moe-cache-mib."""

@@ -25,12 +25,20 @@ class AlphabetRunner:
     def __init__(self) -> None:
         self.config = EngineConfig(num_kv_pages=32, max_model_len=60, block_size=4, max_num_seqs=4)
         self.fails = False
+        self.broken_requests: set[str] = set()
 
     def run(self, plan: BatchPlan) -> StepResult:
         if self.fails:
             raise RuntimeError("the device fell off")
         ids = tuple((s.seq.token_ids[-1] + 1) % 26 for s in plan.scheduled if s.needs_sample)
-        return StepResult(ids, tuple(None for _ in ids))
+        broken = {s.seq: "bad bytes" for s in plan.scheduled if s.seq.request.request_id in self.broken_requests}
+        return StepResult(ids, tuple(None for _ in ids), broken)
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """There is none."""
+
+    def close(self) -> None:
+        """Nothing to stop."""
 
 
 @pytest.fixture
@@ -152,3 +160,22 @@ def test_an_abort_shows_in_the_reported_load_at_once(engine) -> None:
     assert (log.load.num_running, log.load.kv_usage_frac) == (1, 1 / 32)
     engine.abort("r")
     assert (log.load.num_running, log.load.num_waiting, log.load.kv_usage_frac) == (0, 0, 0.0)
+
+
+def test_a_sequence_with_worthless_results_ends_alone(engine) -> None:
+    add(engine, "abcdefghi", "good", max_tokens=6)
+    add(engine, "abcdefghi", "bad", max_tokens=6)
+    engine.runner.broken_requests.add("bad")
+    outputs = finish(engine)
+    assert "".join(o.text for o in outputs["good", 0]) == "jklmno"
+    assert [(o.finish_reason, o.error, o.token_ids) for o in outputs["bad", 0]] == [
+        (FinishReason.ERROR, "bad bytes", ())
+    ]
+
+
+def test_pages_of_worthless_results_are_never_shared(engine) -> None:
+    engine.runner.broken_requests.add("bad")
+    add(engine, "abcdefghijklm", "bad", max_tokens=2)
+    finish(engine)
+    add(engine, "abcdefghijklm", "next", max_tokens=2)
+    assert finish(engine)["next", 0][0].num_cached_tokens == 0

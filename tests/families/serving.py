@@ -14,6 +14,7 @@ from moe_serve import LLM, SamplingParams
 from moe_serve.hf import loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.llm import RequestResult
+from moe_serve.model_runner import ModelRunner
 from moe_serve.spec import ModelSpec
 from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
@@ -55,8 +56,16 @@ def greedy(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[RequestResult]:
     """Complete all prompts together, then prove that nothing is left behind."""
     results = llm.generate(prompts, GREEDY)
     llm.engine.check_integrity()
+    runner_of(llm).expert_layers.experts.check_integrity()
     assert llm.engine.pool.num_free == llm.engine.num_pages
     return results
+
+
+def runner_of(llm: LLM) -> ModelRunner:
+    """The real runner behind an LLM."""
+    runner = llm.engine.runner
+    assert isinstance(runner, ModelRunner)
+    return runner
 
 
 def tokens(results: Sequence[RequestResult]) -> tuple[tuple[int, ...], ...]:
@@ -91,8 +100,8 @@ class StepLog:
 
     @property
     def expert_hits(self) -> int:
-        return sum(s.expert_hits for s in self.steps)
+        return sum(int(s.experts.hits) for s in self.steps)
 
     @property
     def expert_misses(self) -> int:
-        return sum(s.expert_misses for s in self.steps)
+        return sum(int(s.experts.misses) for s in self.steps)

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from expert_cache.counters import ExpertTotals
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
@@ -63,6 +64,8 @@ class FakeEngine:
     """So many of the next steps with work raise."""
     refuse_add: bool = False
     refuse_abort: bool = False
+    expert_cache_mib: int | None = None
+    is_closed: bool = False
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     waiting: list[Sample] = field(default_factory=list)
@@ -101,6 +104,14 @@ class FakeEngine:
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        if moe_cache_mib > 100:
+            raise InvalidRequestError("mib", "more than there is")
+        self.expert_cache_mib = moe_cache_mib
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         failed, self.running = self.running, []
@@ -172,7 +183,8 @@ class FakeEngine:
             return
         prompt = sum(len(s.request.prompt_token_ids) for s in admitted)
         count = len(self.running)
-        self.observer.on_step(StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), 3, 1))
+        experts = ExpertTotals(hits=3, misses=1, demand_bytes=500, stall_s=0.25)
+        self.observer.on_step(StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), experts, 0.25))
         self.observer.on_load(EngineLoad(count, len(self.waiting), 0.5))
         for s in self.running:
             if s.done:

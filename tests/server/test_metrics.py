@@ -8,9 +8,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions"),
-    *("expert_cache_queries", "expert_cache_hits", "request_success", "admission_rejections"),
+    *("expert_cache_queries", "expert_cache_hits", "expert_cache_prefetch_hits", "expert_cache_late_prefetches"),
+    *("expert_cache_evictions", "expert_load_bytes", "expert_prefetch_bytes", "expert_wasted_bytes"),
+    *("expert_read_errors", "expert_stall_seconds", "request_success", "admission_rejections"),
 )
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info")
+GAUGES = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "expert_cache_belady_gap_perc",
+)
 HISTOGRAMS = (
     *("iteration_tokens_total", "time_to_first_token_seconds", "inter_token_latency_seconds"),
     *("request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"),
@@ -48,6 +56,9 @@ def test_counters_move(served: Any) -> None:
     assert values["prefix_cache_hits_total"] == 4
     assert values["expert_cache_queries_total"] == 40
     assert values["expert_cache_hits_total"] == 30
+    assert values["expert_load_bytes_total"] == 5000
+    assert values["expert_stall_seconds_total"] == 2.5
+    assert values["expert_cache_belady_gap_perc"] == 0.25
     assert values["request_success_total/length"] == 2
     assert values["e2e_request_latency_seconds_count"] == 2
     assert values["request_generation_tokens_sum"] == 10
