@@ -219,8 +219,8 @@ def main() -> int:
     sys.stdout.write(run.stdout)
     sys.stderr.write(run.stderr)
     peaks = (run.peak_cgroup_bytes, run.peak_rss_bytes, run.peak_anon_bytes, run.disk_reads[-1][1])
-    names = ("peak charged", "peak resident", "peak anonymous", "read from disk")
-    print(*(f"{name} {value / 1e6:.0f} MB" for name, value in zip(names, peaks, strict=True)), sep=", ", file=sys.stderr)
+    charged, resident, anonymous, read = (f"{value / 1e6:.0f} MB" for value in peaks)
+    print(f"peak charged {charged}, resident {resident}, anonymous {anonymous}; read {read}", file=sys.stderr)
     return run.returncode
 
 

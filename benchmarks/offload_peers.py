@@ -65,7 +65,8 @@ def run_llama_cpp(
 ) -> SideResult:
     """llama-completion with its default way of loading, mmap: the page cache is its expert cache.
 
-    `gguf` must have the stand-in vocabulary of make_gguf.py, which makes a prompt of ids a text.
+    `gguf` must have a stand-in vocabulary, token i being the user-defined text "<i>": then a prompt of
+    ids is a text, and the text that comes back is ids. Reads grow with the disk's read_ahead_kb.
     """
     if not (binary.is_file() and gguf.is_file()):
         raise SideUnavailableError(f"llama.cpp needs its binary {binary} and the model {gguf}")
