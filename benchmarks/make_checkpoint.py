@@ -56,8 +56,10 @@ SIZES = {
     "mixtral-20m": Size(hidden=256, intermediate=640, layers=4, kv_heads=2),
     "mixtral-300m": Size(hidden=768, intermediate=1536, layers=10, kv_heads=4),
     "mixtral-1.4g": Size(hidden=1024, intermediate=3456, layers=8, kv_heads=4),
+    "mixtral-4g": Size(hidden=1024, intermediate=3584, layers=24, kv_heads=4),
 }
-"""mixtral-300m has 305 million parameters; mixtral-1.4g takes 1.42 GB in bf16, 96 % of them experts."""
+"""mixtral-300m has 305 million parameters; the others are named for their bytes in bf16: mixtral-1.4g
+1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB."""
 
 
 def tensor_shapes(config: MixtralConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
