@@ -24,6 +24,8 @@ class SlotArena(Protocol):
 
     num_slots: int
     slot_bytes: int
+    lands_in_place: bool
+    """`landing` is the slot's own memory, so what has been read can be used before the rest."""
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot's memory as uint8 [slot_bytes] on the device; stable until `release`."""
@@ -48,6 +50,8 @@ class SlotArena(Protocol):
 
 class HostArena:
     """Slots in host memory, read into directly."""
+
+    lands_in_place = True
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         """Reserve address space for `num_slots`; no memory is used before a slot is written."""

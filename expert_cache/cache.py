@@ -33,6 +33,10 @@ WINDOW_STEPS = 256
 """Steps over which the cache is compared with the best possible one."""
 
 
+START_EARLY_BYTES = 4 << 20
+"""From this size on, an expert's first product is worth starting while the down projection is being read."""
+
+
 class ExpertCache:
     """Slots for some of a store's experts, kept by a policy."""
 
@@ -44,6 +48,7 @@ class ExpertCache:
         slots: Slots,
         policy: Policy,
         fetcher: Fetcher,
+        start_early_bytes: int = START_EARLY_BYTES,
     ) -> None:
         """`arena` has at least as many slots as `slots` allows to use; more allow growing later."""
         num_layers = len(store.layers)
@@ -56,6 +61,8 @@ class ExpertCache:
         self._fetches: dict[Key, Fetch] = {}
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
+        self._starts_early = arena.lands_in_place and store.expert_bytes >= start_early_bytes
+        self._started: set[Fetch] = set()
 
     # ---- one layer's step -------------------------------------------------------------------------
 
@@ -83,20 +90,20 @@ class ExpertCache:
         return wanted
 
     def wait(self, wanted: Acquisition) -> None:
-        """Block until something in flight has arrived (then it is in `ready`) or failed (`failed`)."""
+        """Block until something in flight has arrived (then it is in `ready`), failed (`failed`), or at least brought
+        what its first product needs (`inputs`)."""
         index = self._index[wanted.layer]
         assert wanted.in_flight, "everything waits for a slot, and nobody will release one"
+        fetches = {e: self._fetches[index, e] for e in wanted.in_flight}
         start = time.perf_counter()
-        done = self.fetcher.wait_any([self._fetches[index, e] for e in wanted.in_flight])
+        self.fetcher.wait_until(lambda: any(f.is_done or self._can_start(f) for f in fetches.values()))
         self.counters.stall_s[index] += time.perf_counter() - start
-        for fetch in done:
-            expert = fetch.key[1]
-            wanted.in_flight.remove(expert)
-            outcome = self._land((index, expert))
-            if isinstance(outcome, ExpertReadError):
-                wanted.failed[expert] = outcome
-            else:
-                wanted.ready[expert] = outcome
+        for expert, fetch in fetches.items():
+            if fetch.is_done:
+                self._arrive(wanted, expert)
+            elif self._can_start(fetch):
+                self._started.add(fetch)
+                wanted.inputs[expert] = self._weights_in((index, expert), self.table.taken[index, expert])
         self._start_waiting(wanted)
 
     def release(self, wanted: Acquisition, expert: int) -> None:
@@ -266,6 +273,21 @@ class ExpertCache:
         fetch = self._fetches[key] = Fetch((layer, key[1]), reads, memory, urgency, checksum)
         self.fetcher.submit(fetch)
 
+    def _can_start(self, fetch: Fetch) -> bool:
+        """Its gate and up are here, nobody has been told, and the rest takes long enough to care."""
+        worthwhile = self._starts_early and fetch not in self._started
+        return worthwhile and fetch.num_inputs_missing == 0 and fetch.error is None
+
+    def _arrive(self, wanted: Acquisition, expert: int) -> None:
+        """Book an expert that was in flight."""
+        wanted.in_flight.remove(expert)
+        wanted.inputs.pop(expert, None)
+        outcome = self._land((self._index[wanted.layer], expert))
+        if isinstance(outcome, ExpertReadError):
+            wanted.failed[expert] = outcome
+        else:
+            wanted.ready[expert] = outcome
+
     def _prefetching(self) -> list[Key]:
         return [key for key, fetch in self._fetches.items() if fetch.urgency < DEMAND]
 
@@ -278,6 +300,7 @@ class ExpertCache:
     def _land(self, key: Key) -> PreparedWeights | ExpertReadError:
         """Book a fetch that is done: its expert is ready, or its slot free again."""
         fetch = self._fetches.pop(key)
+        self._started.discard(fetch)
         self._count_bytes(key, fetch)
         if fetch.error is not None:
             self.counters.read_errors[key[0]] += 1
@@ -286,13 +309,18 @@ class ExpertCache:
             return fetch.error
         slot = self.table.make_ready(key)
         self.arena.landed(slot)
-        weights = self.store.assemble(views_in(self.arena.tensor(slot), fetch.reads))
-        prepared = self._weights[key] = self._prepare(weights)
-        return prepared
+        weights = self._weights[key] = self._weights_in(key, slot)
+        return weights
+
+    def _weights_in(self, key: Key, slot: int) -> PreparedWeights:
+        """The weights of an expert that lies, or will lie, in a slot."""
+        reads = self.store.reads(self.store.layers[key[0]], key[1])
+        return self._prepare(self.store.assemble(views_in(self.arena.tensor(slot), reads)))
 
     def _cancel(self, key: Key) -> None:
         """Stop a fetch and free its slot."""
         fetch = self._fetches.pop(key)
+        self._started.discard(fetch)
         self.fetcher.cancel(fetch)
         self._count_bytes(key, fetch)
         self.counters.wasted_bytes[key[0]] += fetch.num_bytes_read

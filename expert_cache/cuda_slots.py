@@ -18,6 +18,8 @@ from expert_cache.direct_io import BLOCK_BYTES
 class CudaArena:
     """Slots of `slot_bytes` bytes, each a tensor of its own, so that memory can be given back slot by slot."""
 
+    lands_in_place = False
+
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device, num_staging: int = 4) -> None:
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
         self._device = device

@@ -42,10 +42,12 @@ class Chunk:
     """Bytes that must be there; fewer than num_bytes only in the last block of a file."""
     names: str
     """Tensors of the run this chunk belongs to."""
+    is_input: bool
+    """It holds a part of what an expert's first product needs: gate, up or their biases."""
 
 
 def chunks_of(reads: Sequence[Read], chunk_bytes: int = CHUNK_BYTES) -> tuple[Chunk, ...]:
-    """Cut an expert's reads into chunks, in file order."""
+    """Cut an expert's reads into chunks: those of the first product first, otherwise in file order."""
     chunks = []
     for read in reads:
         first, length = read.span
@@ -53,8 +55,18 @@ def chunks_of(reads: Sequence[Read], chunk_bytes: int = CHUNK_BYTES) -> tuple[Ch
         for start in range(0, length, chunk_bytes):
             count = min(chunk_bytes, length - start)
             needed = min(count, end - first - start)
-            chunks.append(Chunk(read.file, first + start, count, read.memory_offset + start, needed, read.names))
-    return tuple(chunks)
+            is_input = _has_input(read, first + start, first + start + count)
+            memory_offset = read.memory_offset + start
+            chunks.append(Chunk(read.file, first + start, count, memory_offset, needed, read.names, is_input))
+    return tuple(sorted(chunks, key=lambda chunk: not chunk.is_input))
+
+
+def _has_input(read: Read, start: int, end: int) -> bool:
+    """Bytes `start` to `end` of the file hold something other than the down projection."""
+    return any(
+        not part.startswith("down") and t.offset < end and t.offset + t.tensor.nbytes > start
+        for part, t in read.tensors
+    )
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +84,8 @@ class Fetch:
     num_issued: int = 0
     num_read: int = 0
     num_bytes_read: int = 0
+    num_inputs_missing: int = 0
+    """Chunks of the first product that have not been read."""
     is_cancelled: bool = False
     is_done: bool = False
     """Finished, failed or cancelled: no thread will touch the memory any more."""
@@ -114,6 +128,7 @@ class Fetcher:
     def submit(self, fetch: Fetch) -> None:
         """Queue a fetch."""
         fetch.chunks = chunks_of(fetch.reads)
+        fetch.num_inputs_missing = sum(chunk.is_input for chunk in fetch.chunks)
         with self._changed:
             assert not self._closing
             self._num_submitted += 1
@@ -134,11 +149,10 @@ class Fetcher:
             self._changed.wait_for(lambda: fetch.is_done or not fetch.is_busy)
             self._finish(fetch)
 
-    def wait_any(self, fetches: Sequence[Fetch]) -> list[Fetch]:
-        """Those of `fetches` that are done, as soon as there is one."""
+    def wait_until(self, is_enough: Callable[[], bool]) -> None:
+        """Block until something about fetches holds: one is done, or has its inputs."""
         with self._changed:
-            self._changed.wait_for(lambda: any(f.is_done for f in fetches))
-            return [f for f in fetches if f.is_done]
+            self._changed.wait_for(is_enough)
 
     def close(self) -> None:
         """Drop what is queued and end the threads."""
@@ -194,12 +208,14 @@ class Fetcher:
             self.num_bytes += chunk.num_bytes
             fetch.num_bytes_read += chunk.num_bytes
             fetch.error = fetch.error or error
+            fetch.num_inputs_missing -= chunk.is_input and error is None
             is_last = fetch.num_read + 1 == len(fetch.chunks)
             if not is_last or fetch.error or fetch.is_cancelled:
                 fetch.num_read += 1
                 if fetch.error and not fetch.is_busy:
                     self._finish(fetch)
-                self._changed.notify_all()
+                elif fetch.is_cancelled or fetch.num_inputs_missing == 0:
+                    self._changed.notify_all()
                 return
         error = self._verify(fetch)  # outside the lock: it reads the whole expert once
         with self._changed:

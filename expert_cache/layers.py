@@ -17,7 +17,7 @@ import torch
 
 from expert_cache.acquisition import Acquisition
 from expert_cache.advice import Advisor
-from expert_cache.compute import ExpertCompute
+from expert_cache.compute import ExpertCompute, StartedExpert
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped, regroup
@@ -81,7 +81,9 @@ class ExpertLayers:
         self, wanted: Acquisition, hidden: torch.Tensor, groups: Regrouped, out: torch.Tensor
     ) -> None:
         """Everything that is ready in one call, again and again until nothing is missing."""
+        started: dict[int, StartedExpert] = {}
         while True:
+            self._finish(wanted, started, out)
             ready = list(wanted.ready)
             segments = [groups.segments[e] for e in ready]
             self.compute.run(hidden, groups.tokens, segments, list(wanted.ready.values()), out)
@@ -90,6 +92,17 @@ class ExpertLayers:
             if not wanted.is_pending:
                 return
             self.experts.wait(wanted)
+            while wanted.inputs:
+                expert, weights = wanted.inputs.popitem()
+                half = self.compute.start(hidden, groups.tokens, groups.segments[expert], weights)
+                if half is not None:
+                    started[expert] = half
+
+    def _finish(self, wanted: Acquisition, started: dict[int, StartedExpert], out: torch.Tensor) -> None:
+        """The second half of experts whose first half ran while they were being read."""
+        for expert in started.keys() & wanted.ready.keys():
+            self.compute.finish(started.pop(expert), out)
+            self.experts.release(wanted, expert)
 
     def take_failures(self) -> dict[int, ExpertReadError]:
         """Tokens of the steps since the last call whose results are worthless, by their row, and why."""

@@ -121,6 +121,18 @@ def _expert_tensors(file: Path, family: Family) -> Iterator[tuple[int, str, int 
         raise _damaged(file, error) from error
 
 
+def open_all_experts(folder: str) -> ExpertStore:
+    """Map the experts of whichever layers have any, without loading a model."""
+    config = read_config(folder)
+    family, found = find(config.model_type), set()
+    for file in safetensors_files(folder):
+        with _opened(file) as handle:
+            found |= {int(match["layer"]) for match in map(family.match, handle.keys()) if match}
+    if not found:
+        raise CheckpointError(f"{folder}: no expert tensor in the *.safetensors files")
+    return open_experts(folder, family, sorted(found), ModelSpec.from_hf(config))
+
+
 def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec) -> ExpertStore:
     """The experts from a file that `moe-serve pack` made of this checkpoint; CheckpointError if it is another's."""
     try:

@@ -1,0 +1,122 @@
+"""Greedy decoding by moe-serve in offload mode: one prompt, one JSON line on stdout.
+
+    python benchmarks/offload_decode.py FOLDER '{"prompt_ids": [5, 6, 7], "num_tokens": 8, "threads": 2,
+        "settings": {"moe_cache_mib": 1100}}'
+
+bench_offload.py runs this as a process of its own, under a memory limit. The physical limit is
+missed bytes over the rate of the disk, and that rate is measured here, before and after decoding,
+by the reading path that decoding uses: whole experts in random order, one after the other, nothing
+computed meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measuring import fix_environment, rss_mb
+
+RATE_EXPERTS = 24
+"""Experts read for one measurement of the rate: about half a second of a disk."""
+
+
+def main() -> None:
+    folder, job = sys.argv[1], json.loads(sys.argv[2])
+    fix_environment(job["threads"])
+    import torch
+    import transformers  # noqa: F401
+
+    import moe_serve
+
+    runtime_mb = rss_mb()
+    torch.set_num_threads(job["threads"])
+    llm = moe_serve.LLM(folder, max_model_len=256, max_num_seqs=1, num_threads=job["threads"], **job["settings"])
+    print(json.dumps(decode(llm, job) | {"runtime_mb": runtime_mb} | memory(llm)))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def decode(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """The first token comes with the prompt; time and bytes count from there on."""
+    from moe_serve import SamplingParams
+
+    cache = llm.engine.runner.expert_layers.experts
+    clock = Clock(cache)
+    llm.engine.observer = clock
+    rates = [read_rate(cache)]
+    params = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True)
+    (result,) = llm.generate([job["prompt_ids"]], params)
+    rates.append(read_rate(cache))
+    done = clock.totals[-1].since(clock.totals[0])
+    return {
+        "tokens": list(result.completions[0].token_ids),
+        "decode_s": clock.times[-1] - clock.times[0],
+        "rates": rates,
+        "missed_bytes": done.misses * cache.store.expert_bytes,
+        "demand_bytes": done.demand_bytes,
+        "prefetch_bytes": done.prefetch_bytes,
+        "wasted_bytes": done.wasted_bytes,
+        "hit_frac": done.hits / (done.hits + done.misses),
+        "stall_s": done.stall_s,
+    }
+
+
+class Clock:
+    """A StatsObserver that notes the time and the cache's totals after each step."""
+
+    def __init__(self, cache: Any) -> None:
+        self.times: list[float] = []
+        self.totals: list[Any] = []
+        self._cache = cache
+
+    def on_step(self, stats: Any) -> None:
+        self.times.append(time.perf_counter())
+        self.totals.append(self._cache.counters.totals())
+
+    def on_load(self, load: Any) -> None:
+        """Of no interest."""
+
+    def on_finished(self, stats: Any) -> None:
+        """Of no interest."""
+
+
+def read_rate(cache: Any) -> float:
+    """Bytes per second of the cache's own Fetcher, reading whole experts into slots' worth of memory."""
+    from expert_cache.arena import HostArena
+    from expert_cache.fetch import DEMAND, Fetch
+
+    store, arena = cache.store, HostArena(1, cache.store.slot_bytes)
+    keys = [(layer, expert) for layer in store.layers for expert in range(store.num_experts)]
+    random.Random(0).shuffle(keys)
+    seconds = 0.0
+    for i, key in enumerate(keys[: RATE_EXPERTS + 1]):
+        start = time.perf_counter()
+        fetch = Fetch(key, store.reads(*key), arena.landing(0), DEMAND, store.checksums.get(key))
+        cache.fetcher.submit(fetch)
+        cache.fetcher.wait_any([fetch])
+        seconds += time.perf_counter() - start if i else 0.0  # the first one also maps the memory
+    arena.release(0)
+    return RATE_EXPERTS * store.expert_bytes / seconds
+
+
+def memory(llm: Any) -> dict[str, Any]:
+    """What the model ought to take, and what the process took, in MB."""
+    runner = llm.engine.runner
+    dense = sum(p.nbytes for p in runner.model.parameters()) + sum(b.nbytes for b in runner.model.buffers())
+    cache = runner.expert_layers.experts
+    return {
+        "budget_mb": cache.table.allowed.total * cache.store.slot_bytes / 1e6,
+        "dense_mb": dense / 1e6,
+        "kv_mb": runner.kv_bytes / 1e6,
+        "rss_mb": rss_mb(),
+    }
+
+
+if __name__ == "__main__":
+    main()
