@@ -85,9 +85,9 @@ struct Segment {
     Tokens x, inner;
 };
 
-constexpr int64_t STREAM_MAX_TOKENS = 16;
+static int64_t STREAM_MAX_TOKENS = getenv("SMAX") ? atoi(getenv("SMAX")) : 16;
 constexpr int64_t BLOCK_ROWS = 64;    // of a weight, per task
-constexpr int64_t BLOCK_DEPTH = 256;  // columns of a panel
+constexpr int64_t BLOCK_DEPTH = 128;  // columns of a panel
 
 }  // namespace
 
