@@ -68,6 +68,10 @@ struct Tokens {
     int64_t count, stride, tile;
 };
 
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+int64_t padded_count(const Tokens& tokens) { return tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count; }
+
 struct Segment;
 
 // One instruction set's arithmetic for one weight dtype and one way to multiply.
@@ -85,7 +89,7 @@ struct Segment {
     Tokens x, inner;
 };
 
-static int64_t STREAM_MAX_TOKENS = getenv("SMAX") ? atoi(getenv("SMAX")) : 16;
+constexpr int64_t STREAM_MAX_TOKENS = 16;
 constexpr int64_t BLOCK_ROWS = 64;    // of a weight, per task
 constexpr int64_t BLOCK_DEPTH = 128;  // columns of a panel
 
@@ -95,8 +99,6 @@ constexpr int64_t BLOCK_DEPTH = 128;  // columns of a panel
 #include "per_isa.inc"
 
 namespace {
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // The fewest tiles of at most `most` tokens, all of one size.
 int64_t tile_for(int64_t count, int64_t most) {
@@ -114,13 +116,13 @@ Segment plan(const Pairs& pairs) {
 }
 
 int64_t size_of(const Tokens& tokens) {
-    return (tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count) * tokens.stride;
+    return padded_count(tokens) * tokens.stride;
 }
 
 // What one thread needs to compute BLOCK_ROWS rows of this segment.
 int64_t scratch_size(const Segment& segment) {
     if (!segment.x.tile) return segment.x.count * 20 * 16;
-    return 2 * BLOCK_ROWS * (BLOCK_DEPTH + round_up(segment.x.count, segment.x.tile));
+    return 2 * BLOCK_ROWS * (BLOCK_DEPTH + padded_count(segment.x));
 }
 
 struct Free {
