@@ -7,7 +7,7 @@
 //     out[t] = down @ inner[t] + down_bias
 //
 // With few tokens the time is the time to read the weights: each row is read once, bf16 widened in
-// registers. With many it is the arithmetic: see expert_mlp.inc. An element of `out` is summed by one
+// registers (expert_mlp_stream.inc). With many it is the arithmetic (expert_mlp_block.inc). An element of `out` is summed by one
 // thread, in an order that depends on the number of tokens of its segment only. Plain C ABI, no libtorch.
 
 #include <algorithm>
@@ -68,6 +68,10 @@ struct Tokens {
     int64_t count, stride, tile;
 };
 
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+int64_t padded_count(const Tokens& tokens) { return tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count; }
+
 struct Segment;
 
 // One instruction set's arithmetic for one weight dtype and one way to multiply.
@@ -85,9 +89,9 @@ struct Segment {
     Tokens x, inner;
 };
 
-constexpr int64_t STREAM_MAX_TOKENS = 16;
+constexpr int64_t STREAM_MAX_TOKENS = 6;  // with more the blocked kernel is faster on every size measured
 constexpr int64_t BLOCK_ROWS = 64;    // of a weight, per task
-constexpr int64_t BLOCK_DEPTH = 256;  // columns of a panel
+constexpr int64_t BLOCK_DEPTH = 128;  // columns of a panel: 16 KB of 32 rows
 
 }  // namespace
 
@@ -95,8 +99,6 @@ constexpr int64_t BLOCK_DEPTH = 256;  // columns of a panel
 #include "per_isa.inc"
 
 namespace {
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // The fewest tiles of at most `most` tokens, all of one size.
 int64_t tile_for(int64_t count, int64_t most) {
@@ -114,13 +116,13 @@ Segment plan(const Pairs& pairs) {
 }
 
 int64_t size_of(const Tokens& tokens) {
-    return (tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count) * tokens.stride;
+    return padded_count(tokens) * tokens.stride;
 }
 
 // What one thread needs to compute BLOCK_ROWS rows of this segment.
 int64_t scratch_size(const Segment& segment) {
     if (!segment.x.tile) return segment.x.count * 20 * 16;
-    return 2 * BLOCK_ROWS * (BLOCK_DEPTH + round_up(segment.x.count, segment.x.tile));
+    return 2 * BLOCK_ROWS * (BLOCK_DEPTH + padded_count(segment.x));
 }
 
 struct Free {
@@ -141,6 +143,14 @@ struct Layer {
     std::vector<Segment> segments;
     std::unique_ptr<float, Free> memory;
     int64_t scratch_stride = 0;  // of one thread; all threads' scratch comes first in `memory`
+
+    int64_t num_pairs() const {
+        int64_t total = 0;
+        for (const Segment& segment : segments) total += segment.x.count;
+        return total;
+    }
+    int64_t num_gathered() const { return num_pairs() * hidden; }
+    int64_t num_products() const { return num_pairs() * 3 * hidden * inner; }
 };
 
 bool place(Layer& layer, int32_t num_threads) {
@@ -162,6 +172,10 @@ bool place(Layer& layer, int32_t num_threads) {
     return true;
 }
 
+// Elements that one thread gathers, and products that it adds, sooner than a second one wakes up.
+constexpr int64_t GATHER_ALONE = 1 << 17;
+constexpr int64_t MULTIPLY_ALONE = 1 << 19;
+
 // Calls task(segment, row, scratch) for every block of `rows` rows of every segment.
 template <typename Task>
 void for_each_block(const Layer& layer, int64_t rows, Task task) {
@@ -173,10 +187,12 @@ void for_each_block(const Layer& layer, int64_t rows, Task task) {
 }
 
 void run(const Layer& layer, int32_t num_threads) {
-    for (const Segment& segment : layer.segments) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (layer.num_gathered() > GATHER_ALONE)
+    for (std::size_t i = 0; i < layer.segments.size(); ++i) {
+        const Segment& segment = layer.segments[i];
         segment.steps.gather(layer.x, layer.tokens + segment.begin, layer.hidden, segment.x);
     }
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(num_threads) if (layer.num_products() > MULTIPLY_ALONE)
     {
         for_each_block(layer, layer.inner, [&](const Segment& segment, int64_t row, float* scratch) {
             segment.steps.gate_up(segment, layer.activation, row, scratch);
