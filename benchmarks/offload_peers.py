@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from memory_limit import LimitedRun, run_limited
 
@@ -166,7 +165,7 @@ def main() -> int:
     parser.add_argument("--cpu-mb", type=float, help="of layers accelerate keeps in memory")
     args = parser.parse_args()
     prompt = random_prompt(args.prompt_len, args.vocab_size, args.seed)
-    common: tuple[Any, ...] = (prompt, args.num_tokens, int(args.limit_mb * 1e6))
+    common = (prompt, args.num_tokens, int(args.limit_mb * 1e6))
     if args.gguf and args.llama_completion:
         print_result(run_llama_cpp(args.gguf, *common, binary=args.llama_completion))
     if args.accelerate:
