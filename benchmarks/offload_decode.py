@@ -113,7 +113,7 @@ def memory(llm: Any) -> dict[str, Any]:
     return {
         "budget_mb": cache.table.allowed.total * cache.store.slot_bytes / 1e6,
         "dense_mb": dense / 1e6,
-        "kv_mb": runner.kv_bytes / 1e6,
+        "kv_mb": runner.kv_cache.num_bytes / 1e6,
         "rss_mb": rss_mb(),
     }
 

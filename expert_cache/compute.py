@@ -15,8 +15,7 @@ import torch
 
 from expert_cache.store import ExpertWeights
 from moe_serve_kernels.cpu import expert_mlp as native
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
-from moe_serve_kernels.cpu.expert_mlp import StartedMLP as StartedExpert
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, StartedMLP
 
 Segment = tuple[int, int]
 """(start, end) among the P pairs: those of one expert."""
@@ -74,14 +73,14 @@ class ExpertCompute:
 
     def start(
         self, hidden: torch.Tensor, tokens: torch.Tensor, segment: Segment, weights: PreparedWeights
-    ) -> StartedExpert | None:
+    ) -> StartedMLP | None:
         """The first half of one expert: gate, up and activation. None if only the whole can be run."""
         if not isinstance(weights, MLPWeights) or segment[1] - segment[0] >= self._matrix_tokens:
             return None
         x = hidden.to(torch.float32).contiguous()
         return native.start_expert_mlp(x, tokens, segment, weights, self._activation)
 
-    def finish(self, started: StartedExpert, out: torch.Tensor) -> None:
+    def finish(self, started: StartedMLP, out: torch.Tensor) -> None:
         """The second half: down. Together the same bits as `run`."""
         native.finish_expert_mlp(started, out)
 

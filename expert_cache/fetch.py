@@ -46,7 +46,7 @@ class Chunk:
     """It holds a part of what an expert's first product needs: gate, up or their biases."""
 
 
-def chunks_of(reads: Sequence[Read], chunk_bytes: int = CHUNK_BYTES) -> tuple[Chunk, ...]:
+def chunks_of(reads: Sequence[Read], chunk_bytes: int) -> tuple[Chunk, ...]:
     """Cut an expert's reads into chunks: those of the first product first, otherwise in file order."""
     chunks = []
     for read in reads:
@@ -127,7 +127,7 @@ class Fetcher:
 
     def submit(self, fetch: Fetch) -> None:
         """Queue a fetch."""
-        fetch.chunks = chunks_of(fetch.reads)
+        fetch.chunks = chunks_of(fetch.reads, CHUNK_BYTES)
         fetch.num_inputs_missing = sum(chunk.is_input for chunk in fetch.chunks)
         with self._changed:
             assert not self._closing

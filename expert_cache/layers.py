@@ -17,11 +17,12 @@ import torch
 
 from expert_cache.acquisition import Acquisition
 from expert_cache.advice import Advisor
-from expert_cache.compute import ExpertCompute, StartedExpert
+from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.store import ExpertStore
+from moe_serve_kernels.cpu.expert_mlp import StartedMLP
 
 
 class Experts(Protocol):
@@ -81,7 +82,7 @@ class ExpertLayers:
         self, wanted: Acquisition, hidden: torch.Tensor, groups: Regrouped, out: torch.Tensor
     ) -> None:
         """Everything that is ready in one call, again and again until nothing is missing."""
-        started: dict[int, StartedExpert] = {}
+        started: dict[int, StartedMLP] = {}
         while True:
             self._finish(wanted, started, out)
             ready = list(wanted.ready)
@@ -98,7 +99,7 @@ class ExpertLayers:
                 if half is not None:
                     started[expert] = half
 
-    def _finish(self, wanted: Acquisition, started: dict[int, StartedExpert], out: torch.Tensor) -> None:
+    def _finish(self, wanted: Acquisition, started: dict[int, StartedMLP], out: torch.Tensor) -> None:
         """The second half of experts whose first half ran while they were being read."""
         for expert in started.keys() & wanted.ready.keys():
             self.compute.finish(started.pop(expert), out)

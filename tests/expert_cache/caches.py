@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
+from expert_cache.cache import START_EARLY_BYTES, ExpertCache
 from expert_cache.compute import ExpertCompute
 from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
@@ -41,11 +41,12 @@ def cached_layers(
     policy: str = "lru",
     fetcher: Fetcher | None = None,
     matrix_tokens: int = NEVER,
+    start_early_bytes: int = START_EARLY_BYTES,
 ) -> Iterator[ExpertLayers]:
     compute = compute_of(activation, dtype, matrix_tokens)
     arena = HostArena(store.num_total, store.slot_bytes)
     keeper = find_policy(policy)(len(store.layers), store.num_experts)
-    cache = ExpertCache(store, compute.prepare, arena, slots, keeper, fetcher or Fetcher())
+    cache = ExpertCache(store, compute.prepare, arena, slots, keeper, fetcher or Fetcher(), start_early_bytes)
     yield ExpertLayers(cache, compute)
     cache.check_integrity()
     cache.close()

@@ -6,9 +6,11 @@ a slot that was reused too early, or filled by a cancelled read, would show.
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from expert_cache import fetch
 from expert_cache.acquisition import Acquisition
 from expert_cache.arena import HostArena
 from expert_cache.cache import ExpertCache
@@ -47,21 +50,44 @@ class FlakyFile(DirectFile):
         super().read(memory, offset, needed)
 
 
+class SteppedFetcher(Fetcher):
+    """Reads a chunk when told to, or while someone waits: the same order in every run."""
+
+    def __init__(self) -> None:
+        super().__init__(0, FlakyFile)
+
+    def step(self) -> bool:
+        """Read one chunk; False if none is wanted."""
+        if not any(fetch.wants_reading for fetch in self._queue):
+            return False
+        task = self._next_chunk()
+        assert task is not None
+        self._chunk_done(*task, self._try_to_read(*task))
+        return True
+
+    def wait_until(self, is_enough: Callable[[], bool]) -> None:
+        while not is_enough():
+            assert self.step(), "waiting for something nobody reads"
+
+
 class CacheMachine(RuleBasedStateMachine):
     """One cache over a real file; at most one acquisition at a time, as in the engine."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
+        self.chunk_bytes = fetch.CHUNK_BYTES
+        fetch.CHUNK_BYTES = 4096  # several chunks an expert
         self.wanted: Acquisition | None = None
         FlakyFile.broken.clear()
 
-    @initialize(slots=SLOTS, policy=st.sampled_from(policy_names()), threads=st.integers(1, 2))
-    def build(self, slots: Slots, policy: str, threads: int) -> None:
+    @initialize(slots=SLOTS, policy=st.sampled_from(policy_names()))
+    def build(self, slots: Slots, policy: str) -> None:
         self.store = split_store(self.folder)
         arena = HostArena(self.store.num_total, self.store.slot_bytes)
         keeper = find_policy(policy)(len(LAYERS), E)
-        self.cache = ExpertCache(self.store, lambda w: w, arena, slots, keeper, Fetcher(threads, FlakyFile))
+        self.fetcher = SteppedFetcher()
+        self.cache = ExpertCache(self.store, lambda w: w, arena, slots, keeper, self.fetcher, start_early_bytes=0)
         self.asked = self.answered = 0
 
     @precondition(lambda self: self.wanted is None)
@@ -100,6 +126,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.prefetch(layer, experts, [1.0] * len(experts))
         assert self.wanted is None or self.wanted.ready == pinned
 
+    @rule(num_chunks=st.integers(1, 8))
+    def let_the_disk_work(self, num_chunks: int) -> None:
+        """In the background, as far as the engine is concerned."""
+        for _ in range(num_chunks):
+            self.fetcher.step()
+
     @rule()
     def cancel(self) -> None:
         self.cache.cancel_prefetches()
@@ -127,13 +159,15 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.check_integrity()
         if self.wanted is not None:
-            for expert, weights in self.wanted.ready.items():
+            for expert, weights in (self.wanted.ready | self.wanted.inputs).items():
                 assert isinstance(weights, ExpertWeights)
                 original = self.store.weights(self.wanted.layer, expert)
                 assert torch.equal(weights.gate, original.gate)
-                assert torch.equal(weights.down, original.down)
+                assert torch.equal(weights.up, original.up)
+                assert expert not in self.wanted.ready or torch.equal(weights.down, original.down)
 
     def teardown(self) -> None:
+        fetch.CHUNK_BYTES = self.chunk_bytes
         if hasattr(self, "cache"):
             self.cache.close()
         shutil.rmtree(self.folder)
@@ -143,6 +177,31 @@ class TestCacheStates(CacheMachine.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(
         max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
+
+
+def test_threads_and_a_random_order_of_everything(tmp_path: Path) -> None:
+    """The machine above is single-threaded to be repeatable; here two threads read while the cache changes."""
+    store, chooser = split_store(tmp_path), random.Random(0)
+    arena = HostArena(store.num_total, store.slot_bytes)
+    cache = ExpertCache(store, lambda w: w, arena, Slots.shared(4), find_policy("lru")(2, E), Fetcher(2))
+    for _ in range(400):
+        layer, experts = chooser.choice(LAYERS), sorted(chooser.sample(range(E), chooser.randint(1, E)))
+        if chooser.random() < 0.5:
+            cache.prefetch(chooser.choice(LAYERS), chooser.sample(range(E), 2), [2.0, 1.0])
+        wanted = cache.acquire(layer, experts, [1] * len(experts))
+        while wanted.ready or wanted.is_pending:
+            for expert, weights in list(wanted.ready.items()):
+                assert isinstance(weights, ExpertWeights)
+                assert torch.equal(weights.down, store.weights(layer, expert).down)
+                cache.release(wanted, expert)
+                experts.remove(expert)
+            if wanted.is_pending:
+                cache.wait(wanted)
+        assert not experts
+        if chooser.random() < 0.1:
+            cache.resize(chooser.randint(1, 10))
+        cache.check_integrity()
+    cache.close()
 
 
 @pytest.mark.parametrize("slots", [Slots.shared(1), Slots.uniform(1, 2)], ids=["shared", "per_layer"])

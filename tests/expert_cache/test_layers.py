@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 from expert_cache.activations import clamped, gated
 from expert_cache.advice import Advice, NextLayer
 from expert_cache.cache import ExpertCache
+from expert_cache.direct_io import DirectFile
+from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
 from expert_cache.policies import policy_names
 from expert_cache.regroup import regroup
@@ -101,6 +105,38 @@ def test_the_same_bits_at_any_capacity(layout: str, dtype: torch.dtype, capacity
         assert counters.num_hits + counters.num_misses == sum(
             len(regroup(routing(t, 2, s)[1], E).experts) for _, t, s in STEPS
         )
+
+
+class SlowFile(DirectFile):
+    """Slow enough for the first product to start before the down projection is there."""
+
+    def read(self, memory: memoryview, offset: int, needed: int) -> None:
+        time.sleep(0.002)
+        super().read(memory, offset, needed)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_starting_before_the_whole_expert_is_there_keeps_the_bits(
+    layout: str, capacity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_cache.fetch.CHUNK_BYTES", 4096)
+    make, activation = STORES[layout]
+    store = make(tmp_path)
+    want = run_steps(mapped_layers(store, activation))
+    with cached_layers(
+        store, activation, CAPACITIES[capacity], fetcher=Fetcher(1, SlowFile), start_early_bytes=0
+    ) as layers:
+        starts = 0
+        start = layers.compute.start
+
+        def counting(*args: Any) -> Any:
+            nonlocal starts
+            starts += 1
+            return start(*args)
+
+        monkeypatch.setattr(layers.compute, "start", counting)
+        assert_same_bits(run_steps(layers), want)
+        assert starts > 0
 
 
 @pytest.mark.parametrize("policy", policy_names())

@@ -137,7 +137,6 @@ std::unique_ptr<float, Free> allocate(int64_t elements) {
 struct Layer {
     const float* x;
     const int64_t* tokens;
-    float* out;
     int64_t hidden, inner;
     Activation activation;
     std::vector<Segment> segments;
@@ -186,20 +185,28 @@ void for_each_block(const Layer& layer, int64_t rows, Task task) {
     for (int64_t i = 0; i < tasks; ++i) task(layer.segments[i / blocks], i % blocks * BLOCK_ROWS, scratch);
 }
 
-void run(const Layer& layer, int32_t num_threads) {
+void gather(const Layer& layer, int32_t num_threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (layer.num_gathered() > GATHER_ALONE)
     for (std::size_t i = 0; i < layer.segments.size(); ++i) {
         const Segment& segment = layer.segments[i];
         segment.steps.gather(layer.x, layer.tokens + segment.begin, layer.hidden, segment.x);
     }
+}
+
+// The two halves, in whole or in part: `first` computes inner from x, `second` out from inner.
+void multiply(const Layer& layer, bool first, bool second, float* out, int32_t num_threads) {
 #pragma omp parallel num_threads(num_threads) if (layer.num_products() > MULTIPLY_ALONE)
     {
-        for_each_block(layer, layer.inner, [&](const Segment& segment, int64_t row, float* scratch) {
-            segment.steps.gate_up(segment, layer.activation, row, scratch);
-        });
-        for_each_block(layer, layer.hidden, [&](const Segment& segment, int64_t row, float* scratch) {
-            segment.steps.down(segment, row, layer.out + segment.begin * layer.hidden, scratch);
-        });
+        if (first) {
+            for_each_block(layer, layer.inner, [&](const Segment& segment, int64_t row, float* scratch) {
+                segment.steps.gate_up(segment, layer.activation, row, scratch);
+            });
+        }
+        if (second) {
+            for_each_block(layer, layer.hidden, [&](const Segment& segment, int64_t row, float* scratch) {
+                segment.steps.down(segment, row, out + segment.begin * layer.hidden, scratch);
+            });
+        }
     }
 }
 
@@ -209,11 +216,31 @@ void run(const Layer& layer, int32_t num_threads) {
 extern "C" bool moe_serve_expert_mlp(const float* x, const int64_t* tokens, float* out, const Pairs* pairs,
                                      int64_t num_segments, int64_t hidden, int64_t inner, int32_t activation,
                                      float alpha, float limit, int32_t num_threads) {
-    Layer layer{x, tokens, out, hidden, inner, {activation, alpha, limit}, {}, {}};
+    Layer layer{x, tokens, hidden, inner, {activation, alpha, limit}, {}, {}};
     for (int64_t i = 0; i < num_segments; ++i) {
         if (pairs[i].begin < pairs[i].end) layer.segments.push_back(plan(pairs[i]));
     }
     if (!place(layer, num_threads)) return false;
-    run(layer, num_threads);
+    gather(layer, num_threads);
+    multiply(layer, true, true, out, num_threads);
     return true;
+}
+
+// The first half of one segment; `down` need not be readable yet. Null: out of memory. What it returns
+// goes to moe_serve_expert_mlp_finish exactly once.
+extern "C" void* moe_serve_expert_mlp_start(const float* x, const int64_t* tokens, const Pairs* pairs, int64_t hidden,
+                                            int64_t inner, int32_t activation, float alpha, float limit,
+                                            int32_t num_threads) {
+    auto layer = std::make_unique<Layer>(Layer{x, tokens, hidden, inner, {activation, alpha, limit}, {}, {}});
+    layer->segments.push_back(plan(*pairs));
+    if (!place(*layer, num_threads)) return nullptr;
+    gather(*layer, num_threads);
+    multiply(*layer, true, false, nullptr, num_threads);
+    return layer.release();
+}
+
+// The second half into out [P, hidden], with at most as many threads as the first. Null `out`: only give the memory back.
+extern "C" void moe_serve_expert_mlp_finish(void* started, float* out, int32_t num_threads) {
+    const std::unique_ptr<Layer> layer(static_cast<Layer*>(started));
+    if (out) multiply(*layer, false, true, out, num_threads);
 }

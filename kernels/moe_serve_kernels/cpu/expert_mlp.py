@@ -127,14 +127,86 @@ def expert_mlp(
         raise MemoryError("no memory for the scratch space of expert_mlp")
 
 
+@dataclass(eq=False, slots=True)
+class StartedMLP:
+    """One expert whose first half has run: what the kernel keeps of it until `finish_expert_mlp`."""
+
+    weights: MLPWeights
+    num_threads: int
+    _kept: int
+
+    def take(self) -> int:
+        """The kernel's address, once."""
+        kept, self._kept = self._kept, 0
+        assert kept, "finished twice"
+        return kept
+
+    def __del__(self) -> None:
+        if self._kept:
+            _finish()(self._kept, None, 1)
+
+
+def start_expert_mlp(
+    x: torch.Tensor, tokens: torch.Tensor, segment: tuple[int, int], weights: MLPWeights, activation: Activation
+) -> StartedMLP:
+    """Gate, up and activation of one expert's pairs; its `down` is not read yet. Raises MemoryError.
+
+    Arguments as of `expert_mlp`. With `finish_expert_mlp` the same bits as that.
+    """
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    assert segment[0] < segment[1]
+    inner, hidden = weights.gate.shape
+    pairs = array("q", (weights.address, *segment))
+    num_threads = torch.get_num_threads()
+    kept = _start()(
+        x.data_ptr(),
+        tokens.data_ptr(),
+        pairs.buffer_info()[0],
+        hidden,
+        inner,
+        KINDS.index(activation.kind),
+        activation.alpha,
+        activation.limit,
+        num_threads,
+    )
+    if not kept:
+        raise MemoryError("no memory for the scratch space of expert_mlp")
+    return StartedMLP(weights, num_threads, kept)
+
+
+def finish_expert_mlp(started: StartedMLP, out: torch.Tensor) -> None:
+    """The down projection of a started expert, into its rows of `out` [P, H] float32."""
+    assert out.dtype == torch.float32
+    assert out.is_contiguous()
+    _finish()(started.take(), out.data_ptr(), started.num_threads)
+
+
+POINTER, SIZE, FLAG, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
 @functools.cache
 def _function() -> Callable[..., bool]:
+    argtypes = [POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, FLAG, REAL, REAL, FLAG]
+    return _native("moe_serve_expert_mlp", argtypes, ctypes.c_bool)
+
+
+@functools.cache
+def _start() -> Callable[..., int | None]:
+    argtypes = [POINTER, POINTER, POINTER, SIZE, SIZE, FLAG, REAL, REAL, FLAG]
+    return _native("moe_serve_expert_mlp_start", argtypes, POINTER)
+
+
+@functools.cache
+def _finish() -> Callable[..., None]:
+    return _native("moe_serve_expert_mlp_finish", [POINTER, POINTER, FLAG], None)
+
+
+def _native(name: str, argtypes: list[Any], restype: Any) -> Callable[..., Any]:
     native = library.load()
     assert native is not None, "ask is_available first"
-    function = native.moe_serve_expert_mlp
-    pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    argtypes: list[Any] = [pointer, pointer, pointer, pointer, size, size, size, flag, real, real, flag]
-    function.argtypes, function.restype = argtypes, ctypes.c_bool
+    function = native[name]
+    function.argtypes, function.restype = argtypes, restype
     return function
 
 
