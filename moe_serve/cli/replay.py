@@ -1,0 +1,209 @@
+"""`moe-serve replay TRACE...`: what cache policies would hit and miss on recorded routing, without a device.
+
+stdout: one table per capacity, each with the bound that no policy can pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_cache.policies import policy_names
+from moe_serve.errors import ConfigError, TraceFileError
+
+if TYPE_CHECKING:
+    from expert_cache.comparison import Row
+    from expert_cache.events import Events
+    from expert_cache.slots import Slots
+    from predictors.trace import RoutingTrace
+
+HELP = "Judge expert-cache policies on recorded routing, without a device."
+POOLS = ("per-layer", "global", "quota")
+MIB = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("traces", metavar="TRACE", nargs="+", help="Routing traces (.npz) of one model, in this order.")
+    parser.add_argument(
+        "--capacity",
+        metavar="PERCENT",
+        type=float,
+        nargs="+",
+        default=[12.5, 25.0, 50.0],
+        help="Slots as a share of all experts. Default: 12.5 25 50.",
+    )
+    parser.add_argument(
+        "--policies",
+        metavar="NAME",
+        nargs="+",
+        choices=policy_names(),
+        help=f"Among {', '.join(policy_names())}. Default: all that need nothing else.",
+    )
+    parser.add_argument(
+        "--pool",
+        choices=POOLS,
+        default="per-layer",
+        help="Equal pools per layer, one global pool, or pools of unequal quotas learnt from --profile; "
+        "the slots add up to the same number. Default: per-layer.",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="TRACE",
+        nargs="+",
+        help="Earlier traces of the same model, for the popularity that `static` needs and for quotas.",
+    )
+    parser.add_argument("--concurrency", metavar="N", type=int, default=1, help="Sequences run together. Default: 1.")
+    parser.add_argument("--limit-tokens", metavar="N", type=int, help="Replay only the first N tokens.")
+    parser.add_argument("--expert-mib", metavar="X", type=float, help="Size of one expert; adds MiB per token.")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="Also write everything, by layer too, as JSON.")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="Also draw hits over capacity.")
+
+
+def run(args: argparse.Namespace) -> int:
+    from predictors.trace import TraceError
+
+    _check(args)
+    try:
+        trace, profile = _load(args.traces, args.limit_tokens), _load(args.profile, None) if args.profile else None
+        tables = list(_compare(args, trace, profile))
+    except TraceError as error:
+        raise TraceFileError(str(error)) from None
+    if args.json:
+        args.json.write_text(json.dumps(_as_json(args, trace, tables), indent=1) + "\n")
+    if args.plot:
+        _plot(args.plot, tables)
+    return 0
+
+
+Tables = list[tuple[float, "list[Row]"]]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Mistakes that a long replay should not end in."""
+    for percent in args.capacity:
+        if not 0 < percent <= 100:
+            raise ConfigError(f"--capacity {percent:g}: give percentages above 0 and up to 100")
+    if args.concurrency < 1:
+        raise ConfigError(f"--concurrency {args.concurrency}: give 1 or more")
+    if args.expert_mib is not None and not args.expert_mib > 0:
+        raise ConfigError(f"--expert-mib {args.expert_mib:g}: give a size above 0")
+    if args.pool == "quota" and not args.profile:
+        raise ConfigError("--pool quota needs --profile TRACE: quotas are learnt from an earlier trace")
+    for path in filter(None, (args.json, args.plot)):
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: its folder does not exist; create it first")
+    if args.plot:
+        _require_matplotlib()
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'moe-serve[plot]'") from None
+
+
+def _load(paths: Iterable[str], limit_tokens: int | None) -> RoutingTrace:
+    from predictors.trace import load_all
+
+    trace = load_all(paths)
+    return trace if limit_tokens is None else trace.head(limit_tokens)
+
+
+def _compare(
+    args: argparse.Namespace, trace: RoutingTrace, profile: RoutingTrace | None
+) -> Iterable[tuple[float, list[Row]]]:
+    """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
+    from expert_cache.comparison import compare
+    from expert_cache.events import events_of
+    from predictors.trace import merge
+
+    if profile is not None:
+        merge([trace, profile])  # raises if they are not of one model
+    names = _policies(args.policies, profile is not None)
+    events = events_of(trace, args.concurrency)
+    profile_events = None if profile is None else events_of(profile, args.concurrency)
+    popularity = None if profile is None else profile.popularity()
+    for percent in args.capacity:
+        rows = compare(events, names, _slots(args.pool, percent, trace, profile_events), popularity)
+        print(_table(percent, trace, rows, args), flush=True)
+        yield percent, rows
+
+
+def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
+    from expert_cache.comparison import usable_policies
+
+    usable = usable_policies(has_profile)
+    for name in wanted or ():
+        if name == "static" and name not in usable:
+            raise ConfigError("--policies static needs --profile TRACE: its ranking comes from an earlier trace")
+    return list(wanted or usable)
+
+
+def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | None) -> Slots:
+    from expert_cache.quotas import quota_slots
+    from expert_cache.slots import Slots
+
+    uniform = Slots.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+    if pool == "global":
+        return Slots.shared(uniform.total)
+    if pool == "quota" and profile is not None:
+        return quota_slots(profile, uniform.total, min(trace.top_k, uniform.total // trace.num_layers))
+    return uniform
+
+
+def _table(percent: float, trace: RoutingTrace, rows: list[Row], args: argparse.Namespace) -> str:
+    first = rows[0].result
+    per_layer = first.total_slots / trace.num_layers
+    header = f"  {'policy':<12} {'hits %':>8} {'gap closed %':>13} {'misses/token':>13}"
+    lines = [
+        f"{percent:g} % of the experts: {first.total_slots} slots, {args.pool}, {per_layer:g} of {trace.num_experts} "
+        f"a layer; {trace.num_tokens} tokens, {args.concurrency} at a time; union/slots {first.union_per_slot:.2f}",
+        header + " MiB/token" * bool(args.expert_mib),
+    ]
+    for row in rows:
+        line = f"  {row.policy:<12} {100 * row.result.hit_frac:>8.2f} {100 * row.gap_closed_frac:>13.1f}"
+        line += f" {row.result.bytes_per_token(1):>13.2f}"
+        if args.expert_mib:
+            line += f" {row.result.bytes_per_token(args.expert_mib):>9.1f}"
+        lines.append(line)
+    return "\n".join([*lines, ""])
+
+
+def _as_json(args: argparse.Namespace, trace: RoutingTrace, tables: Tables) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in ("traces", "profile", "pool", "concurrency", "expert_mib")}
+    rows = [_row_as_json(percent, row, args.expert_mib) for percent, rows in tables for row in rows]
+    return {**settings, "tokens": trace.num_tokens, "layer_ids": trace.layer_ids.tolist(), "rows": rows}
+
+
+def _row_as_json(percent: float, row: Row, expert_mib: float | None) -> dict[str, Any]:
+    result = row.result
+    return {
+        "policy": row.policy,
+        "capacity_percent": percent,
+        "total_slots": result.total_slots,
+        "hit_frac": result.hit_frac,
+        "gap_closed_frac": None if math.isnan(row.gap_closed_frac) else row.gap_closed_frac,
+        "misses_per_token": result.bytes_per_token(1),
+        "bytes_per_token": result.bytes_per_token(expert_mib * MIB) if expert_mib else None,
+        "union_per_slot": result.union_per_slot,
+        "hits_by_layer": result.hits.tolist(),
+        "misses_by_layer": result.misses.tolist(),
+    }
+
+
+def _plot(path: Path, tables: Tables) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="slots, % of all experts", ylabel="hits, % of expert uses")
+    percents = [percent for percent, _ in tables]
+    for column in zip(*(rows for _, rows in tables), strict=True):
+        axes.plot(percents, [100 * row.result.hit_frac for row in column], marker="o", label=column[0].policy)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=150)
