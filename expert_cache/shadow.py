@@ -9,8 +9,6 @@ Shape alphabet: L layers, E experts per layer, n distinct experts of one event.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -51,23 +49,21 @@ class ShadowCache:
         members = experts + layer * self._num_experts if shared else experts
         num_evictions = num_misses - self._free[pool]
         if num_evictions > 0:
-            values = (self._policy.keep_values_all().ravel() if shared else self._policy.keep_values(layer)).copy()
+            values = self._policy.keep_values_all().ravel() if shared else self._policy.keep_values(layer)
             if len(members) > size:
                 resident[:] = False
-                members = members[smallest(-values[members], size)]
+                members = members[np.argsort(values[members], kind="stable")[-size:]]
             else:
-                values[~resident] = np.inf
-                values[members] = np.inf
-                resident[smallest(values, num_evictions)] = False
+                evict(resident, values, members, num_evictions)
         self._free[pool] = max(0, -num_evictions)
         resident[members] = True
 
 
-def smallest(values: Values, count: int) -> npt.NDArray[Any]:
-    """Indices of the `count` smallest values; where values tie, the lower index counts as smaller."""
-    if count == 1:
-        return np.array([values.argmin()])
-    limit = np.partition(values, count - 1)[count - 1]
-    below = np.flatnonzero(values < limit)
-    level = np.flatnonzero(values == limit)
-    return np.concatenate([below, level[: count - len(below)]])
+def evict(resident: npt.NDArray[np.bool_], values: Values, in_use: Ints, count: int) -> None:
+    """Clear `count` entries of `resident` [E]: the smallest values first, the lower index where they tie."""
+    candidates = np.where(resident, values, np.inf)
+    candidates[in_use] = np.inf
+    for _ in range(count):
+        victim = candidates.argmin()
+        candidates[victim] = np.inf
+        resident[victim] = False

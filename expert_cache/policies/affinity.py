@@ -78,7 +78,7 @@ class _Layer:
         self.rate[experts] += 1 - RATE_DECAY
         self.uses[experts] += 1
         self.steps += 1
-        self.newest = experts
+        self.newest = experts.copy()
         if self.steps == HALVING_STEPS:
             self._halve()
 
