@@ -65,7 +65,7 @@ def replay_belady(events: Events, slots: Slots) -> ReplayResult:
 
 def gap_closed_frac(hits: float, lru_hits: float, belady_hits: float) -> float:
     """How far a policy gets from LRU (0) to Belady (1); nan where there is nothing between them."""
-    return (hits - lru_hits) / (belady_hits - lru_hits) if belady_hits > lru_hits else float("nan")
+    return float((hits - lru_hits) / (belady_hits - lru_hits)) if belady_hits > lru_hits else float("nan")
 
 
 def _result(events: Events, hits: npt.NDArray[np.int64], slots: Slots) -> ReplayResult:
