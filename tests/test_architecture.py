@@ -56,6 +56,11 @@ TORCH_FREE = (
     "moe_serve.stats",
     "moe_serve.config",
     "moe_serve.cli",
+    "expert_cache.policies",
+    "expert_cache.comparison",
+    "expert_cache.belady_window",
+    "predictors.trace",
+    "predictors.formats",
     "placement",
 )
 HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_cache.policies import policy_names
+from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.errors import ConfigError, TraceFileError
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    parser.add_argument("traces", metavar="TRACE", nargs="+", help="Routing traces (.npz) of one model, in this order.")
+    parser.add_argument("traces", metavar="TRACE", nargs="+", help=f"Routing of one model, in order: {KINDS}.")
+    parser.add_argument("--num-experts", metavar="N", type=int, help="Experts per layer, where TRACE does not say.")
     parser.add_argument(
         "--capacity",
         metavar="PERCENT",
@@ -64,14 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from predictors.trace import TraceError
-
     _check(args)
-    try:
-        trace, profile = _load(args.traces, args.limit_tokens), _load(args.profile, None) if args.profile else None
-        tables = list(_compare(args, trace, profile))
-    except TraceError as error:
-        raise TraceFileError(str(error)) from None
+    trace = _load(args)
+    profile = read_traces(args.profile, args.num_experts) if args.profile else None
+    tables = list(_compare(args, trace, profile))
     if args.json:
         args.json.write_text(json.dumps(_as_json(args, trace, tables), indent=1) + "\n")
     if args.plot:
@@ -87,6 +85,8 @@ def _check(args: argparse.Namespace) -> None:
     for percent in args.capacity:
         if not 0 < percent <= 100:
             raise ConfigError(f"--capacity {percent:g}: give percentages above 0 and up to 100")
+    if args.limit_tokens is not None and args.limit_tokens < 1:
+        raise ConfigError(f"--limit-tokens {args.limit_tokens}: give 1 or more")
     if args.concurrency < 1:
         raise ConfigError(f"--concurrency {args.concurrency}: give 1 or more")
     if args.expert_mib is not None and not args.expert_mib > 0:
@@ -107,11 +107,9 @@ def _require_matplotlib() -> None:
         raise ConfigError("--plot needs matplotlib: pip install 'moe-serve[plot]'") from None
 
 
-def _load(paths: Iterable[str], limit_tokens: int | None) -> RoutingTrace:
-    from predictors.trace import load_all
-
-    trace = load_all(paths)
-    return trace if limit_tokens is None else trace.head(limit_tokens)
+def _load(args: argparse.Namespace) -> RoutingTrace:
+    trace = read_traces(args.traces, args.num_experts)
+    return trace if args.limit_tokens is None else trace.head(args.limit_tokens)
 
 
 def _compare(
@@ -120,10 +118,9 @@ def _compare(
     """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
     from expert_cache.comparison import compare
     from expert_cache.events import events_of
-    from predictors.trace import merge
 
     if profile is not None:
-        merge([trace, profile])  # raises if they are not of one model
+        _require_same_model(trace, profile)
     names = _policies(args.policies, profile is not None)
     events = events_of(trace, args.concurrency)
     profile_events = None if profile is None else events_of(profile, args.concurrency)
@@ -132,6 +129,15 @@ def _compare(
         rows = compare(events, names, _slots(args.pool, percent, trace, profile_events), popularity)
         print(_table(percent, trace, rows, args), flush=True)
         yield percent, rows
+
+
+def _require_same_model(trace: RoutingTrace, profile: RoutingTrace) -> None:
+    from predictors.trace import TraceError, merge
+
+    try:
+        merge([trace, profile])
+    except TraceError as error:
+        raise TraceFileError(str(error)) from None
 
 
 def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:

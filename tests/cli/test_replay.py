@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from expert_cache.policies import policy_names
 from moe_serve.cli import main
-from predictors.trace import RoutingTrace
+from predictors.trace import RoutingTrace, load
 
 L, E, K, N = 2, 8, 2, 60
 
@@ -95,6 +96,24 @@ def test_json_holds_every_figure(trace: str, tmp_path: Path) -> None:
         assert row["bytes_per_token"] == misses / 50 * 2 * 2**20
 
 
+def test_recordings_of_other_systems(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One request, as SGLang and vLLM would write it, replays like our own file of it."""
+    ids = load(trace).ids.astype(np.int32)
+    np.save(tmp_path / "rows.npy", ids)
+    record = {
+        "forward_pass_id": 1,
+        "positions": list(range(N)),
+        "extend_seq_lens": [N],
+        "topk_ids_of_layer": torch.from_numpy(ids.transpose(1, 0, 2).copy()),
+    }
+    torch.save({"records": [record], "last_physical_to_logical_map": torch.arange(E)}, tmp_path / "dump.pt")
+    outputs = []
+    for path in (trace, f"{tmp_path}/rows.npy", f"{tmp_path}/dump.pt"):
+        assert main(["replay", path, "--num-experts", str(E), "--policies", "lru"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
 def test_where_lru_is_the_bound_there_is_no_gap(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "r.json"
     assert main(["replay", trace, "--capacity", "100", "--policies", "lfu", "--json", str(out)]) == 0
@@ -122,12 +141,16 @@ def test_a_missing_matplotlib_is_said_before_the_replay(
 MISTAKES = {
     "no such trace": (["{dir}/none.npz"], "none.npz: file: does not exist"),
     "a trace that is none": (["{dir}/text.npz"], "text.npz: file: cannot be read"),
+    "a recording that does not say its experts": (["{dir}/rows.npy"], "rows.npy: does not say how many experts"),
+    "a torch file that is none": (["{dir}/bad.pt", "--num-experts", "8"], "bad.pt: cannot be read"),
+    "an array that is none": (["{dir}/bad.npy", "--num-experts", "8"], "bad.npy: cannot be read"),
+    "too few experts": (["{dir}/rows.npy", "--num-experts", "7"], "rows.npy: ids: holds expert 7"),
     "two models": (["{dir}/a.npz", "{dir}/other.npz"], "other.npz: n_experts: 9, but 8"),
     "a profile of another model": (["{dir}/a.npz", "--profile", "{dir}/other.npz"], "other.npz: n_experts"),
     "no capacity": (["{dir}/a.npz", "--capacity", "0"], "--capacity 0: give percentages"),
     "too much capacity": (["{dir}/a.npz", "--capacity", "101"], "--capacity 101"),
     "no concurrency": (["{dir}/a.npz", "--concurrency", "0"], "--concurrency 0"),
-    "no tokens": (["{dir}/a.npz", "--limit-tokens", "0"], "cannot keep 0 tokens"),
+    "no tokens": (["{dir}/a.npz", "--limit-tokens", "0"], "--limit-tokens 0"),
     "an expert without a size": (["{dir}/a.npz", "--expert-mib", "0"], "--expert-mib 0"),
     "quotas from nothing": (["{dir}/a.npz", "--pool", "quota"], "--pool quota needs --profile"),
     "static from nothing": (["{dir}/a.npz", "--policies", "static"], "--policies static needs --profile"),
@@ -139,7 +162,9 @@ MISTAKES = {
 def test_a_mistake_is_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trace(tmp_path / "a.npz")
     write_trace(tmp_path / "other.npz", num_experts=9)
-    (tmp_path / "text.npz").write_text("hello")
+    for name in ("text.npz", "bad.pt", "bad.npy"):
+        (tmp_path / name).write_text("hello")
+    np.save(tmp_path / "rows.npy", np.array([[[0, 7]]], dtype=np.int16))
     argv, message = MISTAKES[what]
     assert main(["replay", *(word.format(dir=tmp_path) for word in argv)]) == 2
     error = capsys.readouterr().err
