@@ -31,11 +31,20 @@ def usable_policies(has_popularity: bool) -> list[str]:
     return [name for name in policy_names() if find_policy(name).needs in have]
 
 
-def compare(events: Events, policies: Sequence[str], slots: Slots, popularity: Values | None = None) -> list[Row]:
-    """A row for each of `policies`, in that order, then the bound's. `popularity` [L, E]: see `PolicyMaker`."""
+def compare(
+    events: Events,
+    policies: Sequence[str],
+    slots: Slots,
+    popularity: Values | None = None,
+    bypass: bool = False,
+) -> list[Row]:
+    """A row for each of `policies`, in that order, then the bound's.
+
+    `popularity` [L, E]: see `PolicyMaker`. `bypass`: see `ShadowCache`; the bound is the same either way.
+    """
     names = dict.fromkeys([*policies, REFERENCE])
     shape = (events.num_layers, events.num_experts)
-    results = {name: replay_events(events, find_policy(name)(*shape, popularity), slots) for name in names}
+    results = {name: replay_events(events, find_policy(name)(*shape, popularity), slots, bypass) for name in names}
     results[BOUND] = replay_belady(events, slots)
     low, high = (results[name].hits.sum() for name in (REFERENCE, BOUND))
     return [

@@ -45,14 +45,16 @@ class ReplayResult:
         return float(self.misses.sum() * expert_bytes / self.num_tokens)
 
 
-def replay(trace: RoutingTrace, policy: Policy, slots: Slots, concurrency: int = 1) -> ReplayResult:
-    """All sequences of the trace, `concurrency` at a time, through a cache that starts empty."""
-    return replay_events(events_of(trace, concurrency), policy, slots)
+def replay(
+    trace: RoutingTrace, policy: Policy, slots: Slots, concurrency: int = 1, bypass: bool = False
+) -> ReplayResult:
+    """All sequences of the trace, `concurrency` at a time, through a `ShadowCache` that starts empty."""
+    return replay_events(events_of(trace, concurrency), policy, slots, bypass)
 
 
-def replay_events(events: Events, policy: Policy, slots: Slots) -> ReplayResult:
+def replay_events(events: Events, policy: Policy, slots: Slots, bypass: bool = False) -> ReplayResult:
     """The same from events, which replays of several policies can share."""
-    cache = ShadowCache(policy, slots, events.num_layers, events.num_experts)
+    cache = ShadowCache(policy, slots, events.num_layers, events.num_experts, bypass)
     for layer, experts, counts, weights in events:
         cache.event(layer, experts, counts, weights)
     return _result(events, np.array(cache.hits), slots)

@@ -19,6 +19,7 @@ from moe_serve.errors import ConfigError, TraceFileError
 if TYPE_CHECKING:
     from expert_cache.comparison import Row
     from expert_cache.events import Events
+    from expert_cache.replay import ReplayResult
     from expert_cache.slots import Slots
     from predictors.trace import RoutingTrace
 
@@ -57,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         metavar="TRACE",
         nargs="+",
         help="Earlier traces of the same model, for the popularity that `static` needs and for quotas.",
+    )
+    parser.add_argument(
+        "--bypass",
+        action="store_true",
+        help="Fetch misses to spare slots, and keep only what is worth most afterwards: pays with few slots.",
     )
     parser.add_argument("--concurrency", metavar="N", type=int, default=1, help="Sequences run together. Default: 1.")
     parser.add_argument("--limit-tokens", metavar="N", type=int, help="Replay only the first N tokens.")
@@ -126,7 +132,7 @@ def _compare(
     profile_events = None if profile is None else events_of(profile, args.concurrency)
     popularity = None if profile is None else profile.popularity()
     for percent in args.capacity:
-        rows = compare(events, names, _slots(args.pool, percent, trace, profile_events), popularity)
+        rows = compare(events, names, _slots(args.pool, percent, trace, profile_events), popularity, args.bypass)
         print(_table(percent, trace, rows, args), flush=True)
         yield percent, rows
 
@@ -163,14 +169,8 @@ def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | Non
 
 
 def _table(percent: float, trace: RoutingTrace, rows: list[Row], args: argparse.Namespace) -> str:
-    first = rows[0].result
-    per_layer = first.total_slots / trace.num_layers
     header = f"  {'policy':<12} {'hits %':>8} {'gap closed %':>13} {'misses/token':>13}"
-    lines = [
-        f"{percent:g} % of the experts: {first.total_slots} slots, {args.pool}, {per_layer:g} of {trace.num_experts} "
-        f"a layer; {trace.num_tokens} tokens, {args.concurrency} at a time; union/slots {first.union_per_slot:.2f}",
-        header + " MiB/token" * bool(args.expert_mib),
-    ]
+    lines = [_title(percent, trace, rows[0].result, args), header + " MiB/token" * bool(args.expert_mib)]
     for row in rows:
         line = f"  {row.policy:<12} {100 * row.result.hit_frac:>8.2f} {100 * row.gap_closed_frac:>13.1f}"
         line += f" {row.result.bytes_per_token(1):>13.2f}"
@@ -180,8 +180,18 @@ def _table(percent: float, trace: RoutingTrace, rows: list[Row], args: argparse.
     return "\n".join([*lines, ""])
 
 
+def _title(percent: float, trace: RoutingTrace, result: ReplayResult, args: argparse.Namespace) -> str:
+    slots, pool = result.total_slots, args.pool + ", bypass" * args.bypass
+    return (
+        f"{percent:g} % of the experts: {slots} slots, {pool}, {slots / trace.num_layers:g} of {trace.num_experts} a "
+        f"layer; {trace.num_tokens} tokens, {args.concurrency} at a time; union/slots {result.union_per_slot:.2f}"
+    )
+
+
 def _as_json(args: argparse.Namespace, trace: RoutingTrace, tables: Tables) -> dict[str, Any]:
-    settings = {name: getattr(args, name) for name in ("traces", "profile", "pool", "concurrency", "expert_mib")}
+    settings = {
+        name: getattr(args, name) for name in ("traces", "profile", "pool", "bypass", "concurrency", "expert_mib")
+    }
     rows = [_row_as_json(percent, row, args.expert_mib) for percent, rows in tables for row in rows]
     return {**settings, "tokens": trace.num_tokens, "layer_ids": trace.layer_ids.tolist(), "rows": rows}
 

@@ -69,6 +69,16 @@ def test_a_profile_makes_static_and_quotas_possible(
     assert hits["global"] != hits["per-layer"]
 
 
+def test_bypass_says_so(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hits = []
+    for flags in ([], ["--bypass"]):
+        assert main(["replay", trace, "--capacity", "25", "--policies", "lfu", *flags]) == 0
+        out = capsys.readouterr().out
+        assert ("per-layer, bypass" in out) == bool(flags)
+        hits.append(rows_of(out)["lfu"][0])
+    assert hits[1] > hits[0]
+
+
 def test_json_holds_every_figure(trace: str, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     argv = [
