@@ -8,8 +8,8 @@ lift   which experts follow which: after expert q was used, how much more often 
 
 value = log rate + 2 mean log lift, a naive Bayes estimate of "used soon" with the evidence toned down, since the
 experts of one step are not independent witnesses. The constants were chosen on parts of two traces, and results
-barely depend on them (docs/log.md). Transition counts between experts are MoE-Infinity's and ExFlow's idea, for
-later layers and for placement; here they are within a layer, over the next tokens, and protect from eviction.
+barely depend on them (docs/log.md). ExFlow counts transitions between the experts of successive layers to place
+experts; here they are counted within a layer, over the next tokens, and protect from eviction.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Layer:
         seen /= usual
         seen += PRIOR_USES
         lift = np.log(seen, out=seen).sum(axis=0) - np.log(self.uses.take(self.newest) + PRIOR_USES).sum()
-        values: Values = np.log(self.rate + usual) + lift * (LIFT_WEIGHT / len(self.newest))
+        values: Values = np.log(self.rate + usual) + lift * (LIFT_WEIGHT / max(1, len(self.newest)))
         return values
 
     def _halve(self) -> None:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 HELP = "Judge expert-cache policies on recorded routing, without a device."
 POOLS = ("per-layer", "global", "quota")
 MIB = 1 << 20
+LACKING = {
+    "popularity": "--profile TRACE: its ranking comes from an earlier trace",
+    "forecast": "a predictor's forecasts, which a trace does not hold; leave it out",
+}
+"""What to say of a policy's need that is not met."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -148,11 +153,12 @@ def _require_same_model(trace: RoutingTrace, profile: RoutingTrace) -> None:
 
 def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
     from expert_cache.comparison import usable_policies
+    from expert_cache.policies import find_policy
 
     usable = usable_policies(has_profile)
     for name in wanted or ():
-        if name == "static" and name not in usable:
-            raise ConfigError("--policies static needs --profile TRACE: its ranking comes from an earlier trace")
+        if name not in usable:
+            raise ConfigError(f"--policies {name} needs {LACKING[find_policy(name).needs]}")
     return list(wanted or usable)
 
 

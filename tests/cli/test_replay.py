@@ -164,6 +164,7 @@ MISTAKES = {
     "an expert without a size": (["{dir}/a.npz", "--expert-mib", "0"], "--expert-mib 0"),
     "quotas from nothing": (["{dir}/a.npz", "--pool", "quota"], "--pool quota needs --profile"),
     "static from nothing": (["{dir}/a.npz", "--policies", "static"], "--policies static needs --profile"),
+    "forecasts from nowhere": (["{dir}/a.npz", "--policies", "predicted"], "--policies predicted needs a predictor's"),
     "a folder that is not there": (["{dir}/a.npz", "--json", "{dir}/no/r.json"], "its folder does not exist"),
 }
 

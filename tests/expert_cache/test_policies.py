@@ -71,6 +71,14 @@ def test_a_layer_without_events_does_not_disturb_the_others(name: str) -> None:
 
 
 @every_policy
+def test_an_event_without_experts_is_no_mistake(name: str) -> None:
+    policy = feed(make(name), events_of(sticky_trace()))
+    none = np.zeros(0, dtype=np.int64)
+    policy.record(1, none, none, None)
+    assert np.isfinite(policy.keep_values(1)).all()
+
+
+@every_policy
 def test_no_policy_peeks(name: str) -> None:
     """Hits before the cut are the same whether or not the trace goes on."""
     trace = sticky_trace()
