@@ -45,14 +45,16 @@ class ReplayResult:
         return float(self.misses.sum() * expert_bytes / self.num_tokens)
 
 
-def replay(trace: RoutingTrace, policy: Policy, slots: Slots, concurrency: int = 1) -> ReplayResult:
-    """All sequences of the trace, `concurrency` at a time, through a cache that starts empty."""
-    return replay_events(events_of(trace, concurrency), policy, slots)
+def replay(
+    trace: RoutingTrace, policy: Policy, slots: Slots, concurrency: int = 1, bypass: bool = False
+) -> ReplayResult:
+    """All sequences of the trace, `concurrency` at a time, through a `ShadowCache` that starts empty."""
+    return replay_events(events_of(trace, concurrency), policy, slots, bypass)
 
 
-def replay_events(events: Events, policy: Policy, slots: Slots) -> ReplayResult:
+def replay_events(events: Events, policy: Policy, slots: Slots, bypass: bool = False) -> ReplayResult:
     """The same from events, which replays of several policies can share."""
-    cache = ShadowCache(policy, slots, events.num_layers, events.num_experts)
+    cache = ShadowCache(policy, slots, events.num_layers, events.num_experts, bypass)
     for layer, experts, counts, weights in events:
         cache.event(layer, experts, counts, weights)
     return _result(events, np.array(cache.hits), slots)
@@ -65,7 +67,7 @@ def replay_belady(events: Events, slots: Slots) -> ReplayResult:
 
 def gap_closed_frac(hits: float, lru_hits: float, belady_hits: float) -> float:
     """How far a policy gets from LRU (0) to Belady (1); nan where there is nothing between them."""
-    return (hits - lru_hits) / (belady_hits - lru_hits) if belady_hits > lru_hits else float("nan")
+    return float((hits - lru_hits) / (belady_hits - lru_hits)) if belady_hits > lru_hits else float("nan")
 
 
 def _result(events: Events, hits: npt.NDArray[np.int64], slots: Slots) -> ReplayResult:

@@ -9,8 +9,6 @@ Shape alphabet: L layers, E experts per layer, n distinct experts of one event.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +19,9 @@ from expert_cache.slots import Slots
 class ShadowCache:
     """Residency by (layer, expert). Starts empty, keeps its state across sequences, as a server does."""
 
-    def __init__(self, policy: Policy, slots: Slots, num_layers: int, num_experts: int) -> None:
+    def __init__(self, policy: Policy, slots: Slots, num_layers: int, num_experts: int, bypass: bool = False) -> None:
+        """`bypass`: misses are fetched to spare slots outside the pool, as many as one event needs; afterwards the
+        pool keeps whatever is worth most, which need not be what was just used."""
         if slots.quotas is not None and len(slots.quotas) != num_layers:
             raise ValueError(f"quotas has {len(slots.quotas)} entries; give one for each of {num_layers} layers")
         self.resident: npt.NDArray[np.bool_] = np.zeros((num_layers, num_experts), dtype=bool)
@@ -31,6 +31,7 @@ class ShadowCache:
         self._policy = policy
         self._num_experts = num_experts
         self._slots = slots
+        self._bypass = bypass
         self._free = [slots.total] if slots.quotas is None else list(slots.quotas)
 
     def event(self, layer: int, experts: Ints, counts: Ints, weights: Floats | None = None) -> int:
@@ -50,24 +51,27 @@ class ShadowCache:
         resident = self.resident.reshape(-1) if shared else self.resident[layer]
         members = experts + layer * self._num_experts if shared else experts
         num_evictions = num_misses - self._free[pool]
-        if num_evictions > 0:
-            values = (self._policy.keep_values_all().ravel() if shared else self._policy.keep_values(layer)).copy()
-            if len(members) > size:
-                resident[:] = False
-                members = members[smallest(-values[members], size)]
-            else:
-                values[~resident] = np.inf
-                values[members] = np.inf
-                resident[smallest(values, num_evictions)] = False
         self._free[pool] = max(0, -num_evictions)
-        resident[members] = True
+        if num_evictions <= 0:
+            resident[members] = True
+            return
+        values = self._policy.keep_values_all().ravel() if shared else self._policy.keep_values(layer)
+        if self._bypass:
+            resident[members] = True
+            evict(resident, values, members[:0], num_evictions)
+        elif len(members) > size:
+            resident[:] = False
+            resident[members[np.argsort(values[members], kind="stable")[-size:]]] = True
+        else:
+            evict(resident, values, members, num_evictions)
+            resident[members] = True
 
 
-def smallest(values: Values, count: int) -> npt.NDArray[Any]:
-    """Indices of the `count` smallest values; where values tie, the lower index counts as smaller."""
-    if count == 1:
-        return np.array([values.argmin()])
-    limit = np.partition(values, count - 1)[count - 1]
-    below = np.flatnonzero(values < limit)
-    level = np.flatnonzero(values == limit)
-    return np.concatenate([below, level[: count - len(below)]])
+def evict(resident: npt.NDArray[np.bool_], values: Values, in_use: Ints, count: int) -> None:
+    """Clear `count` entries of `resident` [E]: the smallest values first, the lower index where they tie."""
+    candidates = np.where(resident, values, np.inf)
+    candidates[in_use] = np.inf
+    for _ in range(count):
+        victim = candidates.argmin()
+        candidates[victim] = np.inf
+        resident[victim] = False

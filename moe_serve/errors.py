@@ -12,7 +12,8 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── EngineDeadError             503  the engine thread died; the server must be restarted
     └── ConfigError                      found at start-up, before any request
         ├── UnsupportedModelError        a model family we cannot run
-        └── CheckpointError              a missing, truncated or inconsistent checkpoint file
+        ├── CheckpointError              a missing, truncated or inconsistent checkpoint file
+        └── TraceFileError               a routing trace that cannot be read
 """
 
 from __future__ import annotations
@@ -86,3 +87,7 @@ class UnsupportedModelError(ConfigError):
 
 class CheckpointError(ConfigError):
     """A checkpoint folder with a missing, truncated or inconsistent file."""
+
+
+class TraceFileError(ConfigError):
+    """A routing trace that is missing, damaged, or of another model than the one beside it."""

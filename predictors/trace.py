@@ -199,10 +199,11 @@ def _check_same_model(first: RoutingTrace, other: RoutingTrace) -> None:
 
 def _read_arrays(source: str) -> dict[str, npt.NDArray[Any]]:
     try:
-        with np.load(source, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with open(source, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise TraceError(source, "file", "holds one bare array; save a trace with RoutingTrace.save")
-            return {name: file[name] for name in file.files}
+            return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise TraceError(source, "file", "does not exist; check the path") from None
     except TraceError:

@@ -56,6 +56,11 @@ TORCH_FREE = (
     "moe_serve.stats",
     "moe_serve.config",
     "moe_serve.cli",
+    "expert_cache.policies",
+    "expert_cache.comparison",
+    "expert_cache.belady_window",
+    "predictors.trace",
+    "predictors.formats",
     "placement",
 )
 HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}
@@ -216,7 +221,7 @@ def test_import_really_loads_nothing_heavy(module: str) -> None:
 def _declared() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["gpu"], *extras["distributed"]]
+    lines = [*project["dependencies"], *extras["gpu"], *extras["distributed"], *extras["plot"]]
     return {_normal(re.split(r"[^\w.-]", line)[0]) for line in lines}
 
 

@@ -10,6 +10,8 @@ from expert_cache.policies.policy import Floats, Ints, Values
 class LFRU:
     """value = uses / (1 + age), both in steps of the expert's own layer."""
 
+    needs = ""
+
     def __init__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> None:
         self._uses = np.zeros((num_layers, num_experts))
         self._last_step = np.zeros((num_layers, num_experts))

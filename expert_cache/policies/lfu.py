@@ -10,6 +10,8 @@ from expert_cache.policies.policy import Floats, Ints, Values
 class LFU:
     """Steps, not tokens: what a step must fetch does not depend on how many tokens want it."""
 
+    needs = ""
+
     def __init__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> None:
         self._uses = np.zeros((num_layers, num_experts))
 

@@ -10,6 +10,8 @@ from expert_cache.policies.policy import Floats, Ints, Values
 class LRU:
     """Experts never used rank below all others."""
 
+    needs = ""
+
     def __init__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> None:
         self._last_event = np.zeros((num_layers, num_experts))
         self._num_events = 0

@@ -42,6 +42,11 @@ class Policy(Protocol):
 class PolicyMaker(Protocol):
     """What a policy's file exports as `POLICY`: its class."""
 
+    @property
+    def needs(self) -> str:
+        """What it is pointless without: "popularity", "forecast" (from a predictor), or "" for nothing."""
+        ...
+
     def __call__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> Policy:
         """`popularity` [L, E]: uses per token on an earlier trace, where there is one; a policy may start from it."""
         ...

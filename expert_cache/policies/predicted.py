@@ -19,6 +19,8 @@ class Predicted(LFRU):
     A forecast counts from when it is set until it is replaced or cleared.
     """
 
+    needs = "forecast"
+
     def __init__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> None:
         super().__init__(num_layers, num_experts, popularity)
         self._forecast = np.zeros((num_layers, num_experts))

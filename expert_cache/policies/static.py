@@ -10,6 +10,8 @@ from expert_cache.policies.policy import Floats, Ints, Values
 class Static:
     """Watches nothing. Without a popularity all experts are equal and the lowest index goes first."""
 
+    needs = "popularity"
+
     def __init__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> None:
         unknown = np.zeros((num_layers, num_experts))
         self._popularity = unknown if popularity is None else np.array(popularity, dtype=np.float64)
