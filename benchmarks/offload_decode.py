@@ -99,7 +99,7 @@ def read_rate(cache: Any) -> float:
         start = time.perf_counter()
         fetch = Fetch(key, store.reads(*key), arena.landing(0), DEMAND, store.checksums.get(key))
         cache.fetcher.submit(fetch)
-        cache.fetcher.wait_any([fetch])
+        cache.fetcher.wait_until(lambda f=fetch: f.is_done)
         seconds += time.perf_counter() - start if i else 0.0  # the first one also maps the memory
     arena.release(0)
     return RATE_EXPERTS * store.expert_bytes / seconds
@@ -111,7 +111,7 @@ def memory(llm: Any) -> dict[str, Any]:
     dense = sum(p.nbytes for p in runner.model.parameters()) + sum(b.nbytes for b in runner.model.buffers())
     cache = runner.expert_layers.experts
     return {
-        "budget_mb": cache.table.allowed.total * cache.store.slot_bytes / 1e6,
+        "budget_mb": cache.num_slots * cache.store.slot_bytes / 1e6,
         "dense_mb": dense / 1e6,
         "kv_mb": runner.kv_cache.num_bytes / 1e6,
         "rss_mb": rss_mb(),

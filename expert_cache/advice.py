@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+from predictors.methods.next_gate import NextGate, Router
 from predictors.methods.transition import Transition
 
 
@@ -29,12 +32,26 @@ class Advice:
 class Advisor(Protocol):
     """Asked once per layer and step."""
 
-    def advise(self, layer: int, experts: Sequence[int]) -> Sequence[Advice]:
-        """The router of `layer` (dense index) has chosen `experts` (ascending): what comes next?"""
+    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
+        """The router of `layer` (dense index) has chosen `experts` (ascending) for `hidden` [T, H]: what comes next?"""
         ...
 
 
-class NextLayer:
+class FromNextGate:
+    """Expects in the next layer as many experts as this one used: those its gate would choose now."""
+
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self._gate = NextGate(routers)
+        self._last_layer = len(routers) - 1
+
+    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
+        if layer == self._last_layer:
+            return ()
+        scores, best = self._gate.scores(layer, hidden).topk(len(experts))
+        return (Advice(layer + 1, tuple(best.tolist()), tuple(scores.tolist())),)
+
+
+class FromAffinity:
     """Expects in the next layer as many experts as this one used, by inter-layer affinity."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -42,7 +59,7 @@ class NextLayer:
         self._last_layer = num_layers - 1
         self._before: tuple[int, Sequence[int]] | None = None
 
-    def advise(self, layer: int, experts: Sequence[int]) -> Sequence[Advice]:
+    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
         if self._before is not None and self._before[0] == layer - 1:
             self._transition.record(layer - 1, self._before[1], experts)
         self._before = layer, experts

@@ -33,6 +33,8 @@ WINDOW_STEPS = 256
 """Steps over which the cache is compared with the best possible one."""
 
 
+SLOTS_PER_TRANSIT = 8
+"""One slot in transit for so many slots: few enough not to be missed by the pools."""
 START_EARLY_BYTES = 4 << 20
 """From this size on, an expert's first product is worth starting while the down projection is being read."""
 
@@ -46,16 +48,21 @@ class ExpertCache:
         prepare: Callable[[ExpertWeights], PreparedWeights],
         arena: SlotArena,
         slots: Slots,
+        num_transit: int,
         policy: Policy,
         fetcher: Fetcher,
         start_early_bytes: int = START_EARLY_BYTES,
     ) -> None:
-        """`arena` has at least as many slots as `slots` allows to use; more allow growing later."""
+        """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays.
+
+        `arena` has at least as many slots as the two together; more allow growing later.
+        """
         num_layers = len(store.layers)
         self._prepare = prepare
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
-        self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, policy)
+        self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, num_transit, policy)
         self.counters = CacheCounters(num_layers)
+        self._most_transit = num_transit
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
         self._fetches: dict[Key, Fetch] = {}
@@ -108,8 +115,11 @@ class ExpertCache:
 
     def release(self, wanted: Acquisition, expert: int) -> None:
         """A ready expert has run: its slot may go to one that waits."""
+        key = self._index[wanted.layer], expert
         del wanted.ready[expert]
-        self._unpin((self._index[wanted.layer], expert))
+        self._unpin(key)
+        if self.table.in_transit[key]:
+            self._settle(key)
         self._start_waiting(wanted)
 
     def abandon(self, wanted: Acquisition) -> None:
@@ -122,27 +132,21 @@ class ExpertCache:
             self._unpin((index, expert))
             self._cancel((index, expert))
         wanted.in_flight.clear()
+        wanted.inputs.clear()
 
     # ---- ahead of time ----------------------------------------------------------------------------
 
     def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None:
-        """Bring experts that a predictor expects, where a slot can be had for them.
-
-        A slot is taken from the expert worth least, but from none that is pinned, itself expected,
-        or prefetched and not used yet. `urgencies` are finite; larger is earlier.
-        """
-        index = self._index[layer]
+        """Bring experts that a predictor expects, as far as free slots and slots in transit go: nothing is evicted
+        on a guess. `urgencies` are finite; larger is earlier."""
         self._land_prefetches()
-        expected = np.asarray(experts, dtype=np.intp)
-        self.table.pins[index, expected] += 1
         for expert, urgency in zip(experts, urgencies, strict=True):
-            key = index, expert
+            key = self._index[layer], expert
             if key in self._weights or key in self._fetches:
                 continue
-            if not self._take(key, spare_unused=True):
-                break
+            if not self._take_without_evicting(key):
+                return
             self._start(key, urgency)
-        self.table.pins[index, expected] -= 1
 
     def cancel_prefetches(self) -> None:
         """Drop every prefetch under way."""
@@ -153,13 +157,17 @@ class ExpertCache:
     def resize(self, num_slots: int) -> None:
         """Change the number of slots, between steps; what no longer fits is evicted and its memory freed."""
         self.cancel_prefetches()
+        num_slots = min(num_slots, self.arena.num_slots)
+        self.table.num_transit = min(self._most_transit, num_slots // SLOTS_PER_TRANSIT)
         shape = len(self.store.layers), self.store.num_experts
-        self.table.allowed = resized(self.table.allowed, *shape, min(num_slots, self.arena.num_slots))
+        self.table.allowed = resized(self.table.allowed, *shape, num_slots - self.table.num_transit)
         self._window = self._new_window(self.table.allowed)
+        for index, expert in np.argwhere(self.table.in_transit):
+            self.arena.release(self._evict((int(index), int(expert))))
         while crowded := self.table.over_capacity():
             victim = self.table.victim(crowded[0], spare_unused=False)
             assert victim is not None, "resized while a step has experts pinned"
-            self.arena.release(self._evict(victim))
+            self.arena.release(self._evict(victim[0]))
 
     # ---- looking at it ----------------------------------------------------------------------------
 
@@ -167,6 +175,11 @@ class ExpertCache:
     def num_resident(self) -> int:
         """Experts ready to run."""
         return len(self._weights)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots it may use, those in transit included."""
+        return self.table.allowed.total + self.table.num_transit
 
     @property
     def used_bytes(self) -> int:
@@ -216,16 +229,18 @@ class ExpertCache:
         self.table.pins[key] -= 1
 
     def _correct_prefetches(self, index: int, wanted: Acquisition) -> None:
-        """Promote what the router confirmed, cancel what it did not."""
+        """Promote what the router confirmed; cancel, or let go from transit, what it did not."""
         for key in [k for k in self._fetches if k[0] == index]:
-            if key[1] not in wanted.waiting:
+            if key[1] in wanted.waiting:
+                wanted.waiting.remove(key[1])
+                wanted.in_flight.add(key[1])
+                self.table.pins[key] += 1
+                self.counters.late_prefetches[index] += 1
+                self.fetcher.promote(self._fetches[key])
+            else:
                 self._cancel(key)
-                continue
-            wanted.waiting.remove(key[1])
-            wanted.in_flight.add(key[1])
-            self.table.pins[key] += 1
-            self.counters.late_prefetches[index] += 1
-            self.fetcher.promote(self._fetches[key])
+        for expert in np.flatnonzero(self.table.in_transit[index] & self.table.unused[index]):
+            self._evict((index, int(expert)))
 
     def _start_waiting(self, wanted: Acquisition) -> None:
         """Give slots to waiting experts as long as there are any."""
@@ -237,24 +252,48 @@ class ExpertCache:
             self._start((index, expert), DEMAND)
 
     def _take_for_demand(self, key: Key) -> bool:
-        """A slot at the expense of others: by eviction, then of an unused prefetch, then of one under way."""
-        if self._take(key, spare_unused=True) or self._take(key, spare_unused=False):
+        """A slot, if need be at the expense of others: of a prefetch under way, by eviction, of an unused prefetch."""
+        if self._take_without_evicting(key):
             return True
-        rivals = [k for k in self._prefetching() if self.table.same_pool(k[0], key[0])]
-        if not rivals:
-            return False
-        self._cancel(min(rivals, key=lambda k: self._fetches[k].urgency))
-        return self._take(key, spare_unused=False)
+        rivals = [k for k in self._prefetching() if self._competes(k, key)]
+        if rivals:
+            self._cancel(min(rivals, key=lambda k: self._fetches[k].urgency))
+            return self._take_without_evicting(key)
+        return self._take_by_evicting(key, spare_unused=True) or self._take_by_evicting(key, spare_unused=False)
 
-    def _take(self, key: Key, spare_unused: bool) -> bool:
-        """A slot for `key`, free or by eviction. False if all are spoken for."""
-        if not self.table.has_room(key):
-            victim = self.table.victim(key[0], spare_unused)
-            if victim is None:
-                return False
-            self._evict(victim)
+    def _take_without_evicting(self, key: Key) -> bool:
+        """A slot that nobody owns, of the pool or in transit."""
+        if self.table.has_room(key):
+            self.table.take(key)
+        elif self.table.has_transit:
+            self.table.take(key, transit=True)
+        else:
+            return False
+        return True
+
+    def _take_by_evicting(self, key: Key, spare_unused: bool) -> bool:
+        victim = self.table.victim(key[0], spare_unused)
+        if victim is None:
+            return False
+        self._evict(victim[0])
         self.table.take(key)
         return True
+
+    def _competes(self, prefetched: Key, key: Key) -> bool:
+        """Cancelling a prefetch would make a slot free for `key`."""
+        return bool(self.table.in_transit[prefetched]) or self.table.same_pool(prefetched[0], key[0])
+
+    def _settle(self, key: Key) -> None:
+        """An expert in transit has been used: it stays if it is worth more than the least of its pool."""
+        if self.table.pins[key] > 0:
+            return
+        if not self.table.has_room(key):
+            victim = self.table.victim(key[0], spare_unused=True)
+            if victim is None or self.table.value(key) <= victim[1]:
+                self._evict(key)
+                return
+            self._evict(victim[0])
+        self.table.admit(key)
 
     def _evict(self, victim: Key) -> int:
         """Free the slot of a ready expert; returns which."""

@@ -63,7 +63,7 @@ class ExpertLayers:
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
             if self.advisor is not None:
-                self._follow(self.advisor, layer, groups.experts)
+                self._follow(self.advisor, layer, groups.experts, hidden)
             self._run_as_they_come(wanted, hidden, groups, out)
         except BaseException:
             self.experts.abandon(wanted)
@@ -73,9 +73,9 @@ class ExpertLayers:
         by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
         return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
 
-    def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int]) -> None:
+    def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers
-        for advice in advisor.advise(layers.index(layer), experts):
+        for advice in advisor.advise(layers.index(layer), experts, hidden):
             self.experts.prefetch(layers[advice.layer], advice.experts, advice.urgencies)
 
     def _run_as_they_come(

@@ -89,7 +89,7 @@ class EngineConfig(FromDict):
         " when they are needed. 0: no cache, experts are used where the checkpoint is mapped (CPU only)."
         " Default: all experts, or 70 % of free memory if they do not fit.",
     )
-    moe_cache_policy: str = option("lfru", "Which experts the cache keeps.", tuple(policy_names()))
+    moe_cache_policy: str = option("affinity", "Which experts the cache keeps.", tuple(policy_names()))
     moe_cache_pool: str = option(
         "auto",
         "How layers share the cache. global: one pool; per-layer: equal parts; auto: per-layer where every layer"
@@ -98,9 +98,9 @@ class EngineConfig(FromDict):
     )
     moe_prefetch: str = option(
         "off",
-        "Bring experts ahead of time while the disk or the link is idle. next-layer: those that usually follow the"
-        " experts of the layer before.",
-        ("off", "next-layer"),
+        "Bring experts ahead of time while the disk or the link is idle, without evicting any. next-gate: those the"
+        " next layer's router would choose now; affinity: those that usually follow this layer's.",
+        ("off", "next-gate", "affinity"),
     )
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."

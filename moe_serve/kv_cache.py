@@ -115,6 +115,8 @@ class KVCache:
     ) -> None:
         scratch = Scratch()
         self.layers = {i: LayerKV(s, num_pages, page_size, dtype, device, scratch) for i, s in shapes.items()}
+        self.num_bytes = num_pages * page_size * bytes_per_token(shapes, dtype)
+        """What the pages take once all have been written."""
 
 
 def bytes_per_token(shapes: dict[int, LayerKVShape], dtype: torch.dtype) -> int:

@@ -16,6 +16,7 @@ from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.hf import experts, loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
+from moe_serve.hf.routers import find_routers
 from moe_serve.kv_cache import KVCache, LayerKVShape
 from moe_serve.memory import free_bytes
 from moe_serve.memory_guard import MemoryGuard
@@ -39,10 +40,11 @@ class ModelRunner:
         self.device = torch.device(config.device)
         dtype: torch.dtype = getattr(torch, config.dtype)
         self.model = loaded.model
+        routers = find_routers(self.model, spec.num_experts, spec.hidden_size)
         self.expert_layers = offload.expert_layers(
-            config, loaded.store, spec, loaded.family.activation, loaded.hf_config
+            config, loaded.store, spec, loaded.family.activation, loaded.hf_config, routers
         )
-        self._kv = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
+        self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self._eos = eos_token_ids
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
@@ -94,7 +96,7 @@ class ModelRunner:
             use_cache=False,
             logits_to_keep=batch.sample_rows,
             forward_batch=batch,
-            kv_cache=self._kv,
+            kv_cache=self.kv_cache,
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -104,7 +106,7 @@ def _memory_guard(experts: Experts, device: torch.device) -> MemoryGuard | None:
     """Watches over a cache's memory; mapped experts have none of their own."""
     if not isinstance(experts, ExpertCache):
         return None
-    return MemoryGuard(experts.table.allowed.total, experts.store.slot_bytes, lambda: free_bytes(device))
+    return MemoryGuard(experts.num_slots, experts.store.slot_bytes, lambda: free_bytes(device))
 
 
 def _group_limits(

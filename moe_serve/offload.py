@@ -5,15 +5,16 @@ The one place where EngineConfig meets the parts of expert_cache. Knows no token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from expert_cache.activations import ActivationOf
-from expert_cache.advice import NextLayer
+from expert_cache.advice import Advisor, FromAffinity, FromNextGate
 from expert_cache.arena import HostArena, SlotArena
-from expert_cache.cache import ExpertCache
+from expert_cache.cache import SLOTS_PER_TRANSIT, ExpertCache
 from expert_cache.compute import ExpertCompute
 from expert_cache.cuda_slots import CudaArena
 from expert_cache.direct_io import DirectFile
@@ -28,6 +29,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.resolve import MIB, has_native_bf16
 from moe_serve.spec import ModelSpec
+from predictors.methods.next_gate import Router
 
 NEVER = 1 << 60
 MATRIX_MIN_TOKENS = 32
@@ -37,18 +39,38 @@ HOST_READERS = 4
 
 
 def expert_layers(
-    config: EngineConfig, store: ExpertStore, spec: ModelSpec, activation_of: ActivationOf, hf_config: Any
+    config: EngineConfig,
+    store: ExpertStore,
+    spec: ModelSpec,
+    activation_of: ActivationOf,
+    hf_config: Any,
+    routers: Sequence[Router] = (),
 ) -> ExpertLayers:
-    """Everything that runs a model's experts. `config` must be resolved. ValueError: an unknown activation."""
+    """Everything that runs a model's experts. `config` must be resolved; `routers`: each MoE layer's gate.
+
+    ValueError: an unknown activation.
+    """
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
     compute = ExpertCompute(activation_of(hf_config), dtype, device, _matrix_tokens(dtype, device))
     if not config.moe_cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
-    slots = slots_of(config, store, spec.top_k)
+    slots, num_transit = slots_of(config, store, spec.top_k)
     policy = find_policy(config.moe_cache_policy)(len(store.layers), store.num_experts)
-    cache = ExpertCache(store, compute.prepare, _arena(store, device), slots, policy, _fetcher(device))
-    advisor = NextLayer(len(store.layers), store.num_experts) if config.moe_prefetch == "next-layer" else None
-    return ExpertLayers(cache, compute, advisor)
+    cache = ExpertCache(store, compute.prepare, _arena(store, device), slots, num_transit, policy, _fetcher(device))
+    return ExpertLayers(cache, compute, _advisor(config, store, routers))
+
+
+def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]) -> Advisor | None:
+    """Whoever says what to bring ahead of time."""
+    if config.moe_prefetch == "off":
+        return None
+    if config.moe_prefetch == "affinity":
+        return FromAffinity(len(store.layers), store.num_experts)
+    if len(routers) != len(store.layers):
+        raise ConfigError(
+            "--moe-prefetch next-gate: this model's routers are not of a known form; choose affinity or off"
+        )
+    return FromNextGate(routers)
 
 
 def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:
@@ -56,21 +78,23 @@ def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:
     return min(moe_cache_mib * MIB // store.slot_bytes, store.num_total)
 
 
-def slots_of(config: EngineConfig, store: ExpertStore, top_k: int) -> Slots:
-    """How the layers share the slots; see EngineConfig.moe_cache_pool."""
+def slots_of(config: EngineConfig, store: ExpertStore, top_k: int) -> tuple[Slots, int]:
+    """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
     assert config.moe_cache_mib is not None
     slots, layers = num_slots(config.moe_cache_mib, store), len(store.layers)
+    num_transit = min(top_k, slots // SLOTS_PER_TRANSIT) if slots < store.num_total else 0
+    slots -= num_transit
     wanted = config.moe_cache_pool
     if wanted == "auto":
         wanted = "per-layer" if slots >= layers * top_k else "global"
     if wanted == "global":
-        return global_pool(layers, store.num_experts, slots)
+        return global_pool(layers, store.num_experts, slots), num_transit
     if slots < layers:
         raise ConfigError(
             f"--moe-cache-pool per-layer: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
             f" the {layers} layers; give at least {-(-layers * store.slot_bytes // MIB)} or choose global"
         )
-    return per_layer(layers, store.num_experts, slots)
+    return per_layer(layers, store.num_experts, slots), num_transit
 
 
 def _matrix_tokens(dtype: torch.dtype, device: torch.device) -> int:

@@ -42,11 +42,14 @@ def cached_layers(
     fetcher: Fetcher | None = None,
     matrix_tokens: int = NEVER,
     start_early_bytes: int = START_EARLY_BYTES,
+    num_transit: int = 0,
 ) -> Iterator[ExpertLayers]:
     compute = compute_of(activation, dtype, matrix_tokens)
-    arena = HostArena(store.num_total, store.slot_bytes)
+    arena = HostArena(store.num_total + num_transit, store.slot_bytes)
     keeper = find_policy(policy)(len(store.layers), store.num_experts)
-    cache = ExpertCache(store, compute.prepare, arena, slots, keeper, fetcher or Fetcher(), start_early_bytes)
+    cache = ExpertCache(
+        store, compute.prepare, arena, slots, num_transit, keeper, fetcher or Fetcher(), start_early_bytes
+    )
     yield ExpertLayers(cache, compute)
     cache.check_integrity()
     cache.close()

@@ -81,13 +81,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.wanted: Acquisition | None = None
         FlakyFile.broken.clear()
 
-    @initialize(slots=SLOTS, policy=st.sampled_from(policy_names()))
-    def build(self, slots: Slots, policy: str) -> None:
+    @initialize(slots=SLOTS, policy=st.sampled_from(policy_names()), num_transit=st.integers(0, 3))
+    def build(self, slots: Slots, policy: str, num_transit: int) -> None:
         self.store = split_store(self.folder)
-        arena = HostArena(self.store.num_total, self.store.slot_bytes)
+        arena = HostArena(self.store.num_total + num_transit, self.store.slot_bytes)
         keeper = find_policy(policy)(len(LAYERS), E)
         self.fetcher = SteppedFetcher()
-        self.cache = ExpertCache(self.store, lambda w: w, arena, slots, keeper, self.fetcher, start_early_bytes=0)
+        self.cache = ExpertCache(
+            self.store, lambda w: w, arena, slots, num_transit, keeper, self.fetcher, start_early_bytes=0
+        )
         self.asked = self.answered = 0
 
     @precondition(lambda self: self.wanted is None)
@@ -182,8 +184,8 @@ class TestCacheStates(CacheMachine.TestCase):  # type: ignore[name-defined,misc]
 def test_threads_and_a_random_order_of_everything(tmp_path: Path) -> None:
     """The machine above is single-threaded to be repeatable; here two threads read while the cache changes."""
     store, chooser = split_store(tmp_path), random.Random(0)
-    arena = HostArena(store.num_total, store.slot_bytes)
-    cache = ExpertCache(store, lambda w: w, arena, Slots.shared(4), find_policy("lru")(2, E), Fetcher(2))
+    arena = HostArena(store.num_total + 1, store.slot_bytes)
+    cache = ExpertCache(store, lambda w: w, arena, Slots.shared(4), 1, find_policy("lru")(2, E), Fetcher(2))
     for _ in range(400):
         layer, experts = chooser.choice(LAYERS), sorted(chooser.sample(range(E), chooser.randint(1, E)))
         if chooser.random() < 0.5:
@@ -208,7 +210,7 @@ def test_threads_and_a_random_order_of_everything(tmp_path: Path) -> None:
 def test_prefetching_never_takes_a_pinned_slot(slots: Slots, tmp_path: Path) -> None:
     store = split_store(tmp_path)
     arena = HostArena(store.num_total, store.slot_bytes)
-    cache = ExpertCache(store, lambda w: w, arena, slots, find_policy("lru")(2, E), Fetcher())
+    cache = ExpertCache(store, lambda w: w, arena, slots, 0, find_policy("lru")(2, E), Fetcher())
     wanted = cache.acquire(3, [1], [1])
     while wanted.in_flight:
         cache.wait(wanted)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expert_cache.activations import clamped, gated
-from expert_cache.advice import Advice, NextLayer
+from expert_cache.advice import Advice, FromAffinity, FromNextGate
 from expert_cache.cache import ExpertCache
 from expert_cache.direct_io import DirectFile
 from expert_cache.fetch import Fetcher
@@ -21,7 +21,7 @@ from expert_cache.regroup import regroup
 from expert_cache.slots import Slots
 
 from .caches import cached_layers, mapped_layers
-from .stores import LAYERS, SILU, STORES, E, expected, routing, split_store
+from .stores import LAYERS, SILU, STORES, E, H, expected, routing, split_store
 
 CAPACITIES = {
     "one_slot_in_all": Slots.shared(1),
@@ -92,13 +92,16 @@ def assert_same_bits(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) 
         assert torch.equal(a, b), f"step {i}: {STEPS[i]}"
 
 
+@pytest.mark.parametrize("num_transit", [0, 2])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_same_bits_at_any_capacity(layout: str, dtype: torch.dtype, capacity: str, tmp_path: Path) -> None:
+def test_the_same_bits_at_any_capacity(
+    layout: str, dtype: torch.dtype, capacity: str, num_transit: int, tmp_path: Path
+) -> None:
     make, activation = STORES[layout]
     store = make(tmp_path, dtype)
     want = run_steps(mapped_layers(store, activation, dtype), dtype)
-    with cached_layers(store, activation, CAPACITIES[capacity], dtype) as layers:
+    with cached_layers(store, activation, CAPACITIES[capacity], dtype, num_transit=num_transit) as layers:
         assert_same_bits(run_steps(layers, dtype), want)
         counters = layers.experts.counters
         assert counters.num_misses > 0
@@ -155,10 +158,13 @@ def test_every_expert_in_every_step_with_one_slot(tmp_path: Path) -> None:
         assert_same_bits(run_steps(layers, choices=E), want)
 
 
+ROUTERS = [(torch.randn(E, H, generator=torch.Generator().manual_seed(i)), None) for i in range(2)]
+
+
 class Wrong:
     """Always expects what the router did not choose, in every layer."""
 
-    def advise(self, layer: int, experts: Sequence[int]) -> list[Advice]:
+    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(E) if e not in experts)
         return [Advice(i, others, (1.0,) * len(others)) for i in range(len(LAYERS))]
 
@@ -166,16 +172,16 @@ class Wrong:
 class Everything:
     """Expects all experts of the other layer."""
 
-    def advise(self, layer: int, experts: Sequence[int]) -> list[Advice]:
+    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         return [Advice(1 - layer, tuple(range(E)), tuple(float(E - e) for e in range(E)))]
 
 
-@pytest.mark.parametrize("advisor", [NextLayer(2, E), Wrong(), Everything()], ids=["next_layer", "wrong", "everything"])
+@pytest.mark.parametrize("advisor", [FromAffinity(2, E), FromNextGate(ROUTERS), Wrong(), Everything()])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_the_same_bits_whatever_is_predicted(advisor: object, capacity: str, tmp_path: Path) -> None:
     store = split_store(tmp_path)
     want = run_steps(mapped_layers(store, SILU))
-    with cached_layers(store, SILU, CAPACITIES[capacity]) as layers:
+    with cached_layers(store, SILU, CAPACITIES[capacity], num_transit=2) as layers:
         layers.advisor = advisor  # type: ignore[assignment]
         assert_same_bits(run_steps(layers), want)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from expert_cache import expert_file
 from expert_cache.advice import Advice
@@ -48,7 +49,7 @@ class AlwaysWrong:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._shape = num_layers, num_experts
 
-    def advise(self, layer: int, experts: Sequence[int]) -> list[Advice]:
+    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(self._shape[1]) if e not in experts)
         return [Advice(i, others, (1.0,) * len(others)) for i in range(self._shape[0])]
 
@@ -57,16 +58,14 @@ def settings_of(capacity: str) -> dict[str, Any]:
     return {"moe_cache_mib": 4, "moe_cache_pool": "per-layer" if capacity == "one_per_layer" else "global"}
 
 
-@pytest.mark.parametrize("prefetch", ["off", "next-layer", "wrong"])
+@pytest.mark.parametrize("prefetch", ["off", "next-gate", "affinity", "wrong"])
 @pytest.mark.parametrize("capacity", ["one_slot", "one_per_layer", "a_third", "everything"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_same_bits(case: str, capacity: str, prefetch: str, checkpoint: Checkpoint, reference: References) -> None:
     assert case in CASES
     ref = reference(case)
     resident = bits(load(checkpoint(case), moe_cache_mib=0), ref.prompts)
-    llm = load(
-        checkpoint(case), **settings_of(capacity), moe_prefetch="next-layer" if prefetch == "next-layer" else "off"
-    )
+    llm = load(checkpoint(case), **settings_of(capacity), moe_prefetch="off" if prefetch == "wrong" else prefetch)
     cache = cache_of(llm)
     num_layers, total = len(cache.store.layers), cache.store.num_total
     cache.resize({"one_slot": 1, "one_per_layer": num_layers, "a_third": total // 3, "everything": total}[capacity])
@@ -148,12 +147,12 @@ def test_short_memory_shrinks_the_cache_instead_of_crashing(checkpoint: Checkpoi
     guard._next_check = 0.0
     llm.engine.pool.clear_cache()
     assert bits(llm, ref.prompts) == want
-    assert cache.table.allowed.total < cache.store.num_total
+    assert cache.num_slots < cache.store.num_total
     guard._free_bytes = lambda: 1 << 40  # type: ignore[method-assign]
     guard._next_check = 0.0
     llm.engine.pool.clear_cache()
     assert bits(llm, ref.prompts) == want
-    assert cache.table.allowed.total == guard.wanted_slots
+    assert cache.num_slots == guard.wanted_slots
 
 
 def test_a_damaged_expert_ends_the_requests_that_need_it(
