@@ -69,7 +69,8 @@ class ExpertCache:
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
         self._starts_early = arena.lands_in_place and store.expert_bytes >= start_early_bytes
-        self._started: set[Fetch] = set()
+        self._early: dict[Key, PreparedWeights] = {}
+        """Weights of fetches under way whose first product may have started."""
 
     # ---- one layer's step -------------------------------------------------------------------------
 
@@ -109,8 +110,7 @@ class ExpertCache:
             if fetch.is_done:
                 self._arrive(wanted, expert)
             elif self._can_start(fetch):
-                self._started.add(fetch)
-                wanted.inputs[expert] = self._weights_in((index, expert), self.table.taken[index, expert])
+                wanted.inputs[expert] = self._early[index, expert] = self._weights_in((index, expert))
         self._start_waiting(wanted)
 
     def release(self, wanted: Acquisition, expert: int) -> None:
@@ -190,6 +190,7 @@ class ExpertCache:
         """Prove the invariants; AssertionError says which one broke."""
         self.table.check_integrity()
         assert set(self.table.taken) == set(self._fetches), "a fetch has no slot, or a slot no fetch"
+        assert set(self._early) <= set(self._fetches), "an early start outlived its fetch"
         ready = {(int(i), int(e)) for i, e in np.argwhere(self.table.slot_of >= 0)}
         assert set(self._weights) == ready, "weights and slots disagree"
         for key, weights in self._weights.items():
@@ -314,7 +315,7 @@ class ExpertCache:
 
     def _can_start(self, fetch: Fetch) -> bool:
         """Its gate and up are here, nobody has been told, and the rest takes long enough to care."""
-        worthwhile = self._starts_early and fetch not in self._started
+        worthwhile = self._starts_early and (self._index[fetch.key[0]], fetch.key[1]) not in self._early
         return worthwhile and fetch.num_inputs_missing == 0 and fetch.error is None
 
     def _arrive(self, wanted: Acquisition, expert: int) -> None:
@@ -339,27 +340,28 @@ class ExpertCache:
     def _land(self, key: Key) -> PreparedWeights | ExpertReadError:
         """Book a fetch that is done: its expert is ready, or its slot free again."""
         fetch = self._fetches.pop(key)
-        self._started.discard(fetch)
+        early = self._early.pop(key, None)
         self._count_bytes(key, fetch)
         if fetch.error is not None:
             self.counters.read_errors[key[0]] += 1
             self.table.pins[key] = 0
             self._drop(key)
             return fetch.error
-        slot = self.table.make_ready(key)
-        self.arena.landed(slot)
-        weights = self._weights[key] = self._weights_in(key, slot)
+        self.arena.landed(self.table.taken[key])
+        weights = self._weights[key] = early or self._weights_in(key)
+        self.table.make_ready(key)
         return weights
 
-    def _weights_in(self, key: Key, slot: int) -> PreparedWeights:
-        """The weights of an expert that lies, or will lie, in a slot."""
+    def _weights_in(self, key: Key) -> PreparedWeights:
+        """The weights of an expert that lies, or will lie, in the slot taken for it."""
         reads = self.store.reads(self.store.layers[key[0]], key[1])
-        return self._prepare(self.store.assemble(views_in(self.arena.tensor(slot), reads)))
+        memory = self.arena.tensor(self.table.taken[key])
+        return self._prepare(self.store.assemble(views_in(memory, reads)))
 
     def _cancel(self, key: Key) -> None:
         """Stop a fetch and free its slot."""
         fetch = self._fetches.pop(key)
-        self._started.discard(fetch)
+        self._early.pop(key, None)
         self.fetcher.cancel(fetch)
         self._count_bytes(key, fetch)
         self.counters.wasted_bytes[key[0]] += fetch.num_bytes_read

@@ -104,7 +104,7 @@ class Fetch:
 
 
 class Fetcher:
-    """A queue of fetches and the threads that work on it."""
+    """A queue of fetches, all of one store, and the threads that work on it."""
 
     def __init__(self, num_threads: int = 1, open_file: Callable[[Path], DirectFile] = DirectFile) -> None:
         self.num_bytes = 0
@@ -112,6 +112,8 @@ class Fetcher:
         """Time during which at least one read was in progress."""
         self._open_file = open_file
         self._files: dict[Path, DirectFile] = {}
+        self._chunks: dict[tuple[int, int], tuple[tuple[Chunk, ...], int]] = {}
+        """Of every expert that was ever fetched: its chunks, and how many hold inputs."""
         self._queue: list[Fetch] = []
         self._changed = threading.Condition()
         self._num_reading = 0
@@ -127,8 +129,10 @@ class Fetcher:
 
     def submit(self, fetch: Fetch) -> None:
         """Queue a fetch."""
-        fetch.chunks = chunks_of(fetch.reads, CHUNK_BYTES)
-        fetch.num_inputs_missing = sum(chunk.is_input for chunk in fetch.chunks)
+        if fetch.key not in self._chunks:
+            chunks = chunks_of(fetch.reads, CHUNK_BYTES)
+            self._chunks[fetch.key] = chunks, sum(chunk.is_input for chunk in chunks)
+        fetch.chunks, fetch.num_inputs_missing = self._chunks[fetch.key]
         with self._changed:
             assert not self._closing
             self._num_submitted += 1

@@ -67,9 +67,7 @@ def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]
     if config.moe_prefetch == "affinity":
         return FromAffinity(len(store.layers), store.num_experts)
     if len(routers) != len(store.layers):
-        raise ConfigError(
-            "--moe-prefetch next-gate: this model's routers are not of a known form; choose affinity or off"
-        )
+        raise ConfigError("--moe-prefetch next-gate: no router was found beside every layer's experts; choose affinity")
     return FromNextGate(routers)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from moe_serve.hf.experts import SlottedExperts, find_experts
+from predictors.methods.next_gate import Router
 
 
-def find_routers(
-    model: nn.Module, num_experts: int, hidden_size: int
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(weight [E, H], bias [E] or None) of each MoE layer in order; [] if a layer's gate cannot be told."""
-    found = []
+def find_routers(model: nn.Module, num_experts: int, hidden_size: int) -> list[Router]:
+    """Each MoE layer's gate, in order; [] if one cannot be told."""
+    found: list[Router] = []
     siblings = {id(e): m for m in model.modules() for e in m.children() if isinstance(e, SlottedExperts)}
     for _, experts in sorted(find_experts(model).items()):
-        gates = [
+        gates: list[Router] = [
             (p, getattr(child, "bias", None))
             for child in siblings[id(experts)].modules()
             for name, p in child.named_parameters(recurse=False)

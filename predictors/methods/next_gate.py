@@ -24,7 +24,7 @@ class NextGate:
         self._routers = routers
 
     def scores(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """[E] for layer + 1: probabilities summed over the tokens of `hidden` [T, H], the input of `layer`'s experts."""
+        """[E] for layer + 1: probabilities summed over tokens; `hidden` [T, H] goes into `layer`'s experts."""
         weight, bias = self._routers[layer + 1]
         logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
         return logits.float().softmax(dim=-1).sum(dim=0)
