@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import fix_environment, rss_mb
+
+from moe_serve.openmp import spin_briefly
 
 RATE_EXPERTS = 24
 """Experts read for one measurement of the rate: about half a second of a disk."""
@@ -29,6 +32,8 @@ RATE_EXPERTS = 24
 def main() -> None:
     folder, job = sys.argv[1], json.loads(sys.argv[2])
     fix_environment(job["threads"])
+    del os.environ["OMP_WAIT_POLICY"]
+    spin_briefly(os.environ)  # as `moe-serve serve` does
     import torch
     import transformers  # noqa: F401
 

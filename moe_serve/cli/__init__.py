@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from moe_serve import __version__
 from moe_serve.cli.commands import Parser, add_commands
 from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
+from moe_serve.openmp import spin_briefly
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -25,6 +26,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status. A mistake of the user's is one line on stderr, no traceback."""
+    spin_briefly(os.environ)
     args = parse(argv)
     try:
         status: int = args.run(args)
