@@ -92,9 +92,13 @@ class EngineConfig(FromDict):
     moe_cache_policy: str = option("affinity", "Which experts the cache keeps.", tuple(policy_names()))
     moe_cache_pool: str = option(
         "auto",
-        "How layers share the cache. global: one pool; per-layer: equal parts; auto: per-layer where every layer"
-        " gets at least as many slots as a token needs, else global.",
-        ("auto", "global", "per-layer"),
+        "How layers share the cache. global: one pool; per-layer: equal parts; quota: parts solved from"
+        " --moe-cache-profile; auto: per-layer where every layer gets at least as many slots as a token needs, else"
+        " global.",
+        ("auto", "global", "per-layer", "quota"),
+    )
+    moe_cache_profile: str | None = option(
+        None, "Routing trace of this model (.npz), for quotas and for policies that start from popularity."
     )
     moe_prefetch: str = option(
         "off",

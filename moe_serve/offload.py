@@ -18,11 +18,14 @@ from expert_cache.cache import SLOTS_PER_TRANSIT, ExpertCache
 from expert_cache.compute import ExpertCompute
 from expert_cache.cuda_slots import CudaArena
 from expert_cache.direct_io import DirectFile
+from expert_cache.events import events_of
 from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
+from expert_cache.policies.policy import Policy
 from expert_cache.pools import global_pool, per_layer
+from expert_cache.quotas import quota_slots
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
@@ -30,8 +33,12 @@ from moe_serve.errors import ConfigError
 from moe_serve.resolve import MIB, has_native_bf16
 from moe_serve.spec import ModelSpec
 from predictors.methods.next_gate import Router
+from predictors.trace import RoutingTrace, TraceError
+from predictors.trace import load as load_trace
 
 NEVER = 1 << 60
+PROFILE_TOKENS = 8192
+"""Of a profile, for quotas: more change nothing but the time it takes."""
 MATRIX_MIN_TOKENS = 32
 """From here on a CPU with matrix instructions is faster in bf16 than our kernel in float32."""
 HOST_READERS = 4
@@ -54,8 +61,9 @@ def expert_layers(
     compute = ExpertCompute(activation_of(hf_config), dtype, device, _matrix_tokens(dtype, device))
     if not config.moe_cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
-    slots, num_transit = slots_of(config, store, spec.top_k)
-    policy = find_policy(config.moe_cache_policy)(len(store.layers), store.num_experts)
+    profile = _profile(config, store)
+    slots, num_transit = slots_of(config, store, spec.top_k, profile)
+    policy = _policy(config, store, profile)
     cache = ExpertCache(store, compute.prepare, _arena(store, device), slots, num_transit, policy, _fetcher(device))
     return ExpertLayers(cache, compute, _advisor(config, store, routers))
 
@@ -76,7 +84,32 @@ def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:
     return min(moe_cache_mib * MIB // store.slot_bytes, store.num_total)
 
 
-def slots_of(config: EngineConfig, store: ExpertStore, top_k: int) -> tuple[Slots, int]:
+def _profile(config: EngineConfig, store: ExpertStore) -> RoutingTrace | None:
+    """The trace the user gave; ConfigError if it cannot be one of this model."""
+    if config.moe_cache_profile is None:
+        return None
+    try:
+        trace = load_trace(config.moe_cache_profile)
+    except TraceError as error:
+        raise ConfigError(f"--moe-cache-profile: {error}") from error
+    if (trace.num_layers, trace.num_experts) != (len(store.layers), store.num_experts):
+        raise ConfigError(
+            f"--moe-cache-profile {config.moe_cache_profile}: {trace.num_layers} layers of {trace.num_experts} experts;"
+            f" this model has {len(store.layers)} of {store.num_experts}; record a trace of this model"
+        )
+    return trace
+
+
+def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | None) -> Policy:
+    maker = find_policy(config.moe_cache_policy)
+    if maker.needs == "popularity" and profile is None:
+        raise ConfigError(f"--moe-cache-policy {config.moe_cache_policy} needs --moe-cache-profile")
+    return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())
+
+
+def slots_of(
+    config: EngineConfig, store: ExpertStore, top_k: int, profile: RoutingTrace | None = None
+) -> tuple[Slots, int]:
     """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
     assert config.moe_cache_mib is not None
     slots, layers = num_slots(config.moe_cache_mib, store), len(store.layers)
@@ -89,9 +122,13 @@ def slots_of(config: EngineConfig, store: ExpertStore, top_k: int) -> tuple[Slot
         return global_pool(layers, store.num_experts, slots), num_transit
     if slots < layers:
         raise ConfigError(
-            f"--moe-cache-pool per-layer: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
+            f"--moe-cache-pool {wanted}: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
             f" the {layers} layers; give at least {-(-layers * store.slot_bytes // MIB)} or choose global"
         )
+    if wanted == "quota":
+        if profile is None:
+            raise ConfigError("--moe-cache-pool quota needs --moe-cache-profile, a trace to solve the quotas from")
+        return quota_slots(events_of(profile.head(PROFILE_TOKENS)), slots), num_transit
     return per_layer(layers, store.num_experts, slots), num_transit
 
 

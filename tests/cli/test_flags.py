@@ -17,7 +17,7 @@ from moe_serve.sequence import SamplingParams
 
 CONFIGS = (EngineConfig, ServerConfig)
 FIELDS = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]
-VALUE_OF = {"device": "cuda:1", "dtype": "bfloat16", "generation_config": "vllm", "uvicorn_log_level": "debug"}
+VALUE_OF = {"device": "cuda:1"}
 
 
 def _parse(config: type, argv: list[str]) -> argparse.Namespace:
@@ -32,6 +32,9 @@ def _other_value(config: Any, name: str) -> Any:
     default = getattr(config(), name)
     if kind is bool:
         return not default
+    choices = next(f for f in dataclasses.fields(config) if f.name == name).metadata.get("choices")
+    if choices:
+        return next(choice for choice in choices if choice != default)
     return VALUE_OF.get(name, kind(7 if kind in (int, float) else "seven"))
 
 

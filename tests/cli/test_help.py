@@ -40,7 +40,7 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["bench", "chat", "generate", "replay", "serve"]
+    assert listed == ["bench", "chat", "generate", "pack", "replay", "serve"]
 
 
 def test_the_console_script_answers() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from expert_cache.cache import ExpertCache
 from moe_serve import LLM, SamplingParams
 from moe_serve.errors import CheckpointError, ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from predictors.trace import RoutingTrace
 
 from .references import NEW_TOKENS, Reference
 from .serving import load, runner_of
@@ -173,3 +175,43 @@ def test_a_damaged_expert_ends_the_requests_that_need_it(
     cache_of(llm).check_integrity()
     llm.engine.check_integrity()
     llm.close()
+
+
+def trace_for(num_layers: int, num_experts: int, folder: Path) -> str:
+    ids = np.random.default_rng(0).integers(0, num_experts, (40, num_layers, 1)).astype(np.uint8)
+    trace = RoutingTrace(ids, np.array([0, 40]), np.arange(num_layers, dtype=np.int32), num_experts)
+    trace.save(folder / "trace.npz")
+    return str(folder / "trace.npz")
+
+
+def test_quotas_and_popularity_come_from_a_profile(
+    checkpoint: Checkpoint, reference: References, tmp_path: Path
+) -> None:
+    store = cache_of(load(checkpoint("mixtral"), moe_cache_mib=4)).store
+    profile = trace_for(len(store.layers), store.num_experts, tmp_path)
+    settings = {"moe_cache_pool": "quota", "moe_cache_policy": "static", "moe_cache_profile": profile}
+    llm = load(checkpoint("mixtral"), moe_cache_mib=1, **settings)
+    quotas = cache_of(llm).table.allowed.quotas
+    assert quotas is not None
+    assert sum(quotas) + cache_of(llm).table.num_transit == (1 << 20) // store.slot_bytes
+    assert tuple(tuple(t) for t, _ in bits(llm, reference("mixtral").prompts)) == reference("mixtral").outputs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"moe_cache_pool": "quota"}, "--moe-cache-pool quota needs --moe-cache-profile"),
+        ({"moe_cache_policy": "static"}, "--moe-cache-policy static needs --moe-cache-profile"),
+        ({"moe_cache_profile": "/nowhere.npz"}, "--moe-cache-profile: .*nowhere"),
+    ],
+)
+def test_settings_without_their_profile_are_refused(
+    settings: dict[str, Any], message: str, checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(checkpoint("mixtral"), moe_cache_mib=1, **settings)
+
+
+def test_a_profile_of_another_model_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--moe-cache-profile.*7 layers of 3 experts; this model has"):
+        load(checkpoint("mixtral"), moe_cache_mib=1, moe_cache_profile=trace_for(7, 3, tmp_path))
