@@ -19,6 +19,8 @@ class Acquisition:
 
     layer: int
     """Decoder layer."""
+    is_pinned: bool = True
+    """False where nothing can be evicted anyway."""
     ready: dict[int, PreparedWeights] = field(default_factory=dict)
     """Experts that can run, pinned until released."""
     failed: dict[int, ExpertReadError] = field(default_factory=dict)

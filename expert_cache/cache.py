@@ -31,8 +31,6 @@ from expert_cache.store import ExpertStore, ExpertWeights, views_in
 
 WINDOW_STEPS = 256
 """Steps over which the cache is compared with the best possible one."""
-
-
 SLOTS_PER_TRANSIT = 8
 """One slot in transit for so many slots: few enough not to be missed by the pools."""
 START_EARLY_BYTES = 4 << 20
@@ -81,6 +79,11 @@ class ExpertCache:
         router did not confirm are cancelled (ExpertFlow's real-time correction).
         """
         index = self._index[layer]
+        if self._everything_fits:
+            ready = {e: self._weights[index, e] for e in experts if (index, e) in self._weights}
+            if len(ready) == len(experts):  # nothing to bring, and nothing will ever be evicted
+                self.counters.hits[index] += len(experts)
+                return Acquisition(layer, False, ready)
         self.policy.record(index, np.asarray(experts), np.asarray(counts), None)
         self._land_prefetches()
         wanted = Acquisition(layer)
@@ -115,8 +118,10 @@ class ExpertCache:
 
     def release(self, wanted: Acquisition, expert: int) -> None:
         """A ready expert has run: its slot may go to one that waits."""
-        key = self._index[wanted.layer], expert
         del wanted.ready[expert]
+        if not wanted.is_pinned:
+            return
+        key = self._index[wanted.layer], expert
         self._unpin(key)
         if self.table.in_transit[key]:
             self._settle(key)
@@ -207,6 +212,10 @@ class ExpertCache:
         last = self._window.last
         # The window after a resize starts as if the cache were empty, so the bound may lie below what was reached.
         return None if last is None else max(0.0, last.avoidable_frac)
+
+    @property
+    def _everything_fits(self) -> bool:
+        return self.table.allowed.total >= self.store.num_total
 
     # ---- inside -----------------------------------------------------------------------------------
 

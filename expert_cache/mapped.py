@@ -32,7 +32,7 @@ class MappedExperts:
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
         """Everything is ready at once."""
         self.counters.hits[self._index[layer]] += len(experts)
-        return Acquisition(layer, {e: self._ready(layer, e) for e in experts})
+        return Acquisition(layer, False, {e: self._ready(layer, e) for e in experts})
 
     def _ready(self, layer: int, expert: int) -> PreparedWeights:
         weights = self._weights.get((layer, expert))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from expert_cache.arena import HostArena
 from expert_cache.cache import START_EARLY_BYTES, ExpertCache
 from expert_cache.compute import ExpertCompute
+from expert_cache.direct_io import DirectFile
 from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
 from expert_cache.mapped import MappedExperts
@@ -53,3 +55,23 @@ def cached_layers(
     yield ExpertLayers(cache, compute)
     cache.check_integrity()
     cache.close()
+
+
+class SteppedFetcher(Fetcher):
+    """Reads a chunk when told to, or while someone waits: the same order in every run."""
+
+    def __init__(self, open_file: Callable[[Path], DirectFile] = DirectFile) -> None:
+        super().__init__(0, open_file)
+
+    def step(self) -> bool:
+        """Read one chunk; False if none is wanted."""
+        if not any(fetch.wants_reading for fetch in self._queue):
+            return False
+        task = self._next_chunk()
+        assert task is not None
+        self._chunk_done(*task, self._try_to_read(*task))
+        return True
+
+    def wait_until(self, is_enough: Callable[[], bool]) -> None:
+        while not is_enough():
+            assert self.step(), "waiting for something nobody reads"

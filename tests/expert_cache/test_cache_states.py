@@ -10,7 +10,6 @@ import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,7 @@ from expert_cache.policies import find_policy, policy_names
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertWeights
 
+from .caches import SteppedFetcher
 from .stores import LAYERS, E, split_store
 
 SLOTS = st.one_of(
@@ -50,26 +50,6 @@ class FlakyFile(DirectFile):
         super().read(memory, offset, needed)
 
 
-class SteppedFetcher(Fetcher):
-    """Reads a chunk when told to, or while someone waits: the same order in every run."""
-
-    def __init__(self) -> None:
-        super().__init__(0, FlakyFile)
-
-    def step(self) -> bool:
-        """Read one chunk; False if none is wanted."""
-        if not any(fetch.wants_reading for fetch in self._queue):
-            return False
-        task = self._next_chunk()
-        assert task is not None
-        self._chunk_done(*task, self._try_to_read(*task))
-        return True
-
-    def wait_until(self, is_enough: Callable[[], bool]) -> None:
-        while not is_enough():
-            assert self.step(), "waiting for something nobody reads"
-
-
 class CacheMachine(RuleBasedStateMachine):
     """One cache over a real file; at most one acquisition at a time, as in the engine."""
 
@@ -86,7 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.store = split_store(self.folder)
         arena = HostArena(self.store.num_total + num_transit, self.store.slot_bytes)
         keeper = find_policy(policy)(len(LAYERS), E)
-        self.fetcher = SteppedFetcher()
+        self.fetcher = SteppedFetcher(FlakyFile)
         self.cache = ExpertCache(
             self.store, lambda w: w, arena, slots, num_transit, keeper, self.fetcher, start_early_bytes=0
         )

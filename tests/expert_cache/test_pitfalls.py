@@ -1,0 +1,214 @@
+"""Mistakes that public offloading systems have made, each as a test (shared notes: offload.md, section 7.3).
+
+Elsewhere: experts evicted in use, overflow, resizing and failing reads in test_cache_states.py; a batch that needs
+more experts than there are slots in test_layers.py; a profile of another model in tests/families/test_offload.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from expert_cache import fetch
+from expert_cache.arena import HostArena
+from expert_cache.cache import ExpertCache
+from expert_cache.fetch import DEMAND, Fetch
+from expert_cache.policies import find_policy
+from expert_cache.slots import Slots
+from expert_cache.store import ExpertStore
+
+from .caches import SteppedFetcher, cached_layers, mapped_layers
+from .stores import LAYERS, SILU, E, H, matrices, routing, split_store, stored
+
+
+def cache_with(store: ExpertStore, slots: Slots, num_transit: int = 0) -> tuple[ExpertCache, SteppedFetcher]:
+    arena = HostArena(store.num_total + num_transit, store.slot_bytes)
+    fetcher = SteppedFetcher()
+    return ExpertCache(store, lambda w: w, arena, slots, num_transit, find_policy("lru")(2, E), fetcher), fetcher
+
+
+def run_out(cache: ExpertCache, layer: int, experts: list[int]) -> None:
+    """One layer's step, every expert run as soon as it is there."""
+    wanted = cache.acquire(layer, experts, [1] * len(experts))
+    while wanted.ready or wanted.is_pending:
+        for expert in list(wanted.ready):
+            cache.release(wanted, expert)
+        if wanted.is_pending:
+            cache.wait(wanted)
+
+
+def bytes_of(store: ExpertStore, *keys: tuple[int, int]) -> int:
+    return sum(read.span[1] for key in keys for read in store.reads(*key))
+
+
+def test_an_expert_on_its_way_is_not_fetched_twice(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    cache, fetcher = cache_with(store, Slots.shared(4))
+    cache.prefetch(3, [1, 2], [2.0, 1.0])
+    cache.prefetch(3, [2, 1], [2.0, 1.0])
+    run_out(cache, 3, [1, 2])
+    assert fetcher.num_bytes == bytes_of(store, (3, 1), (3, 2))
+    assert cache.counters.late_prefetches.sum() == 2
+
+
+def test_waves_read_every_expert_once(tmp_path: Path) -> None:
+    """omlx read prompts' experts seventeen times over: here a step reads each expert it needs once."""
+    store = split_store(tmp_path)
+    cache, fetcher = cache_with(store, Slots.shared(2))
+    run_out(cache, 3, list(range(E)))
+    assert fetcher.num_bytes == bytes_of(store, *((3, e) for e in range(E)))
+
+
+def test_overflow_keeps_what_it_can(tmp_path: Path) -> None:
+    """The same wide step again: residents run first, so an LRU sweep does not evict each just before its use."""
+    store = split_store(tmp_path)
+    cache, _ = cache_with(store, Slots.shared(3))
+    run_out(cache, 3, list(range(E)))
+    run_out(cache, 3, list(range(E)))
+    assert cache.counters.hits.sum() >= 2
+
+
+def test_a_prefetched_expert_outlives_an_older_one(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    cache, fetcher = cache_with(store, Slots.shared(3))
+    run_out(cache, 7, [0])
+    run_out(cache, 7, [4])
+    cache.prefetch(3, [1], [1.0])
+    while fetcher.step():
+        pass
+    run_out(cache, 7, [2])
+    assert cache.table.slot_of[0, 1] >= 0, "the prefetched expert was evicted before its use"
+    assert cache.table.slot_of[1, 0] < 0
+    run_out(cache, 3, [1])
+    assert cache.counters.prefetch_hits.sum() == 1
+    assert cache.counters.wasted_bytes.sum() == 0
+
+
+def test_a_prefetch_evicts_nobody(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    cache, fetcher = cache_with(store, Slots.uniform(1, 2), num_transit=1)
+    run_out(cache, 3, [0])
+    cache.prefetch(3, [1, 2], [2.0, 1.0])
+    while fetcher.step():
+        pass
+    assert cache.table.slot_of[0, 0] >= 0
+    run_out(cache, 3, [0])  # the router wants the old one after all: what was prefetched goes
+    assert cache.counters.hits.sum() == 1
+    assert cache.table.slot_of[0, 1] < 0
+    assert cache.counters.wasted_bytes.sum() == store.expert_bytes
+
+
+def test_an_expert_used_once_passes_through_without_displacing_a_better_one(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    arena = HostArena(store.num_total + 1, store.slot_bytes)
+    cache = ExpertCache(store, lambda w: w, arena, Slots.uniform(1, 2), 1, find_policy("lfu")(2, E), SteppedFetcher())
+    for _ in range(5):
+        run_out(cache, 3, [0])
+    run_out(cache, 3, [4])
+    assert cache.table.slot_of[0, 0] >= 0
+    assert cache.table.slot_of[0, 4] < 0
+    cache.check_integrity()
+
+
+def test_demand_overtakes_a_prefetch_between_two_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "CHUNK_BYTES", 4096)
+    store, arena, fetcher = split_store(tmp_path), HostArena(3, 1 << 20), SteppedFetcher()
+    guess = Fetch((3, 0), store.reads(3, 0), arena.landing(0), 1.0)
+    better = Fetch((3, 1), store.reads(3, 1), arena.landing(1), 2.0)
+    demand = Fetch((7, 2), store.reads(7, 2), arena.landing(2), DEMAND)
+    fetcher.submit(guess)
+    fetcher.step()
+    fetcher.submit(better)
+    fetcher.submit(demand)
+    fetcher.wait_until(lambda: demand.is_done)
+    assert guess.num_read == 1
+    assert better.num_read == 0
+    fetcher.wait_until(lambda: better.is_done)
+    assert not guess.is_done
+    fetcher.promote(guess)
+    fetcher.wait_until(lambda: guess.is_done)
+    assert fetcher.num_bytes == bytes_of(store, (3, 0), (3, 1), (7, 2))
+
+
+def test_a_cancelled_prefetch_stops_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "CHUNK_BYTES", 4096)
+    store, arena, fetcher = split_store(tmp_path), HostArena(1, 1 << 20), SteppedFetcher()
+    guess = Fetch((3, 0), store.reads(3, 0), arena.landing(0), 1.0)
+    fetcher.submit(guess)
+    fetcher.step()
+    fetcher.cancel(guess)
+    assert not fetcher.step()
+    assert guess.num_bytes_read == 4096
+
+
+def test_experts_without_tokens_are_not_touched(tmp_path: Path) -> None:
+    """NaN in an expert nobody chose must not reach anyone."""
+    gate, up, down = (m.clone() for m in matrices(3))
+    for matrix in (gate, up, down):
+        matrix[1] = float("nan")
+    parts = {f"{e}.{n}": m[e].contiguous() for n, m in (("gate", gate), ("up", up), ("down", down)) for e in range(E)}
+    save_file(parts, tmp_path / "nan.safetensors")
+    tensors = stored(tmp_path / "nan.safetensors")
+    store = ExpertStore({3: {(t.name.split(".")[1], int(t.name.split(".")[0])): t for t in tensors}}, E)
+    hidden, ids, weights = routing(12)
+    ids[ids == 1] = 0
+    with cached_layers(store, SILU, Slots.shared(2)) as layers:
+        for source in (layers, mapped_layers(store, SILU)):
+            out = source.run(3, hidden, ids, weights)
+            assert out.shape == (12, H)
+            assert torch.isfinite(out).all()
+
+
+def drop_cached(file: Path) -> None:
+    """Have the kernel forget the file's pages, as far as nothing has them mapped."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached_pages(file: Path) -> bytes:
+    """One byte per page: odd if it is in the page cache."""
+    memory = torch.from_numpy(np.memmap(file, np.uint8, "c"))
+    pages = (ctypes.c_ubyte * -(-memory.nbytes // mmap.PAGESIZE))()
+    size = ctypes.c_size_t(memory.nbytes)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(memory.data_ptr()), size, pages) == 0
+    return bytes(pages)
+
+
+def test_reading_leaves_nothing_in_the_page_cache(tmp_path: Path) -> None:
+    """One copy of an expert in memory, not two: the budget would be a lie."""
+    store, path = split_store(tmp_path), tmp_path / "layer3.safetensors"
+    with cached_layers(store, SILU, Slots.shared(10)) as layers:
+        drop_cached(path)
+        before = cached_pages(path)
+        layers.run(3, *routing(9))
+        if not layers.experts.fetcher._files[path]._is_direct:  # type: ignore[attr-defined]
+            pytest.skip("this file system has no direct I/O; pages are dropped after reading instead")
+        assert not all(page & 1 for page in before), "the test cannot fail: everything is cached"
+        assert cached_pages(path) == before
+
+
+def test_files_are_opened_for_reading_only(tmp_path: Path) -> None:
+    """Evicting a clean expert writes nothing back: it could not."""
+    store = split_store(tmp_path)
+    with cached_layers(store, SILU, Slots.shared(1)) as layers:
+        layers.run(3, *routing(9))
+        descriptor = layers.experts.fetcher._files[tmp_path / "layer3.safetensors"]._fd  # type: ignore[attr-defined]
+        flags = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
+        assert flags & 3 == 0
+
+
+def test_a_layers_pool_is_not_swept_by_the_others(tmp_path: Path) -> None:
+    store = split_store(tmp_path)
+    cache, _ = cache_with(store, Slots.uniform(1, 2))
+    run_out(cache, LAYERS[0], [2])
+    run_out(cache, LAYERS[1], [0, 1, 3])
+    run_out(cache, LAYERS[0], [2])
+    assert cache.counters.hits.tolist() == [1, 0]
