@@ -23,7 +23,8 @@ from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.fetch import DEMAND, Fetch, Fetcher
-from expert_cache.policies.policy import Policy
+from expert_cache.live_shadows import LiveShadows
+from expert_cache.policies.policy import Ints, Policy
 from expert_cache.pools import resized
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
@@ -50,6 +51,7 @@ class ExpertCache:
         policy: Policy,
         fetcher: Fetcher,
         start_early_bytes: int = START_EARLY_BYTES,
+        shadows: LiveShadows | None = None,
     ) -> None:
         """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays.
 
@@ -57,6 +59,7 @@ class ExpertCache:
         """
         num_layers = len(store.layers)
         self._prepare = prepare
+        self.shadows = shadows
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
         self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, num_transit, policy)
         self.counters = CacheCounters(num_layers)
@@ -84,7 +87,7 @@ class ExpertCache:
             if len(ready) == len(experts):  # nothing to bring, and nothing will ever be evicted
                 self.counters.hits[index] += len(experts)
                 return Acquisition(layer, False, ready)
-        self.policy.record(index, np.asarray(experts), np.asarray(counts), None)
+        self._record(index, np.asarray(experts), np.asarray(counts))
         self._land_prefetches()
         wanted = Acquisition(layer)
         for expert in experts:
@@ -95,7 +98,7 @@ class ExpertCache:
                 self._hit((index, expert))
                 wanted.ready[expert] = weights
         self.counters.misses[index] += len(wanted.waiting)
-        self._compare_with_belady(index, experts, len(wanted.ready))
+        self._window.add(index, np.asarray(experts), len(wanted.ready), self.table.slot_of >= 0)
         self._correct_prefetches(index, wanted)
         self._start_waiting(wanted)
         return wanted
@@ -167,6 +170,8 @@ class ExpertCache:
         shape = len(self.store.layers), self.store.num_experts
         self.table.allowed = resized(self.table.allowed, *shape, num_slots - self.table.num_transit)
         self._window = self._new_window(self.table.allowed)
+        if self.shadows is not None:
+            self.shadows.resize(self.table.allowed)
         for index, expert in np.argwhere(self.table.in_transit):
             self.arena.release(self._evict((int(index), int(expert))))
         while crowded := self.table.over_capacity():
@@ -217,15 +222,22 @@ class ExpertCache:
     def _everything_fits(self) -> bool:
         return self.table.allowed.total >= self.store.num_total
 
+    @property
+    def shadow_hits(self) -> dict[str, int]:
+        """What other policies would have hit so far, by name."""
+        return {} if self.shadows is None else self.shadows.hits()
+
     # ---- inside -----------------------------------------------------------------------------------
 
     def _new_window(self, slots: Slots) -> BeladyWindow:
         num_layers, num_experts = len(self.store.layers), self.store.num_experts
         return BeladyWindow(slots, num_layers, num_experts, WINDOW_STEPS * num_layers)
 
-    def _compare_with_belady(self, index: int, experts: Sequence[int], num_hits: int) -> None:
-        """Note the event for the bound of its window."""
-        self._window.add(index, np.asarray(experts), num_hits, self.table.slot_of >= 0)
+    def _record(self, index: int, experts: Ints, counts: Ints) -> None:
+        """Tell the policy, and those that might have been chosen instead."""
+        self.policy.record(index, experts, counts, None)
+        if self.shadows is not None:
+            self.shadows.event(index, experts, counts)
 
     def _hit(self, key: Key) -> None:
         self.table.pins[key] += 1

@@ -29,6 +29,11 @@ class MappedExperts:
         """Without misses there is no gap."""
         return None
 
+    @property
+    def shadow_hits(self) -> dict[str, int]:
+        """There is no cache another policy could run."""
+        return {}
+
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
         """Everything is ready at once."""
         self.counters.hits[self._index[layer]] += len(experts)

@@ -90,6 +90,9 @@ class EngineConfig(FromDict):
         " Default: all experts, or 70 % of free memory if they do not fit.",
     )
     moe_cache_policy: str = option("affinity", "Which experts the cache keeps.", tuple(policy_names()))
+    moe_cache_shadow: str | None = option(
+        None, "Policies, separated by commas, whose hits on the live traffic are counted beside the real cache's."
+    )
     moe_cache_pool: str = option(
         "auto",
         "How layers share the cache. global: one pool; per-layer: equal parts; quota: parts solved from"

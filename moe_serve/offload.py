@@ -21,6 +21,7 @@ from expert_cache.direct_io import DirectFile
 from expert_cache.events import events_of
 from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
+from expert_cache.live_shadows import LiveShadows
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Policy
@@ -64,7 +65,16 @@ def expert_layers(
     profile = _profile(config, store)
     slots, num_transit = slots_of(config, store, spec.top_k, profile)
     policy = _policy(config, store, profile)
-    cache = ExpertCache(store, compute.prepare, _arena(store, device), slots, num_transit, policy, _fetcher(device))
+    cache = ExpertCache(
+        store,
+        compute.prepare,
+        _arena(store, device),
+        slots,
+        num_transit,
+        policy,
+        _fetcher(device),
+        shadows=_shadows(config, store, slots),
+    )
     return ExpertLayers(cache, compute, _advisor(config, store, routers))
 
 
@@ -105,6 +115,19 @@ def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | No
     if maker.needs == "popularity" and profile is None:
         raise ConfigError(f"--moe-cache-policy {config.moe_cache_policy} needs --moe-cache-profile")
     return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())
+
+
+def _shadows(config: EngineConfig, store: ExpertStore, slots: Slots) -> LiveShadows | None:
+    if config.moe_cache_shadow is None:
+        return None
+    names = [name.strip() for name in config.moe_cache_shadow.split(",")]
+    try:
+        needy = [name for name in names if find_policy(name).needs]
+        if needy:
+            raise ValueError(f"{needy[0]} needs a {find_policy(needy[0]).needs} and cannot run as a shadow")
+        return LiveShadows(names, slots, len(store.layers), store.num_experts)
+    except ValueError as error:
+        raise ConfigError(f"--moe-cache-shadow: {error}") from error
 
 
 def slots_of(

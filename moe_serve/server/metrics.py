@@ -113,6 +113,12 @@ class Metrics:
         self._rejections = Counter(
             PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self._registry
         )
+        self._shadow_hits = Gauge(
+            PREFIX + "expert_shadow_hits",
+            "Hits since the start that another cache policy would have had.",
+            [*names, "policy"],
+            registry=self._registry,
+        )
         info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
         Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self._registry).labels(**info).set(1)
 
@@ -144,6 +150,8 @@ class Metrics:
             ("expert_stall_seconds", experts.stall_s),
         ):
             self._counters[name].inc(amount)
+        for policy, hits in stats.shadow_hits.items():
+            self._shadow_hits.labels(*self._label_values, policy).set(hits)
         if stats.belady_gap_frac is not None:
             self._gauges["expert_cache_belady_gap_perc"].set(stats.belady_gap_frac)
         self._histograms["iteration_tokens_total"].observe(stats.num_prompt_tokens + stats.num_generated_tokens)

@@ -16,6 +16,7 @@ from expert_cache.cache import ExpertCache
 from expert_cache.direct_io import DirectFile
 from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
+from expert_cache.live_shadows import LiveShadows
 from expert_cache.policies import policy_names
 from expert_cache.regroup import regroup
 from expert_cache.slots import Slots
@@ -234,3 +235,19 @@ def test_unknown_activation_is_an_error_that_lists_the_known_ones() -> None:
     config.hidden_act = "quick_gelu"
     with pytest.raises(ValueError, match=r"quick_gelu.*silu"):
         gated(config)
+
+
+def test_shadows_count_what_other_policies_would_have_hit(tmp_path: Path) -> None:
+    """A shadow of the cache's own policy, at its size, hits exactly what the cache hits."""
+    store = split_store(tmp_path)
+    shadows = LiveShadows(["lru", "lfu"], Slots.shared(4), 2, E)
+    with cached_layers(store, SILU, Slots.shared(4)) as layers:
+        cache = layers.experts
+        assert isinstance(cache, ExpertCache)
+        cache.shadows = shadows
+        for seed in range(60):
+            layers.run(LAYERS[seed % 2], *routing(1, 2, seed))
+        assert cache.shadow_hits["lru"] == cache.counters.num_hits > 0
+        before = cache.shadow_hits
+        cache.resize(2)
+        assert cache.shadow_hits == before

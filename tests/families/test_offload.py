@@ -202,6 +202,8 @@ def test_quotas_and_popularity_come_from_a_profile(
     [
         ({"moe_cache_pool": "quota"}, "--moe-cache-pool quota needs --moe-cache-profile"),
         ({"moe_cache_policy": "static"}, "--moe-cache-policy static needs --moe-cache-profile"),
+        ({"moe_cache_shadow": "lru,best"}, "--moe-cache-shadow: policy 'best' is not one of affinity"),
+        ({"moe_cache_shadow": "static"}, "--moe-cache-shadow: static needs a popularity"),
         ({"moe_cache_profile": "/nowhere.npz"}, "--moe-cache-profile: .*nowhere"),
     ],
 )

@@ -184,7 +184,9 @@ class FakeEngine:
         prompt = sum(len(s.request.prompt_token_ids) for s in admitted)
         count = len(self.running)
         experts = ExpertTotals(hits=3, misses=1, demand_bytes=500, stall_s=0.25)
-        self.observer.on_step(StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), experts, 0.25))
+        self.observer.on_step(
+            StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), experts, {"lru": 9}, 0.25)
+        )
         self.observer.on_load(EngineLoad(count, len(self.waiting), 0.5))
         for s in self.running:
             if s.done:

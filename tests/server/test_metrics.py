@@ -17,7 +17,7 @@ GAUGES = (
     "num_requests_waiting",
     "kv_cache_usage_perc",
     "cache_config_info",
-    "expert_cache_belady_gap_perc",
+    *("expert_cache_belady_gap_perc", "expert_shadow_hits"),
 )
 HISTOGRAMS = (
     *("iteration_tokens_total", "time_to_first_token_seconds", "inter_token_latency_seconds"),
@@ -59,6 +59,7 @@ def test_counters_move(served: Any) -> None:
     assert values["expert_load_bytes_total"] == 5000
     assert values["expert_stall_seconds_total"] == 2.5
     assert values["expert_cache_belady_gap_perc"] == 0.25
+    assert values["expert_shadow_hits"] == 9
     assert values["request_success_total/length"] == 2
     assert values["e2e_request_latency_seconds_count"] == 2
     assert values["request_generation_tokens_sum"] == 10
