@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from expert_cache.cache import ExpertCache
+
 from .references import PROMPT_LENGTHS, SHARED, Reference
-from .serving import StepLog, greedy, load, tokens
+from .serving import StepLog, greedy, load, runner_of, tokens
 from .tiny_configs import CASES, POSITIONS
 
 pytestmark = pytest.mark.parametrize("case", CASES)
@@ -73,14 +75,18 @@ def test_preemption(case: str, prefix_caching: bool, checkpoint: Checkpoint, ref
     assert log.num_preemptions > 0
 
 
-@pytest.mark.parametrize("moe_cache_mib", [0, 1, 4], ids=["mapped", "room_for_some", "room_for_all"])
-def test_room_for_experts(case: str, moe_cache_mib: int, checkpoint: Checkpoint, reference: References) -> None:
-    """Run twice: with room for all, the second run finds every expert ready; otherwise it does not."""
+@pytest.mark.parametrize("room", ["mapped", "for_half", "for_all"])
+def test_room_for_experts(case: str, room: str, checkpoint: Checkpoint, reference: References) -> None:
+    """Run twice: with room for all, the second run finds every expert ready; with room for half, it does not."""
     ref = reference(case)
-    llm = load(checkpoint(case), moe_cache_mib=moe_cache_mib)
+    llm = load(checkpoint(case), moe_cache_mib=0 if room == "mapped" else 64)
+    cache = runner_of(llm).expert_layers.experts
+    if room == "for_half":
+        assert isinstance(cache, ExpertCache)
+        cache.resize(cache.store.num_total // 2)
     assert tokens(greedy(llm, ref.prompts)) == ref.outputs
     log = StepLog(llm)
     assert tokens(greedy(llm, ref.prompts)) == ref.outputs
-    assert (log.expert_misses > 0) == (moe_cache_mib == 1)
+    assert (log.expert_misses > 0) == (room == "for_half")
     assert log.expert_hits > 0
     llm.close()
