@@ -36,10 +36,12 @@ def main() -> None:
     spin_briefly(os.environ)  # as `moe-serve serve` does
     import torch
     import transformers  # noqa: F401
+    from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
     import moe_serve
+    import moe_serve.model_runner
 
-    runtime_mb = rss_mb()
+    runtime_mb = rss_mb()  # all code, no model
     torch.set_num_threads(job["threads"])
     llm = moe_serve.LLM(folder, max_model_len=256, max_num_seqs=1, num_threads=job["threads"], **job["settings"])
     print(json.dumps(decode(llm, job) | {"runtime_mb": runtime_mb} | memory(llm)))

@@ -38,17 +38,23 @@ class Advisor(Protocol):
 
 
 class FromNextGate:
-    """Expects in the next layer as many experts as this one used: those its gate would choose now."""
+    """Expects in the next layers as many experts as this one used: those their gates would choose now."""
 
-    def __init__(self, routers: Sequence[Router]) -> None:
+    def __init__(self, routers: Sequence[Router], lookahead: int = 1) -> None:
+        """`lookahead`: how many layers ahead; nearer ones are more urgent."""
         self._gate = NextGate(routers)
-        self._last_layer = len(routers) - 1
+        self._num_layers = len(routers)
+        self._lookahead = lookahead
 
     def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
-        if layer == self._last_layer:
-            return ()
-        scores, best = self._gate.scores(layer, hidden).topk(len(experts))
-        return (Advice(layer + 1, tuple(best.tolist()), tuple(scores.tolist())),)
+        ahead = range(layer + 1, min(layer + 1 + self._lookahead, self._num_layers))
+        return [self._expect(later, later - layer, len(experts), hidden) for later in ahead]
+
+    def _expect(self, layer: int, distance: int, count: int, hidden: torch.Tensor) -> Advice:
+        """The best of one layer; scores are at most the number of tokens, so distance comes first in urgency."""
+        scores, best = self._gate.scores(layer, hidden).topk(count)
+        urgencies = scores - distance * (hidden.shape[0] + 1)
+        return Advice(layer, tuple(best.tolist()), tuple(urgencies.tolist()))
 
 
 class FromAffinity:

@@ -17,14 +17,14 @@ Router = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class NextGate:
-    """Expected uses of the next layer's experts."""
+    """Expected uses of a later layer's experts."""
 
     def __init__(self, routers: Sequence[Router]) -> None:
         """`routers` by dense layer index; they are not copied."""
         self._routers = routers
 
     def scores(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """[E] for layer + 1: probabilities summed over tokens; `hidden` [T, H] goes into `layer`'s experts."""
-        weight, bias = self._routers[layer + 1]
+        """[E] for `layer`: probabilities summed over tokens; `hidden` [T, H] goes into an earlier layer's experts."""
+        weight, bias = self._routers[layer]
         logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
         return logits.float().softmax(dim=-1).sum(dim=0)
