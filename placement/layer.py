@@ -31,12 +31,12 @@ class LayerCosts:
         self.weights = problem.weights
         self.backward = np.ascontiguousarray(self.weights.transpose(0, 2, 1))
         self.hops = problem.topology.hop_costs
-        self._own = _own_costs(problem)
+        self.own = _own_costs(problem)
         self.load = problem.load_share
 
     def of(self, device_of: Ints, layer: int, before: bool = True, after: bool = True) -> Floats:
         """From `device_of` [L, E]; `before` and `after` say which neighbours count."""
-        cost = self._own[layer].copy()
+        cost = self.own[layer].copy()
         num_devices = self.problem.num_devices
         if before and layer > 0:
             cost += self.backward[layer - 1] @ one_hot(device_of[layer - 1], num_devices) @ self.hops
