@@ -18,7 +18,7 @@ from placement.layer import LayerCosts
 from placement.swaps import LayerLoad
 from placement.topology import Floats, Ints
 
-MOST_STATES = 1000
+MOST_STATES = 300
 """States of a layer; a step of the chain costs the square of it."""
 
 Signs = npt.NDArray[np.int8]
