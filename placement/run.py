@@ -20,7 +20,7 @@ Progress = Callable[[str, PlanCost], None]
 """Called with what is being done and the best cost so far."""
 
 
-def _silent(what: str, cost: PlanCost) -> None:
+def silent(what: str, cost: PlanCost) -> None:
     """No progress shown."""
 
 
@@ -33,12 +33,15 @@ class Run:
     time_limit_s: float = np.inf
     effort: int = 20
     """How hard to try, in solver's units (starts, rounds); the same effort and seed give the same plan."""
-    progress: Progress = _silent
+    progress: Progress = silent
     best: Layout | None = None
     best_cost: PlanCost | None = None
     optimal: bool = False
     """Set by a solver that proved `best` optimal."""
+    optimal_by: str = ""
+    """The method that proved it."""
     cut_short: bool = False
+    """The time limit or a Ctrl-C ended the search."""
     _start: float = field(default_factory=time.monotonic)
 
     @property
