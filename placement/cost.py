@@ -7,7 +7,7 @@ layers. The flow assumes that where a token is depends on its expert and not on 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -56,17 +56,33 @@ TOLERANCE = 1e-9
 """Slack on a balance limit, for sums of floats taken in different orders."""
 
 
-def hosts_of(problem: PlacementProblem, device_of: Ints, replicas: Ints) -> Bools:
-    """[L, E, G] whether a device holds an expert, from first copies [L, E] and replicas [R, 3] (layer, expert, device)."""
-    hosts = np.zeros((*problem.load.shape, problem.num_devices), bool)
-    np.put_along_axis(hosts, device_of[..., None], True, 2)
-    hosts[replicas[:, 0], replicas[:, 1], replicas[:, 2]] = True
+def no_replicas() -> Ints:
+    return np.zeros((0, 3), np.int64)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the experts are. Example, 1 layer, 4 experts, 2 devices, expert 0 on both:
+    device_of [[0, 0, 1, 1]], replicas [[0, 0, 1]] (layer, expert, device).
+    """
+
+    device_of: Ints
+    """[L, E] the device of each expert's first copy."""
+    replicas: Ints = field(default_factory=no_replicas)
+    """[R, 3] further copies: layer, expert, device."""
+
+
+def hosts_of(layout: Layout, num_devices: int) -> Bools:
+    """[L, E, G] whether a device holds an expert."""
+    hosts = np.zeros((*layout.device_of.shape, num_devices), bool)
+    np.put_along_axis(hosts, layout.device_of[..., None], True, 2)
+    hosts[tuple(layout.replicas.T)] = True
     return hosts
 
 
-def evaluate(problem: PlacementProblem, device_of: Ints, replicas: Ints | None = None) -> PlanCost:
-    """Cost of first copies `device_of` [L, E] and `replicas` [R, 3]."""
-    hosts = hosts_of(problem, device_of, no_replicas() if replicas is None else replicas)
+def evaluate(problem: PlacementProblem, layout: Layout) -> PlanCost:
+    """What a layout costs under a problem's settings."""
+    hosts = hosts_of(layout, problem.num_devices)
     traffic, load = follow_tokens(problem, hosts)
     busy = load / problem.topology.fair_share
     moved = count_moved(problem, hosts)
@@ -83,10 +99,6 @@ def evaluate(problem: PlacementProblem, device_of: Ints, replicas: Ints | None =
         violation=excess(problem, busy),
         moved=moved,
     )
-
-
-def no_replicas() -> Ints:
-    return np.zeros((0, 3), np.int64)
 
 
 def excess(problem: PlacementProblem, busy: Floats) -> float:
@@ -107,14 +119,14 @@ def _move_price(problem: PlacementProblem, moved: int) -> float:
     return problem.migration_price * moved / problem.load.size
 
 
-def device_traffic(problem: PlacementProblem, device_of: Ints, replicas: Ints | None = None) -> Floats:
+def device_traffic(problem: PlacementProblem, layout: Layout) -> Floats:
     """[G, G] share of all transitions that go from one device to another."""
-    return follow_tokens(problem, hosts_of(problem, device_of, no_replicas() if replicas is None else replicas))[0]
+    return follow_tokens(problem, hosts_of(layout, problem.num_devices))[0]
 
 
-def device_load(problem: PlacementProblem, device_of: Ints, replicas: Ints | None = None) -> Floats:
+def device_load(problem: PlacementProblem, layout: Layout) -> Floats:
     """[L, G] each device's share of a layer's load."""
-    return follow_tokens(problem, hosts_of(problem, device_of, no_replicas() if replicas is None else replicas))[1]
+    return follow_tokens(problem, hosts_of(layout, problem.num_devices))[1]
 
 
 def follow_tokens(problem: PlacementProblem, hosts: Bools) -> tuple[Floats, Floats]:

@@ -12,25 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from placement.cost import PlanCost, evaluate, no_replicas
+from placement.cost import Layout, PlanCost, evaluate, no_replicas
 from placement.errors import PlacementError
 from placement.problem import PlacementProblem
 from placement.topology import Ints
 
 FORMAT = "moe-serve-placement"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the experts are. Example, 1 layer, 4 experts, 2 devices, expert 0 on both:
-    device_of [[0, 0, 1, 1]], replicas [[0, 0, 1]] (layer, expert, device).
-    """
-
-    device_of: Ints
-    """[L, E] the device of each expert's first copy."""
-    replicas: Ints = field(default_factory=no_replicas)
-    """[R, 3] further copies: layer, expert, device."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +203,7 @@ def objective_of(problem: PlacementProblem) -> dict[str, Any]:
 def make_plan(problem: PlacementProblem, layout: Layout, lower_bound: float, bound_method: str, **facts: Any) -> PlacementPlan:
     """A plan with its cost computed afresh and its layout checked."""
     check_layout(layout, problem.slots, problem.spare_slots)
-    cost = evaluate(problem, layout.device_of, layout.replicas)
+    cost = evaluate(problem, layout)
     return PlacementPlan(
         layout=layout,
         num_devices=problem.num_devices,

@@ -51,5 +51,5 @@ def most_bytes(problem: PlacementProblem, plan: PlacementPlan) -> int:
 
 
 def _unseen(unseen: PlacementProblem, plan: PlacementPlan) -> tuple[str, str]:
-    cost = evaluate(unseen, plan.layout.device_of, plan.layout.replicas)
+    cost = evaluate(unseen, plan.layout)
     return f"{100 * cost.cross_device:.2f}", f"{cost.balance_mean:.3f}"

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from placement.cost import PlanCost, evaluate
-from placement.plan import Layout
+from placement.cost import Layout, PlanCost, evaluate
 from placement.problem import PlacementProblem
 
 Progress = Callable[[str, PlanCost], None]
@@ -61,7 +60,7 @@ class Run:
 
     def offer(self, layout: Layout, what: str) -> bool:
         """Keep the layout if it is the best so far."""
-        cost = evaluate(self.problem, layout.device_of, layout.replicas)
+        cost = evaluate(self.problem, layout)
         if self.best_cost is not None and cost.rank >= self.best_cost.rank:
             return False
         self.best, self.best_cost = layout, cost

@@ -13,7 +13,8 @@ import numpy as np
 
 from placement.bounds import Bound, lower_bound, quick_bound
 from placement.errors import PlacementError
-from placement.plan import Layout, PlacementPlan, make_plan
+from placement.cost import Layout
+from placement.plan import PlacementPlan, make_plan
 from placement.problem import PlacementProblem
 from placement.run import Progress, Run, silent
 

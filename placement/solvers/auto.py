@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from placement.plan import Layout
+from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.run import Run
 from placement.solvers import chain, layer_states, load_balance, local_search, round_robin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from placement.fill import fill
-from placement.plan import Layout
+from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.run import Run
 

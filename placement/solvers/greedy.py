@@ -6,7 +6,7 @@ import numpy as np
 
 from placement.layer import LayerCosts, improve_by_swaps
 from placement.packing import pack_layer
-from placement.plan import Layout
+from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.run import Run
 from placement.swaps import LayerLoad

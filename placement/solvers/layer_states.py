@@ -15,7 +15,7 @@ import numpy as np
 
 from placement.errors import PlacementError
 from placement.layer import FORBIDDEN, LayerCosts, one_hot
-from placement.plan import Layout
+from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.run import Run
 from placement.swaps import LayerLoad

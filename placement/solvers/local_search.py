@@ -14,7 +14,7 @@ from placement.descent import chain_pass, descend, objective
 from placement.fill import random_layer
 from placement.layer import LayerCosts
 from placement.pairs import improve_pair
-from placement.plan import Layout
+from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.recombine import recombine
 from placement.run import Run
