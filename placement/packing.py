@@ -12,11 +12,11 @@ Copies = list[tuple[int, int]]
 """(expert, device) of each further copy."""
 
 
-def pack_layer(problem: PlacementProblem, layer: int) -> tuple[Ints, Copies]:
-    """First copies [E], and replicas into the spare slots."""
+def pack_layer(problem: PlacementProblem, layer: int, first: Ints | None = None) -> tuple[Ints, Copies]:
+    """First copies [E] (those given, or packed), and replicas into the spare slots."""
     load = problem.load_share[layer]
     counts = copy_counts(load, problem.num_devices, problem.spare_slots * problem.num_devices)
-    devices = _pack_first_copies(problem, load / counts, problem.pinned[layer])
+    devices = _pack_first_copies(problem, load / counts, problem.pinned[layer]) if first is None else first
     return devices, _pack_replicas(problem, load / counts, counts, devices)
 
 

@@ -14,11 +14,19 @@ HELD_OUT = ("held-out cut %", "balance")
 
 def as_table(problem: PlacementProblem, plans: Sequence[PlacementPlan], unseen: PlacementProblem | None = None) -> str:
     """One row per plan; with `unseen`, another workload's problem, two columns on that."""
-    rows = [(*HEADER, *(HELD_OUT if unseen else ()))]
-    for plan in plans:
-        rows.append((*_row(problem, plan), *(_unseen(unseen, plan) if unseen else ())))
+    rows = table_rows(problem, plans, unseen)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(_aligned(row, widths)).rstrip() for row in rows)
+
+
+def table_rows(
+    problem: PlacementProblem, plans: Sequence[PlacementPlan], unseen: PlacementProblem | None = None
+) -> list[tuple[str, ...]]:
+    """The header and one row of text per plan."""
+    rows: list[tuple[str, ...]] = [(*HEADER, *(HELD_OUT if unseen else ()))]
+    for plan in plans:
+        rows.append((*_row(problem, plan), *(_unseen(unseen, plan) if unseen else ())))
+    return rows
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:

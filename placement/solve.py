@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,21 @@ def find_plan(
     )
 
 
-def prove(problem: PlacementProblem, time_limit_s: float, enough: float = np.inf) -> Bound:
-    """The best lower bound within the time; after a Ctrl-C the quick one. Valid for every plan of the problem."""
+def prove_all(problem: PlacementProblem, plans: Sequence[PlacementPlan], time_limit_s: float) -> list[PlacementPlan]:
+    """The plans with the best lower bound there is: an optimal one's cost, else the best found within the time."""
+    exact = [plan for plan in plans if plan.optimal]
+    known = Bound(exact[0].lower_bound, exact[0].bound_method) if exact else None
+    cheapest = min((plan.cost.total for plan in plans if plan.cost.feasible), default=np.inf)
+    bound = known or prove(problem, time_limit_s, cheapest)
+    return [replace(plan, lower_bound=bound.value, bound_method=bound.method) for plan in plans]
+
+
+def prove(problem: PlacementProblem, time_limit_s: float, cheapest: float = np.inf) -> Bound:
+    """The best lower bound within the time; after a Ctrl-C the quick one. Valid for every plan of the problem.
+
+    `cheapest`: the cost of a plan at hand, at which the search for a bound can stop.
+    """
     try:
-        return lower_bound(problem, time_limit_s, enough)
+        return lower_bound(problem, time_limit_s, cheapest)
     except KeyboardInterrupt:
         return quick_bound(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from placement.cost import Layout
 from placement.problem import PlacementProblem
+from placement.replicate import add_replicas
 from placement.run import Run
 from placement.solvers import chain, layer_states, load_balance, local_search, round_robin
 
@@ -17,4 +18,5 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
     else:
         local_search.solve(problem, run)
     assert run.best is not None
+    run.offer(add_replicas(problem, run.best), "replicas")
     return run.best

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_serve.cli.plan.flags import add_problem_flags, add_search_flags
+from moe_serve.cli.plan.flags import add_problem_flags, add_search_flags, positive
 
 if TYPE_CHECKING:
-    from placement.bounds import Bound
     from placement.cost import PlanCost
     from placement.plan import PlacementPlan
     from placement.problem import PlacementProblem
@@ -29,31 +28,49 @@ PROVING_FRAC = 0.4
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    parser.add_argument("trace", metavar="TRACE", nargs="+", help="Routing traces of one model (.npz), taken together.")
+    parser.add_argument("trace", metavar="TRACE", nargs="+", help="Recordings of one model, taken together.")
+    parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
     add_problem_flags(parser)
     add_search_flags(parser)
     group = parser.add_argument_group("results")
     group.add_argument("--output", type=Path, metavar="FILE", help="Write the best plan here (JSON).")
+    group.add_argument("--html", type=Path, metavar="FILE", help="Write a page of tables, traffic and load maps.")
+    group.add_argument("--png", type=Path, metavar="FILE", help="Write the maps as a picture; needs matplotlib.")
+    group.add_argument("--sglang", type=Path, metavar="FILE", help="Write SGLang's --init-expert-location file.")
+    group.add_argument("--model-layers", type=positive, metavar="N", help="--sglang: layers of the model, dense ones too.")
+    group.add_argument("--eplb", type=Path, metavar="FILE", help="Write EPLB's three maps (.npz).")
 
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 where no plan keeps the balance limit."""
     use_one_thread()
     from moe_serve import planning
-    from placement.plan import save_plan
+    from moe_serve.recordings import read_recording
     from placement.report import as_table
 
     with planning.user_errors():
-        trace, held_out = planning.split_sequences(planning.read_trace(args.trace), args.held_out, args.seed)
+        trace, held_out = planning.split_sequences(read_recording(args.trace, args.num_experts), args.held_out, args.seed)
         problem = planning.problem_of(args, trace)
         plans = solve_all(args, problem, planning.provenance(trace))
         best = min(plans, key=lambda plan: plan.cost.rank)
         unseen = None if held_out is None else planning.problem_of(args, held_out)
-        if args.output:
-            save_plan(best, args.output)
+        planning.write_results(args, problem, plans, best, unseen)
+        curve = trade_off(args, problem)
     print(as_table(problem, plans, unseen))
-    print(json.dumps(summary(plans, best)))
+    for point in curve:
+        print(f"balance <= {point['max_imbalance']:g}: traffic {point['traffic']:.4f}, at least {point['lower_bound']:.4f}")
+    print(json.dumps({**summary(plans, best), "curve": curve}))
     return 0 if best.cost.feasible else 1
+
+
+def trade_off(args: argparse.Namespace, problem: PlacementProblem) -> list[dict[str, float]]:
+    """The best plan of the last solver named under each limit of --curve."""
+    points = []
+    for limit in args.curve or ():
+        plans = solve_all(args, problem.with_(max_imbalance=limit), {}, args.solver[-1:])
+        point = {"max_imbalance": limit, "lower_bound": plans[0].lower_bound, "gap": plans[0].gap}
+        points.append({**point, **plans[0].cost.to_json()})
+    return points
 
 
 def use_one_thread() -> None:
@@ -61,27 +78,16 @@ def use_one_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def solve_all(args: argparse.Namespace, problem: PlacementProblem, facts: dict[str, Any]) -> list[PlacementPlan]:
-    """One plan per solver, all with the same bound."""
-    from dataclasses import replace
+def solve_all(
+    args: argparse.Namespace, problem: PlacementProblem, facts: dict[str, Any], solvers: Sequence[str] = ()
+) -> list[PlacementPlan]:
+    """One plan per solver, all held against the same bound."""
+    from placement.solve import find_plan, prove_all
 
-    from placement.solve import find_plan, prove
-
-    search_s = args.time_limit * (1 - PROVING_FRAC)
-    plans = []
-    for name in args.solver:
-        shown = progress(args, name)
-        plans.append(
-            find_plan(
-                problem, name, seed=args.seed, effort=args.effort, time_limit_s=search_s, progress=shown, provenance=facts
-            )
-        )
-    known = min(plan.cost.total for plan in plans if plan.cost.feasible) if any(p.cost.feasible for p in plans) else None
-    if any(plan.optimal for plan in plans):
-        proven = next(plan for plan in plans if plan.optimal)
-        return [replace(plan, lower_bound=proven.lower_bound, bound_method=proven.bound_method) for plan in plans]
-    bound: Bound = prove(problem, args.time_limit * PROVING_FRAC, float("inf") if known is None else known)
-    return [replace(plan, lower_bound=bound.value, bound_method=bound.method) for plan in plans]
+    limit_s = args.time_limit * (1 - PROVING_FRAC)
+    search = {"seed": args.seed, "effort": args.effort, "time_limit_s": limit_s, "provenance": facts}
+    plans = [find_plan(problem, name, progress=progress(args, name), **search) for name in solvers or args.solver]
+    return prove_all(problem, plans, args.time_limit * PROVING_FRAC)
 
 
 def progress(args: argparse.Namespace, name: str) -> Progress:
