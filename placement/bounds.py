@@ -37,7 +37,9 @@ def lower_bound(problem: PlacementProblem, time_limit_s: float, start_better: fl
     if not _semidefinite_applies(problem) or quick.value >= start_better:
         return quick
     levels = _levels(problem)
-    value = sum(price * (1 - _kept_semidefinite(problem, groups, time_limit_s / len(levels))) for price, groups in levels)
+    value = sum(
+        price * (1 - _kept_semidefinite(problem, groups, time_limit_s / len(levels))) for price, groups in levels
+    )
     return max(quick, Bound(max(0.0, value), "semidefinite"), key=lambda bound: bound.value)
 
 

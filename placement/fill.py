@@ -26,7 +26,10 @@ def _fill_layer(problem: PlacementProblem, layer: int, wish: Ints) -> Ints:
 def random_layer(problem: PlacementProblem, layer: int, rng: np.random.Generator) -> Ints:
     """[E] a random layer that keeps pins and slots."""
     devices = problem.pinned[layer].copy()
-    slots = np.repeat(np.arange(problem.num_devices), problem.slots - np.bincount(devices[devices >= 0], minlength=problem.num_devices))
+    slots = np.repeat(
+        np.arange(problem.num_devices),
+        problem.slots - np.bincount(devices[devices >= 0], minlength=problem.num_devices),
+    )
     free = devices < 0
     devices[free] = rng.permutation(slots)[: int(free.sum())]
     return devices

@@ -46,9 +46,13 @@ def to_sglang(plan: PlacementPlan, layer_ids: Sequence[int], num_model_layers: i
     `layer_ids` [L]: where the plan's layers are among the model's `num_model_layers`.
     """
     if len(layer_ids) != plan.num_layers:
-        raise PlacementError("layer_ids", f"needs {plan.num_layers} numbers, one per planned layer, got {len(layer_ids)}")
+        raise PlacementError(
+            "layer_ids", f"needs {plan.num_layers} numbers, one per planned layer, got {len(layer_ids)}"
+        )
     if num_model_layers <= max(layer_ids):
-        raise PlacementError("model_layers", f"must be above the last planned layer {max(layer_ids)}, got {num_model_layers}")
+        raise PlacementError(
+            "model_layers", f"must be above the last planned layer {max(layer_ids)}, got {num_model_layers}"
+        )
     physical = physical_to_logical(plan)
     rows = np.tile(np.arange(physical.shape[1]) % plan.num_experts, (num_model_layers, 1))
     rows[list(layer_ids)] = physical
@@ -61,7 +65,9 @@ def from_sglang(data: Any, num_experts: int, num_devices: int, layer_ids: Sequen
         raise PlacementError("physical_to_logical_map", "is missing; this is no SGLang expert location file")
     rows = _integers("physical_to_logical_map", data["physical_to_logical_map"], 2)
     if rows.shape[0] <= max(layer_ids):
-        raise PlacementError("physical_to_logical_map", f"has {rows.shape[0]} layers, layer {max(layer_ids)} is asked for")
+        raise PlacementError(
+            "physical_to_logical_map", f"has {rows.shape[0]} layers, layer {max(layer_ids)} is asked for"
+        )
     return from_physical(rows[list(layer_ids)], num_experts, num_devices)
 
 
@@ -72,7 +78,9 @@ def from_physical(physical: Ints, num_experts: int, num_devices: int) -> Layout:
     if places % num_devices:
         raise PlacementError("physical_to_logical_map", f"{places} places do not divide among {num_devices} devices")
     if physical.min() < 0 or physical.max() >= num_experts:
-        raise PlacementError("physical_to_logical_map", f"needs experts 0..{num_experts - 1}, got {physical.min()}..{physical.max()}")
+        raise PlacementError(
+            "physical_to_logical_map", f"needs experts 0..{num_experts - 1}, got {physical.min()}..{physical.max()}"
+        )
     device_of = np.full((layers, num_experts), -1)
     replicas: set[tuple[int, int, int]] = set()
     for layer, row in enumerate(physical.tolist()):
@@ -84,7 +92,9 @@ def from_physical(physical: Ints, num_experts: int, num_devices: int) -> Layout:
                 replicas.add((layer, expert, device))
     if np.any(device_of < 0):
         layer, expert = np.argwhere(device_of < 0)[0]
-        raise PlacementError("physical_to_logical_map", f"expert {expert} of layer {layer} has no place; every expert needs one")
+        raise PlacementError(
+            "physical_to_logical_map", f"expert {expert} of layer {layer} has no place; every expert needs one"
+        )
     layout = Layout(device_of, np.array(sorted(replicas), np.int64).reshape(-1, 3))
     room = np.full(num_devices, places // num_devices)
     check_layout(layout, room, places // num_devices)

@@ -34,12 +34,16 @@ def migration_steps(old: PlacementPlan, new: PlacementPlan, room: int | None = N
     """Steps from old to new, at most `room` experts of a layer on a device at any time (the fuller plan's, if None)."""
     shape = (old.num_layers, old.num_experts, old.num_devices)
     if shape != (new.num_layers, new.num_experts, new.num_devices):
-        raise PlacementError("plan", f"the plans differ in layers, experts or devices: {shape}; both must be of one model")
+        raise PlacementError(
+            "plan", f"the plans differ in layers, experts or devices: {shape}; both must be of one model"
+        )
     before, after = hosts_of(old.layout, old.num_devices), hosts_of(new.layout, new.num_devices)
     needed = int(max(before.sum(1).max(), after.sum(1).max()))
     if room is not None and room < needed:
         raise PlacementError("room", f"the plans themselves need {needed} places per layer and device, got {room}")
-    return [step for layer in range(shape[0]) for step in _layer_steps(layer, before[layer], after[layer], room or needed)]
+    return [
+        step for layer in range(shape[0]) for step in _layer_steps(layer, before[layer], after[layer], room or needed)
+    ]
 
 
 def _layer_steps(layer: int, holds: Bools, wanted: Bools, room: int) -> Iterator[Step]:

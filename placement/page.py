@@ -30,7 +30,9 @@ def as_page(
 ) -> str:
     """The page. Traffic and load are those of `problem`; `unseen` adds columns to the table."""
     sources = html.escape(str(after.provenance.get("source", "unknown trace")))
-    bound = f"{after.cost.total:.4f}, at least {after.lower_bound:.4f} ({after.bound_method}): gap {100 * after.gap:.2f} %"
+    bound = (
+        f"{after.cost.total:.4f}, at least {after.lower_bound:.4f} ({after.bound_method}): gap {100 * after.gap:.2f} %"
+    )
     parts = [
         f"<h1>Placement of {after.num_experts} experts x {after.num_layers} layers on {after.num_devices} GPUs</h1>",
         f"<p>Trace: {sources}</p><p>Best plan: {html.escape(after.solver)}, objective {bound}.</p>",

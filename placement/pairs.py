@@ -92,7 +92,8 @@ def _coupling(costs: LayerCosts, here: LayerStates, there: LayerStates, layer: i
     first, second = here.on_b.astype(np.float64), there.on_b.astype(np.float64)
     # x(1-y) + (1-x)y = x + y - 2xy, summed with weights.
     return np.asarray(
-        hop * ((first @ weights.sum(1))[:, None] + (second @ weights.sum(0))[None, :] - 2 * (first @ weights) @ second.T)
+        hop
+        * ((first @ weights.sum(1))[:, None] + (second @ weights.sum(0))[None, :] - 2 * (first @ weights) @ second.T)
     )
 
 

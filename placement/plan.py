@@ -92,7 +92,9 @@ class PlacementPlan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlacementError("format", f"is not {FORMAT!r}; this is no plan of `moe-serve plan`")
         if data.get("version") != VERSION:
-            raise PlacementError("version", f"is {data.get('version')!r}, this program reads {VERSION}; make the plan again")
+            raise PlacementError(
+                "version", f"is {data.get('version')!r}, this program reads {VERSION}; make the plan again"
+            )
         shape = (_read(data, "num_layers", int), _read(data, "num_experts", int))
         num_devices = _read(data, "num_devices", int)
         plan = cls(
@@ -126,7 +128,9 @@ def _read(data: dict[str, Any], name: str, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise PlacementError(name, f"needs a {kind.__name__}, got {value!r:.40}; the file is damaged, make the plan again")
+        raise PlacementError(
+            name, f"needs a {kind.__name__}, got {value!r:.40}; the file is damaged, make the plan again"
+        )
     return value
 
 
@@ -158,7 +162,10 @@ def check_layout(layout: Layout, slots: Ints, spare_slots: int) -> None:
     counts = np.stack([(devices == device).sum(1) for device in range(num_devices)], 1)
     if np.any(counts > slots):
         layer, device = np.argwhere(counts > slots)[0]
-        raise PlacementError("slots", f"layer {layer} has {counts[layer, device]} experts on device {device}, which holds {slots[device]}")
+        raise PlacementError(
+            "slots",
+            f"layer {layer} has {counts[layer, device]} experts on device {device}, which holds {slots[device]}",
+        )
     if not replicas.size:
         return
     limits = (*devices.shape, num_devices)
@@ -180,7 +187,9 @@ def check_plan(plan: PlacementPlan, problem: PlacementProblem) -> None:
         ("num_devices", plan.num_devices, problem.num_devices),
     ):
         if ours != theirs:
-            raise PlacementError(name, f"the plan has {ours}, the trace or the flags say {theirs}; they must be of one model")
+            raise PlacementError(
+                name, f"the plan has {ours}, the trace or the flags say {theirs}; they must be of one model"
+            )
 
 
 def objective_of(problem: PlacementProblem) -> dict[str, Any]:
@@ -200,7 +209,9 @@ def objective_of(problem: PlacementProblem) -> dict[str, Any]:
     }
 
 
-def make_plan(problem: PlacementProblem, layout: Layout, lower_bound: float, bound_method: str, **facts: Any) -> PlacementPlan:
+def make_plan(
+    problem: PlacementProblem, layout: Layout, lower_bound: float, bound_method: str, **facts: Any
+) -> PlacementPlan:
     """A plan with its cost computed afresh and its layout checked."""
     check_layout(layout, problem.slots, problem.spare_slots)
     cost = evaluate(problem, layout)
@@ -227,7 +238,9 @@ def load_plan(path: Path) -> PlacementPlan:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise PlacementError("plan", f"cannot read {path}: {error}; is it a whole file written by `moe-serve plan`?") from None
+        raise PlacementError(
+            "plan", f"cannot read {path}: {error}; is it a whole file written by `moe-serve plan`?"
+        ) from None
     try:
         return PlacementPlan.from_json(data)
     except PlacementError as error:

@@ -145,7 +145,8 @@ def _set_checked(problem: PlacementProblem) -> None:
     transitions = _array("transitions", problem.transitions, 3)
     if transitions.shape != (layers - 1, experts, experts):
         raise PlacementError(
-            "transitions", f"needs shape {(layers - 1, experts, experts)} to go with load {load.shape}, got {transitions.shape}"
+            "transitions",
+            f"needs shape {(layers - 1, experts, experts)} to go with load {load.shape}, got {transitions.shape}",
         )
     if np.any(load.sum(1) <= 0):
         raise PlacementError("load", f"layer {int(np.argmin(load.sum(1)))} has no load at all; use a longer trace")
@@ -188,13 +189,17 @@ def _check_numbers(problem: PlacementProblem) -> None:
         if not 0 <= getattr(problem, name) < np.inf:
             raise PlacementError(name, f"needs a number of at least 0, got {getattr(problem, name)}")
     if problem.max_imbalance is not None and not problem.max_imbalance >= 1:
-        raise PlacementError("max_imbalance", f"needs at least 1 (1.1 allows 10 % over fair), got {problem.max_imbalance}")
+        raise PlacementError(
+            "max_imbalance", f"needs at least 1 (1.1 allows 10 % over fair), got {problem.max_imbalance}"
+        )
     if problem.expert_bytes < 1:
         raise PlacementError("expert_bytes", f"needs at least 1, got {problem.expert_bytes}")
     if problem.spare_slots < 0:
         raise PlacementError("spare_slots", f"needs at least 0, got {problem.spare_slots}")
     if problem.replica_routing not in ROUTINGS:
-        raise PlacementError("replica_routing", f"must be one of {', '.join(ROUTINGS)}, got {problem.replica_routing!r}")
+        raise PlacementError(
+            "replica_routing", f"must be one of {', '.join(ROUTINGS)}, got {problem.replica_routing!r}"
+        )
     if problem.choices not in CHOICES:
         raise PlacementError("choices", f"must be one of {', '.join(CHOICES)}, got {problem.choices!r}")
 
@@ -213,7 +218,9 @@ def check_slots(problem: PlacementProblem) -> None:
         raise PlacementError("memory_bytes", "too small for the slots and spare_slots asked for; lower those")
     for device in range(problem.num_devices):
         if np.any((problem.pinned == device).sum(1) > slots[device]):
-            raise PlacementError("pinned", f"more experts of one layer than device {device} has slots ({slots[device]})")
+            raise PlacementError(
+                "pinned", f"more experts of one layer than device {device} has slots ({slots[device]})"
+            )
     object.__setattr__(problem, "slots", slots)
 
 

@@ -10,6 +10,7 @@ pulp writes it, HiGHS solves it where highspy is installed, else the CBC that co
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,7 +60,7 @@ class Window:
             for expert in self.experts[layer].tolist():
                 options = [device for device in self.devices if cost[expert, device] < FORBIDDEN / 2]
                 for device in options:
-                    variable = pulp.LpVariable(f"x_{layer}_{expert}_{device}", cat="Binary")
+                    variable = self.program.add_variable(f"x_{layer}_{expert}_{device}", cat="Binary")
                     self.x[layer, expert, device] = variable
                     self._terms.append((variable, float(cost[expert, device])))
                 self.program += pulp.lpSum(self.x[layer, expert, device] for device in options) == 1
@@ -75,7 +76,7 @@ class Window:
         """The hard limit on each device of the window, and the price of the busiest one."""
         problem = self.costs.problem
         fair, load = problem.topology.fair_share, self.costs.load[layer]
-        worst = pulp.LpVariable(f"worst_{layer}", lowBound=self._busiest_outside(layer))
+        worst = self.program.add_variable(f"worst_{layer}", lowBound=self._busiest_outside(layer))
         for device in self.devices if problem.balanced else ():
             experts = [e for e in self.experts[layer].tolist() if (layer, e, device) in self.x]
             busy = pulp.lpSum(float(load[e] / fair[device]) * self.x[layer, e, device] for e in experts)
@@ -88,7 +89,10 @@ class Window:
 
     def _busiest_outside(self, layer: int) -> float:
         problem = self.costs.problem
-        busy = np.bincount(self.device_of[layer], self.costs.load[layer], problem.num_devices) / problem.topology.fair_share
+        busy = (
+            np.bincount(self.device_of[layer], self.costs.load[layer], problem.num_devices)
+            / problem.topology.fair_share
+        )
         outside = np.delete(busy, self.devices)
         return float(outside.max()) if outside.size else 0.0
 
@@ -112,9 +116,11 @@ class Window:
         saved = {"gpu": topology.gpu_hop_cost, "node": topology.node_hop_cost - topology.gpu_hop_cost}
         groups: list[tuple[Group, list[int]]] = [(("gpu", device), [device]) for device in self.devices]
         nodes = topology.node_of[self.devices]
-        groups += [(("node", n), [d for d in self.devices if topology.node_of[d] == n]) for n in sorted(set(nodes.tolist()))]
+        groups += [
+            (("node", n), [d for d in self.devices if topology.node_of[d] == n]) for n in sorted(set(nodes.tolist()))
+        ]
         crossing = self.costs.weights[here][np.ix_(self.experts[here], self.experts[there])].sum()
-        self.program.addVariable(base := pulp.LpVariable(f"one_{here}", 1, 1))
+        base = self.program.add_variable(f"one_{here}", 1, 1)
         self._terms.append((base, float(crossing * topology.node_hop_cost)))
         for (kind, number), devices in groups:
             if saved[kind] > 0:
@@ -127,7 +133,10 @@ class Window:
         first = {e: self._within(here, e, devices) for e in self.experts[here].tolist()}
         second = {f: self._within(there, f, devices) for f in self.experts[there].tolist()}
         kept = {
-            (e, f): pulp.LpVariable(f"z_{here}_{name}_{e}_{f}", 0, 1) for e in first for f in second if weights[e, f] > 0
+            (e, f): self.program.add_variable(f"z_{here}_{name}_{e}_{f}", 0, 1)
+            for e in first
+            for f in second
+            if weights[e, f] > 0
         }
         for (e, f), variable in kept.items():
             self._terms.append((variable, -saved * float(weights[e, f])))
@@ -178,4 +187,7 @@ def _backend(name: str | None, time_limit_s: float) -> pulp.LpSolver:
     limit = None if np.isinf(time_limit_s) else max(time_limit_s, 0.1)
     if chosen == "HiGHS":
         return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=1e-9, threads=1, timeLimit=limit)
-    return pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, threads=1, timeLimit=limit)
+    with warnings.catch_warnings():
+        # pulp 3 warns that version 4 will bring no CBC; pyproject.toml keeps us below 4 for its sake.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, threads=1, timeLimit=limit)

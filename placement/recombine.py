@@ -50,7 +50,9 @@ def _switches(costs: LayerCosts, pool: list[Ints], layer: int) -> tuple[Floats, 
     renaming = np.zeros((len(pool), len(pool), problem.num_devices), np.int64)
     for a in range(len(pool)):
         for b in range(len(pool)):
-            names = _best_names(flow[a, b], problem.topology) if problem.symmetric and a != b else _same_names(flow[a, b])
+            names = (
+                _best_names(flow[a, b], problem.topology) if problem.symmetric and a != b else _same_names(flow[a, b])
+            )
             renaming[a, b] = names
             step[a, b] = (flow[a, b] * costs.hops[:, names]).sum()
     return step, renaming

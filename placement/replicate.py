@@ -34,9 +34,7 @@ def _proposals(costs: LayerCosts, layout: Layout, layer: int) -> list[Ints]:
     return [rows for rows in proposals if len(rows)]
 
 
-def _keep_if_better(
-    problem: PlacementProblem, layout: Layout, cost: PlanCost, rows: Ints
-) -> tuple[Layout, PlanCost]:
+def _keep_if_better(problem: PlacementProblem, layout: Layout, cost: PlanCost, rows: Ints) -> tuple[Layout, PlanCost]:
     """Try `rows` [R, 3] in place of the layer's present copies."""
     others = layout.replicas[layout.replicas[:, 0] != rows[0, 0]]
     tried = Layout(layout.device_of, np.concatenate([others, rows]))

@@ -86,7 +86,9 @@ class _Multipliers:
         off = same.copy()
         np.einsum("lii->li", off)[:] = -np.inf
         others = np.sort(off, 2)[:, :, size - room + 1 :].sum()
-        return float(np.minimum(rows, columns).sum() + diagonal + others + self._spectral(traffic) + self._limits(traffic))
+        return float(
+            np.minimum(rows, columns).sum() + diagonal + others + self._spectral(traffic) + self._limits(traffic)
+        )
 
     def coefficients(self, traffic: PairTraffic) -> tuple[Floats, Floats]:
         """What an entry of X between layers [L-1, E, E], and within a layer [L, E, E], is worth."""
@@ -122,7 +124,10 @@ class _Admm:
         pairs, size, _ = traffic.weights.shape
         self.size = size
         self.multipliers = _Multipliers(
-            np.zeros((pairs, 2 * size, 2 * size)), np.zeros((pairs + 1, size)), np.zeros((pairs, size)), np.zeros((pairs, size))
+            np.zeros((pairs, 2 * size, 2 * size)),
+            np.zeros((pairs + 1, size)),
+            np.zeros((pairs, size)),
+            np.zeros((pairs, size)),
         )
         self.semidefinite = np.full((pairs, 2 * size, 2 * size), 1 / traffic.groups)
         self.x = self.semidefinite.copy()

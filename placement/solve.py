@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from placement.bounds import Bound, lower_bound, quick_bound
-from placement.errors import PlacementError
 from placement.cost import Layout
+from placement.errors import PlacementError
 from placement.plan import PlacementPlan, make_plan
 from placement.problem import PlacementProblem
 from placement.run import Progress, Run, silent

@@ -42,7 +42,8 @@ class Topology:
         object.__setattr__(self, "memory_bytes", self._per_device("memory_bytes", np.int64, np.zeros(0, np.int64)))
         if not 0 <= self.gpu_hop_cost <= self.node_hop_cost < np.inf:
             raise PlacementError(
-                "node_hop_cost", f"needs 0 <= gpu_hop_cost <= node_hop_cost, got {self.gpu_hop_cost}, {self.node_hop_cost}"
+                "node_hop_cost",
+                f"needs 0 <= gpu_hop_cost <= node_hop_cost, got {self.gpu_hop_cost}, {self.node_hop_cost}",
             )
 
     def _per_device(self, name: str, dtype: type, default: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from placement.cost import Layout
 from placement.descent import chain_pass
 from placement.layer import LayerCosts
 from placement.packing import pack_layer
-from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.run import Run
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from placement.cost import Layout
 from placement.layer import LayerCosts, improve_by_swaps
 from placement.packing import pack_layer
-from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.run import Run
 from placement.swaps import LayerLoad

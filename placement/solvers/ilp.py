@@ -10,10 +10,10 @@ from itertools import combinations
 
 import numpy as np
 
+from placement.cost import Layout
 from placement.descent import chain_pass, descend, objective
 from placement.layer import LayerCosts
 from placement.packing import pack_layer
-from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.program import Window, num_products
 from placement.run import Run

@@ -13,15 +13,15 @@ from math import comb
 
 import numpy as np
 
-from placement.errors import PlacementError
-from placement.layer import FORBIDDEN, LayerCosts, one_hot
 from placement.cost import Layout
+from placement.errors import PlacementError
+from placement.layer import LayerCosts, one_hot
 from placement.problem import PlacementProblem
 from placement.run import Run
 from placement.swaps import LayerLoad
 from placement.topology import Floats, Ints
 
-MOST_STATES = 6000
+MOST_STATES = 3000
 
 
 def fits(problem: PlacementProblem) -> bool:
@@ -45,7 +45,9 @@ def num_states(problem: PlacementProblem) -> int:
 def solve(problem: PlacementProblem, run: Run) -> Layout:
     """PlacementError where there are too many states."""
     if not fits(problem):
-        raise PlacementError("solver", f"layer_states needs at most {MOST_STATES} ways to place a layer and no replicas; use auto")
+        raise PlacementError(
+            "solver", f"layer_states needs at most {MOST_STATES} ways to place a layer and no replicas; use auto"
+        )
     costs = LayerCosts(problem)
     states = np.array(list(_states(problem.num_experts, problem.slots.tolist())))
     best = _layer_costs(costs, states, 0)
@@ -55,7 +57,9 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
         came_from.append(before)
         best = reached + _layer_costs(costs, states, layer)
         if run.out_of_time:
-            raise PlacementError("time_limit", "too short for layer_states, which has no answer before its end; use auto")
+            raise PlacementError(
+                "time_limit", "too short for layer_states, which has no answer before its end; use auto"
+            )
     layout = Layout(_walk_back(states, int(best.argmin()), came_from))
     run.offer(layout, "layer_states")
     run.optimal, run.optimal_by = True, "layer_states"

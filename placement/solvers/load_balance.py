@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.packing import pack_layer
 from placement.cost import Layout
+from placement.packing import pack_layer
 from placement.problem import PlacementProblem
 from placement.run import Run
 

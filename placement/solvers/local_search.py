@@ -10,23 +10,24 @@ from itertools import combinations
 
 import numpy as np
 
+from placement.cost import Layout
 from placement.descent import chain_pass, descend, objective
-from placement.fill import random_layer
+from placement.fill import fill, random_layer
 from placement.layer import LayerCosts
 from placement.pairs import improve_pair
-from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.recombine import recombine
 from placement.run import Run
 from placement.topology import Ints
 
-POOL = 12
+POOL = 24
 """Layouts kept for recombination."""
 
 
 def solve(problem: PlacementProblem, run: Run) -> Layout:
     """`run.effort` starts, as many rounds of perturbation; deterministic by seed where time does not run out."""
     search = Search(problem, run)
+    search.start_from_current()
     search.start(run.effort)
     search.recombine()
     search.polish_pairs()
@@ -57,6 +58,13 @@ class Search:
         if is_best:
             self.run.offer(Layout(device_of), what)
         return is_best
+
+    def start_from_current(self) -> None:
+        """The plan in force, as it is and descended: with a price on moves the best is often near."""
+        if self.problem.current.size:
+            current = fill(self.problem, self.problem.current)
+            self.add(current, "current plan")
+            self.add(self.descend(current), "current plan, descended")
 
     def start(self, count: int) -> None:
         """Chains grown from random layers at random places, each descended."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.fill import fill
 from placement.cost import Layout
+from placement.fill import fill
 from placement.problem import PlacementProblem
 from placement.run import Run
 

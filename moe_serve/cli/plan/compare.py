@@ -15,8 +15,12 @@ COLUMNS = ("traffic", "cross_device", "cross_node", "balance_mean", "balance_wor
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    parser.add_argument("plan", type=Path, metavar="PLAN", nargs="+", help="Plans written by `moe-serve plan --output`.")
-    parser.add_argument("--trace", metavar="TRACE", nargs="+", help="Cost on this trace, not on the one each was made for.")
+    parser.add_argument(
+        "plan", type=Path, metavar="PLAN", nargs="+", help="Plans written by `moe-serve plan --output`."
+    )
+    parser.add_argument(
+        "--trace", metavar="TRACE", nargs="+", help="Cost on this trace, not on the one each was made for."
+    )
     parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
 
 

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     expert_bytes = int(new.objective.get("expert_bytes", 1))
     counts = Counter(step.action for step in steps)
     total = moved_bytes(steps, expert_bytes)
-    print(f"{counts['copy'] + counts['restore']} experts written ({total / 2**20:.0f} MiB), {counts['park']} through the host")
+    print(
+        f"{counts['copy'] + counts['restore']} experts written ({total / 2**20:.0f} MiB), {counts['park']} through the host"
+    )
     print(json.dumps({"steps": len(steps), "moved_bytes": total, "expert_bytes": expert_bytes, **counts}))
     return 0

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     group.add_argument("--html", type=Path, metavar="FILE", help="Write a page of tables, traffic and load maps.")
     group.add_argument("--png", type=Path, metavar="FILE", help="Write the maps as a picture; needs matplotlib.")
     group.add_argument("--sglang", type=Path, metavar="FILE", help="Write SGLang's --init-expert-location file.")
-    group.add_argument("--model-layers", type=positive, metavar="N", help="--sglang: layers of the model, dense ones too.")
+    group.add_argument(
+        "--model-layers", type=positive, metavar="N", help="--sglang: layers of the model, dense ones too."
+    )
     group.add_argument("--eplb", type=Path, metavar="FILE", help="Write EPLB's three maps (.npz).")
 
 
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     from placement.report import as_table
 
     with planning.user_errors():
-        trace, held_out = planning.split_sequences(read_recording(args.trace, args.num_experts), args.held_out, args.seed)
+        trace, held_out = planning.split_sequences(
+            read_recording(args.trace, args.num_experts), args.held_out, args.seed
+        )
         problem = planning.problem_of(args, trace)
         plans = solve_all(args, problem, planning.provenance(trace))
         best = min(plans, key=lambda plan: plan.cost.rank)
@@ -58,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         curve = trade_off(args, problem)
     print(as_table(problem, plans, unseen))
     for point in curve:
-        print(f"balance <= {point['max_imbalance']:g}: traffic {point['traffic']:.4f}, at least {point['lower_bound']:.4f}")
+        print(
+            f"balance <= {point['max_imbalance']:g}: traffic {point['traffic']:.4f}, at least {point['lower_bound']:.4f}"
+        )
     print(json.dumps({**summary(plans, best), "curve": curve}))
     return 0 if best.cost.feasible else 1
 
@@ -118,4 +124,10 @@ def summary(plans: Sequence[PlacementPlan], best: PlacementPlan) -> dict[str, An
         }
         for plan in plans
     ]
-    return {"best": best.solver, "seed": best.seed, "plans": rows, "objective": best.objective, "trace": best.provenance}
+    return {
+        "best": best.solver,
+        "seed": best.seed,
+        "plans": rows,
+        "objective": best.objective,
+        "trace": best.provenance,
+    }

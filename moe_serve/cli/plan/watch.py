@@ -29,10 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("plan", type=Path, metavar="PLAN", help="The plan in force.")
     parser.add_argument("trace", metavar="TRACE", nargs="+", help="Recordings of one model, taken together.")
     parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
-    parser.add_argument("--window", type=positive, default=20_000, metavar="N", help="Tokens per decision. Default: 20000.")
-    parser.add_argument("--horizon", type=positive, metavar="N", help="Tokens a new plan is expected to serve. Default: 10 windows.")
-    parser.add_argument("--hidden-bytes", type=positive, default=8192, metavar="N", help="A token's hidden state. Default: 8192.")
-    parser.add_argument("--migration-weight", type=number, default=1.0, metavar="X", help="Price of a moved byte. Default: 1.")
+    parser.add_argument(
+        "--window", type=positive, default=20_000, metavar="N", help="Tokens per decision. Default: 20000."
+    )
+    parser.add_argument(
+        "--horizon", type=positive, metavar="N", help="Tokens a new plan is expected to serve. Default: 10 windows."
+    )
+    parser.add_argument(
+        "--hidden-bytes", type=positive, default=8192, metavar="N", help="A token's hidden state. Default: 8192."
+    )
+    parser.add_argument(
+        "--migration-weight", type=number, default=1.0, metavar="X", help="Price of a moved byte. Default: 1."
+    )
     parser.add_argument("--time-limit", type=number, default=30.0, metavar="S", help="For each candidate. Default: 30.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: 0.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write the plan to move to here, if any.")
