@@ -160,4 +160,6 @@ def _positions(arriving: Floats, step: Floats, hosts: Bools) -> Floats:
         return step
     masses = np.einsum("jg,jgh->jh", arriving, step)
     totals = masses.sum(1, keepdims=True)
-    return np.where(totals > 0, masses / np.where(totals > 0, totals, 1), hosts / hosts.sum(1, keepdims=True))
+    return np.asarray(
+        np.where(totals > 0, masses / np.where(totals > 0, totals, 1), hosts / hosts.sum(1, keepdims=True))
+    )

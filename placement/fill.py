@@ -20,7 +20,7 @@ def _fill_layer(problem: PlacementProblem, layer: int, wish: Ints) -> Ints:
         around = (wish[expert] + np.arange(problem.num_devices)) % problem.num_devices
         devices[expert] = around[np.argmax(free[around] > 0)]
         free[devices[expert]] -= 1
-    return devices
+    return np.asarray(devices)
 
 
 def random_layer(problem: PlacementProblem, layer: int, rng: np.random.Generator) -> Ints:
@@ -32,4 +32,4 @@ def random_layer(problem: PlacementProblem, layer: int, rng: np.random.Generator
     )
     free = devices < 0
     devices[free] = rng.permutation(slots)[: int(free.sum())]
-    return devices
+    return np.asarray(devices)

@@ -42,7 +42,7 @@ class LayerCosts:
             cost += self.backward[layer - 1] @ one_hot(device_of[layer - 1], num_devices) @ self.hops
         if after and layer + 1 < self.problem.num_layers:
             cost += self.weights[layer] @ one_hot(device_of[layer + 1], num_devices) @ self.hops.T
-        return cost
+        return np.asarray(cost)
 
     def traffic(self, device_of: Ints) -> float:
         """Hop cost and own costs of a whole layout: the objective without the price of imbalance."""

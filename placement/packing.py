@@ -16,7 +16,7 @@ def pack_layer(problem: PlacementProblem, layer: int, first: Ints | None = None)
     """First copies [E] (those given, or packed), and replicas into the spare slots."""
     load = problem.load_share[layer]
     counts = copy_counts(load, problem.num_devices, problem.spare_slots * problem.num_devices)
-    devices = _pack_first_copies(problem, load / counts, problem.pinned[layer]) if first is None else first
+    devices = _pack_first_copies(problem, np.asarray(load / counts), problem.pinned[layer]) if first is None else first
     return devices, _pack_replicas(problem, load / counts, counts, devices)
 
 
@@ -32,7 +32,7 @@ def copy_counts(load: Floats, num_devices: int, spare: int) -> Ints:
 def _pack_first_copies(problem: PlacementProblem, load: Floats, pinned: Ints) -> Ints:
     topology = problem.topology
     node_slots = np.bincount(topology.node_of, problem.slots, topology.num_nodes).astype(np.int64)
-    node_share = np.bincount(topology.node_of, topology.fair_share, topology.num_nodes)
+    node_share = np.bincount(topology.node_of, topology.fair_share, topology.num_nodes).astype(np.float64)
     pinned_node = np.where(pinned >= 0, topology.node_of[pinned], -1)
     node_of_expert = pack(load, node_share, node_slots, pinned_node)
     devices = pinned.copy()

@@ -82,7 +82,7 @@ def _outside_cost(costs: LayerCosts, device_of: Ints, layer: int, a: int, b: int
         after = device_of[layer + 1]
         others = np.flatnonzero((after != a) & (after != b))
         cost += costs.weights[layer][:, others] @ costs.hops[:, after[others]].T[:, pair]
-    return cost
+    return np.asarray(cost)
 
 
 def _coupling(costs: LayerCosts, here: LayerStates, there: LayerStates, layer: int, a: int, b: int) -> Floats:
@@ -110,10 +110,10 @@ def _splits(now: npt.NDArray[np.bool_], slots: Ints) -> npt.NDArray[np.bool_]:
         changes += [
             (*i, *j) for i in combinations(np.flatnonzero(~now), 2) for j in combinations(np.flatnonzero(now), 2)
         ]
-    rows = np.tile(now, (len(changes), 1))
-    for row, change in zip(rows, changes, strict=True):
+    changed = np.tile(now, (len(changes), 1))
+    for row, change in zip(changed, changes, strict=True):
         row[list(change)] ^= True
-    return rows
+    return changed
 
 
 def _members(size: int, chosen: tuple[int, ...]) -> npt.NDArray[np.bool_]:

@@ -71,7 +71,7 @@ class PlacementProblem:
     max_imbalance: float | None = None
     """Hard limit, per layer, on a device's load over its fair share: 1.1 allows 10 % more than fair."""
     balance_price: float = 0.0
-    """Or a price: added to the objective per unit of (worst device's load over its fair share - 1), mean over layers."""
+    """Or a price: on the worst device's load over its fair share less 1, mean over layers."""
     pinned: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     """[L, E] the device an expert must be on; -1 is free. Empty: all free."""
     current: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
@@ -98,11 +98,11 @@ class PlacementProblem:
 
     @property
     def num_layers(self) -> int:
-        return self.load.shape[0]
+        return int(self.load.shape[0])
 
     @property
     def num_experts(self) -> int:
-        return self.load.shape[1]
+        return int(self.load.shape[1])
 
     @property
     def num_devices(self) -> int:
@@ -111,12 +111,12 @@ class PlacementProblem:
     @property
     def weights(self) -> Floats:
         """[L-1, E, E] transitions as shares: they sum to 1, so that uncut traffic over 1-cost links is the cut."""
-        return self.transitions / max(self.transitions.sum(), np.finfo(np.float64).tiny)
+        return np.asarray(self.transitions / max(self.transitions.sum(), np.finfo(np.float64).tiny))
 
     @property
     def load_share(self) -> Floats:
         """[L, E] each layer's load as shares that sum to 1."""
-        return self.load / self.load.sum(1, keepdims=True)
+        return np.asarray(self.load / self.load.sum(1, keepdims=True))
 
     @property
     def priced_moves(self) -> bool:

@@ -109,7 +109,7 @@ class Window:
                 fixed[self.experts[other]] = False
             hops = costs.hops[self.device_of[other][fixed]]
             cost += weights[:, fixed] @ hops
-        return cost
+        return np.asarray(cost)
 
     def _add_kept(self, here: int, there: int) -> None:
         topology = self.costs.problem.topology

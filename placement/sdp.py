@@ -40,7 +40,7 @@ class PairTraffic:
     @property
     def room(self) -> int:
         """Experts of a layer on one device."""
-        return self.weights.shape[1] // self.groups
+        return int(self.weights.shape[1] // self.groups)
 
 
 def kept_at_most(traffic: PairTraffic, time_limit_s: float, enough: float = -np.inf, iterations: int = 3000) -> float:
@@ -105,7 +105,7 @@ class _Multipliers:
         return cross, same
 
     def _spectral(self, traffic: PairTraffic) -> float:
-        """Each pair's matrix is 1/G everywhere plus G - 1 eigenvalues of at most 2E/G, orthogonal to each layer's ones."""
+        """Each pair's matrix is 1/G everywhere plus G - 1 eigenvalues of 2E/G, orthogonal to each layer's ones."""
         values = np.linalg.eigvalsh(_centred(self.pair))
         groups, room = traffic.groups, 2 * traffic.room
         return float(self.pair.sum() / groups + room * values[:, values.shape[1] - groups + 1 :].sum())
@@ -181,7 +181,7 @@ class _Admm:
         groups, room = self.traffic.groups, 2.0 * self.traffic.room
         values, vectors = np.linalg.eigh(_centred(matrices))
         values = _capped(values, room, room * (groups - 1))
-        return (vectors * values[:, None, :]) @ vectors.transpose(0, 2, 1) + 1 / groups
+        return np.asarray((vectors * values[:, None, :]) @ vectors.transpose(0, 2, 1) + 1 / groups)
 
 
 LOAD_RATE = 0.5
@@ -203,4 +203,4 @@ def _capped(values: Floats, most: float, total: float) -> Floats:
         shift = (low + high) / 2
         too_large = np.clip(values - shift[:, None], 0, most).sum(1) > total
         low, high = np.where(too_large, shift, low), np.where(too_large, high, shift)
-    return np.clip(values - high[:, None], 0, most)
+    return np.asarray(np.clip(values - high[:, None], 0, most))

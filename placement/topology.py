@@ -89,7 +89,7 @@ class Topology:
     @property
     def fair_share(self) -> Floats:
         """[G] the share of every layer's load that keeps all devices equally busy."""
-        return self.speed / self.speed.sum()
+        return np.asarray(self.speed / self.speed.sum())
 
     @property
     def hop_costs(self) -> Floats:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from placement.cost import Layout
-from placement.layer import LayerCosts, improve_by_swaps
+from placement.layer import LayerCosts
 from placement.packing import pack_layer
 from placement.problem import PlacementProblem
 from placement.run import Run
-from placement.swaps import LayerLoad
+from placement.swaps import LayerLoad, improve_by_swaps
 from placement.topology import Floats, Ints
 
 

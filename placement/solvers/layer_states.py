@@ -86,7 +86,7 @@ def _layer_costs(costs: LayerCosts, states: Ints, layer: int) -> Floats:
     """[S] what each state costs by itself."""
     view = LayerLoad.of(costs.problem, costs.load[layer])
     busy = np.stack([view.busy(row) for row in states])
-    return costs.own[layer][np.arange(states.shape[1]), states].sum(1) + view.cost(busy)
+    return np.asarray(costs.own[layer][np.arange(states.shape[1]), states].sum(1) + view.cost(busy))
 
 
 def _cheapest_way(costs: LayerCosts, states: Ints, layer: int, best: Floats, block: int = 512) -> tuple[Floats, Ints]:

@@ -17,7 +17,7 @@ from placement.problem import PlacementProblem
 from placement.run import Run
 from placement.solvers import local_search
 from placement.swaps import LayerLoad, improve_by_swaps
-from placement.topology import Ints, Topology
+from placement.topology import Floats, Ints, Topology
 
 GROUP = 4
 """Devices of a node where the topology has only one node."""
@@ -52,7 +52,9 @@ def _groups(problem: PlacementProblem) -> list[Ints]:
     return np.array_split(np.arange(topology.num_devices), min(count, topology.num_devices))
 
 
-def _stage(problem: PlacementProblem, load: Ints, transitions: Ints, parts: int, limit: float | None, run: Run) -> Ints:
+def _stage(
+    problem: PlacementProblem, load: Floats, transitions: Floats, parts: int, limit: float | None, run: Run
+) -> Ints:
     """[L, E] parts, by local search on crossings alone."""
     part = PlacementProblem(
         np.maximum(load, np.finfo(np.float64).tiny),

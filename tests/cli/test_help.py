@@ -12,7 +12,16 @@ import pytest
 from moe_serve.cli import main
 
 # The most CPU time help may take, in seconds; CPU time, since the machine may be busy. Typical: 0.1.
-COMMANDS = {"": 0.3, "serve": 0.3, "generate": 0.3, "chat": 0.3, "bench": 1.0, "bench serve": 1.0}
+COMMANDS = {
+    "": 0.3,
+    "serve": 0.3,
+    "generate": 0.3,
+    "chat": 0.3,
+    "bench": 1.0,
+    "bench serve": 1.0,
+    "plan": 0.5,
+    "plan watch": 0.5,
+}
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "fastapi", "pydantic", "httpx", "uvicorn"}
 PROBE = """
 import json, sys, time
@@ -39,7 +48,13 @@ def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
 def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE) == ["bench", "chat", "generate", "serve"]
+    assert re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE) == [
+        "bench",
+        "chat",
+        "generate",
+        "plan",
+        "serve",
+    ]
 
 
 def test_the_console_script_answers() -> None:
