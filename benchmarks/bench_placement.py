@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def planted_chain(experts: int, layers: int, clusters: int, seed: int = 0) -> Pl
     rng = np.random.default_rng(seed)
     cluster = np.stack([rng.permutation(experts) % clusters for _ in range(layers)])
     steps = []
-    for here, there in zip(cluster, cluster[1:], strict=False):
+    for here, there in pairwise(cluster):
         pull = rng.gamma(0.3, size=(experts, experts)) * np.where(here[:, None] == there[None, :], 0.5 * clusters, 1.0)
         steps.append(pull / pull.sum(1, keepdims=True))
     load = [rng.dirichlet(np.full(experts, 5.0))]

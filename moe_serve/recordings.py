@@ -9,6 +9,7 @@ From loads alone only balance can be planned: there are no transitions in them.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def _torch_load(path: str) -> Any:
 
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
+    except Exception as error:  # many kinds, for a file not its own
         raise ConfigError(f"{path}: cannot be read as a torch file ({type(error).__name__}); record it again") from None
 
 
@@ -91,9 +92,10 @@ def _array(path: str) -> npt.NDArray[Any]:
 
 
 def _routed_experts(path: str) -> npt.NDArray[Any] | None:
-    """The array vLLM calls so; None where the file is something else, or cannot be read (`trace.load` then says why)."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return np.asarray(file["routed_experts"]) if "routed_experts" in file.files else None
-    except Exception:  # numpy raises many kinds for a damaged file
+    """The array vLLM calls so; None where the file is a trace, or is missing (`trace.load` then says so)."""
+    if not Path(path).exists():
         return None
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(f"{path}: is no whole .npz file; record or copy it again")
+    with np.load(path, allow_pickle=False) as file:
+        return np.asarray(file["routed_experts"]) if "routed_experts" in file.files else None

@@ -115,7 +115,7 @@ def to_eplb(plan: PlacementPlan) -> dict[str, Ints]:
 
 
 def read_load(data: Any) -> Floats:
-    """[L, E] load from EPLB's weight [L, E], or from a mapping with SGLang's `logical_count` [steps, L, E] or [L, E]."""
+    """[L, E] load from EPLB's weight [L, E], or a mapping with SGLang's `logical_count` [steps, L, E] or [L, E]."""
     name = "load"
     if isinstance(data, Mapping):
         name = "logical_count"

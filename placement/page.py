@@ -43,7 +43,8 @@ def as_page(
         _pair(before, after, [_busy(problem, plan) for plan in (before, after)], "layer", "GPU"),
     ]
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Placement</title><style>{STYLE}</style>\n{body}</html>\n'
+    head = f'<meta charset="utf-8"><title>Placement</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en">{head}\n{body}</html>\n'
 
 
 def _busy(problem: PlacementProblem, plan: PlacementPlan) -> Floats:

@@ -19,12 +19,13 @@ Run = Callable[..., dict[str, Any]]
 def routes(seed: int, tokens: int = 400) -> Any:
     """Two hidden groups of experts; a token mostly stays in its group."""
     rng = np.random.default_rng(seed)
+    members = np.array([[0, 3, 5, 6], [1, 2, 4, 7]])
     ids = np.zeros((tokens, 4, 2), np.int64)
     for token in range(tokens):
         group = rng.integers(2)
         for layer in range(4):
             group = group if rng.random() < 0.9 else 1 - group
-            ids[token, layer] = 4 * group + rng.permutation(4)[:2]
+            ids[token, layer] = rng.permutation(members[group])[:2]
     return ids
 
 

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     counts = Counter(step.action for step in steps)
     total = moved_bytes(steps, expert_bytes)
     print(
-        f"{counts['copy'] + counts['restore']} experts written ({total / 2**20:.0f} MiB), {counts['park']} through the host"
+        f"{counts['copy'] + counts['restore']} experts written ({total / 2**20:.0f} MiB),"
+        f" {counts['park']} through the host"
     )
     print(json.dumps({"steps": len(steps), "moved_bytes": total, "expert_bytes": expert_bytes, **counts}))
     return 0

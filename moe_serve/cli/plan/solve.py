@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     print(as_table(problem, plans, unseen))
     for point in curve:
         print(
-            f"balance <= {point['max_imbalance']:g}: traffic {point['traffic']:.4f}, at least {point['lower_bound']:.4f}"
+            f"balance <= {point['max_imbalance']:g}: traffic {point['traffic']:.4f},"
+            f" at least {point['lower_bound']:.4f}"
         )
     print(json.dumps({**summary(plans, best), "curve": curve}))
     return 0 if best.cost.feasible else 1
