@@ -216,7 +216,7 @@ def test_import_really_loads_nothing_heavy(module: str) -> None:
 def _declared() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["gpu"], *extras["distributed"]]
+    lines = [*project["dependencies"], *extras["gpu"], *extras["distributed"], *extras["plot"]]
     return {_normal(re.split(r"[^\w.-]", line)[0]) for line in lines}
 
 
