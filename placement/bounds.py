@@ -40,6 +40,8 @@ def lower_bound(problem: PlacementProblem, time_limit_s: float, start_better: fl
     value = sum(
         price * (1 - _kept_semidefinite(problem, groups, time_limit_s / len(levels))) for price, groups in levels
     )
+    if value > problem.topology.node_hop_cost:
+        return quick  # above the dearest layout there is: a proof that none keeps the limit on load
     return max(quick, Bound(max(0.0, value), "semidefinite"), key=lambda bound: bound.value)
 
 

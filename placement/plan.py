@@ -50,7 +50,12 @@ class PlacementPlan:
 
     @property
     def gap(self) -> float:
-        """How far above the optimum the plan can be at most, relative to its own cost; 0 is optimal."""
+        """How far above the optimum the plan can be at most, relative to its own cost; 0 is optimal.
+
+        1 for a plan over its balance limit: the bound is on plans that keep it.
+        """
+        if not self.cost.feasible:
+            return 1.0
         return max(0.0, 1 - self.lower_bound / self.cost.total) if self.cost.total > 0 else 0.0
 
     @property

@@ -46,7 +46,7 @@ def _row(problem: PlacementProblem, plan: PlacementPlan) -> tuple[str, ...]:
         f"{cost.balance_worst:.3f}",
         f"{most_bytes(problem, plan) / 2**20:.0f}",
         f"{plan.seconds:.1f}",
-        f"{100 * plan.gap:.2f}",
+        f"{100 * plan.gap:.2f}" if cost.feasible else "-",
     )
 
 
