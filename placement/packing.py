@@ -8,6 +8,9 @@ from placement.problem import PlacementProblem
 from placement.swaps import LayerLoad, improve_by_swaps
 from placement.topology import Floats, Ints
 
+MOST_SWAPS = 30
+"""Swaps after packing one layer: packing is close already, and the last digits cost the most time."""
+
 Copies = list[tuple[int, int]]
 """(expert, device) of each further copy."""
 
@@ -64,7 +67,7 @@ def _even_out(problem: PlacementProblem, load: Floats, devices: Ints, pinned: In
     cost = np.where((pinned >= 0)[:, None] & (pinned[:, None] != np.arange(problem.num_devices)), 1e9, 0.0)
     total = load.sum() or 1.0
     view = LayerLoad(load / total, problem.topology.fair_share, 1.0, 1.0, problem.slots)
-    return improve_by_swaps(cost, view, devices)
+    return improve_by_swaps(cost, view, devices, MOST_SWAPS)
 
 
 def _pack_replicas(problem: PlacementProblem, load: Floats, counts: Ints, devices: Ints) -> Copies:
