@@ -12,7 +12,18 @@ import pytest
 from moe_serve.cli import main
 
 # The most CPU time help may take, in seconds; CPU time, since the machine may be busy. Typical: 0.1.
-COMMANDS = {"": 0.3, "serve": 0.3, "generate": 0.3, "chat": 0.3, "bench": 1.0, "bench serve": 1.0, "replay": 0.3}
+COMMANDS = {
+    "": 0.3,
+    "serve": 0.3,
+    "generate": 0.3,
+    "chat": 0.3,
+    "bench": 1.0,
+    "bench serve": 1.0,
+    "pack": 0.3,
+    "plan": 0.5,
+    "plan watch": 0.5,
+    "replay": 0.3,
+}
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "fastapi", "pydantic", "httpx", "uvicorn"}
 PROBE = """
 import json, sys, time
@@ -40,7 +51,7 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["bench", "chat", "generate", "pack", "replay", "serve"]
+    assert listed == ["bench", "chat", "generate", "pack", "plan", "replay", "serve"]
 
 
 def test_the_console_script_answers() -> None:

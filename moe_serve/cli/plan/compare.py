@@ -1,0 +1,46 @@
+"""`moe-serve plan compare PLAN PLAN ...`: plans side by side, as made or on one trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_serve.cli.plan.flags import positive
+from moe_serve.cli.plan.solve import use_one_thread
+
+HELP = "Put plans side by side."
+COLUMNS = ("traffic", "cross_device", "cross_node", "balance_mean", "balance_worst")
+
+
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument(
+        "plan", type=Path, metavar="PLAN", nargs="+", help="Plans written by `moe-serve plan --output`."
+    )
+    parser.add_argument(
+        "--trace", metavar="TRACE", nargs="+", help="Cost on this trace, not on the one each was made for."
+    )
+    parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
+
+
+def run(args: argparse.Namespace) -> int:
+    use_one_thread()
+    from moe_serve import planning
+    from placement.cost import evaluate
+    from placement.plan import load_plan
+
+    with planning.user_errors():
+        plans = [load_plan(path) for path in args.plan]
+        costs = [plan.cost for plan in plans]
+        if args.trace:
+            trace = planning.read_trace(args.trace, args.num_experts)
+            costs = [evaluate(planning.problem_of_plan(plan, trace), plan.layout) for plan in plans]
+    width = max(len(str(path)) for path in args.plan)
+    print("  ".join(["plan".ljust(width), *COLUMNS, "gap %"]))
+    for path, plan, cost in zip(args.plan, plans, costs, strict=True):
+        cells = [f"{getattr(cost, name):{len(name)}.4f}" for name in COLUMNS]
+        print("  ".join([str(path).ljust(width), *cells, f"{100 * plan.gap:5.2f}"]))
+    rows = [{"plan": str(path), **cost.to_json()} for path, cost in zip(args.plan, costs, strict=True)]
+    print(json.dumps({"plans": rows}))
+    return 0

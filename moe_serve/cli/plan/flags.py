@@ -1,0 +1,97 @@
+"""Flags the `plan` commands share. Imports no numpy: help must answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pkgutil
+from importlib.util import find_spec
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    return [number(part) for part in text.split(",")]
+
+
+def solver_names() -> list[str]:
+    """The files in placement/solvers/, found without importing them."""
+    spec = find_spec("placement")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = f"{next(iter(spec.submodule_search_locations))}/solvers"
+    return sorted(info.name for info in pkgutil.iter_modules([folder]))
+
+
+def add_problem_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("devices")
+    group.add_argument("--gpus", type=positive, default=8, metavar="G", help="Default: %(default)s.")
+    group.add_argument("--gpus-per-node", type=positive, metavar="N", help="Default: all on one node.")
+    group.add_argument(
+        "--node-hop-cost", type=number, metavar="X", help="A hop across nodes, in hops within one. Default: 1."
+    )
+    group.add_argument("--speed", type=numbers, metavar="X,X", help="Relative speeds, one per GPU. Default: all equal.")
+    group.add_argument("--memory-mib", type=numbers, metavar="N[,N]", help="For experts, per GPU. Default: no limit.")
+    group.add_argument("--expert-mib", type=number, default=1.0, metavar="X", help="Size of an expert. Default: 1.")
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--choices",
+        choices=("all", "top1"),
+        default="all",
+        help="Which of a token's experts count as its path. Default: all.",
+    )
+    group.add_argument(
+        "--max-imbalance", type=number, metavar="X", help="Most load over fair, every layer: 1.1 is 10 %% over."
+    )
+    group.add_argument(
+        "--balance-price", type=number, default=0.0, metavar="X", help="Price of load over fair. Default: 0."
+    )
+    group.add_argument(
+        "--replicas", type=int, default=0, metavar="N", help="Further experts per layer and GPU. Default: 0."
+    )
+    group.add_argument(
+        "--replica-routing",
+        choices=("nearest", "even"),
+        default="nearest",
+        help="Which copy a token takes. Default: nearest.",
+    )
+    group.add_argument("--pin", nargs="+", default=[], metavar="L:E:G", help="Layer, expert and the GPU it must be on.")
+    group.add_argument("--current", metavar="PLAN", help="The plan in force; moves from it cost --migration-price.")
+    group.add_argument(
+        "--migration-price", type=number, default=0.0, metavar="X", help="Per share of experts moved. Default: 0."
+    )
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--solver", nargs="+", choices=solver_names(), default=["contiguous", "load_balance", "auto"], metavar="NAME",
+        help=f"Of {', '.join(solver_names())}. Default: contiguous load_balance auto.",
+    )  # fmt: skip
+    group.add_argument(
+        "--time-limit", type=number, default=60.0, metavar="S", help="For each solver and its bound. Default: 60."
+    )
+    group.add_argument(
+        "--effort", type=positive, default=20, metavar="N", help="Starts and rounds. Default: %(default)s."
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="Same seed, same plan. Default: 0.")
+    group.add_argument(
+        "--curve", type=numbers, metavar="X,X", help="Also solve with these balance limits: the trade-off."
+    )
+    group.add_argument(
+        "--held-out", type=number, default=0.0, metavar="X",
+        help="Keep this fraction of the sequences out of planning and report on them. Default: 0.",
+    )  # fmt: skip
+    group.add_argument("--quiet", action="store_true", help="No progress.")

@@ -1,0 +1,114 @@
+"""`moe-serve plan watch PLAN TRACE ...`: does live traffic still suit the plan, and would a new one pay for moving?
+
+The trace is read in windows of whole sequences. Half of a window's sequences make a candidate, the other
+half judges it. With `--follow` the files are looked at again whenever they change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_serve.cli.plan.flags import number, positive
+from moe_serve.cli.plan.solve import use_one_thread
+
+if TYPE_CHECKING:
+    from placement.drift import Stakes, Verdict
+    from placement.plan import PlacementPlan
+    from predictors.trace import RoutingTrace
+
+HELP = "Decide from a live trace when rebalancing pays for its migration."
+
+
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="The plan in force.")
+    parser.add_argument("trace", metavar="TRACE", nargs="+", help="Recordings of one model, taken together.")
+    parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
+    parser.add_argument(
+        "--window", type=positive, default=20_000, metavar="N", help="Tokens per decision. Default: 20000."
+    )
+    parser.add_argument(
+        "--horizon", type=positive, metavar="N", help="Tokens a new plan is expected to serve. Default: 10 windows."
+    )
+    parser.add_argument(
+        "--hidden-bytes", type=positive, default=8192, metavar="N", help="A token's hidden state. Default: 8192."
+    )
+    parser.add_argument(
+        "--migration-weight", type=number, default=1.0, metavar="X", help="Price of a moved byte. Default: 1."
+    )
+    parser.add_argument("--time-limit", type=number, default=30.0, metavar="S", help="For each candidate. Default: 30.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: 0.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Write the plan to move to here, if any.")
+    parser.add_argument("--follow", type=number, metavar="S", help="Look again every S seconds, until Ctrl-C.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """One line of JSON per window. A plan that pays is in force from then on."""
+    use_one_thread()
+    from moe_serve import planning
+    from placement.plan import load_plan, save_plan
+
+    with planning.user_errors():
+        plan = load_plan(args.plan)
+        for number_, window in enumerate(_windows(args)):
+            verdict, candidate = _decide(args, plan, window)
+            print(json.dumps({"window": number_, "tokens": window.num_tokens, **verdict.to_json()}), flush=True)
+            if verdict.migrate:
+                plan = candidate
+                if args.output:
+                    save_plan(plan, args.output)
+    return 0
+
+
+def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
+    """Whole sequences, about --window tokens at a time; what is left over waits for more."""
+    from moe_serve import planning
+
+    done = 0
+    while True:
+        trace = planning.read_trace(args.trace, args.num_experts)
+        window: list[int] = []
+        tokens = 0
+        for sequence in range(done, trace.num_sequences):
+            window.append(sequence)
+            tokens += int(trace.seq_offsets[sequence + 1] - trace.seq_offsets[sequence])
+            if tokens >= args.window and len(window) > 1:
+                yield trace.select(window)
+                done, window, tokens = sequence + 1, [], 0
+        if args.follow is None:
+            return
+        time.sleep(args.follow)
+
+
+def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace) -> tuple[Verdict, PlacementPlan]:
+    from moe_serve import planning
+    from placement.drift import judge
+    from placement.solve import find_plan
+
+    order = list(range(window.num_sequences))
+    problem = planning.problem_of_plan(plan, window.select(order[::2]))
+    live = planning.problem_of_plan(plan, window.select(order[1::2]))
+    # Among equally good layouts the one nearest to the plan in force: a move costs what it costs in hop bytes.
+    stakes = _stakes(args, window, plan)
+    hop_bytes = stakes.horizon_tokens * (live.num_layers - 1) * stakes.choices_per_hop * stakes.hidden_bytes
+    price = problem.load.size * problem.expert_bytes * stakes.migration_weight / max(hop_bytes, 1.0)
+    priced = problem.with_(current=plan.layout.device_of, migration_price=price)
+    candidate = find_plan(priced, "auto", seed=args.seed, time_limit_s=args.time_limit, effort=4)
+    candidate = replace(candidate, provenance=planning.provenance(window))
+    return judge(live, plan, candidate, stakes), candidate
+
+
+def _stakes(args: argparse.Namespace, window: RoutingTrace, plan: PlacementPlan) -> Stakes:
+    from placement.drift import Stakes
+
+    return Stakes(
+        hidden_bytes=args.hidden_bytes,
+        horizon_tokens=args.horizon or 10 * args.window,
+        choices_per_hop=1.0 if plan.objective.get("choices") == "top1" else float(window.top_k),
+        migration_weight=args.migration_weight,
+    )

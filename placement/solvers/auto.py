@@ -1,0 +1,22 @@
+"""Everything, in order of cost, within the time limit: exact where the size allows, else local search and polish."""
+
+from __future__ import annotations
+
+from placement.cost import Layout
+from placement.problem import PlacementProblem
+from placement.replicate import add_replicas
+from placement.run import Run
+from placement.solvers import chain, layer_states, load_balance, local_search, round_robin
+
+
+def solve(problem: PlacementProblem, run: Run) -> Layout:
+    """Never worse than round_robin or load_balance: they are tried too."""
+    for simple in (round_robin, load_balance, chain):
+        simple.solve(problem, run)
+    if layer_states.fits(problem):
+        layer_states.solve(problem, run)
+    else:
+        local_search.solve(problem, run)
+    assert run.best is not None
+    run.offer(add_replicas(problem, run.best), "replicas")
+    return run.best
