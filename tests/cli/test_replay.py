@@ -150,7 +150,7 @@ def test_a_missing_matplotlib_is_said_before_the_replay(
 
 MISTAKES = {
     "no such trace": (["{dir}/none.npz"], "none.npz: file: does not exist"),
-    "a trace that is none": (["{dir}/text.npz"], "text.npz: file: cannot be read"),
+    "a trace that is none": (["{dir}/text.npz"], "text.npz: is no whole .npz file"),
     "a recording that does not say its experts": (["{dir}/rows.npy"], "rows.npy: does not say how many experts"),
     "a torch file that is none": (["{dir}/bad.pt", "--num-experts", "8"], "bad.pt: cannot be read"),
     "an array that is none": (["{dir}/bad.npy", "--num-experts", "8"], "bad.npy: cannot be read"),
