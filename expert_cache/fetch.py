@@ -117,6 +117,8 @@ class Fetcher:
         self._queue: list[Fetch] = []
         self._changed = threading.Condition()
         self._num_reading = 0
+        self._guess: Chunk | None = None
+        """The chunk that is being read on a prediction."""
         self._reading_since = 0.0
         self._num_submitted = 0
         self._closing = False
@@ -179,15 +181,21 @@ class Fetcher:
     def _next_chunk(self) -> tuple[Fetch, Chunk] | None:
         with self._changed:
             while not self._closing:
-                waiting = [f for f in self._queue if f.wants_reading]
+                waiting = [f for f in self._queue if f.wants_reading and self._may_start(f)]
                 if waiting:
                     fetch = max(waiting, key=lambda f: (f.urgency, -f.order))
                     chunk = fetch.chunks[fetch.num_issued]
                     fetch.num_issued += 1
+                    if fetch.urgency < DEMAND:
+                        self._guess = chunk
                     self._start_clock()
                     return fetch, chunk
                 self._changed.wait()
             return None
+
+    def _may_start(self, fetch: Fetch) -> bool:
+        """One thread at most reads what was only predicted, so that a demand finds another one free."""
+        return fetch.urgency == DEMAND or self._guess is None
 
     def _try_to_read(self, fetch: Fetch, chunk: Chunk) -> ExpertReadError | None:
         memory = fetch.memory[chunk.memory_offset : chunk.memory_offset + chunk.num_bytes]
@@ -209,6 +217,8 @@ class Fetcher:
     def _chunk_done(self, fetch: Fetch, chunk: Chunk, error: ExpertReadError | None) -> None:
         with self._changed:
             self._stop_clock()
+            if self._guess is chunk:
+                self._guess = None
             self.num_bytes += chunk.num_bytes
             fetch.num_bytes_read += chunk.num_bytes
             fetch.error = fetch.error or error
