@@ -26,6 +26,7 @@ from expert_cache.fetch import DEMAND, Fetch, Fetcher
 from expert_cache.live_shadows import LiveShadows
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.pools import resized
+from expert_cache.report import Residency
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights, views_in
@@ -195,6 +196,21 @@ class ExpertCache:
     def used_bytes(self) -> int:
         """Memory of the slots in use."""
         return self.table.num_owned * self.arena.slot_bytes
+
+    def residency(self) -> Residency:
+        """What is in slots now, and what was read to get there."""
+        num_bytes, busy_s = self.fetcher.activity()
+        return Residency(
+            ready=self.table.slot_of >= 0,
+            unused=self.table.unused.copy(),
+            fast_tier="device",
+            slow_tier="disk" if self.arena.lands_in_place else "host",
+            num_slots=self.num_slots,
+            slot_bytes=self.arena.slot_bytes,
+            used_bytes=self.used_bytes,
+            link_bytes=num_bytes,
+            link_busy_s=busy_s,
+        )
 
     def check_integrity(self) -> None:
         """Prove the invariants; AssertionError says which one broke."""

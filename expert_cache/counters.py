@@ -60,6 +60,10 @@ class CacheCounters:
         """Sums over the layers."""
         return ExpertTotals(*(float(getattr(self, f.name).sum()) for f in fields(ExpertTotals)))
 
+    def by_layer(self) -> dict[str, NDArray[np.int64] | NDArray[np.float64]]:
+        """Copies [L] by name."""
+        return {f.name: getattr(self, f.name).copy() for f in fields(ExpertTotals)}
+
     @property
     def num_hits(self) -> int:
         return int(self.hits.sum())

@@ -160,6 +160,12 @@ class Fetcher:
         with self._changed:
             self._changed.wait_for(is_enough)
 
+    def activity(self) -> tuple[int, float]:
+        """Bytes read so far, and seconds during which something was being read, to this moment."""
+        with self._changed:
+            running_s = time.perf_counter() - self._reading_since if self._num_reading else 0.0
+            return self.num_bytes, self.busy_s + running_s
+
     def close(self) -> None:
         """Drop what is queued and end the threads."""
         with self._changed:

@@ -21,7 +21,9 @@ from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped, regroup
+from expert_cache.report import ExpertReport, Residency
 from expert_cache.store import ExpertStore
+from expert_cache.usage import ExpertUsage
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
 
 
@@ -40,6 +42,7 @@ class Experts(Protocol):
     def release(self, wanted: Acquisition, expert: int) -> None: ...
     def abandon(self, wanted: Acquisition) -> None: ...
     def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None: ...
+    def residency(self) -> Residency: ...
     def check_integrity(self) -> None: ...
     def close(self) -> None: ...
 
@@ -52,6 +55,7 @@ class ExpertLayers:
         self.experts = experts
         self.compute = compute
         self.advisor = advisor
+        self.usage = ExpertUsage(experts.store.layers, experts.store.num_experts)
         self._failed_rows: dict[int, ExpertReadError] = {}
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -62,6 +66,7 @@ class ExpertLayers:
         """
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
+        self.usage.use(layer, groups.experts, groups.counts)
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
             if self.advisor is not None:
@@ -78,6 +83,7 @@ class ExpertLayers:
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers
         for advice in advisor.advise(layers.index(layer), experts, hidden):
+            self.usage.expect(layers[advice.layer], advice.experts)
             self.experts.prefetch(layers[advice.layer], advice.experts, advice.urgencies)
 
     def _run_as_they_come(
@@ -106,6 +112,19 @@ class ExpertLayers:
         for expert in started.keys() & wanted.ready.keys():
             self.compute.finish(started.pop(expert), out)
             self.experts.release(wanted, expert)
+
+    def report(self) -> ExpertReport:
+        """What the experts did since the start, and where they are now. Any thread may ask."""
+        store = self.experts.store
+        return ExpertReport(
+            layers=store.layers,
+            expert_bytes=store.expert_bytes,
+            tokens=self.usage.tokens(),
+            counts=self.experts.counters.by_layer() | self.usage.predictions(),
+            residency=self.experts.residency(),
+            shadow_hits=self.experts.shadow_hits,
+            belady_gap_frac=self.experts.belady_gap_frac,
+        )
 
     def take_failures(self) -> dict[int, ExpertReadError]:
         """Tokens of the steps since the last call whose results are worthless, by their row, and why."""

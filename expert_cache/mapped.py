@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from expert_cache.acquisition import Acquisition
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
+from expert_cache.report import Residency
 from expert_cache.store import ExpertStore, ExpertWeights
 
 
@@ -33,6 +36,11 @@ class MappedExperts:
     def shadow_hits(self) -> dict[str, int]:
         """There is no cache another policy could run."""
         return {}
+
+    def residency(self) -> Residency:
+        """Every expert is mapped."""
+        shape = len(self.store.layers), self.store.num_experts
+        return Residency(np.ones(shape, np.bool_), np.zeros(shape, np.bool_), fast_tier="host", slow_tier="host")
 
     def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
         """Everything is ready at once."""

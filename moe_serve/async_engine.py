@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
 from moe_serve.errors import EngineDeadError, InvalidRequestError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SampleOutput
@@ -29,7 +30,7 @@ MAX_FAILED_STEPS = 3
 
 
 class EngineLike(Protocol):
-    """What AsyncEngine needs of an engine; all but check_request run on the worker thread."""
+    """What AsyncEngine needs of an engine; all but check_request and expert_report run on the worker thread."""
 
     config: EngineConfig
     observer: StatsObserver | None
@@ -44,6 +45,7 @@ class EngineLike(Protocol):
     def has_work(self) -> bool: ...
     def fail_running(self, message: str) -> list[SampleOutput]: ...
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def expert_report(self) -> ExpertReport | None: ...
     def close(self) -> None: ...
 
 

@@ -158,6 +158,7 @@ class ServerConfig(FromDict):
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
     served_model_name: str | None = option(None, "Name clients use for the model. Default: the model folder's name.")
     disable_log_stats: bool = option(False, "Do not log throughput every ten seconds.")
+    dashboard: bool = option(True, "Serve the live page at /dashboard.")
     uvicorn_log_level: str = option(
         "info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug")
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from expert_cache.report import ExpertReport
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
@@ -126,6 +127,12 @@ class Engine:
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts, between steps. InvalidRequestError says why it cannot be."""
         self.runner.resize_expert_cache(moe_cache_mib)
+
+    def expert_report(self) -> ExpertReport | None:
+        """What the experts have done so far; None for a runner that has none. Any thread may call."""
+        layers = getattr(self.runner, "expert_layers", None)
+        report: ExpertReport | None = None if layers is None else layers.report()
+        return report
 
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""

@@ -5,7 +5,6 @@ Knows nothing of Prometheus and nothing of the engine, so both sides can depend 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,10 +33,6 @@ class StepStats:
     """For each sequence that got its first token: seconds since its request arrived."""
     experts: ExpertTotals = field(default_factory=ExpertTotals)
     """What the expert cache did in this step."""
-    shadow_hits: Mapping[str, int] = field(default_factory=dict)
-    """Total hits so far that other cache policies would have had, by policy."""
-    belady_gap_frac: float | None = None
-    """Of the expert cache's recent misses, the fraction that perfect foresight would have avoided."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,8 +68,6 @@ class StepRecorder:
             inter_token_s=gaps,
             time_to_first_token_s=tuple(now - s.request.arrival_time_s for s in firsts),
             experts=self._expert_totals().since(self._experts_before),
-            shadow_hits=self._experts.shadow_hits if self._experts is not None else {},
-            belady_gap_frac=self._experts.belady_gap_frac if self._experts is not None else None,
         )
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SamplingParams
-from moe_serve.server import chat, completions, http_errors, sse
+from moe_serve.server import chat, completions, dashboard, http_errors, sse
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
@@ -63,10 +63,11 @@ def create_app(
     version: str = "0",
     sampling_defaults: Mapping[str, Any] | None = None,
     drain_timeout_s: float = 5.0,
+    with_dashboard: bool = True,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
     pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
-    metrics = Metrics(model_name, pages)
+    metrics = Metrics(model_name, pages, engine.engine.expert_report, engine.engine.config.moe_prefetch)
     engine.engine.observer = metrics
     service = Service(
         engine, tokenizer, model_name, model_path, version, sampling_defaults or {}, metrics, int(time.time())
@@ -77,6 +78,8 @@ def create_app(
     _add_tokenization(app, service)
     _add_operation(app, service)
     _add_information(app, service)
+    if with_dashboard:
+        dashboard.install(app, service)
     return app
 
 

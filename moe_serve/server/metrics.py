@@ -1,16 +1,18 @@
 """Prometheus metrics: vLLM's names and buckets under the prefix `moe_serve:`, so dashboards port.
 
 A StatsObserver: the engine thread calls it, prometheus_client's own locks make that safe. One
-registry per instance; knows nothing of HTTP.
+registry per instance; what the experts do is in expert_metrics.py; knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from expert_cache.report import ExpertReport
+from moe_serve.server.expert_metrics import ExpertCollector
+from moe_serve.server.live import LiveStats
 from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
 PREFIX = "moe_serve:"
@@ -48,7 +50,6 @@ GAUGES = {
     "num_requests_running": "Samples in the running batch.",
     "num_requests_waiting": "Samples waiting for a place in the batch.",
     "kv_cache_usage_perc": "Used fraction of the KV pages, 0 to 1.",
-    "expert_cache_belady_gap_perc": "Recent expert cache misses that perfect foresight would have avoided, 0 to 1.",
 }
 COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
@@ -56,16 +57,6 @@ COUNTERS = {
     "prompt_tokens": "Prompt tokens computed.",
     "generation_tokens": "Tokens sampled.",
     "num_preemptions": "Samples that lost their pages and were recomputed.",
-    "expert_cache_queries": "(layer, expert) uses, one per layer, step and expert.",
-    "expert_cache_hits": "Of those, the ones whose expert was there when the router asked.",
-    "expert_cache_prefetch_hits": "Of the hits, the first uses of experts brought ahead of time.",
-    "expert_cache_late_prefetches": "Uses whose expert was on its way when the router asked.",
-    "expert_cache_evictions": "Experts that lost their slot.",
-    "expert_load_bytes": "Bytes read because the router asked.",
-    "expert_prefetch_bytes": "Bytes read ahead of time.",
-    "expert_wasted_bytes": "Of the bytes read ahead of time, those cancelled or evicted before any use.",
-    "expert_read_errors": "Experts whose bytes could not be read or were damaged.",
-    "expert_stall_seconds": "Time the model waited for experts.",
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "iteration_tokens_total": ("Tokens computed in a step.", ITERATION_TOKENS),
@@ -89,7 +80,16 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model_name: str, cache_config: Mapping[str, object] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        cache_config: Mapping[str, object],
+        expert_report: Callable[[], ExpertReport | None],
+        predictor: str = "off",
+    ) -> None:
+        """`cache_config`: facts for cache_config_info. `predictor`: who advises the expert cache, if anybody."""
+        self.live = LiveStats(expert_report)
+        """The last minute, for whoever draws it."""
         self._registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         names, values = list(labels), list(labels.values())
@@ -113,14 +113,9 @@ class Metrics:
         self._rejections = Counter(
             PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self._registry
         )
-        self._shadow_hits = Gauge(
-            PREFIX + "expert_shadow_hits",
-            "Hits since the start that another cache policy would have had.",
-            [*names, "policy"],
-            registry=self._registry,
-        )
         info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
         Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self._registry).labels(**info).set(1)
+        self._registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -131,29 +126,15 @@ class Metrics:
         self._rejections.labels(*self._label_values, reason).inc()
 
     def on_step(self, stats: StepStats) -> None:
-        experts = stats.experts
+        self.live.on_step(stats)
         for name, amount in (
             ("prefix_cache_queries", stats.prefix_queried_tokens),
             ("prefix_cache_hits", stats.prefix_hit_tokens),
             ("prompt_tokens", stats.num_prompt_tokens),
             ("generation_tokens", stats.num_generated_tokens),
             ("num_preemptions", stats.num_preemptions),
-            ("expert_cache_queries", experts.hits + experts.misses),
-            ("expert_cache_hits", experts.hits),
-            ("expert_cache_prefetch_hits", experts.prefetch_hits),
-            ("expert_cache_late_prefetches", experts.late_prefetches),
-            ("expert_cache_evictions", experts.evictions),
-            ("expert_load_bytes", experts.demand_bytes),
-            ("expert_prefetch_bytes", experts.prefetch_bytes),
-            ("expert_wasted_bytes", experts.wasted_bytes),
-            ("expert_read_errors", experts.read_errors),
-            ("expert_stall_seconds", experts.stall_s),
         ):
             self._counters[name].inc(amount)
-        for policy, hits in stats.shadow_hits.items():
-            self._shadow_hits.labels(*self._label_values, policy).set(hits)
-        if stats.belady_gap_frac is not None:
-            self._gauges["expert_cache_belady_gap_perc"].set(stats.belady_gap_frac)
         self._histograms["iteration_tokens_total"].observe(stats.num_prompt_tokens + stats.num_generated_tokens)
         for seconds in stats.time_to_first_token_s:
             self._histograms["time_to_first_token_seconds"].observe(seconds)
@@ -161,11 +142,13 @@ class Metrics:
             self._histograms["inter_token_latency_seconds"].observe(seconds)
 
     def on_load(self, load: EngineLoad) -> None:
+        self.live.on_load(load)
         self._gauges["num_requests_running"].set(load.num_running)
         self._gauges["num_requests_waiting"].set(load.num_waiting)
         self._gauges["kv_cache_usage_perc"].set(load.kv_usage_frac)
 
     def on_finished(self, stats: FinishedStats) -> None:
+        self.live.on_finished(stats)
         self._success.labels(*self._label_values, str(stats.finish_reason)).inc()
         observed = {
             "e2e_request_latency_seconds": stats.e2e_s,

@@ -42,11 +42,12 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
         model_path=engine_config.model,
         version=__version__,
         sampling_defaults=read_generation_defaults(engine_config.model, engine_config.generation_config),
+        with_dashboard=server_config.dashboard,
     )
     server = uvicorn.Server(
         uvicorn.Config(app, log_level=server_config.uvicorn_log_level, timeout_graceful_shutdown=10, access_log=False)
     )
-    _announce(server_config.host, bound.getsockname()[1], name)
+    _announce(server_config, bound.getsockname()[1], name)
     asyncio.run(server.serve(sockets=[bound]))
 
 
@@ -85,9 +86,11 @@ def _log_engine(engine: Engine, seconds: float) -> None:
     )
 
 
-def _announce(host: str, port: int, name: str) -> None:
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+def _announce(config: ServerConfig, port: int, name: str) -> None:
+    shown = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     log.info("serving %s at %s - try:", name, url)
     body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
     log.info("  curl %s/v1/chat/completions -H 'Content-Type: application/json' -d '%s'", url, body)
+    if config.dashboard:
+        log.info("  dashboard and chat: %s/dashboard", url)

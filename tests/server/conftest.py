@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertReport, Residency
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
@@ -70,6 +72,8 @@ class FakeEngine:
     finished: list[str] = field(default_factory=list)
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
+    num_steps: int = 0
+    has_experts: bool = True
     gate: threading.Event = field(default_factory=threading.Event)
     """Steps wait for it; open unless a test closes it."""
 
@@ -109,6 +113,9 @@ class FakeEngine:
         if moe_cache_mib > 100:
             raise InvalidRequestError("mib", "more than there is")
         self.expert_cache_mib = moe_cache_mib
+
+    def expert_report(self) -> ExpertReport | None:
+        return expert_report(self.num_steps) if self.has_experts else None
 
     def close(self) -> None:
         self.is_closed = True
@@ -183,10 +190,9 @@ class FakeEngine:
             return
         prompt = sum(len(s.request.prompt_token_ids) for s in admitted)
         count = len(self.running)
-        experts = ExpertTotals(hits=3, misses=1, demand_bytes=500, stall_s=0.25)
-        self.observer.on_step(
-            StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), experts, {"lru": 9}, 0.25)
-        )
+        experts = ExpertTotals(hits=6, misses=2, demand_bytes=1000, stall_s=0.5)
+        self.num_steps += 1
+        self.observer.on_step(StepStats(0.01, prompt, count, 0, prompt, prompt // 2, (0.01,), (0.1,), experts))
         self.observer.on_load(EngineLoad(count, len(self.waiting), 0.5))
         for s in self.running:
             if s.done:
@@ -194,6 +200,25 @@ class FakeEngine:
                 self.observer.on_finished(
                     FinishedStats(reason, num_prompt, s.generated, s.request.params.max_tokens, 1, 0.4, 0.1, 0.1, 0.2)
                 )
+
+
+def expert_report(num_steps: int) -> ExpertReport:
+    """Two layers of four experts, numbered 1 and 3: what so many equal steps leave behind."""
+    counts = {
+        **{f.name: np.zeros(2, np.int64) for f in fields(ExpertTotals)},
+        "hits": np.array([2, 4]) * num_steps,
+        "misses": np.array([2, 0]) * num_steps,
+        "demand_bytes": np.array([1000, 0]) * num_steps,
+        "stall_s": np.array([0.5, 0.0]) * num_steps,
+        "predicted_used": np.array([0, 3]) * num_steps,
+        "predicted_unused": np.array([0, 2]) * num_steps,
+        "unpredicted": np.array([0, 1]) * num_steps,
+    }
+    ready = np.array([[True, True, False, False], [True, True, True, True]])
+    unused = np.array([[False] * 4, [False, False, False, True]])
+    residency = Residency(ready, unused, "device", "disk", 6, 512, 3072, 1000 * num_steps, 0.5 * num_steps)
+    tokens = np.array([[4, 0, 0, 0], [1, 1, 1, 1]]) * num_steps
+    return ExpertReport((1, 3), 500, tokens, counts, residency, {"lru": 9}, 0.25)
 
 
 def train_byte_level(folder: Path) -> Path:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from moe_serve.config import EngineConfig
+from moe_serve.server import expert_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
 COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions"),
-    *("expert_cache_queries", "expert_cache_hits", "expert_cache_prefetch_hits", "expert_cache_late_prefetches"),
-    *("expert_cache_evictions", "expert_load_bytes", "expert_prefetch_bytes", "expert_wasted_bytes"),
-    *("expert_read_errors", "expert_stall_seconds", "request_success", "admission_rejections"),
+    *("request_success", "admission_rejections"),
+    *expert_metrics.COUNTERS,
 )
 GAUGES = (
     "num_requests_running",
     "num_requests_waiting",
     "kv_cache_usage_perc",
     "cache_config_info",
-    *("expert_cache_belady_gap_perc", "expert_shadow_hits"),
+    *expert_metrics.GAUGES,
 )
 HISTOGRAMS = (
     *("iteration_tokens_total", "time_to_first_token_seconds", "inter_token_latency_seconds"),
@@ -29,15 +34,16 @@ GOOD = ("/v1/completions", {"prompt": [5, 6, 7, 8], "max_tokens": 5})
 
 
 def scrape(served: Any, *posts: Any) -> dict[str, float]:
-    """Values by name after these posts; labels other than the reason left out."""
+    """Values by name after these posts, summed over layers; other labels than these, and the reason, left out."""
     text = served.talk(*posts, ("/metrics", None))[-1].text
-    values = {}
+    values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             assert sample.labels["model_name"] == "fake-model"
             assert sample.labels["engine"] == "0"
             reason = sample.labels.get("finished_reason") or sample.labels.get("reason") or ""
-            values[f"{sample.name.removeprefix('moe_serve:')}{reason and '/' + reason}"] = sample.value
+            name = f"{sample.name.removeprefix('moe_serve:')}{reason and '/' + reason}"
+            values[name] = values.get(name, 0) + sample.value if "layer" in sample.labels else sample.value
     return values
 
 
@@ -54,10 +60,10 @@ def test_counters_move(served: Any) -> None:
     assert values["prompt_tokens_total"] == 8
     assert values["generation_tokens_total"] == 10
     assert values["prefix_cache_hits_total"] == 4
-    assert values["expert_cache_queries_total"] == 40
-    assert values["expert_cache_hits_total"] == 30
-    assert values["expert_load_bytes_total"] == 5000
-    assert values["expert_stall_seconds_total"] == 2.5
+    assert values["expert_cache_queries_total"] == 80
+    assert values["expert_cache_hits_total"] == 60
+    assert values["expert_load_bytes_total"] == 10000
+    assert values["expert_stall_seconds_total"] == 5
     assert values["expert_cache_belady_gap_perc"] == 0.25
     assert values["expert_shadow_hits"] == 9
     assert values["request_success_total/length"] == 2
@@ -70,3 +76,62 @@ def test_counters_move(served: Any) -> None:
 def test_two_apps_share_nothing(make: Any) -> None:
     assert scrape(make(), GOOD)["prompt_tokens_total"] == 4
     assert scrape(make())["prompt_tokens_total"] == 0
+
+
+def layered(served: Any, name: str) -> dict[tuple[str, ...], float]:
+    """Samples of a metric after two requests of five steps each, by its labels other than model and engine."""
+    text = served.talk(GOOD, GOOD, ("/metrics", None))[-1].text
+    samples = (s for f in text_string_to_metric_families(text) for s in f.samples)
+    return {
+        tuple(v for k, v in sorted(s.labels.items()) if k not in ("model_name", "engine")): s.value
+        for s in samples
+        if s.name == f"moe_serve:{name}"
+    }
+
+
+def test_what_experts_do_is_told_by_layer(make: Any) -> None:
+    assert layered(make(), "expert_cache_hits_total") == {("1",): 20, ("3",): 40}
+    assert layered(make(), "expert_stall_seconds_total") == {("1",): 5, ("3",): 0}
+    assert layered(make(), "expert_cache_resident") == {("1",): 2, ("3",): 4}
+    assert layered(make(), "expert_balancedness") == {("1",): 0.25, ("3",): 1}
+
+
+def test_bytes_are_told_by_tier(make: Any) -> None:
+    used = layered(make(), "expert_used_bytes_total")
+    assert used == {("1", "device"): 10000, ("1", "disk"): 10000, ("3", "device"): 20000, ("3", "disk"): 0}
+    assert layered(make(), "expert_load_bytes_total") == {("1", "disk"): 10000, ("3", "disk"): 0}
+
+
+def test_predictions_are_told_only_where_somebody_predicts(make: Any) -> None:
+    predicting = EngineConfig(moe_prefetch="next-gate")
+    assert layered(make(config=predicting), "expert_prediction_tp_total") == {
+        ("1", "next-gate"): 0,
+        ("3", "next-gate"): 30,
+    }
+    assert layered(make(config=predicting), "expert_prediction_fp_total")["3", "next-gate"] == 20
+    assert layered(make(config=predicting), "expert_prediction_fn_total")["3", "next-gate"] == 10
+    assert layered(make(), "expert_prediction_tp_total") == {}
+
+
+def test_an_engine_without_experts_has_no_samples_of_them(make: Any) -> None:
+    served = make(has_experts=False)
+    assert layered(served, "expert_cache_queries_total") == {}
+    assert scrape(make(has_experts=False), GOOD)["prompt_tokens_total"] == 4
+
+
+def docs_table(served: Any) -> str:
+    """The table of docs/metrics.md, from what a server says of itself."""
+    families = {**expert_metrics.COUNTERS, **expert_metrics.GAUGES}
+    labels = {name: ", ".join(family.labels) for name, family in families.items()}
+    labels |= {"request_success": "finished_reason", "admission_rejections": "reason"}
+    rows = ["| name | type | labels | meaning |", "|---|---|---|---|"]
+    for family in text_string_to_metric_families(served.talk(("/metrics", None))[0].text):
+        name = family.name.removeprefix("moe_serve:")
+        if not name.endswith("_created"):
+            rows.append(f"| `{name}` | {family.type} | {labels.get(name, '')} | {family.documentation} |")
+    return "\n".join(rows)
+
+
+def test_every_metric_is_in_the_docs(served: Any) -> None:
+    table = docs_table(served)
+    assert table in (ROOT / "docs" / "metrics.md").read_text(), f"docs/metrics.md is stale; its table is:\n{table}"

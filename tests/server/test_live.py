@@ -1,0 +1,157 @@
+"""The last minute of an engine: what enters the window, what leaves it, and the arithmetic on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertReport, Residency
+from moe_serve.sequence import FinishReason
+from moe_serve.server.live import LiveStats
+from moe_serve.stats import FinishedStats, StepStats
+
+
+class Clock:
+    """Goes when told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def step(
+    prompt: int = 0, generated: int = 0, seconds: float = 0.1, ttft: tuple[float, ...] = (), **experts: float
+) -> Any:
+    return StepStats(seconds, prompt, generated, 0, 0, 0, (), ttft, ExpertTotals(**experts))
+
+
+def finished(num_tokens: int, decode_s: float) -> FinishedStats:
+    return FinishedStats(FinishReason.STOP, 1, num_tokens, None, 1, 1.0, 0.0, 0.1, decode_s)
+
+
+class Experts:
+    """One layer of two experts of 100 bytes; a test moves its counts."""
+
+    def __init__(self) -> None:
+        names = ("hits", "misses", "stall_s", "predicted_used", "predicted_unused", "unpredicted")
+        self.counts = {name: np.zeros(1) for name in names}
+        self.tokens = np.zeros((1, 2), np.int64)
+        self.link = (0, 0.0)
+
+    def report(self) -> ExpertReport:
+        ready = np.ones((1, 2), np.bool_)
+        residency = Residency(ready, ~ready, "device", "disk", 2, 100, 200, *self.link)
+        counts = {name: values.copy() for name, values in self.counts.items()}
+        return ExpertReport((0,), 100, self.tokens.copy(), counts, residency, {}, None)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def live(clock: Clock) -> LiveStats:
+    return LiveStats(lambda: None, clock)
+
+
+def test_rates_are_those_of_the_last_minute(live: LiveStats, clock: Clock) -> None:
+    for _ in range(120):
+        clock.now += 1
+        live.on_step(step(prompt=3, generated=2))
+    assert live.window().seconds == 60
+    assert live.window().generated_tokens_per_s == 2
+    assert live.window().prompt_tokens_per_s == 3
+    assert len(live.seconds()) == 60
+
+
+def test_what_is_older_leaves_the_window_though_nothing_runs(live: LiveStats, clock: Clock) -> None:
+    clock.now += 1
+    live.on_step(step(generated=50, ttft=(0.5,)))
+    assert live.ttft().p50_s == 0.5
+    for _ in range(70):
+        clock.now += 1
+        window = live.window()
+    assert window.generated_tokens_per_s == 0
+    assert live.ttft().p50_s is None
+
+
+def test_nobody_looking_for_long_costs_no_accuracy(live: LiveStats, clock: Clock) -> None:
+    clock.now += 1000
+    live.on_step(step(generated=10))
+    assert live.window().generated_tokens_per_s == 0.01
+    assert [piece.seconds for piece in live.seconds()] == [1000]
+
+
+def test_steps_between_two_seconds_are_not_lost(live: LiveStats, clock: Clock) -> None:
+    for _ in range(25):
+        clock.now += 0.1
+        live.on_step(step(generated=1))
+    assert live.window().generated_tokens_per_s == pytest.approx(10)
+    assert len(live.seconds()) == 2
+
+
+def test_percentiles(live: LiveStats) -> None:
+    live.on_step(step(ttft=tuple(i / 100 for i in range(101))))
+    assert live.ttft().count == 101
+    assert live.ttft().p50_s == pytest.approx(0.5)
+    assert live.ttft().p99_s == pytest.approx(0.99)
+
+
+def test_time_per_output_token_is_that_after_the_first(live: LiveStats) -> None:
+    live.on_finished(finished(num_tokens=11, decode_s=2.0))
+    live.on_finished(finished(num_tokens=1, decode_s=0.0))
+    assert live.tpot().count == 1
+    assert live.tpot().p99_s == pytest.approx(0.2)
+
+
+def test_the_limit_is_that_of_the_needed_bytes_at_the_links_rate(clock: Clock) -> None:
+    experts = Experts()
+    live = LiveStats(experts.report, clock)
+    clock.now += 10
+    experts.link = (2000, 0.5)  # 4000 bytes/s
+    live.on_step(step(prompt=9, generated=1, seconds=5.0, misses=50))  # a prompt: does not count
+    live.on_step(step(generated=4, seconds=0.25, hits=7, misses=4, prefetch_hits=2))
+    live.on_step(step(generated=4, seconds=0.25, hits=5, misses=4))
+    window = live.window()
+    assert window.link_bytes_per_s == 4000
+    assert window.decode_tokens_per_s == 16
+    # 10 experts of 100 bytes had to come for 8 tokens: a quarter of a second at 4000 bytes/s
+    assert window.link_limit_tokens_per_s == 32
+    assert window.link_limit_frac == 0.5
+
+
+def test_without_reads_there_is_no_limit(clock: Clock) -> None:
+    live = LiveStats(Experts().report, clock)
+    clock.now += 10
+    live.on_step(step(generated=4, hits=8))
+    window = live.window()
+    assert window.link_limit_frac is None
+    assert window.link_limit_tokens_per_s is None
+
+
+def test_expert_fractions_are_of_the_window(clock: Clock) -> None:
+    experts = Experts()
+    experts.counts["hits"] += 1000
+    live = LiveStats(experts.report, clock)
+    clock.now += 10
+    for name, value in {"hits": 3, "misses": 1, "stall_s": 2.5, "predicted_used": 3, "predicted_unused": 3}.items():
+        experts.counts[name] += value
+    experts.counts["unpredicted"] += 1
+    experts.tokens += np.array([[30, 10]])
+    window = live.window()
+    assert window.hit_frac == 0.75
+    assert window.recalls.tolist() == [0.75]
+    assert window.precisions.tolist() == [0.5]
+    assert window.balancedness.tolist() == [pytest.approx(2 / 3)]
+    assert window.stall_frac == 0.25
+
+
+def test_nothing_used_is_no_fraction_of_anything(clock: Clock) -> None:
+    window = LiveStats(Experts().report, clock).window()
+    assert window.hit_frac is None
+    assert window.stall_frac == 0
+    for values in (window.hit_fracs, window.recalls, window.precisions, window.balancedness):
+        assert np.isnan(values).all()
