@@ -23,7 +23,7 @@ class Clock:
 
 def step(
     prompt: int = 0, generated: int = 0, seconds: float = 0.1, ttft: tuple[float, ...] = (), **experts: float
-) -> Any:
+) -> StepStats:
     return StepStats(seconds, prompt, generated, 0, 0, 0, (), ttft, ExpertTotals(**experts))
 
 
