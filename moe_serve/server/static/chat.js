@@ -102,7 +102,7 @@ async function answer(body, signal) {
 function summary({ usage, firstS, restS }) {
   const count = usage?.completion_tokens ?? 0;
   const speed = count > 1 && restS > 0 ? `, then ${format.rate((count - 1) / restS)} tokens/s` : "";
-  return `${format.count(count)} tokens; first after ${format.seconds(firstS).join(" ")}${speed}`;
+  return `${format.count(count)} tokens; first after ${format.joined(format.seconds(firstS))}${speed}`;
 }
 
 async function send() {

@@ -14,7 +14,12 @@ export function rate(value) {
 }
 
 export function percent(fraction, digits = 0) {
-  return isNumber(fraction) ? `${(100 * fraction).toFixed(digits)} %` : NONE;
+  return isNumber(fraction) ? `${(100 * fraction).toFixed(digits)}\u00a0%` : NONE;
+}
+
+// A number and its unit in one piece that does not break over two lines.
+export function joined([number, unit]) {
+  return unit ? `${number}\u00a0${unit}` : number;
 }
 
 // [number, unit], so that the unit can be set smaller.

@@ -56,6 +56,6 @@ export function showLayers(experts) {
   rows.forEach(({ cells, resident, waited }, i) => {
     COLUMNS.forEach((column, c) => cells[c].show(by[column.of][i]));
     setText(resident, `${by.resident[i]}/${experts.num_experts}`);
-    setText(waited, by.stall_s[i] ? format.seconds(by.stall_s[i]).join(" ") : format.NONE);
+    setText(waited, by.stall_s[i] ? format.joined(format.seconds(by.stall_s[i])) : format.NONE);
   });
 }

@@ -60,18 +60,17 @@ function latest(data, name) {
 
 function timesNote(times) {
   if (!times.count) return "none in the last minute";
-  return `p99 ${format.seconds(times.p99_s).join(" ")}, ${format.count(times.count)} in a minute`;
+  return `p99 ${format.joined(format.seconds(times.p99_s))}, ${format.count(times.count)} in a minute`;
 }
 
 function limitNote(cache) {
   if (!cache) return "nothing is read";
-  const rate = format.bytes(cache.link_bytes_per_s);
-  return cache.link_bytes_per_s === null ? "nothing read in a minute" : `${cache.slow_tier} gives ${rate.join(" ")}/s`;
+  return cache.link_bytes_per_s === null ? "nothing read in a minute" : `${cache.slow_tier} gives ${format.joined(format.bytes(cache.link_bytes_per_s))}/s`;
 }
 
 function memoryNote(cache) {
   if (!cache) return "mapped files included";
-  return `experts ${format.bytes(cache.used_bytes).join(" ")} of ${format.bytes(cache.capacity_bytes).join(" ")}`;
+  return `experts ${format.joined(format.bytes(cache.used_bytes))} of ${format.joined(format.bytes(cache.capacity_bytes))}`;
 }
 
 function svgPath(className) {
@@ -89,15 +88,15 @@ function makeTile(tile) {
   const line = svgPath("line");
   if (tile.curve) {
     const svg = document.createElementNS(SVG, "svg");
-    for (const [name, text] of [["viewBox", `0 0 ${WIDTH} ${HEIGHT}`], ["preserveAspectRatio", "none"], ["aria-hidden", "true"]]) {
+    for (const [name, text] of [["viewBox", `0 0 ${WIDTH} ${HEIGHT}`], ["preserveAspectRatio", "none"]]) {
       svg.setAttribute(name, text);
     }
     const base = svgPath("base");
     base.setAttribute("d", `M0 ${HEIGHT}H${WIDTH}`);
     svg.append(base, line);
-    box.append(svg);
+    box.append(element("dd", { className: "curve", "aria-hidden": "true" }, svg));
   }
-  return { ...tile, box, value: (data) => show(tile, data, { value, unit, note, line }) };
+  return { box, update: (data) => show(tile, data, { value, unit, note, line }) };
 }
 
 function show(tile, data, nodes) {
@@ -130,5 +129,5 @@ const tiles = TILES.map(makeTile);
 byId("tiles").append(...tiles.map((tile) => tile.box));
 
 export function showTiles(data) {
-  for (const tile of tiles) tile.value(data);
+  for (const tile of tiles) tile.update(data);
 }
