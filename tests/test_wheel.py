@@ -53,3 +53,9 @@ def test_every_module_and_marker_is_there(wheel_names: list[str]) -> None:
 
 def test_the_demo_model_is_there(wheel_names: list[str]) -> None:
     assert "moe_serve/demo/model/model.safetensors" in wheel_names
+
+
+def test_the_dashboard_is_there(wheel_names: list[str]) -> None:
+    files = {f"moe_serve/server/static/{path.name}" for path in (ROOT / "moe_serve/server/static").iterdir()}
+    assert len(files) > 5
+    assert files <= set(wheel_names)
