@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,25 @@ class Sample:
     done: bool = False
 
 
+def expert_report(num_steps: int) -> ExpertReport:
+    """Two layers of four experts, numbered 1 and 3: what so many equal steps leave behind."""
+    counts = {
+        **{f.name: np.zeros(2, np.int64) for f in fields(ExpertTotals)},
+        "hits": np.array([2, 4]) * num_steps,
+        "misses": np.array([2, 0]) * num_steps,
+        "demand_bytes": np.array([1000, 0]) * num_steps,
+        "stall_s": np.array([0.5, 0.0]) * num_steps,
+        "predicted_used": np.array([0, 3]) * num_steps,
+        "predicted_unused": np.array([0, 2]) * num_steps,
+        "unpredicted": np.array([0, 1]) * num_steps,
+    }
+    ready = np.array([[True, True, False, False], [True, True, True, True]])
+    unused = np.array([[False] * 4, [False, False, False, True]])
+    residency = Residency(ready, unused, "device", "disk", 6, 512, 3072, 1000 * num_steps, 0.5 * num_steps)
+    tokens = np.array([[4, 0, 0, 0], [1, 1, 1, 1]]) * num_steps
+    return ExpertReport((1, 3), 500, tokens, counts, residency, {"lru": 9}, 0.25)
+
+
 @dataclass(eq=False)
 class FakeEngine:
     """An EngineLike. Token k of sample i is token (k + i) of SENTENCE, again and again."""
@@ -73,7 +92,8 @@ class FakeEngine:
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
     num_steps: int = 0
-    has_experts: bool = True
+    experts: Callable[[int], ExpertReport | None] = expert_report
+    """What to report after so many steps."""
     gate: threading.Event = field(default_factory=threading.Event)
     """Steps wait for it; open unless a test closes it."""
 
@@ -115,7 +135,7 @@ class FakeEngine:
         self.expert_cache_mib = moe_cache_mib
 
     def expert_report(self) -> ExpertReport | None:
-        return expert_report(self.num_steps) if self.has_experts else None
+        return self.experts(self.num_steps)
 
     def close(self) -> None:
         self.is_closed = True
@@ -200,25 +220,6 @@ class FakeEngine:
                 self.observer.on_finished(
                     FinishedStats(reason, num_prompt, s.generated, s.request.params.max_tokens, 1, 0.4, 0.1, 0.1, 0.2)
                 )
-
-
-def expert_report(num_steps: int) -> ExpertReport:
-    """Two layers of four experts, numbered 1 and 3: what so many equal steps leave behind."""
-    counts = {
-        **{f.name: np.zeros(2, np.int64) for f in fields(ExpertTotals)},
-        "hits": np.array([2, 4]) * num_steps,
-        "misses": np.array([2, 0]) * num_steps,
-        "demand_bytes": np.array([1000, 0]) * num_steps,
-        "stall_s": np.array([0.5, 0.0]) * num_steps,
-        "predicted_used": np.array([0, 3]) * num_steps,
-        "predicted_unused": np.array([0, 2]) * num_steps,
-        "unpredicted": np.array([0, 1]) * num_steps,
-    }
-    ready = np.array([[True, True, False, False], [True, True, True, True]])
-    unused = np.array([[False] * 4, [False, False, False, True]])
-    residency = Residency(ready, unused, "device", "disk", 6, 512, 3072, 1000 * num_steps, 0.5 * num_steps)
-    tokens = np.array([[4, 0, 0, 0], [1, 1, 1, 1]]) * num_steps
-    return ExpertReport((1, 3), 500, tokens, counts, residency, {"lru": 9}, 0.25)
 
 
 def train_byte_level(folder: Path) -> Path:
@@ -333,9 +334,16 @@ def live_server(app: FastAPI) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def serve() -> Callable[[FastAPI], AbstractContextManager[str]]:
+    return live_server
 
 
 @pytest.fixture

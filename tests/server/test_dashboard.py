@@ -155,7 +155,7 @@ def test_before_anything_ran_there_are_gaps_and_no_errors(served: Any) -> None:
 
 
 def test_an_engine_without_experts_has_the_rest(make: Any) -> None:
-    data = data_after(make(has_experts=False), GOOD)
+    data = data_after(make(experts=lambda _: None), GOOD)
     assert data["experts"] is None
     assert data["ttft"]["count"] == 5
 

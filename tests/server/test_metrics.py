@@ -114,9 +114,8 @@ def test_predictions_are_told_only_where_somebody_predicts(make: Any) -> None:
 
 
 def test_an_engine_without_experts_has_no_samples_of_them(make: Any) -> None:
-    served = make(has_experts=False)
-    assert layered(served, "expert_cache_queries_total") == {}
-    assert scrape(make(has_experts=False), GOOD)["prompt_tokens_total"] == 4
+    assert layered(make(experts=lambda _: None), "expert_cache_queries_total") == {}
+    assert scrape(make(experts=lambda _: None), GOOD)["prompt_tokens_total"] == 4
 
 
 def docs_table(served: Any) -> str:
