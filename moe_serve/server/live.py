@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -53,6 +53,11 @@ class RecentTimes:
         return Percentiles(len(values), p50, p99)
 
 
+def is_gap(start_s: float, end_s: float) -> bool:
+    """Two moments so far apart that nothing ran between them: a step notes one a second."""
+    return end_s - start_s > 2 * PERIOD_S
+
+
 class LiveStats:
     """Written by the engine's thread, read by any."""
 
@@ -81,10 +86,13 @@ class LiveStats:
             old.decode_tokens + is_decode * stats.num_generated_tokens,
             old.decode_experts + is_decode * arriving,
         )
+        now = self._clock()
         with self._lock:
+            if is_gap(self._moments[-1].time_s, now):  # nothing has changed until this step began
+                self._moments.append(replace(self._moments[-1], time_s=now - stats.duration_s, totals=old))
             self._totals = totals
             for seconds in stats.time_to_first_token_s:
-                self._ttft.add(self._clock(), seconds)
+                self._ttft.add(now, seconds)
             self._advance()
 
     def on_load(self, load: EngineLoad) -> None:
@@ -115,14 +123,22 @@ class LiveStats:
         """The last WINDOW_S seconds, or as many as there are."""
         with self._lock:
             self._advance()
-            return Window(self._moments[0], self._moment(self._clock()))
+            end = self._moment(self._clock())
+            return Window(self._kept(end.time_s)[0], end)
 
     def seconds(self) -> list[Window]:
-        """The window in pieces of about PERIOD_S, oldest first; longer ones where nobody looked and nothing ran."""
+        """The window in pieces of about PERIOD_S, oldest first; longer ones where nothing ran and nobody looked."""
         with self._lock:
             self._advance()
-            moments = list(self._moments)
+            moments = self._kept(self._clock())
         return [Window(a, b) for a, b in pairwise(moments)]
+
+    def _kept(self, now: float) -> list[Moment]:
+        """The moments; a gap that reaches out of the window begins with it: what held at its end held throughout."""
+        first, *others = self._moments
+        if others and is_gap(first.time_s, others[0].time_s) and first.time_s < now - WINDOW_S:
+            first = replace(others[0], time_s=now - WINDOW_S)
+        return [first, *others]
 
     def ttft(self) -> Percentiles:
         """Arrival to first token."""

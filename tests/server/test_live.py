@@ -78,11 +78,18 @@ def test_what_is_older_leaves_the_window_though_nothing_runs(live: LiveStats, cl
     assert live.ttft().p50_s is None
 
 
-def test_nobody_looking_for_long_costs_no_accuracy(live: LiveStats, clock: Clock) -> None:
+def test_a_long_pause_is_no_part_of_the_minute_after_it(live: LiveStats, clock: Clock) -> None:
+    clock.now += 0.5
+    live.on_step(step(generated=7))
     clock.now += 1000
-    live.on_step(step(generated=10))
-    assert live.window().generated_tokens_per_s == 0.01
-    assert [piece.seconds for piece in live.seconds()] == [1000]
+    live.on_step(step(generated=30, seconds=0.5))
+    assert live.window().seconds == 60
+    assert live.window().generated_tokens_per_s == pytest.approx(30 / 60)
+    clock.now += 0.5
+    live.on_step(step(generated=10, seconds=0.5))
+    pieces = live.seconds()
+    assert [piece.seconds for piece in pieces] == pytest.approx([59, 1])
+    assert [piece.generated_tokens_per_s for piece in pieces] == [0, 40]
 
 
 def test_steps_between_two_seconds_are_not_lost(live: LiveStats, clock: Clock) -> None:
