@@ -74,8 +74,8 @@ class _Connection(H11Protocol):
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._header_timer = _cancel(self._header_timer)
-        self._stall_timer = _cancel(self._stall_timer)
+        self._stop("_header_timer")
+        self._stop("_stall_timer")
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -84,14 +84,14 @@ class _Connection(H11Protocol):
         self._stall_timer = self.loop.call_later(self._write_timeout_s, self._cut_off)
 
     def resume_writing(self) -> None:
-        self._stall_timer = _cancel(self._stall_timer)
+        self._stop("_stall_timer")
         super().resume_writing()
 
     def _watch_headers(self) -> None:
         """Have the timer run while the headers of a request are due; uvicorn's own watches the pauses between."""
         in_request = self.cycle is not None and not self.cycle.response_complete
         if in_request or self.timeout_keep_alive_task is not None:
-            self._header_timer = _cancel(self._header_timer)
+            self._stop("_header_timer")
         elif self._header_timer is None:
             self._header_timer = self.loop.call_later(self._read_timeout_s, self._drop)
 
@@ -105,7 +105,8 @@ class _Connection(H11Protocol):
         log.info("a client took nothing for %g s; its connection is closed", self._write_timeout_s)
         self.transport.abort()
 
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _stop(self, name: str) -> None:
+        timer = getattr(self, name)
+        if timer is not None:
+            timer.cancel()
+            setattr(self, name, None)
