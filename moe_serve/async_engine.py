@@ -23,7 +23,6 @@ from moe_serve.errors import (
     InvalidRequestError,
     MoEServeError,
     NotServingError,
-    OverloadedError,
     RequestTimeoutError,
 )
 from moe_serve.sequence import Request, SampleOutput
@@ -167,9 +166,9 @@ class AsyncEngine:
             message = f"the request did not finish within {config.request_timeout:g} s, this server's limit"
             timer = loop.call_later(config.request_timeout, self._refuse, request_id, RequestTimeoutError(message))
             in_flight.timers.append(timer)
-        if config.max_queue_wait is not None:
-            timer = loop.call_later(config.max_queue_wait, self._post, lambda: self._expire(request_id))
-            in_flight.timers.append(timer)
+        wait_s = self._admission.allowed_wait_s()
+        if wait_s is not None:
+            in_flight.timers.append(loop.call_later(wait_s, self._post, lambda: self._expire(request_id, wait_s)))
 
     def _check_serving(self) -> None:
         if self.state is EngineState.DEAD:
@@ -230,6 +229,9 @@ class AsyncEngine:
         in_flight = self._in_flight.get(request_id)
         if in_flight is not None:
             in_flight.queue.put_nowait(error)
+
+    def _refuse_late(self, request_id: str, reason: str) -> None:
+        self._refuse(request_id, self._admission.refusal(self.num_queued, reason))
 
     def _die(self, message: str) -> None:
         """Tell every request that the engine is gone; on the event loop."""
@@ -299,14 +301,11 @@ class AsyncEngine:
             self._call_loop(self._refuse, request.request_id, error)
             self.engine.abort(request.request_id)
 
-    def _expire(self, request_id: str) -> None:
-        """Give up a request that has waited for as long as any may, unless the batch has taken it meanwhile."""
-        if not self.engine.is_waiting(request_id):
-            return
-        self.engine.abort(request_id)
-        waited = self.engine.config.max_queue_wait
-        error = OverloadedError(f"the request found no place in the batch within {waited:g} s; try again later", 1)
-        self._call_loop(self._refuse, request_id, error)
+    def _expire(self, request_id: str, waited_s: float) -> None:
+        """Give up a request that has waited for as long as it may, unless the batch has taken it meanwhile."""
+        if self.engine.is_waiting(request_id):
+            self.engine.abort(request_id)
+            self._call_loop(self._refuse_late, request_id, f"it found no place in the batch within {waited_s:g} s")
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

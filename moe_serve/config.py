@@ -123,8 +123,9 @@ class EngineConfig(FromDict):
     )
     max_queue_wait: float | None = option(
         None,
-        "Longest wait for a place in the batch, in seconds. A request that would wait longer, at the rate at which"
-        " requests finished lately, is refused with 503; so is one that has waited that long. Default: no limit.",
+        "Longest wait for a place in the batch, in seconds. A request that would wait longer, judging by how long"
+        " recent ones took, is refused with 503; so is one that has waited that long. After a refusal only a tenth of"
+        " it is allowed, until the overload is over. Default: no limit.",
     )
     max_prompt_tokens: int | None = option(
         None, "Longest prompt, in tokens; longer ones are refused with 400. Default: what the context holds."
