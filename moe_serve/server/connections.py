@@ -11,7 +11,7 @@ import logging
 import resource
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def connection_class(read_timeout_s: float, write_timeout_s: float, max_connecti
     return Connection
 
 
-class _Connection(H11Protocol):
+class _Connection(AutoHTTPProtocol):
     """An HTTP/1.1 connection that ends when its client neither sends nor takes."""
 
     limits: tuple[float, float, int]
