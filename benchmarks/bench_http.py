@@ -63,8 +63,9 @@ class Side:
         return self.process.pid
 
     def start(self) -> None:
-        log = tempfile.NamedTemporaryFile(prefix=f"bench-http-{self.name}-", suffix=".log", delete=False)
-        self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        log = Path(tempfile.mkdtemp(prefix="bench-http-")) / f"{self.name}.log"
+        with log.open("w") as file:
+            self.process = subprocess.Popen(self.command, stdout=file, stderr=file)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -73,7 +74,7 @@ class Side:
             except httpx.TransportError:
                 pass
             time.sleep(0.3)
-        raise SystemExit(f"{self.name} did not start; see {log.name}")
+        raise SystemExit(f"{self.name} did not start; see {log}")
 
     def thread_times(self) -> ThreadTimes:
         """CPU seconds of each thread so far."""

@@ -1,7 +1,7 @@
-"""AsyncEngine: the engine on a worker thread, requests and outputs over asyncio queues.
+"""AsyncEngine: the engine on a worker thread, requests and outputs over mailboxes.
 
 One thread owns the engine and steps it while there is work. The event loop never touches engine
-state: it puts commands into an inbox and reads outputs from one queue per request. Knows threads
+state: it puts commands into an inbox and reads outputs from one mailbox per request. Knows threads
 and asyncio; knows no HTTP.
 """
 
@@ -25,6 +25,7 @@ from moe_serve.errors import (
     NotServingError,
     RequestTimeoutError,
 )
+from moe_serve.mailbox import Mailbox
 from moe_serve.sequence import Request, SampleOutput
 from moe_serve.stats import StatsObserver
 
@@ -68,7 +69,7 @@ class _InFlight:
     """A request as the event loop sees it, from submission to its last output."""
 
     request: Request
-    queue: asyncio.Queue[SampleOutput | MoEServeError] = field(default_factory=asyncio.Queue)
+    mailbox: Mailbox[SampleOutput | MoEServeError] = field(default_factory=Mailbox)
     unfinished: int = 1
     """Samples that have not ended."""
     is_queued: bool = True
@@ -118,7 +119,7 @@ class AsyncEngine:
         in_flight = self.submit(request)
         try:
             while in_flight.unfinished > 0:
-                output = await in_flight.queue.get()
+                output = await in_flight.mailbox.get()
                 if isinstance(output, MoEServeError):
                     raise output
                 in_flight.unfinished -= output.finish_reason is not None
@@ -220,7 +221,7 @@ class AsyncEngine:
             if in_flight is not None:
                 if in_flight.is_queued:
                     in_flight.is_queued, in_flight.first_output_s = False, now
-                in_flight.queue.put_nowait(output)
+                in_flight.mailbox.put(output)
                 if output.finish_reason is not None:
                     self._admission.note_finished(now - in_flight.first_output_s)
 
@@ -228,7 +229,7 @@ class AsyncEngine:
         """End one request with an error; on the event loop."""
         in_flight = self._in_flight.get(request_id)
         if in_flight is not None:
-            in_flight.queue.put_nowait(error)
+            in_flight.mailbox.put(error)
 
     def _refuse_late(self, request_id: str, reason: str) -> None:
         self._refuse(request_id, self._admission.refusal(self.num_queued, reason))
@@ -237,7 +238,7 @@ class AsyncEngine:
         """Tell every request that the engine is gone; on the event loop."""
         self.state = EngineState.DEAD
         for in_flight in self._in_flight.values():
-            in_flight.queue.put_nowait(EngineDeadError(message))
+            in_flight.mailbox.put(EngineDeadError(message))
 
     # ---- worker-thread side -----------------------------------------------------------------------
 
