@@ -193,9 +193,6 @@ class ServerConfig(FromDict):
     shutdown_timeout: float = option(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl+C.")
     log_format: str = option("text", "Format of log lines; json gives one object per line.", ("text", "json"))
     log_requests: bool = option(False, "Log prompts and sampling parameters. They are never logged otherwise.")
-    otlp_traces_endpoint: str | None = option(
-        None, "URL that OpenTelemetry traces go to, as http://host:4318/v1/traces. Needs the extra moe-serve[otel]."
-    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
