@@ -23,7 +23,7 @@ class Sizes:
 
     dense_bytes: int
     expert_bytes: int
-    """Of one expert, in a slot."""
+    """Of one expert."""
     num_layers: int
     """With experts."""
     num_experts: int
@@ -69,7 +69,7 @@ def sizes_of(folder: str, dtype: torch.dtype) -> Sizes:
     dense = max(0, stored - store.expert_bytes * store.num_total)
     return Sizes(
         dense_bytes=dense * dtype.itemsize // max(1, spec.dtype.itemsize),
-        expert_bytes=store.slot_bytes,
+        expert_bytes=store.expert_bytes,
         num_layers=len(store.layers),
         num_experts=store.num_experts,
         top_k=spec.top_k,
