@@ -78,7 +78,11 @@ class StartedServer:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(timeout=60)
+        self.wait()
+
+    def wait(self) -> int:
+        """Exit status, once it has ended."""
+        return self._process.wait(timeout=90)
 
 
 class ErrorCount(logging.Handler):

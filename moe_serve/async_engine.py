@@ -1,7 +1,7 @@
-"""AsyncEngine: the engine on a worker thread, requests and outputs over asyncio queues.
+"""AsyncEngine: the engine on a worker thread, requests and outputs over mailboxes.
 
 One thread owns the engine and steps it while there is work. The event loop never touches engine
-state: it puts commands into an inbox and reads outputs from one queue per request. Knows threads
+state: it puts commands into an inbox and reads outputs from one mailbox per request. Knows threads
 and asyncio; knows no HTTP.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -18,8 +17,16 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from expert_cache.report import ExpertReport
+from moe_serve.admission import Admission
 from moe_serve.config import EngineConfig
-from moe_serve.errors import EngineDeadError, InvalidRequestError, MoEServeError, OverloadedError
+from moe_serve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    MoEServeError,
+    NotServingError,
+    RequestTimeoutError,
+)
+from moe_serve.mailbox import Mailbox
 from moe_serve.sequence import Request, SampleOutput
 from moe_serve.stats import StatsObserver
 
@@ -41,6 +48,7 @@ class EngineLike(Protocol):
     def check_request(self, request: Request) -> None: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    def is_waiting(self, request_id: str) -> bool: ...
     def step(self) -> list[SampleOutput]: ...
     def has_work(self) -> bool: ...
     def fail_running(self, message: str) -> list[SampleOutput]: ...
@@ -63,11 +71,13 @@ class _InFlight:
     """A request as the event loop sees it, from submission to its last output."""
 
     request: Request
-    queue: asyncio.Queue[SampleOutput | MoEServeError] = field(default_factory=asyncio.Queue)
+    mailbox: Mailbox[SampleOutput | MoEServeError] = field(default_factory=Mailbox)
     unfinished: int = 1
     """Samples that have not ended."""
     is_queued: bool = True
     """No output yet: it counts against the queue limits."""
+    first_output_s: float = 0.0
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
 class AsyncEngine:
@@ -82,7 +92,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="moe-serve-engine", daemon=True)
-        self._finish_times: list[float] = []
+        self._admission = Admission(engine.config)
 
     # ---- event-loop side ------------------------------------------------------------------------
 
@@ -111,13 +121,15 @@ class AsyncEngine:
         in_flight = self.submit(request)
         try:
             while in_flight.unfinished > 0:
-                output = await in_flight.queue.get()
+                output = await in_flight.mailbox.get()
                 if isinstance(output, MoEServeError):
                     raise output
                 in_flight.unfinished -= output.finish_reason is not None
                 yield output
         finally:
             self._in_flight.pop(request.request_id, None)
+            for timer in in_flight.timers:
+                timer.cancel()
             if in_flight.unfinished > 0:
                 self._post(lambda: self.engine.abort(request.request_id))
 
@@ -146,38 +158,40 @@ class AsyncEngine:
         self._check_queue(request)
         in_flight = self._in_flight[request.request_id] = _InFlight(request, unfinished=request.params.n)
         self._post(lambda: self._admit(request))
+        self._set_timers(in_flight)
         return in_flight
+
+    def _set_timers(self, in_flight: _InFlight) -> None:
+        """Have a request end that takes, or waits, longer than it may."""
+        config, request_id = self.engine.config, in_flight.request.request_id
+        loop = asyncio.get_running_loop()
+        if config.request_timeout is not None:
+            message = f"the request did not finish within {config.request_timeout:g} s, this server's limit"
+            timer = loop.call_later(config.request_timeout, self._refuse, request_id, RequestTimeoutError(message))
+            in_flight.timers.append(timer)
+        wait_s = self._admission.allowed_wait_s()
+        if wait_s is not None:
+            in_flight.timers.append(loop.call_later(wait_s, self._post, lambda: self._expire(request_id, wait_s)))
 
     def _check_serving(self) -> None:
         if self.state is EngineState.DEAD:
             raise EngineDeadError("the engine has died after repeated errors; restart the server")
         if self.state is not EngineState.READY:
-            raise OverloadedError("the server is shutting down", retry_after_s=10)
+            raise NotServingError("the server is shutting down", retry_after_s=10)
 
     def _check_queue(self, request: Request) -> None:
-        config = self.engine.config
-        queued = self.num_queued
-        free_seats = config.max_num_seqs - len(self._in_flight)
-        if free_seats <= 0 and queued >= config.max_num_queued_reqs:
-            raise OverloadedError(
-                f"{queued} requests are waiting already; try again later", self._retry_after_s(queued)
-            )
-        if config.max_num_queued_tokens is None or free_seats > 0:
+        """OverloadedError if every seat is taken and the queue has no room."""
+        if len(self._in_flight) < self.engine.config.max_num_seqs:
             return
-        tokens = sum(len(f.request.prompt_token_ids) for f in self._in_flight.values() if f.is_queued)
-        if tokens + len(request.prompt_token_ids) > config.max_num_queued_tokens:
-            raise OverloadedError(f"{tokens} prompt tokens are waiting already", self._retry_after_s(queued))
+        self._admission.check(self.num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
 
-    def _retry_after_s(self, queued: int) -> int:
-        """Seconds until the queue should have room, from how fast requests finished lately."""
-        recent = self._finish_times
-        if len(recent) < 2 or recent[-1] <= recent[0]:
-            return 1
-        per_s = (len(recent) - 1) / (recent[-1] - recent[0])
-        return max(1, min(60, math.ceil(queued / 2 / per_s)))
+    def _num_queued_tokens(self) -> int:
+        return sum(len(f.request.prompt_token_ids) for f in self._in_flight.values() if f.is_queued)
 
     async def shutdown(self, drain_timeout_s: float = 0.0) -> None:
         """Refuse new requests, give the running ones `drain_timeout_s`, abort the rest, end the thread."""
+        if self.state is EngineState.STOPPED:
+            return
         if self.state is EngineState.READY:
             self.state = EngineState.DRAINING
         deadline = time.monotonic() + drain_timeout_s
@@ -185,7 +199,7 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         for request_id in list(self._in_flight):
             self._post(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
-            self._in_flight[request_id].queue.put_nowait(EngineDeadError("the server is shutting down"))
+            self._refuse(request_id, NotServingError("the server is shutting down", retry_after_s=10))
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -203,25 +217,30 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[SampleOutput]) -> None:
         """Hand one step's outputs to their requests; on the event loop."""
+        now = time.monotonic()
         for output in outputs:
             in_flight = self._in_flight.get(output.request_id)
             if in_flight is not None:
-                in_flight.is_queued = False
-                in_flight.queue.put_nowait(output)
+                if in_flight.is_queued:
+                    in_flight.is_queued, in_flight.first_output_s = False, now
+                in_flight.mailbox.put(output)
                 if output.finish_reason is not None:
-                    self._finish_times = [*self._finish_times[-63:], time.monotonic()]
+                    self._admission.note_finished(now - in_flight.first_output_s)
 
     def _refuse(self, request_id: str, error: MoEServeError) -> None:
-        """Tell one request that the engine would not take it; on the event loop."""
+        """End one request with an error; on the event loop."""
         in_flight = self._in_flight.get(request_id)
         if in_flight is not None:
-            in_flight.queue.put_nowait(error)
+            in_flight.mailbox.put(error)
+
+    def _refuse_late(self, request_id: str, reason: str) -> None:
+        self._refuse(request_id, self._admission.refusal(self.num_queued, reason))
 
     def _die(self, message: str) -> None:
         """Tell every request that the engine is gone; on the event loop."""
         self.state = EngineState.DEAD
         for in_flight in self._in_flight.values():
-            in_flight.queue.put_nowait(EngineDeadError(message))
+            in_flight.mailbox.put(EngineDeadError(message))
 
     # ---- worker-thread side -----------------------------------------------------------------------
 
@@ -284,6 +303,12 @@ class AsyncEngine:
                 error = MoEServeError(f"the engine could not take this request ({type(error).__name__})")
             self._call_loop(self._refuse, request.request_id, error)
             self.engine.abort(request.request_id)
+
+    def _expire(self, request_id: str, waited_s: float) -> None:
+        """Give up a request that has waited for as long as it may, unless the batch has taken it meanwhile."""
+        if self.engine.is_waiting(request_id):
+            self.engine.abort(request_id)
+            self._call_loop(self._refuse_late, request_id, f"it found no place in the batch within {waited_s:g} s")
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

@@ -22,6 +22,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def secret_option(help: str) -> Any:
+    """A setting that may be given several times and is never shown."""
+    return dataclasses.field(default=(), repr=False, metadata={"help": help, "choices": None})
+
+
 def _check_choices(config: Any) -> None:
     for f in dataclasses.fields(config):
         choices = f.metadata.get("choices")
@@ -116,6 +121,18 @@ class EngineConfig(FromDict):
     max_num_queued_tokens: int | None = option(
         None, "Waiting prompt tokens beyond which a new request is refused with 503."
     )
+    max_queue_wait: float | None = option(
+        None,
+        "Longest wait for a place in the batch, in seconds. A request that would wait longer, judging by how long"
+        " recent ones took, is refused with 503; so is one that has waited that long. After a refusal only a tenth of"
+        " it is allowed, until the overload is over. Default: no limit.",
+    )
+    max_prompt_tokens: int | None = option(
+        None, "Longest prompt, in tokens; longer ones are refused with 400. Default: what the context holds."
+    )
+    request_timeout: float | None = option(
+        None, "Seconds after which a request that has not finished is ended with an error. Default: no limit."
+    )
     seed: int = option(0, "Seed for requests that bring none of their own.")
     chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
     generation_config: str = option(
@@ -136,6 +153,9 @@ class EngineConfig(FromDict):
             "kv_cache_mib",
             "num_kv_pages",
             "num_threads",
+            "max_queue_wait",
+            "max_prompt_tokens",
+            "request_timeout",
         )
         if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
             raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
@@ -162,3 +182,21 @@ class ServerConfig(FromDict):
     uvicorn_log_level: str = option(
         "info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug")
     )
+    api_key: tuple[str, ...] = secret_option(
+        "Key that clients must send as `Authorization: Bearer KEY`. Other users of this machine can read it in the"
+        " process list: --api-key-file and the variable MOE_SERVE_API_KEY are safer."
+    )
+    api_key_file: str | None = option(None, "File with one API key per line.")
+    allowed_origins: tuple[str, ...] = option((), "Web origin whose pages may call this server (CORS); * allows all.")
+    max_body_mib: float = option(32.0, "Largest request body in MiB; larger ones are refused with 413.")
+    read_timeout: float = option(30.0, "Seconds a client may take to send its headers, and again for the body.")
+    write_timeout: float = option(60.0, "Seconds a client may read nothing while its answer waits; then it is cut off.")
+    shutdown_timeout: float = option(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl+C.")
+    log_format: str = option("text", "Format of log lines; json gives one object per line.", ("text", "json"))
+    log_requests: bool = option(False, "Log prompts and sampling parameters. They are never logged otherwise.")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require_positive(self, "max_body_mib", "read_timeout", "write_timeout")
+        if self.shutdown_timeout < 0:
+            raise ConfigError(f"--shutdown-timeout must not be negative, got {self.shutdown_timeout}")

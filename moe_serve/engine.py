@@ -78,6 +78,11 @@ class Engine:
             bad = next((t for t in ids if t >= self.spec.vocab_size), None)
             if bad is not None:
                 raise InvalidRequestError(name, f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
+        most = self.config.max_prompt_tokens
+        if most is not None and len(prompt) > most:
+            raise InvalidRequestError(
+                "prompt", f"the prompt has {len(prompt)} tokens; this server takes at most {most}"
+            )
         wanted = len(prompt) + (params.max_tokens or 1)
         if wanted > self.max_model_len:
             raise ContextTooLongError(
@@ -106,6 +111,11 @@ class Engine:
                 self._end(seq, FinishReason.ABORT)
                 self._forget(seq)
         self._report_load()
+
+    def is_waiting(self, request_id: str) -> bool:
+        """True while no sample of the request has been in a step."""
+        sequences = self._sequences.get(request_id, [])
+        return bool(sequences) and all(seq.first_scheduled_s is None for seq in sequences)
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         """End every admitted sequence with an error, after a step that raised. Waiting ones stay."""

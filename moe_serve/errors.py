@@ -7,8 +7,13 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── InvalidRequestError         400  one request is wrong; `param` names its field
     │   ├── UnsupportedFieldError   400  a field (or a value of it) that this server does not implement
     │   └── ContextTooLongError     400  the prompt does not fit the context window
+    ├── UnauthorizedError           401  no API key, or a wrong one
     ├── ModelNotFoundError          404
+    ├── SlowClientError             408  the body did not arrive in time
+    ├── BodyTooLargeError           413
     ├── OverloadedError             503  the queue is full; carries `retry_after_s`
+    │   └── NotServingError         503  the server is loading or shutting down
+    ├── RequestTimeoutError         504  the request took longer than the server allows
     ├── EngineDeadError             503  the engine thread died; the server must be restarted
     └── ConfigError                      found at start-up, before any request
         ├── UnsupportedModelError        a model family we cannot run
@@ -57,6 +62,34 @@ class ModelNotFoundError(MoEServeError):
     param = "model"
 
 
+class UnauthorizedError(MoEServeError):
+    """The request carries no key of this server."""
+
+    http_status = 401
+    error_type = "authentication_error"
+
+
+class SlowClientError(MoEServeError):
+    """The request's body took too long to arrive."""
+
+    http_status = 408
+    error_type = "timeout_error"
+
+
+class BodyTooLargeError(MoEServeError):
+    """The request's body exceeds the server's limit."""
+
+    http_status = 413
+    error_type = "invalid_request_error"
+
+
+class RequestTimeoutError(MoEServeError):
+    """The request did not finish in the time the server gives one."""
+
+    http_status = 504
+    error_type = "timeout_error"
+
+
 class OverloadedError(MoEServeError):
     """The waiting queue is full. Clients should retry after `retry_after_s` seconds."""
 
@@ -66,6 +99,12 @@ class OverloadedError(MoEServeError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotServingError(OverloadedError):
+    """The server is loading its model or shutting down; another one, or this one later, can answer."""
+
+    error_type = "unavailable_error"
 
 
 class EngineDeadError(MoEServeError):

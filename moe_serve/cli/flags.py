@@ -1,7 +1,8 @@
 """Flags generated from config dataclasses, so that help text, flags and settings cannot drift apart.
 
 A field `max_num_seqs: int` becomes `--max-num-seqs N`; a bool becomes `--x / --no-x`. A flag that
-is not given is absent from the parsed arguments, and the dataclass's own default holds.
+is not given is absent from the parsed arguments, and the dataclass's own default holds. A field
+of type `tuple[str, ...]` becomes a flag that may be given several times.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def add_flag(
     if kind is bool:
         group.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, **settings)
         return
+    if kind is tuple:
+        group.add_argument(flag_name(name), action="append", metavar="TEXT", **settings)
+        return
     metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     group.add_argument(flag_name(name), type=kind, choices=choices, metavar=metavar, **settings)
 
@@ -66,7 +70,8 @@ def given(args: argparse.Namespace, names: typing.Collection[str]) -> dict[str, 
 
 def config_from_args(args: argparse.Namespace, config: type[C]) -> C:
     """The config dataclass with the given flags applied. ConfigError if a value cannot be."""
-    return config(**given(args, [field.name for field, _ in _fields(config)]))
+    values = given(args, [field.name for field, _ in _fields(config)])
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def field_kinds(config: type) -> Mapping[str, type]:
@@ -77,13 +82,17 @@ def field_kinds(config: type) -> Mapping[str, type]:
 def _fields(config: type) -> Iterator[tuple[dataclasses.Field[Any], type]]:
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        options = [kind for kind in typing.get_args(hints[field.name]) if kind is not NoneType]
-        yield field, options[0] if options else hints[field.name]
+        hint = hints[field.name]
+        if typing.get_origin(hint) is tuple:
+            yield field, tuple
+            continue
+        options = [kind for kind in typing.get_args(hint) if kind is not NoneType]
+        yield field, options[0] if options else hint
 
 
 def _help_of(field: dataclasses.Field[Any]) -> str:
     text: str = field.metadata["help"]
-    if field.default is None or "default:" in text.lower():
+    if field.default in (None, ()) or "default:" in text.lower():
         return text
     return f"{text} Default: {_spelt(field)}."
 

@@ -16,10 +16,11 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from moe_serve.async_engine import AsyncEngine, EngineState
+from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SamplingParams
-from moe_serve.server import chat, completions, dashboard, http_errors, sse
+from moe_serve.server import chat, completions, dashboard, http_errors, operation, request_log, sse
+from moe_serve.server.access_log import given_id
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
@@ -33,6 +34,7 @@ from moe_serve.server.protocol import (
     SamplingBody,
     TokenizeBody,
 )
+from moe_serve.server.stats_log import StatsLog
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -48,6 +50,8 @@ class Service:
     sampling_defaults: Mapping[str, Any]
     metrics: Metrics
     started_s: int
+    log_requests: bool = False
+    """Prompts may be logged."""
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, "", self.model_name, self.model_path):
@@ -63,16 +67,27 @@ def create_app(
     version: str = "0",
     sampling_defaults: Mapping[str, Any] | None = None,
     drain_timeout_s: float = 5.0,
+    log_requests: bool = False,
+    log_stats: bool = False,
     with_dashboard: bool = True,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
     pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
     metrics = Metrics(model_name, pages, engine.engine.expert_report, engine.engine.config.moe_prefetch)
-    engine.engine.observer = metrics
+    engine.engine.observer = StatsLog(metrics) if log_stats else metrics
     service = Service(
-        engine, tokenizer, model_name, model_path, version, sampling_defaults or {}, metrics, int(time.time())
+        engine,
+        tokenizer,
+        model_name,
+        model_path,
+        version,
+        sampling_defaults or {},
+        metrics,
+        int(time.time()),
+        log_requests,
     )
     app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s))
+    app.state.engine = engine
     http_errors.install(app)
     _add_generation(app, service)
     _add_tokenization(app, service)
@@ -80,6 +95,7 @@ def create_app(
     _add_information(app, service)
     if with_dashboard:
         dashboard.install(app, service)
+    operation.install(app, service)
     return app
 
 
@@ -123,10 +139,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _request_id(prefix: str, body: SamplingBody, http: HttpRequest) -> str:
-    given = body.request_id or http.headers.get("x-request-id", "")[:200]
-    if not given.isascii() or not given.isprintable():
-        given = ""
-    return f"{prefix}-{given or uuid.uuid4().hex}"
+    return f"{prefix}-{body.request_id or given_id(http.headers) or uuid.uuid4().hex}"
 
 
 def _request(request_id: str, position: int, prompt: tuple[int, ...], params: SamplingParams) -> Request:
@@ -138,6 +151,7 @@ async def _answer(
 ) -> Response:
     for request in merger.requests:  # refuse the whole body before any part of it runs
         service.engine.engine.check_request(request)
+    request_log.note(http, merger, service)
     headers = {"X-Request-Id": merger.requests[0].request_id}
     try:
         if not body.stream:
@@ -226,12 +240,6 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        """200 while requests are served, 503 while draining or dead."""
-        state = service.engine.state
-        return JSONResponse({"status": state}, 200 if state is EngineState.READY else 503)
-
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": service.version}

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import MoEServeError
+from moe_serve.mailbox import Mailbox
 from moe_serve.sequence import Completion, Request, SampleOutput
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ async def stream(engine: AsyncEngine, merger: Merger) -> AsyncGenerator[tuple[in
                 merger.count(output)
                 yield merger.choice_index(0, output), output
         return
-    queue: asyncio.Queue[tuple[int, SampleOutput] | BaseException | None] = asyncio.Queue()
+    queue: Mailbox[tuple[int, SampleOutput] | BaseException | None] = Mailbox()
     tasks = [asyncio.create_task(_pump(engine, i, r, queue)) for i, r in enumerate(merger.requests)]
     try:
         running = len(tasks)
@@ -100,15 +101,15 @@ async def _pump(
     engine: AsyncEngine,
     position: int,
     request: Request,
-    queue: asyncio.Queue[tuple[int, SampleOutput] | BaseException | None],
+    queue: Mailbox[tuple[int, SampleOutput] | BaseException | None],
 ) -> None:
     try:
         async with aclosing(engine.generate(request)) as outputs:
             async for output in outputs:
-                queue.put_nowait((position, output))
+                queue.put((position, output))
     except MoEServeError as error:
-        queue.put_nowait(error)
-    queue.put_nowait(None)
+        queue.put(error)
+    queue.put(None)
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

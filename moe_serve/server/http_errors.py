@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,12 +12,23 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from moe_serve.errors import MoEServeError, OverloadedError
+from moe_serve.errors import BodyTooLargeError, MoEServeError, OverloadedError, SlowClientError
 
 log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 """nginx's status for a client that hung up; nobody is left to read it."""
+
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+CLOSE = {"Connection": "close"}
+"""For answers given before the body was read: what is still under way would be taken for the next request."""
+
+
+def error_response(error: MoEServeError, headers: Mapping[str, str] = NO_HEADERS) -> JSONResponse:
+    """The whole answer, for code outside the endpoints."""
+    retry = {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else {}
+    return JSONResponse(error_body(error), error.http_status, {**retry, **headers})
 
 
 def error_body(error: MoEServeError) -> dict[str, Any]:
@@ -37,8 +50,7 @@ def install(app: FastAPI) -> None:
 
 async def _ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MoEServeError)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
-    return JSONResponse(error_body(error), error.http_status, headers)
+    return error_response(error, CLOSE if isinstance(error, BodyTooLargeError | SlowClientError) else NO_HEADERS)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

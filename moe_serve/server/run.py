@@ -1,35 +1,87 @@
-"""`moe-serve serve`: load the model, then open the port. /health therefore answers only when ready.
+"""`moe-serve serve`: open the port, load the model behind it, serve until told to stop.
 
-Knows uvicorn and logging; the endpoints are in app.py.
+Knows uvicorn and the settings; the endpoints are in app.py, which is imported only while loading: it brings
+torch along, and until then /health already says "loading".
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from moe_serve import __version__
-from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
-from moe_serve.engine import Engine
 from moe_serve.errors import ConfigError
-from moe_serve.generation_defaults import read_generation_defaults
-from moe_serve.server.app import create_app
+from moe_serve.server import logs, operation
+from moe_serve.server.auth import read_keys
+from moe_serve.server.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
+from moe_serve.server.draining import DrainingServer
+from moe_serve.server.front_door import FrontDoor
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from moe_serve.engine import Engine
 
 log = logging.getLogger("moe_serve")
 
+LISTEN_BACKLOG = 2048
+
 
 def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight get a few seconds to finish."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    """Serve until SIGTERM or SIGINT. ConfigError: the port, the keys or the model cannot be used."""
+    logs.set_up(server_config.log_format)
+    keys = read_keys(server_config)
+    operation.warn_if_open(server_config, keys)
     bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
+    door = FrontDoor(partial(_load, server_config, engine_config, bound.getsockname()[1]), lambda: _end(server))
+    server = DrainingServer(
+        _uvicorn_config(operation.guard(door, server_config, keys), server_config),
+        door,
+        server_config.shutdown_timeout,
+    )
+    asyncio.run(server.serve(sockets=[bound]))
+    if door.failure is not None:
+        raise door.failure
+    if door.is_loading:  # the loading thread would be torn out of torch's code
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _end(server: DrainingServer) -> None:
+    server.should_exit = True
+
+
+def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=connection_class(config.read_timeout, config.write_timeout, raise_file_limit()),
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=LISTEN_BACKLOG,
+        server_header=False,
+        log_config=None,
+        log_level=config.uvicorn_log_level,
+        access_log=False,
+    )
+
+
+def _load(server_config: ServerConfig, engine_config: EngineConfig, port: int) -> FastAPI:
+    """The application with its engine; runs on a thread while the port already answers."""
+    from moe_serve.async_engine import AsyncEngine
+    from moe_serve.engine import Engine
+    from moe_serve.generation_defaults import read_generation_defaults
+    from moe_serve.server.app import create_app
+
     started = time.monotonic()
     log.info("loading %s", engine_config.model)
     engine = Engine.from_config(engine_config)
@@ -42,13 +94,12 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
         model_path=engine_config.model,
         version=__version__,
         sampling_defaults=read_generation_defaults(engine_config.model, engine_config.generation_config),
+        log_requests=server_config.log_requests,
+        log_stats=not server_config.disable_log_stats,
         with_dashboard=server_config.dashboard,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level=server_config.uvicorn_log_level, timeout_graceful_shutdown=10, access_log=False)
-    )
-    _announce(server_config, bound.getsockname()[1], name)
-    asyncio.run(server.serve(sockets=[bound]))
+    _announce(server_config.host, port, name)
+    return app
 
 
 def model_name_of(folder: str) -> str:

@@ -32,6 +32,8 @@ def _other_value(config: Any, name: str) -> Any:
     default = getattr(config(), name)
     if kind is bool:
         return not default
+    if kind is tuple:
+        return ("one", "two")
     choices = next(f for f in dataclasses.fields(config) if f.name == name).metadata.get("choices")
     if choices:
         return next(choice for choice in choices if choice != default)
@@ -41,6 +43,8 @@ def _other_value(config: Any, name: str) -> Any:
 def _argv(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
+    if isinstance(value, tuple):
+        return [word for item in value for word in (flag_name(name), item)]
     return [flag_name(name), str(value)]
 
 

@@ -126,6 +126,9 @@ class FakeEngine:
         if self.refuse_abort:
             raise RuntimeError("cannot abort")
 
+    def is_waiting(self, request_id: str) -> bool:
+        return any(s.request.request_id == request_id for s in self.waiting)
+
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 

@@ -1,0 +1,1 @@
+"""What `moe-serve doctor` finds out: measured rates, what fits, what is missing. Prints nothing."""

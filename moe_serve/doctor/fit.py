@@ -1,0 +1,120 @@
+"""What of a checkpoint fits into a machine's memory, and how fast a single stream can be at most.
+
+Arithmetic over sizes and measured rates (docs/offload.md); loads no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_serve.doctor.rates import Rates
+from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
+from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE, MIB
+from moe_serve.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A checkpoint's sizes, as they lie in the device's memory."""
+
+    dense_bytes: int
+    expert_bytes: int
+    """Of one expert."""
+    num_layers: int
+    """With experts."""
+    num_experts: int
+    """Of one layer."""
+    top_k: int
+    kv_bytes_per_token: int | None
+    """None: only loading the model would tell (compressed or hybrid attention)."""
+    context: int
+
+    @property
+    def all_experts_bytes(self) -> int:
+        return self.expert_bytes * self.num_layers * self.num_experts
+
+    @property
+    def token_expert_bytes(self) -> int:
+        """Experts that one token goes through."""
+        return self.expert_bytes * self.num_layers * self.top_k
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a machine can hold a model, and the bounds that follow."""
+
+    dense_fits: bool
+    all_experts_fit: bool
+    moe_cache_mib: int | None
+    """What to give the experts; None: all are in memory without a cache."""
+    cached_frac: float
+    context_fits: bool | None
+    memory_bound_tokens_per_s: float
+    """If every expert that is needed were there: bytes of a token over the memory's rate. A model that the CPU's
+    caches hold is faster."""
+    tokens_per_s: float | None
+    """With the misses of an even load read from disk; None: they would come from a disk that was not measured."""
+
+
+def sizes_of(folder: str, dtype: torch.dtype) -> Sizes:
+    """Sizes of a checkpoint computed in `dtype`. CheckpointError and UnsupportedModelError as in loading."""
+    hf_config = read_config(folder)
+    spec = ModelSpec.from_hf(hf_config)
+    store = open_all_experts(folder)
+    stored = sum(Path(file).stat().st_size for file in safetensors_files(folder))
+    dense = max(0, stored - store.expert_bytes * store.num_total)
+    return Sizes(
+        dense_bytes=dense * dtype.itemsize // max(1, spec.dtype.itemsize),
+        expert_bytes=store.expert_bytes,
+        num_layers=len(store.layers),
+        num_experts=store.num_experts,
+        top_k=spec.top_k,
+        kv_bytes_per_token=_kv_bytes_per_token(hf_config, dtype),
+        context=spec.max_position_embeddings,
+    )
+
+
+def _kv_bytes_per_token(hf_config: Any, dtype: torch.dtype) -> int | None:
+    kinds = set(getattr(hf_config, "layer_types", None) or ())
+    if getattr(hf_config, "kv_lora_rank", None) or kinds - {"full_attention", "sliding_attention"}:
+        return None
+    heads = int(hf_config.num_attention_heads)
+    kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
+    return 2 * int(hf_config.num_hidden_layers) * kv_heads * head_dim * dtype.itemsize
+
+
+def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:
+    """`free_bytes`: of the device's memory, before anything is loaded. Shares are those of `serve` itself."""
+    left = free_bytes - sizes.dense_bytes
+    all_fit = sizes.all_experts_bytes <= left * EXPERT_SHARE_OF_FREE
+    budget = max(sizes.expert_bytes, int(left * EXPERT_SHARE_OF_FREE))
+    cached = 1.0 if all_fit else min(1.0, budget / sizes.all_experts_bytes)
+    kv = sizes.kv_bytes_per_token
+    cache_mib = -(-sizes.all_experts_bytes // MIB) if all_fit else budget // MIB
+    in_memory_s = (sizes.dense_bytes + sizes.token_expert_bytes) / rates.memory_bytes_per_s
+    return Fit(
+        dense_fits=left > 0,
+        all_experts_fit=all_fit,
+        moe_cache_mib=None if all_fit and is_cpu else cache_mib,
+        cached_frac=cached,
+        context_fits=None if kv is None else kv * sizes.context <= left * KV_SHARE_OF_FREE,
+        memory_bound_tokens_per_s=1 / in_memory_s,
+        tokens_per_s=_with_misses(sizes, rates, cached, in_memory_s, is_cpu),
+    )
+
+
+def _with_misses(sizes: Sizes, rates: Rates, cached: float, in_memory_s: float, is_cpu: bool) -> float | None:
+    """Reading overlaps computing at best in full, so the slower of the two is the bound.
+
+    Misses as if every expert were used equally often, which is the worst case for a cache: real load is uneven.
+    """
+    missed_bytes = (1 - cached) * sizes.token_expert_bytes
+    if not missed_bytes:
+        return 1 / in_memory_s
+    below = rates.disk_bytes_per_s if is_cpu else rates.h2d_bytes_per_s
+    return None if below is None else 1 / max(in_memory_s, missed_bytes / below)

@@ -1,0 +1,185 @@
+"""`moe-serve serve` as a process of its own, with the demo model: its beginning, its signals and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-c", "import sys; from moe_serve.cli import main; sys.exit(main())", "serve"]
+START_S = 120
+KEY = {"Authorization": "Bearer sk-1"}
+LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+
+
+class Serve:
+    """One server process, its log in a file."""
+
+    def __init__(self, folder: Path, *flags: str, port: int | None = None, env: dict[str, str] | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / f"{self.port}.log"
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", **(env or {})}
+        with self._log.open("a") as log:
+            command = [*COMMAND, "--port", str(self.port), "--kv-cache-mib", "64", *flags]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def health(self) -> str:
+        """What /health says, or "" while nobody listens."""
+        try:
+            return str(httpx.get(f"{self.url}/health", timeout=10).json()["status"])
+        except httpx.TransportError:
+            return ""
+
+    def wait_until(self, condition: Callable[[], object], limit_s: float = START_S) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline, self.log
+            assert self.process.poll() is None, self.log
+            time.sleep(0.05)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self, limit_s: float = 30) -> int:
+        return self.process.wait(limit_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
+    servers: list[Serve] = []
+
+    def make(*flags: str, **settings: Any) -> Serve:
+        servers.append(Serve(tmp_path, *flags, **settings))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.process.kill()
+        server.process.wait()
+
+
+class Reader(threading.Thread):
+    """Streams one long answer in the background and keeps its events."""
+
+    def __init__(self, url: str, body: dict[str, Any] = LONG) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.broke_off = False
+        self._url, self._body = url, body
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with httpx.stream(
+                "POST", f"{self._url}/v1/completions", json=self._body, headers=KEY, timeout=60
+            ) as response:
+                self.events += (line[6:] for line in response.iter_lines() if line.startswith("data: "))
+        except httpx.TransportError:
+            self.broke_off = True
+
+
+def test_a_life_from_loading_to_drained(start: Callable[..., Serve]) -> None:
+    server = start("--shutdown-timeout", "60", "--log-format", "json", env={"MOE_SERVE_API_KEY": "sk-1"})
+    seen: list[str] = []
+    server.wait_until(lambda: seen.append(server.health()) or seen[-1] == "ready")
+    assert set(seen) == {"", "loading", "ready"}
+
+    url = f"{server.url}/v1/completions"
+    assert httpx.post(url, json={"prompt": "Once upon"}, timeout=60).status_code == 401
+    reader = Reader(server.url, {**LONG, "max_tokens": 300})
+    server.wait_until(lambda: len(reader.events) > 3)
+    server.signal(signal.SIGTERM)
+    server.wait_until(lambda: server.health() == "draining")
+    refused = httpx.post(url, json={"prompt": "x"}, headers=KEY, timeout=10)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+    assert httpx.get(f"{server.url}/live", timeout=10).status_code == 200
+    reader.join()
+    assert reader.events[-1] == "[DONE]"
+    assert json.loads(reader.events[-2])["choices"][0]["finish_reason"] == "length"
+    assert server.end() == 0
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    assert [line["status"] for line in lines if line["message"] == "request"] == [401, 503, 200]
+    assert not [word for word in ("sk-1", "Once", "Traceback") if word in server.log]
+
+
+def test_who_does_not_finish_in_time_is_told(start: Callable[..., Serve]) -> None:
+    server = start("--shutdown-timeout", "0.3")
+    server.wait_until(lambda: server.health() == "ready")
+    reader = Reader(server.url)
+    server.wait_until(lambda: len(reader.events) > 3)
+    server.signal(signal.SIGINT)
+    assert server.end() == 0
+    reader.join()
+    assert "shutting down" in json.loads(reader.events[-2])["error"]["message"]
+    assert reader.events[-1] == "[DONE]"
+
+
+def test_killed_and_started_again_on_the_same_port_then_ended_on_the_spot(start: Callable[..., Serve]) -> None:
+    first = start()
+    first.wait_until(lambda: first.health() == "ready")
+    reader = Reader(first.url)
+    first.wait_until(lambda: len(reader.events) > 3)
+    first.signal(signal.SIGKILL)
+    assert first.end() == -signal.SIGKILL
+    reader.join()
+    assert reader.broke_off
+    second = start("--shutdown-timeout", "60", port=first.port)
+    second.wait_until(lambda: second.health() == "ready")
+    reader = Reader(second.url)
+    second.wait_until(lambda: len(reader.events) > 3)
+    second.signal(signal.SIGTERM)
+    second.wait_until(lambda: second.health() == "draining")
+    start_s = time.monotonic()
+    second.signal(signal.SIGTERM)
+    assert second.end() == 128 + signal.SIGTERM
+    assert time.monotonic() - start_s < 5
+    reader.join()
+    assert reader.broke_off
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(start: Callable[..., Serve], tmp_path: Path) -> None:
+    server = start(str(tmp_path / "nothing"))
+    assert server.end(START_S) == 2
+    assert "moe-serve: error:" in server.log
+    assert "Traceback" not in server.log
+
+
+def test_a_signal_while_loading_ends_it(start: Callable[..., Serve]) -> None:
+    server = start()
+    server.wait_until(lambda: server.health() == "loading")
+    server.signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_a_taken_port_is_found_before_the_model_is_loaded(start: Callable[..., Serve]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = start(port=taken.getsockname()[1])
+        assert server.end(START_S) == 2
+    assert "choose another with --port" in server.log
+    assert "loading" not in server.log
