@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import llguidance.hf
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
 from moe_serve.errors import InvalidRequestError
@@ -106,7 +106,8 @@ def _text_of(spec: GrammarSpec) -> str:
         return LLMatcher.grammar_from_json_schema(spec.text, overrides={"whitespace_pattern": JSON_WHITESPACE})
     if spec.kind is GrammarKind.REGEX:
         return LLMatcher.grammar_from_regex(spec.text)
-    return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
+    is_gbnf = spec.kind is GrammarKind.GBNF
+    return LLMatcher.grammar_from_lark(gbnf_to_lark(spec.text) if is_gbnf else spec.text)
 
 
 # ---- masks of one step ------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ class GrammarKind(StrEnum):
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     LARK = "lark"
-    """Lark in llguidance's dialect, or GBNF."""
+    """In llguidance's dialect."""
+    GBNF = "gbnf"
+    """llama.cpp's notation."""
 
 
 @dataclass(frozen=True, slots=True)

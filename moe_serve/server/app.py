@@ -5,6 +5,7 @@ Knows FastAPI and AsyncEngine; knows no scheduling and no tensors.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -18,8 +19,8 @@ from fastapi.responses import JSONResponse, Response
 
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
-from moe_serve.sequence import Request, SamplingParams
-from moe_serve.server import chat, completions, http_errors, sse
+from moe_serve.response_templates import Template, template_of
+from moe_serve.server import chat, completions, http_errors, prompts, sse
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
@@ -48,6 +49,7 @@ class Service:
     sampling_defaults: Mapping[str, Any]
     metrics: Metrics
     started_s: int
+    response_template: Template | None
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, "", self.model_name, self.model_path):
@@ -69,7 +71,15 @@ def create_app(
     metrics = Metrics(model_name, pages)
     engine.engine.observer = metrics
     service = Service(
-        engine, tokenizer, model_name, model_path, version, sampling_defaults or {}, metrics, int(time.time())
+        engine,
+        tokenizer,
+        model_name,
+        model_path,
+        version,
+        sampling_defaults or {},
+        metrics,
+        int(time.time()),
+        template_of(tokenizer),
     )
     app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s))
     http_errors.install(app)
@@ -92,11 +102,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def create_completion(http: HttpRequest) -> Response:
         body = await parse(http, CompletionBody)
         service.check_model(body.model)
-        completions.check(body)
-        params = body.sampling_params(service.sampling_defaults, body.max_tokens, body.logprobs)
         request_id = _request_id("cmpl", body, http)
-        prompts = completions.prompts_of(body, service.tokenizer)
-        merger = Merger([_request(request_id, i, p, params) for i, p in enumerate(prompts)])
+        limit = service.engine.engine.max_model_len
+        merger = Merger(completions.requests_of(body, request_id, service.tokenizer, service.sampling_defaults, limit))
         shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
         return await _answer(service, http, body, merger, shapes)
 
@@ -104,18 +112,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def create_chat_completion(http: HttpRequest) -> Response:
         body = await parse(http, ChatBody)
         service.check_model(body.model)
-        body.check_stream_options()
-        params = body.sampling_params(service.sampling_defaults, body.completion_limit(), body.num_logprobs())
         request_id = _request_id("chatcmpl", body, http)
-        prompt = chat.render(
-            body.messages,
-            service.tokenizer,
-            body.add_generation_prompt,
-            body.continue_final_message,
-            body.chat_template_kwargs,
-        )
-        merger = Merger([_request(request_id, 0, prompt, params)])
-        shapes = ChatShapes(body, request_id, service.model_name, service.tokenizer, merger)
+        limit = service.engine.engine.max_model_len
+        defaults, template = service.sampling_defaults, service.response_template
+        plan = chat.plan(body, request_id, service.tokenizer, template, defaults, limit)
+        merger = Merger([plan.request])
+        shapes = ChatShapes(body, plan, request_id, service.model_name, service.tokenizer, merger)
         return await _answer(service, http, body, merger, shapes)
 
 
@@ -126,15 +128,14 @@ def _request_id(prefix: str, body: SamplingBody, http: HttpRequest) -> str:
     return f"{prefix}-{given or uuid.uuid4().hex}"
 
 
-def _request(request_id: str, position: int, prompt: tuple[int, ...], params: SamplingParams) -> Request:
-    return Request(f"{request_id}-{position}" if position else request_id, prompt, params, time.monotonic())
-
-
 async def _answer(
     service: Service, http: HttpRequest, body: SamplingBody, merger: Merger, shapes: CompletionShapes | ChatShapes
 ) -> Response:
     for request in merger.requests:  # refuse the whole body before any part of it runs
-        service.engine.engine.check_request(request)
+        if request.params.grammar is None:
+            service.engine.engine.check_request(request)
+        else:  # compiling may take a while, and the others must not wait
+            await asyncio.to_thread(service.engine.engine.check_request, request)
     headers = {"X-Request-Id": merger.requests[0].request_id}
     try:
         if not body.stream:
@@ -206,10 +207,8 @@ def _tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt", "give exactly one of prompt and messages")
     if body.messages is not None:
-        kwargs = body.chat_template_kwargs
-        return list(
-            chat.render(body.messages, tokenizer, body.add_generation_prompt, body.continue_final_message, kwargs)
-        )
+        shown = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        return prompts.render(body, body.messages, shown, tokenizer)
     return tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
 
 

@@ -59,7 +59,7 @@ def test_noise_becomes_json_of_the_schema(engine: Engine) -> None:
 
 def test_regex_and_grammars_are_followed(engine: Engine) -> None:
     lark = GrammarSpec(GrammarKind.LARK, 'start: "a" NUM\nNUM: /[0-9]{2,3}/')
-    gbnf = GrammarSpec(GrammarKind.LARK, 'root ::= "yes" | "no"')
+    gbnf = GrammarSpec(GrammarKind.GBNF, 'root ::= "yes" | "no"')
     specs = {r"[ab]{3,5}c": regex(r"[ab]{3,5}c"), r"a[0-9]{2,3}": lark, "yes|no": gbnf}
     outputs = run_all(engine, {k: SamplingParams(grammar=v, max_tokens=40) for k, v in specs.items()})
     for (pattern, _), produced in outputs.items():
