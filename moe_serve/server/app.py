@@ -15,12 +15,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
 from moe_serve.response_templates import Template, template_of
-from moe_serve.server import chat, completions, http_errors, prompts, sse
+from moe_serve.server import chat, completions, http_errors, openapi, prompts, sse
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
@@ -87,6 +87,7 @@ def create_app(
     _add_tokenization(app, service)
     _add_operation(app, service)
     _add_information(app, service)
+    openapi.install(app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody])
     return app
 
 
@@ -98,7 +99,7 @@ async def _lifespan(engine: AsyncEngine, drain_timeout_s: float) -> AsyncIterato
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=openapi.takes(CompletionBody, streams=True))
     async def create_completion(http: HttpRequest) -> Response:
         body = await parse(http, CompletionBody)
         service.check_model(body.model)
@@ -108,7 +109,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
         return await _answer(service, http, body, merger, shapes)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=openapi.takes(ChatBody, streams=True))
     async def create_chat_completion(http: HttpRequest) -> Response:
         body = await parse(http, ChatBody)
         service.check_model(body.model)
@@ -179,7 +180,7 @@ async def _stream_events(
 
 
 def _add_tokenization(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=openapi.takes(TokenizeBody))
     async def tokenize(http: HttpRequest) -> dict[str, Any]:
         body = await parse(http, TokenizeBody)
         service.check_model(body.model)
@@ -193,7 +194,7 @@ def _add_tokenization(app: FastAPI, service: Service) -> None:
             answer["token_strs"] = [service.tokenizer.token_text(i) for i in ids]
         return answer
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=openapi.takes(DetokenizeBody))
     async def detokenize(http: HttpRequest) -> dict[str, str]:
         body = await parse(http, DetokenizeBody)
         service.check_model(body.model)
@@ -213,7 +214,7 @@ def _tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int]:
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
-    @app.post("/moe_cache")
+    @app.post("/moe_cache", openapi_extra=openapi.takes(ExpertCacheBody))
     async def resize_expert_cache(http: HttpRequest) -> dict[str, int]:
         """Change the memory for experts while serving; answers when it is done, between two steps."""
         body = await parse(http, ExpertCacheBody)
@@ -232,7 +233,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def version() -> dict[str, str]:
         return {"version": service.version}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=service.metrics.content_type)
 

@@ -50,6 +50,12 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+def _range(low: float | None = None, high: float | None = None) -> Any:
+    """A field whose range SamplingParams checks; the OpenAPI document only shows it."""
+    limits = {"minimum": low, "maximum": high}
+    return Field(default=None, json_schema_extra={k: v for k, v in limits.items() if v is not None})
+
+
 class StreamOptions(BaseModel):
     """`stream_options` of a streamed request."""
 
@@ -66,29 +72,29 @@ class SamplingBody(Body, StructuredFields):
 
     model: str | None = None
     """The served model's name or path; may be left out."""
-    n: Int | None = None
+    n: Int | None = _range(1, 128)
     """Number of answers, 1 to 128."""
-    temperature: Number | None = None
+    temperature: Number | None = _range(0)
     """0 is greedy. Default: the checkpoint's, else 1."""
-    top_p: Number | None = None
+    top_p: Number | None = _range(0, 1)
     """Above 0, at most 1."""
-    top_k: Int | None = None
+    top_k: Int | None = _range(-1)
     """0 or -1: off."""
-    min_p: Number | None = None
+    min_p: Number | None = _range(0, 1)
     """0 to 1, as a fraction of the likeliest token's probability."""
-    presence_penalty: Number | None = None
+    presence_penalty: Number | None = _range(-2, 2)
     """-2 to 2."""
-    frequency_penalty: Number | None = None
+    frequency_penalty: Number | None = _range(-2, 2)
     """-2 to 2."""
-    repetition_penalty: Number | None = None
+    repetition_penalty: Number | None = _range(0)
     """Above 0; counts the prompt too."""
-    seed: Int | None = None
+    seed: Int | None = _range(-(2**63), 2**63 - 1)
     """Same seed, same request: same tokens, whatever else runs."""
     stop: str | list[str] | None = None
     """Up to 16 strings."""
     stop_token_ids: list[Int] | None = None
     """Tokens that end the answer."""
-    min_tokens: Int | None = None
+    min_tokens: Int | None = _range(0)
     """No end before so many tokens; a complete grammar ends all the same."""
     include_stop_str_in_output: Flag | None = None
     """Keep the stop string in the text."""
@@ -163,7 +169,7 @@ class CompletionBody(SamplingBody):
     """Text, token ids, or up to 128 of either."""
     max_tokens: Int | None = 16
     """16, as in the OpenAI API; null: to the end of the context."""
-    logprobs: Int | None = None
+    logprobs: Int | None = _range(0, 20)
     """0 to 20 alternatives for each token."""
     echo: Flag | None = None
     """Repeat the prompt's text; not with logprobs."""
@@ -184,13 +190,13 @@ class ChatBody(SamplingBody):
     """none, auto (needs a response template), required, or a function by name."""
     parallel_tool_calls: Flag | None = None
     """false: at most one call."""
-    max_tokens: Int | None = None
+    max_tokens: Int | None = _range(1)
     """Default: to the end of the context."""
-    max_completion_tokens: Int | None = None
+    max_completion_tokens: Int | None = _range(1)
     """The newer name of max_tokens, and goes before it."""
     logprobs: Flag | None = None
     """Log-probability of each sampled token."""
-    top_logprobs: Int | None = None
+    top_logprobs: Int | None = _range(0, 20)
     """0 to 20 alternatives; needs logprobs."""
     reasoning_effort: str | None = None
     """Given to the chat template, which must use it."""
