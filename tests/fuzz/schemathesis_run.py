@@ -50,6 +50,7 @@ def run_cases(url: str, num_cases: int, seed: int) -> Counter[str]:
             for operation in operations:
                 _fuzz_operation(operation, session, min(CHUNK, num_cases), seed, seen)
             seed += 1
+            print(f"{sum(seen.values())} cases", file=sys.stderr, flush=True)
     return seen
 
 
