@@ -13,7 +13,8 @@ from typing import Any
 Schema = dict[str, Any]
 WORDS = ("name", "age", "city", "is_old", "tags", "größe", "x y", "id", "价格", 'a"b', "notes", "kind", "parent")
 PATTERNS = ("[a-z]{2,6}", "[A-Z][0-9]{3}", "(red|green|blue)", "[0-9]{4}-[0-9]{2}")
-FORMATS = ("date", "time", "date-time", "uuid", "ipv4")
+FORMATS = ("date", "uuid", "ipv4")
+"""Not date-time: its fraction of a second may have any number of digits."""
 
 
 def random_schema(rng: random.Random) -> Schema:

@@ -25,10 +25,8 @@ def render(body: ChatBody | TokenizeBody, messages: Sequence[Message], tools: To
     )
     if effort is not None and ids == _render(body, messages, tools, tokenizer, kwargs):
         raise InvalidRequestError("reasoning_effort", "this model's chat template does not use reasoning_effort")
-    if tools:
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        if not all(tool["function"]["name"] in text for tool in tools):
-            raise InvalidRequestError("tools", "this model's chat template does not show tools to the model")
+    if tools and ids == render(body, messages, (), tokenizer):
+        raise InvalidRequestError("tools", "this model's chat template does not show tools to the model")
     return ids
 
 
