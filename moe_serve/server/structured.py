@@ -21,7 +21,7 @@ Choices = Annotated[list[str], Field(min_length=1, max_length=10_000)]
 class NamedSchema(BaseModel):
     """`json_schema` of a response format, as OpenAI writes it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     name: str | None = None
     description: str | None = None
@@ -33,7 +33,7 @@ class NamedSchema(BaseModel):
 class ResponseFormat(BaseModel):
     """`response_format`: free text, any JSON object, or JSON of a schema."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
@@ -50,7 +50,7 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     """`structured_outputs`, vLLM's form: exactly one of the constraints."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     json_: JsonSchema | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -69,6 +69,8 @@ class StructuredOutputs(BaseModel):
 
 class StructuredFields(BaseModel):
     """The fields that both completion endpoints have for this."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     response_format: ResponseFormat | None = None
     """Text, any JSON object, or JSON of a schema."""
