@@ -55,6 +55,10 @@ JSON = st.recursive(
 )
 
 
+Properties = dict[str, Callable[[int, int], int]]
+"""Name -> what fuzzes it; see harness.fuzz_for_minutes."""
+
+
 class SentBytes:
     """As much of an HTTP request as the parser reads."""
 
@@ -136,7 +140,7 @@ def _check_answer(error: dict[str, Any]) -> None:
     json.dumps(error, ensure_ascii=False).encode()
 
 
-def properties() -> dict[str, Callable[[int, int], int]]:
+def properties() -> Properties:
     handler = Handler()
     return {c.__name__: lambda seed, n, c=c: run(handler, c, seed, n) for c in GOOD}  # type: ignore[misc]
 

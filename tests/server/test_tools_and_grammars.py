@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import openai
 import pydantic
 import pytest
 
-from moe_serve.async_engine import AsyncEngine
-from moe_serve.engine import Engine
-from moe_serve.server.app import create_app
-from moe_serve.tokenizer import Tokenizer
-from tests.fuzz.harness import served
-from tests.random_model import RandomRunner, random_engine
+from tests.server.scripted_model import ASK, PLAIN_TEMPLATE, Model, refused_param, start
 
-ASK: Any = [{"role": "user", "content": "The weather?"}]
 HERMES = (
     "{% if tools %}Tools: {{ tools | tojson }} Write <tool_call>...</tool_call>.\n{% endif %}"
     "{% if reasoning_effort is defined %}Effort: {{ reasoning_effort }}\n{% endif %}"
@@ -44,42 +37,6 @@ NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
 
 
-class Model:
-    """A running server of one chat template, its client, and what the model is to say."""
-
-    def __init__(self, engine: Engine, client: openai.OpenAI) -> None:
-        self._engine = engine
-        self.client = client
-
-    def says(self, text: str) -> None:
-        assert isinstance(self._engine.runner, RandomRunner)
-        tokenizer = self._engine.tokenizer
-        self._engine.runner.script = [*tokenizer.encode(text), *tokenizer.eos_token_ids] if text else []
-
-    def chat(self, **body: Any) -> Any:
-        return self.client.chat.completions.create(**({"model": "tiny", "messages": ASK, "seed": 1} | body)).choices[0]
-
-    def stream(self, **body: Any) -> tuple[Any, list[Any]]:
-        """(the message put together from the chunks, the chunks)."""
-        body = {"model": "tiny", "messages": ASK, "seed": 1, **body}
-        with self.client.chat.completions.stream(**body) as events:
-            chunks = [e.chunk for e in events if e.type == "chunk"]
-            return events.get_final_completion().choices[0], chunks
-
-
-def start(folder: Path, tmp_path: Path, chat_template: str, response_template: Any = None) -> Iterator[Model]:
-    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": chat_template}
-    if response_template is not None:
-        config["response_template"] = response_template
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    tokenizer = Tokenizer.from_path(str(tmp_path))
-    engine = random_engine(tokenizer, max_model_len=1024, num_kv_pages=512)
-    app = create_app(AsyncEngine(engine), tokenizer, model_name="tiny")
-    with served(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield Model(engine, client)
-
-
 @pytest.fixture
 def hermes(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
     yield from start(tokenizer_folder, tmp_path, HERMES)
@@ -87,14 +44,7 @@ def hermes(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
 
 @pytest.fixture
 def bare(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
-    """A chat template without tools, as the demo model's."""
-    yield from start(tokenizer_folder, tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
-
-
-def refused_param(call: Callable[[], object]) -> str | None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        call()
-    return caught.value.param
+    yield from start(tokenizer_folder, tmp_path, PLAIN_TEMPLATE)
 
 
 # ---- auto ---------------------------------------------------------------------------------------------
@@ -159,7 +109,7 @@ def test_tool_choice_none_shows_the_model_no_tools(hermes: Model) -> None:
         max_tokens=1,
         extra_body={"return_token_ids": True},
     ).prompt_token_ids  # type: ignore[attr-defined]
-    assert "Tools" not in hermes._engine.tokenizer.decode(ids)
+    assert "Tools" not in hermes.engine.tokenizer.decode(ids)
 
 
 def test_the_conversation_goes_on_after_a_call(hermes: Model) -> None:
@@ -321,7 +271,7 @@ def test_bad_words_and_allowed_tokens(bare: Model) -> None:
     bare.says("lazy dog lazy dog")
     text = bare.chat(extra_body={"bad_words": ["lazy"]}, max_tokens=8).message.content
     assert "lazy" not in text
-    ids = bare._engine.tokenizer.encode("fox")
+    ids = bare.engine.tokenizer.encode("fox")
     bare.says("")
     token_ids = bare.chat(extra_body={"allowed_token_ids": ids, "return_token_ids": True}, max_tokens=8).token_ids
     assert set(token_ids) <= set(ids)
