@@ -9,6 +9,8 @@ formats included. Answers cut by max_tokens are counted apart. Also measured: wh
 from __future__ import annotations
 
 import argparse
+import copy
+import datetime
 import json
 import random
 import time
@@ -26,6 +28,13 @@ from moe_serve.sequence import Completion, FinishReason, GrammarKind, GrammarSpe
 PROMPT = "Here is the JSON of a record:\n"
 
 
+def is_rfc3339_date(value: object) -> bool:
+    """RFC 3339 knows the year 0000, a leap year; Python's dates, and so jsonschema's own check, do not."""
+    if isinstance(value, str):
+        datetime.date.fromisoformat("2000" + value[4:] if value.startswith("0000") else value)
+    return True
+
+
 def judge(schema: dict[str, Any], completion: Completion) -> str:
     """ "valid", "cut" (by max_tokens), "unparsable" or "invalid"."""
     if completion.finish_reason is not FinishReason.STOP:
@@ -34,7 +43,8 @@ def judge(schema: dict[str, Any], completion: Completion) -> str:
         value = json.loads(completion.text)
     except ValueError:
         return "unparsable"
-    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    checker = copy.deepcopy(jsonschema.Draft202012Validator.FORMAT_CHECKER)
+    checker.checks("date", ValueError)(is_rfc3339_date)
     validator = jsonschema.Draft202012Validator(schema, format_checker=checker)
     return "valid" if validator.is_valid(value) else "invalid"
 

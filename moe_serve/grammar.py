@@ -60,24 +60,30 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._lock = threading.Lock()
+        """Of the cache, held for moments."""
+        self._tokenizer_lock = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()
 
     def check(self, spec: GrammarSpec) -> None:
         """Compile, up to a tenth of a second; InvalidRequestError names spec.param and says what is wrong."""
-        with self._lock:
-            self._get(spec)
+        self._get(spec)
 
     def start(self, spec: GrammarSpec) -> Matcher:
         """The grammar before its first token. Errors of `check` apply."""
+        fresh = self._get(spec)
         with self._lock:
-            return Matcher(self._get(spec).deep_copy())
+            return Matcher(fresh.deep_copy())
 
     def _get(self, spec: GrammarSpec) -> LLMatcher:
-        found = self._compiled.pop(spec, None) or self._compile(spec)
-        self._compiled[spec] = found
-        if len(self._compiled) > CACHED_GRAMMARS:
-            self._compiled.popitem(last=False)
+        """Compiled without holding the lock: the engine must not wait for another request's grammar."""
+        with self._lock:
+            found = self._compiled.pop(spec, None)
+        found = found or self._compile(spec)
+        with self._lock:
+            self._compiled[spec] = found
+            if len(self._compiled) > CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
         return found
 
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
@@ -94,11 +100,12 @@ class Grammars:
 
     def _ll(self) -> LLTokenizer:
         """Made on first use: a vocabulary of 150,000 takes about a second."""
-        if self._ll_tokenizer is None:
-            size = max(self._vocab_size, self._tokenizer.vocab_size)
-            eos = sorted(self._eos)
-            self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer.hf, n_vocab=size, eos_token=eos)
-        return self._ll_tokenizer
+        with self._tokenizer_lock:
+            if self._ll_tokenizer is None:
+                size = max(self._vocab_size, self._tokenizer.vocab_size)
+                eos = sorted(self._eos)
+                self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer.hf, n_vocab=size, eos_token=eos)
+            return self._ll_tokenizer
 
 
 def _text_of(spec: GrammarSpec) -> str:

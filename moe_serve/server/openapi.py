@@ -31,6 +31,11 @@ ERROR = {
         }
     },
 }
+SSE_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "JSON of a chunk; [DONE] in the last event."}},
+}
 ERROR_STATUSES = {
     "400": "The request can never succeed as written; `param` names the field.",
     "404": "No such model.",
@@ -43,7 +48,7 @@ def takes(body_class: type[Body], *, streams: bool = False) -> dict[str, Any]:
     schema = {"$ref": SCHEMAS + body_class.__name__}
     answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        answer["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["text/event-stream"] = {"schema": SSE_EVENT}
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {"200": {"description": "The answer.", "content": answer}},
