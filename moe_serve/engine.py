@@ -7,6 +7,7 @@ text. Single-threaded: moe_serve/async_engine.py runs it on a worker thread. Kno
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 from expert_cache.report import ExpertReport
@@ -15,6 +16,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.generation_defaults import eos_token_ids as read_eos_token_ids
+from moe_serve.grammar import Grammars
 from moe_serve.kv_pages import PagePool
 from moe_serve.model_runner import load_runner
 from moe_serve.scheduler import Scheduler, SchedulerLimits
@@ -48,6 +50,7 @@ class Engine:
         self.spec = spec
         self.pool = PagePool(config.num_kv_pages, config.block_size)
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
+        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
         self.observer: StatsObserver | None = None
         self.max_model_len = config.max_model_len
         self.num_pages = config.num_kv_pages
@@ -66,7 +69,7 @@ class Engine:
     # ---- requests ---------------------------------------------------------------------------------
 
     def check_request(self, request: Request) -> None:
-        """Raise what would make this request impossible. Reads only constants: any thread may call."""
+        """Raise what would make this request impossible. Any thread may call; compiling a grammar takes time."""
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("prompt", "the prompt is empty; send at least one token")
@@ -74,7 +77,8 @@ class Engine:
         if bad is not None:
             raise InvalidRequestError("prompt", f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
         params = request.params
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            ids: Iterable[int] = getattr(params, name)
             bad = next((t for t in ids if t >= self.spec.vocab_size), None)
             if bad is not None:
                 raise InvalidRequestError(name, f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
@@ -90,6 +94,8 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens or 'not set'};"
                 f" together they must not exceed the context of {self.max_model_len} tokens",
             )
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
 
     def add_request(self, request: Request) -> None:
         """Queue a checked request. Errors of `check_request` apply."""
@@ -101,6 +107,8 @@ class Engine:
         sequences = [Sequence(request, i, list(request.prompt_token_ids), limit) for i in range(params.n)]
         self._sequences[request.request_id] = sequences
         for seq in sequences:
+            if params.grammar is not None:
+                seq.matcher = self._grammars.start(params.grammar)
             self._detokenizers[seq] = IncrementalDetokenizer(self.tokenizer, params)
             self.scheduler.add(seq)
 

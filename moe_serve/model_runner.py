@@ -13,6 +13,7 @@ from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
+from moe_serve.grammar import MaskThread
 from moe_serve.hf import experts, loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
@@ -47,6 +48,7 @@ class ModelRunner:
         self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self._eos = eos_token_ids
+        self._masks = MaskThread(spec.vocab_size)
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         experts.connect(self.model, self.expert_layers)
 
@@ -74,6 +76,7 @@ class ModelRunner:
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
         self.expert_layers.experts.close()
+        self._masks.close()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
@@ -81,11 +84,14 @@ class ModelRunner:
         self.relieve_memory()
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
+        rows = [seqs[i] for i in batch.sample_order]
+        pending = self._masks.start(rows)
         logits = self._forward(batch)
-        tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self._eos)
+        masks = pending.result() if pending is not None else None
+        tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self._eos, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
-        errors = {seq: error.message for seq, error in failures.items()}
+        errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
         return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors)
 
     def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:

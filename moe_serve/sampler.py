@@ -13,19 +13,26 @@ from collections.abc import Sequence as Rows
 
 import torch
 
+from moe_serve.grammar import Masks
 from moe_serve.sequence import SamplingParams, Sequence, TokenLogprob
 
 MASK64 = (1 << 64) - 1
 
 
 def sample(
-    logits: torch.Tensor, seqs: Rows[Sequence], default_seed: int, eos_token_ids: frozenset[int]
+    logits: torch.Tensor,
+    seqs: Rows[Sequence],
+    default_seed: int,
+    eos_token_ids: frozenset[int],
+    masks: Masks | None = None,
 ) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Choose a token for each row of `logits` [N, V]; log-probabilities where the request wants them.
+    """Choose a token for each row of `logits` [N, V], within `masks`; log-probabilities where the request wants them.
 
     Log-probabilities are those of the raw logits, before penalties and temperature, as in vLLM.
     """
     adjusted = _adjust(logits, seqs, eos_token_ids)
+    if masks is not None and masks.rows:
+        adjusted = _constrain(adjusted, logits, masks)
     greedy = [i for i, s in enumerate(seqs) if s.params.is_greedy]
     random = [i for i, s in enumerate(seqs) if not s.params.is_greedy]
     tokens = [0] * len(seqs)
@@ -63,7 +70,8 @@ def _adjust(logits: torch.Tensor, seqs: Rows[Sequence], eos_token_ids: frozenset
 def _needs_adjusting(seq: Sequence) -> bool:
     p = seq.params
     penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-    return penalised or bool(p.logit_bias) or seq.num_generated < p.min_tokens
+    restricted = bool(p.allowed_token_ids or p.bad_words) or seq.num_generated < p.min_tokens
+    return penalised or restricted or bool(p.logit_bias)
 
 
 def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int]) -> None:
@@ -79,9 +87,49 @@ def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int])
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         row[token_id] += bias
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids, device=row.device)
+        row.copy_(torch.full_like(row, float("-inf")).index_copy_(0, allowed, row[allowed]))
+    _forbid(row, _forbidden(seq, eos_token_ids))
+
+
+def _forbidden(seq: Sequence, eos_token_ids: frozenset[int]) -> set[int]:
+    """Tokens that min_tokens and bad_words rule out at this position."""
+    params = seq.params
+    forbidden = {word[-1] for word in params.bad_words if _ends_with(seq, word[:-1])}
     if seq.num_generated < params.min_tokens:
-        forbidden = set(params.stop_token_ids) | (set() if params.ignore_eos else eos_token_ids)
-        row[sorted(forbidden)] = float("-inf")
+        forbidden |= set(params.stop_token_ids) | (set() if params.ignore_eos else eos_token_ids)
+    return forbidden
+
+
+def _ends_with(seq: Sequence, ids: tuple[int, ...]) -> bool:
+    return len(ids) <= seq.num_generated and tuple(seq.token_ids[seq.num_tokens - len(ids) :]) == ids
+
+
+def _forbid(row: torch.Tensor, forbidden: set[int]) -> None:
+    """Rule tokens out, unless that would leave none at all."""
+    if not forbidden:
+        return
+    before = row.clone()
+    row[sorted(forbidden)] = float("-inf")
+    if row.max() == float("-inf"):
+        row.copy_(before)
+
+
+def _constrain(adjusted: torch.Tensor, logits: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """A copy of `adjusted` [N, V] without the tokens that grammars exclude.
+
+    Where a request's own adjustments exclude everything that its grammar allows, they are dropped.
+    """
+    words = torch.from_numpy(masks.bits).to(logits.device)
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    excluded = bits.flatten(1)[:, : logits.shape[1]] == 0
+    kept = adjusted[masks.rows].float().masked_fill(excluded, float("-inf"))
+    plain = logits[masks.rows].float().masked_fill(excluded, float("-inf"))
+    is_stuck = kept.amax(dim=-1, keepdim=True) == float("-inf")
+    result = adjusted.float().clone()
+    result[masks.rows] = torch.where(is_stuck, plain, kept)
+    return result
 
 
 # ---- random sampling --------------------------------------------------------------------------------

@@ -69,8 +69,11 @@ class Scheduler:
     # ---- queues ---------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence behind all others."""
-        self.waiting.append(seq)
+        """Queue a new sequence behind those of the same or a lower priority value, and behind preempted ones."""
+        place = len(self.waiting)
+        while place > 0 and _goes_before(seq, self.waiting[place - 1]):
+            place -= 1
+        self.waiting.insert(place, seq)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -240,10 +243,15 @@ class Scheduler:
     def _check_finished(self, seq: Sequence) -> None:
         token = seq.token_ids[-1]
         params = seq.params
-        past_min = seq.num_generated >= params.min_tokens
+        # A grammar that leaves nothing but the end has the last word (SamplingParams.grammar).
+        past_min = seq.num_generated >= params.min_tokens or params.grammar is not None
         if past_min and token in params.stop_token_ids:
             self.finish(seq, FinishReason.STOP, token)
         elif past_min and not params.ignore_eos and token in self._eos:
             self.finish(seq, FinishReason.STOP)
         elif seq.num_tokens >= seq.max_total_tokens:
             self.finish(seq, FinishReason.LENGTH)
+
+
+def _goes_before(new: Sequence, waiting: Sequence) -> bool:
+    return new.request.priority < waiting.request.priority and waiting.num_preemptions == 0

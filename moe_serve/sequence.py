@@ -25,6 +25,28 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(StrEnum):
+    """How a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+    """In llguidance's dialect."""
+    GBNF = "gbnf"
+    """llama.cpp's notation."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What an output must look like from its first to its last character."""
+
+    kind: GrammarKind
+    text: str
+    """A JSON schema (as JSON), a regular expression, or a grammar."""
+    param: str = "grammar"
+    """The request field that it came from, for errors about it."""
+
+
 def _require(ok: bool, param: str, message: str) -> None:
     if not ok:
         raise InvalidRequestError(param, f"{param} {message}")
@@ -60,6 +82,13 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    grammar: GrammarSpec | None = None
+    """Only tokens that keep the output within the grammar are sampled; when it is complete, only the end
+    token. Where the grammar leaves nothing else it wins over min_tokens, bad_words and allowed_token_ids."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """When not empty, nothing else is sampled."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences whose last token is never sampled after the others."""
     logprobs: int | None = None
     """None: none. k >= 0: the sampled token's log-probability and the k most likely beside it."""
 
@@ -114,6 +143,11 @@ class SamplingParams:
         _require(len(self.stop) <= 16, "stop", f"takes at most 16 strings, got {len(self.stop)}")
         _require(all(self.stop), "stop", "must not contain an empty string")
         _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", "must not be negative")
+        _require(all(t >= 0 for t in self.allowed_token_ids), "allowed_token_ids", "must not be negative")
+        _require(all(self.bad_words), "bad_words", "must not contain an empty word")
+        _require(
+            self.grammar is None or not self.ignore_eos, "ignore_eos", "cannot be set with a grammar, which has an end"
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -129,6 +163,8 @@ class Request:
     params: SamplingParams
     arrival_time_s: float = 0.0
     """time.monotonic() when the request was accepted."""
+    priority: int = 0
+    """Among waiting requests, lower goes first; equals in order of arrival."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +202,8 @@ class Sequence:
     page_hashes: list[bytes] = field(default_factory=list)
     """Prefix hash of each full page of token_ids known so far, in order."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    matcher: object | None = None
+    """A moe_serve.grammar.Matcher when the request has a grammar."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if any."""

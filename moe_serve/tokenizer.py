@@ -26,7 +26,8 @@ class Tokenizer:
     """One checkpoint's tokenizer."""
 
     def __init__(self, hf: PreTrainedTokenizerFast) -> None:
-        self._hf = hf
+        self.hf = hf
+        """The transformers object, for libraries that take one."""
         self.backend: FastTokenizer = hf.backend_tokenizer
         """The tokenizers library's object, for DecodeStream."""
         self._byte_of = _byte_level_alphabet() if _is_byte_level(self.backend) else None
@@ -56,14 +57,14 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Token ids are below this; added tokens included."""
-        return len(self._hf)
+        return len(self.hf)
 
     @property
     def eos_token_ids(self) -> set[int]:
-        return set() if self._hf.eos_token_id is None else {int(self._hf.eos_token_id)}
+        return set() if self.hf.eos_token_id is None else {int(self.hf.eos_token_id)}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._hf(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return list(self.hf(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -78,7 +79,7 @@ class Tokenizer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation. InvalidRequestError (messages) when the template refuses it."""
-        if not self._hf.chat_template:
+        if not self.hf.chat_template:
             raise InvalidRequestError(
                 "messages", "this model has no chat template; use /v1/completions or start with --chat-template FILE"
             )
@@ -86,7 +87,7 @@ class Tokenizer:
         if taken:  # among them chat_template itself: a client must not bring code
             raise InvalidRequestError("chat_template_kwargs", f"chat_template_kwargs cannot set {taken[0]}")
         try:
-            text = self._hf.apply_chat_template(
+            text = self.hf.apply_chat_template(
                 [dict(m) for m in messages],
                 tools=[dict(t) for t in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,

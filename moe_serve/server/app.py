@@ -5,6 +5,7 @@ Knows FastAPI and AsyncEngine; knows no scheduling and no tensors.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -14,12 +15,22 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
-from moe_serve.sequence import Request, SamplingParams
-from moe_serve.server import chat, completions, dashboard, http_errors, operation, request_log, sse
+from moe_serve.response_templates import Template, template_of
+from moe_serve.server import (
+    chat,
+    completions,
+    dashboard,
+    http_errors,
+    openapi,
+    operation,
+    prompts,
+    request_log,
+    sse,
+)
 from moe_serve.server.access_log import given_id
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
@@ -50,6 +61,7 @@ class Service:
     sampling_defaults: Mapping[str, Any]
     metrics: Metrics
     started_s: int
+    response_template: Template | None
     log_requests: bool = False
     """Prompts may be logged."""
 
@@ -84,6 +96,7 @@ def create_app(
         sampling_defaults or {},
         metrics,
         int(time.time()),
+        template_of(tokenizer),
         log_requests,
     )
     app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s))
@@ -96,6 +109,7 @@ def create_app(
     if with_dashboard:
         dashboard.install(app, service)
     operation.install(app, service)
+    openapi.install(app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody])
     return app
 
 
@@ -107,34 +121,26 @@ async def _lifespan(engine: AsyncEngine, drain_timeout_s: float) -> AsyncIterato
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=openapi.takes(CompletionBody, streams=True))
     async def create_completion(http: HttpRequest) -> Response:
         body = await parse(http, CompletionBody)
         service.check_model(body.model)
-        completions.check(body)
-        params = body.sampling_params(service.sampling_defaults, body.max_tokens, body.logprobs)
         request_id = _request_id("cmpl", body, http)
-        prompts = completions.prompts_of(body, service.tokenizer)
-        merger = Merger([_request(request_id, i, p, params) for i, p in enumerate(prompts)])
+        limit = service.engine.engine.max_model_len
+        merger = Merger(completions.requests_of(body, request_id, service.tokenizer, service.sampling_defaults, limit))
         shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
         return await _answer(service, http, body, merger, shapes)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=openapi.takes(ChatBody, streams=True))
     async def create_chat_completion(http: HttpRequest) -> Response:
         body = await parse(http, ChatBody)
         service.check_model(body.model)
-        body.check_stream_options()
-        params = body.sampling_params(service.sampling_defaults, body.completion_limit(), body.num_logprobs())
         request_id = _request_id("chatcmpl", body, http)
-        prompt = chat.render(
-            body.messages,
-            service.tokenizer,
-            body.add_generation_prompt,
-            body.continue_final_message,
-            body.chat_template_kwargs,
-        )
-        merger = Merger([_request(request_id, 0, prompt, params)])
-        shapes = ChatShapes(body, request_id, service.model_name, service.tokenizer, merger)
+        limit = service.engine.engine.max_model_len
+        defaults, template = service.sampling_defaults, service.response_template
+        plan = chat.plan(body, request_id, service.tokenizer, template, defaults, limit)
+        merger = Merger([plan.request])
+        shapes = ChatShapes(body, plan, request_id, service.model_name, service.tokenizer, merger)
         return await _answer(service, http, body, merger, shapes)
 
 
@@ -142,15 +148,14 @@ def _request_id(prefix: str, body: SamplingBody, http: HttpRequest) -> str:
     return f"{prefix}-{body.request_id or given_id(http.headers) or uuid.uuid4().hex}"
 
 
-def _request(request_id: str, position: int, prompt: tuple[int, ...], params: SamplingParams) -> Request:
-    return Request(f"{request_id}-{position}" if position else request_id, prompt, params, time.monotonic())
-
-
 async def _answer(
     service: Service, http: HttpRequest, body: SamplingBody, merger: Merger, shapes: CompletionShapes | ChatShapes
 ) -> Response:
     for request in merger.requests:  # refuse the whole body before any part of it runs
-        service.engine.engine.check_request(request)
+        if request.params.grammar is None:
+            service.engine.engine.check_request(request)
+        else:  # compiling may take a while, and the others must not wait
+            await asyncio.to_thread(service.engine.engine.check_request, request)
     request_log.note(http, merger, service)
     headers = {"X-Request-Id": merger.requests[0].request_id}
     try:
@@ -195,7 +200,7 @@ async def _stream_events(
 
 
 def _add_tokenization(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=openapi.takes(TokenizeBody))
     async def tokenize(http: HttpRequest) -> dict[str, Any]:
         body = await parse(http, TokenizeBody)
         service.check_model(body.model)
@@ -209,7 +214,7 @@ def _add_tokenization(app: FastAPI, service: Service) -> None:
             answer["token_strs"] = [service.tokenizer.token_text(i) for i in ids]
         return answer
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=openapi.takes(DetokenizeBody))
     async def detokenize(http: HttpRequest) -> dict[str, str]:
         body = await parse(http, DetokenizeBody)
         service.check_model(body.model)
@@ -223,15 +228,13 @@ def _tokenize(body: TokenizeBody, tokenizer: Tokenizer) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt", "give exactly one of prompt and messages")
     if body.messages is not None:
-        kwargs = body.chat_template_kwargs
-        return list(
-            chat.render(body.messages, tokenizer, body.add_generation_prompt, body.continue_final_message, kwargs)
-        )
+        shown = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        return prompts.render(body, body.messages, shown, tokenizer)
     return tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
-    @app.post("/moe_cache")
+    @app.post("/moe_cache", openapi_extra=openapi.takes(ExpertCacheBody))
     async def resize_expert_cache(http: HttpRequest) -> dict[str, int]:
         """Change the memory for experts while serving; answers when it is done, between two steps."""
         body = await parse(http, ExpertCacheBody)
@@ -244,7 +247,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def version() -> dict[str, str]:
         return {"version": service.version}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type=service.metrics.content_type)
 

@@ -3,71 +3,162 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from moe_serve.sequence import Completion, SampleOutput, TokenLogprob
+from moe_serve.errors import InvalidRequestError
+from moe_serve.response_templates import Template, start_parser, without_fields
+from moe_serve.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
+from moe_serve.server import prompts
+from moe_serve.server.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
 from moe_serve.server.collect import Merger, Usage, json_logprob
-from moe_serve.server.protocol import ChatBody, Message
+from moe_serve.server.protocol import ChatBody
+from moe_serve.server.tools import ToolPlan, plan_tools
 from moe_serve.tokenizer import Tokenizer
 
 
-def render(
-    messages: Sequence[Message],
+@dataclass(frozen=True, slots=True)
+class ChatPlan:
+    """A chat body, resolved: what runs, and how each of its answers is read."""
+
+    request: Request
+    new_parser: Callable[[], AnswerParser]
+    calls_finish: bool
+    """An answer with tool calls ends with "tool_calls"; not so when the one function was named (OpenAI's rule)."""
+
+
+def plan(
+    body: ChatBody,
+    request_id: str,
     tokenizer: Tokenizer,
-    add_generation_prompt: bool,
-    continue_final_message: bool,
-    template_kwargs: dict[str, Any] | None,
-) -> tuple[int, ...]:
-    """Token ids of a conversation."""
-    return tuple(
-        tokenizer.render_chat(
-            [m.as_template_input(i) for i, m in enumerate(messages)],
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=template_kwargs,
+    template: Template | None,
+    defaults: Mapping[str, Any],
+    max_model_len: int,
+) -> ChatPlan:
+    """Resolve a body; InvalidRequestError names what does not fit together."""
+    body.check_stream_options()
+    tools = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    grammar = _grammar(body, tools)
+    if tools.mode == "auto" and template is None:
+        raise InvalidRequestError(
+            "tool_choice",
+            "this model's tokenizer has no response_template to find tool calls by; use required or a name",
         )
+    limit = body.completion_limit()
+    params = body.sampling_params(
+        defaults, limit, body.num_logprobs(), grammar=grammar, bad_words=prompts.bad_words(body.bad_words, tokenizer)
     )
+    rendered = prompts.render(body, body.messages, tools.shown, tokenizer)
+    prompt = prompts.truncated(rendered, body, limit, max_model_len)
+    needed = _template_for(tools, template) if grammar is None else None
+    if needed is not None:
+        params = replace(params, skip_special_tokens=False)  # they may be what the template looks for
+    new_parser = _parser_for(tools, needed, tokenizer.decode(prompt, skip_special_tokens=False))
+    request = Request(request_id, prompt, params, time.monotonic(), body.priority or 0)
+    return ChatPlan(request, new_parser, tools.mode != "named")
+
+
+def _grammar(body: ChatBody, tools: ToolPlan) -> GrammarSpec | None:
+    """What constrains the answer: the request's own grammar, or a forced call."""
+    grammar = body.grammar()
+    if grammar is not None and tools.mode != "none":
+        raise InvalidRequestError(
+            grammar.param, f"{grammar.param} cannot be combined with tools, but for tool_choice none"
+        )
+    return grammar or tools.grammar
+
+
+def _template_for(tools: ToolPlan, template: Template | None) -> Template | None:
+    """The template as far as this request needs it: without tools there are no calls to be found."""
+    if template is None or tools.mode == "auto":
+        return template
+    return without_fields(template, ["tool_calls"])
+
+
+def _parser_for(tools: ToolPlan, template: Template | None, prompt: str) -> Callable[[], AnswerParser]:
+    if tools.mode == "named":
+        return lambda: NamedCall(tools.name)
+    if tools.mode == "required":
+        return ListOfCalls
+    if template is None:
+        return PlainText
+    shown = [dict(tool) for tool in tools.shown]
+    return lambda: TemplateAnswer(start_parser(template, prompt, shown), tools.is_parallel)
 
 
 class ChatShapes:
     """The JSON of one request's answer, whole or in chunks."""
 
-    def __init__(self, body: ChatBody, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger) -> None:
+    def __init__(
+        self, body: ChatBody, plan: ChatPlan, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger
+    ) -> None:
         self._body = body
         self._head = {"id": request_id, "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._merger = merger
+        self._calls_finish = plan.calls_finish
+        self._parsers = [plan.new_parser() for _ in range(plan.request.params.n)]
+        self._with_calls: set[int] = set()
+        """Choices that have made tool calls."""
 
     def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
         shaped = [self._whole_choice(c) for c in choices]
         usage = self._merger.usage.as_json()
-        return {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage}
+        return {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage} | self._prompt_ids()
 
     def _whole_choice(self, choice: Completion) -> dict[str, Any]:
+        delta = self._read(choice.index, choice.text, True)
+        message: dict[str, Any] = {"role": "assistant", "content": delta.content, "refusal": None}
+        if delta.calls:
+            message["content"] = delta.content or None
+            message["tool_calls"] = [{k: v for k, v in c.as_json().items() if k != "index"} for c in delta.calls]
+        if delta.reasoning:
+            message["reasoning_content"] = delta.reasoning
         shaped = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self._finish_reason(choice.index, choice.finish_reason),
             "stop_reason": choice.stop_reason,
         }
         if self._body.return_token_ids:
             shaped["token_ids"] = choice.token_ids
         return shaped
 
+    def _read(self, index: int, text: str, is_last: bool) -> Delta:
+        delta = self._parsers[index].feed(text, is_last)
+        if delta.calls:
+            self._with_calls.add(index)
+        if self._body.include_reasoning is False:
+            delta.reasoning = ""
+        return delta
+
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        if reason is FinishReason.STOP and self._calls_finish and index in self._with_calls:
+            return "tool_calls"
+        return reason
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        ids = list(self._merger.requests[0].prompt_token_ids)
+        return {"prompt_token_ids": ids} if self._body.return_token_ids else {}
+
     def first_chunks(self) -> list[dict[str, Any]]:
         """One chunk per choice that only names the role."""
-        count = sum(r.params.n for r in self._merger.requests)
-        return [self._chunk(i, {"role": "assistant", "content": ""}, None, None, None) for i in range(count)]
+        chunks = [
+            self._chunk(i, {"role": "assistant", "content": ""}, None, None, None) for i in range(len(self._parsers))
+        ]
+        chunks[0] |= self._prompt_ids()
+        return chunks
 
     def chunk(self, index: int, output: SampleOutput) -> dict[str, Any] | None:
         """One streamed chunk, or None when the output shows nothing yet."""
-        if not output.text and output.finish_reason is None and not output.logprobs and not self._body.return_token_ids:
+        read = self._read(index, output.text, output.finish_reason is not None)
+        if not read and output.finish_reason is None and not output.logprobs and not self._body.return_token_ids:
             return None
-        delta = {"content": output.text} if output.text else {}
-        chunk = self._chunk(index, delta, self._logprobs(output.logprobs), output.finish_reason, output.stop_reason)
+        finish_reason = self._finish_reason(index, output.finish_reason)
+        chunk = self._chunk(index, _as_json(read), self._logprobs(output.logprobs), finish_reason, output.stop_reason)
         if self._body.return_token_ids:
             chunk["choices"][0]["token_ids"] = list(output.token_ids)
         return chunk
@@ -95,3 +186,14 @@ class ChatShapes:
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         text, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
         return {"token": text, "logprob": json_logprob(logprob), "bytes": raw}
+
+
+def _as_json(delta: Delta) -> dict[str, Any]:
+    shaped: dict[str, Any] = {}
+    if delta.content:
+        shaped["content"] = delta.content
+    if delta.reasoning:
+        shaped["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        shaped["tool_calls"] = [call.as_json() for call in delta.calls]
+    return shaped

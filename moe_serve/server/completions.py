@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
-from moe_serve.sequence import Completion, SampleOutput, TokenLogprob
+from moe_serve.sequence import Completion, Request, SampleOutput, TokenLogprob
+from moe_serve.server import prompts
 from moe_serve.server.collect import Merger, Usage, json_logprob
 from moe_serve.server.protocol import CompletionBody
 from moe_serve.tokenizer import Tokenizer
@@ -15,21 +16,31 @@ from moe_serve.tokenizer import Tokenizer
 MAX_PROMPTS = 128
 
 
-def prompts_of(body: CompletionBody, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """Token ids of each prompt in the body."""
-    prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if prompts and isinstance(prompts[0], int):
-        prompts = [prompts]
-    if not prompts or len(prompts) > MAX_PROMPTS:
-        raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(prompts)}")
-    return [tuple(tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p) for p in prompts]
-
-
-def check(body: CompletionBody) -> None:
-    """What only this endpoint can refuse."""
+def requests_of(
+    body: CompletionBody, request_id: str, tokenizer: Tokenizer, defaults: Mapping[str, Any], max_model_len: int
+) -> list[Request]:
+    """One request for each prompt of the body."""
     body.check_stream_options()
     if body.echo and body.logprobs is not None:
         raise UnsupportedFieldError("logprobs", "logprobs of an echoed prompt are not supported; drop echo or logprobs")
+    words = prompts.bad_words(body.bad_words, tokenizer)
+    params = body.sampling_params(defaults, body.max_tokens, body.logprobs, grammar=body.grammar(), bad_words=words)
+    now = time.monotonic()
+    return [
+        Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, body.priority or 0)
+        for i, prompt in enumerate(_prompts_of(body, tokenizer, max_model_len))
+    ]
+
+
+def _prompts_of(body: CompletionBody, tokenizer: Tokenizer, max_model_len: int) -> list[tuple[int, ...]]:
+    """Token ids of each prompt in the body."""
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if given and isinstance(given[0], int):
+        given = [given]
+    if not given or len(given) > MAX_PROMPTS:
+        raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(given)}")
+    tokenized = [tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in given]
+    return [prompts.truncated(p, body, body.max_tokens, max_model_len) for p in tokenized]
 
 
 class CompletionShapes:
@@ -41,7 +52,8 @@ class CompletionShapes:
         self._tokenizer = tokenizer
         self._merger = merger
         self._offsets: dict[int, int] = {}
-        self._echoed: set[int] = set()
+        self._begun: set[int] = set()
+        """Choices of which something has been shown."""
 
     def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
@@ -74,24 +86,27 @@ class CompletionShapes:
         finish_reason: Any,
         stop_reason: int | str | None,
     ) -> dict[str, Any]:
+        is_first = index not in self._begun
+        self._begun.add(index)
         choice = {
             "index": index,
-            "text": self._echo(index) + text,
+            "text": self._echo(index) + text if is_first else text,
             "logprobs": self._logprobs(index, logprobs) if self._body.logprobs is not None else None,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(token_ids)
+            if is_first:
+                choice["prompt_token_ids"] = list(self._prompt(index))
         return choice
 
     def _echo(self, index: int) -> str:
-        """The prompt's text, before the first text of each choice, when the request asked for it."""
-        if not self._body.echo or index in self._echoed:
-            return ""
-        self._echoed.add(index)
-        prompt = self._merger.requests[index // self._merger.requests[0].params.n].prompt_token_ids
-        return self._tokenizer.decode(prompt)
+        """The prompt's text, when the request asked for it."""
+        return self._tokenizer.decode(self._prompt(index)) if self._body.echo else ""
+
+    def _prompt(self, index: int) -> tuple[int, ...]:
+        return self._merger.requests[index // self._merger.requests[0].params.n].prompt_token_ids
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         """OpenAI's legacy shape: parallel lists over tokens."""

@@ -11,15 +11,16 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
+from moe_serve.server.refusals import Refusal
 
 
 class Body(BaseModel):
     """A request body: unknown fields are errors, and so are the known ones in `unsupported`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields of the OpenAI or vLLM API we do not implement -> values that change nothing."""
+    unsupported: ClassVar[Mapping[str, Refusal]] = {}
+    """Fields of the OpenAI or vLLM API we do not implement."""
 
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -28,9 +29,9 @@ BodyT = TypeVar("BodyT", bound=Body)
 async def parse(request: HttpRequest, body_class: type[BodyT]) -> BodyT:
     """Read and validate a JSON body."""
     fields = _load(await request.body())
-    for name, harmless in body_class.unsupported.items():
-        if name in fields and fields.pop(name) not in harmless:
-            raise UnsupportedFieldError(name, f"{name} is not supported by this server; remove it")
+    for name, refusal in body_class.unsupported.items():
+        if name in fields and fields.pop(name) not in refusal.harmless:
+            raise UnsupportedFieldError(name, f"{name} is not supported by this server ({refusal.why}); remove it")
     try:
         return body_class.model_validate(fields)
     except ValidationError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,3 +155,24 @@ def test_every_sequence_gets_exactly_its_tokens(
     assert driver.pool.num_free == num_pages
     assert all(plan.num_tokens <= budget for plan in driver.plans)
     assert all(len(plan.scheduled) <= max_seqs for plan in driver.plans)
+
+
+def test_lower_priority_values_go_first_among_waiting(make_driver, make_seq) -> None:
+    driver = make_driver(max_num_seqs=1)
+    for name, priority in (("first", 0), ("late", 5), ("soon", -1), ("second", 0), ("sooner", -2)):
+        seq = make_seq([1, 2, 3], 1, name)
+        seq.request = replace(seq.request, priority=priority)
+        driver.scheduler.add(seq)
+    driver.run()
+    order = [item.seq.request.request_id for plan in driver.plans for item in plan.scheduled]
+    assert order == ["sooner", "soon", "first", "second", "late"]
+
+
+def test_a_preempted_sequence_stays_in_front(make_driver, make_seq) -> None:
+    driver = make_driver()
+    preempted, urgent = make_seq([1, 2], 1, "preempted"), make_seq([1, 2], 1, "urgent")
+    preempted.num_preemptions = 1
+    urgent.request = replace(urgent.request, priority=-9)
+    driver.scheduler.add(preempted)
+    driver.scheduler.add(urgent)
+    assert list(driver.scheduler.waiting) == [preempted, urgent]

@@ -27,6 +27,7 @@ from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
+from moe_serve.grammar import Grammars
 from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
 from moe_serve.server.app import create_app
 from moe_serve.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
@@ -100,6 +101,7 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.ids = self.tokenizer.encode(SENTENCE)
         self.gate.set()
+        self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size, frozenset(self.tokenizer.eos_token_ids))
 
     def check_request(self, request: Request) -> None:
         vocab = self.tokenizer.vocab_size
@@ -111,6 +113,8 @@ class FakeEngine:
             raise InvalidRequestError("logit_bias", "token id outside the vocabulary")
         if len(request.prompt_token_ids) + (request.params.max_tokens or 1) > self.max_model_len:
             raise ContextTooLongError("prompt", "the prompt is too long")
+        if request.params.grammar is not None:
+            self.grammars.check(request.params.grammar)
 
     def add_request(self, request: Request) -> None:
         if self.refuse_add:

@@ -31,8 +31,8 @@ def test_unknown_id_has_no_bytes(tokenizer: Tokenizer) -> None:
 
 def test_added_tokens_are_not_read_as_byte_level(tokenizer_folder: Path) -> None:
     tokenizer = Tokenizer.from_path(str(tokenizer_folder))
-    tokenizer._hf.add_tokens(["é", "<end of text>"])
-    tokenizer = Tokenizer(tokenizer._hf)
+    tokenizer.hf.add_tokens(["é", "<end of text>"])
+    tokenizer = Tokenizer(tokenizer.hf)
     for content in ("é", "<end of text>", "<eos>"):
         (token_id,) = tokenizer.encode(content)
         assert tokenizer.token_bytes(token_id) == list(content.encode())

@@ -1,0 +1,57 @@
+"""Fields of the OpenAI and vLLM APIs that are refused by name, with the values that change nothing.
+
+Data only; parsing.py enforces it and docs/api.md lists it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a field is refused, and which values of it are harmless and therefore accepted."""
+
+    why: str
+    harmless: tuple[Any, ...] = (None,)
+    is_planned: bool = False
+
+
+BOTH = MappingProxyType(
+    {
+        "best_of": Refusal("deprecated by OpenAI; use n", (None, 1)),
+        "use_beam_search": Refusal("no beam search", (None, False)),
+        "length_penalty": Refusal("belongs to beam search", (None, 1, 1.0)),
+        "early_stopping": Refusal("belongs to beam search", (None, False)),
+        "prompt_logprobs": Refusal("log-probabilities of prompts", is_planned=True),
+        "spaces_between_special_tokens": Refusal("spaces are the tokenizer's own", (None, True)),
+        "return_tokens_as_token_ids": Refusal("use return_token_ids", (None, False)),
+        "guided_decoding_backend": Refusal("the one backend is llguidance", (None, "auto", "guidance")),
+        "guided_whitespace_pattern": Refusal("white space is bounded by the server"),
+        "lora_request": Refusal("no LoRA adapters"),
+        "cache_salt": Refusal("prefixes are shared between all clients", is_planned=True),
+        "kv_transfer_params": Refusal("no disaggregated prefill"),
+        "logits_processors": Refusal("a client must not bring code"),
+        "service_tier": Refusal("one tier; use priority", (None, "auto", "default")),
+    }
+)
+COMPLETION = MappingProxyType({**BOTH, "suffix": Refusal("no fill-in-the-middle", (None, ""))})
+CHAT = MappingProxyType(
+    {
+        **BOTH,
+        "functions": Refusal("deprecated by OpenAI; use tools", (None, [])),
+        "function_call": Refusal("deprecated by OpenAI; use tool_choice", (None, "none", "auto")),
+        "audio": Refusal("text only"),
+        "modalities": Refusal("text only", (None, ["text"])),
+        "mm_processor_kwargs": Refusal("text only"),
+        "prediction": Refusal("no predicted outputs"),
+        "store": Refusal("answers are not kept", (None, False)),
+        "web_search_options": Refusal("no web search"),
+        "verbosity": Refusal("ask for it in a message"),
+        "echo": Refusal("no echo of a conversation", (None, False)),
+        "chat_template": Refusal("a client must not bring code; start with --chat-template"),
+        "documents": Refusal("put them into a message", (None, [])),
+    }
+)

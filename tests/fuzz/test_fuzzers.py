@@ -1,0 +1,30 @@
+"""A few seconds of each fuzzer; minutes of them: `python tests/fuzz/fuzz_<name>.py --minutes 10`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz import fuzz_detokenizer, fuzz_protocol
+
+EXAMPLES = 60
+Properties = fuzz_protocol.Properties
+
+
+@pytest.fixture(scope="module")
+def detokenizer() -> Properties:
+    return fuzz_detokenizer.properties()
+
+
+@pytest.fixture(scope="module")
+def protocol() -> Properties:
+    return fuzz_protocol.properties()
+
+
+@pytest.mark.parametrize("vocabulary", ["byte_level", "byte_fallback"])
+def test_detokenizer(detokenizer: Properties, vocabulary: str) -> None:
+    assert detokenizer[vocabulary](0, EXAMPLES) >= EXAMPLES
+
+
+@pytest.mark.parametrize("body", [body.__name__ for body in fuzz_protocol.GOOD])
+def test_protocol(protocol: Properties, body: str) -> None:
+    assert protocol[body](0, EXAMPLES) >= EXAMPLES

@@ -1,0 +1,72 @@
+"""The real engine, scheduler, sampler and grammars over a model that says random things.
+
+For tests of what is decided after the forward pass, without one.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+from moe_serve import sampler
+from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.config import EngineConfig
+from moe_serve.engine import Engine
+from moe_serve.grammar import MaskThread
+from moe_serve.sequence import Request, SamplingParams, Sequence
+from moe_serve.spec import ModelSpec
+from moe_serve.tokenizer import Tokenizer
+
+
+class RandomRunner:
+    """Logits are noise, a function of the tokens so far; `script` (ids) is what it says instead, if it may."""
+
+    def __init__(self, vocab_size: int, eos: frozenset[int], config: EngineConfig) -> None:
+        self.config = config
+        self.script: list[int] = []
+        self._vocab_size = vocab_size
+        self._eos = eos
+        self._masks = MaskThread(vocab_size)
+
+    def run(self, plan: BatchPlan) -> StepResult:
+        seqs = [s.seq for s in plan.scheduled if s.needs_sample]
+        pending = self._masks.start(seqs)
+        logits = torch.stack([self._logits(s) for s in seqs]) if seqs else torch.zeros(0, self._vocab_size)
+        masks = pending.result() if pending is not None else None
+        tokens, logprobs = sampler.sample(logits, seqs, self.config.seed, self._eos, masks)
+        return StepResult(tuple(tokens), tuple(logprobs), masks.errors if masks is not None else {})
+
+    def _logits(self, seq: Sequence) -> torch.Tensor:
+        seed = zlib.crc32(repr(seq.token_ids).encode())
+        logits = torch.randn(self._vocab_size, generator=torch.Generator().manual_seed(seed))
+        if seq.num_generated < len(self.script):
+            logits[self.script[seq.num_generated]] += 50.0
+        return logits
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """There is none."""
+
+    def close(self) -> None:
+        self._masks.close()
+
+
+def random_engine(tokenizer: Tokenizer, **settings: object) -> Engine:
+    """An Engine over a RandomRunner; keyword arguments are EngineConfig's fields."""
+    values = {"num_kv_pages": 256, "max_model_len": 512, "block_size": 8, "max_num_seqs": 8} | settings
+    eos = frozenset(tokenizer.eos_token_ids)
+    size = tokenizer.vocab_size
+    runner = RandomRunner(size, eos, EngineConfig(**values))  # type: ignore[arg-type]
+    return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8), eos)
+
+
+def run_all(engine: Engine, requests: dict[str, SamplingParams], prompt: tuple[int, ...] = (5, 6, 7)) -> dict:
+    """Outputs of all requests, by (request id, sample)."""
+    for request_id, params in requests.items():
+        engine.add_request(Request(request_id, prompt, params))
+    outputs: dict[tuple[str, int], list] = {}
+    while engine.has_work():
+        for output in engine.step():
+            outputs.setdefault((output.request_id, output.index), []).append(output)
+        engine.check_integrity()
+    return outputs

@@ -1,0 +1,26 @@
+"""docs/api.md says what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from moe_serve.server.api_tables import tables
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_tables_are_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("write_api", DOCS / "write_api.py")
+    assert spec is not None
+    assert spec.loader is not None
+    write_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write_api)
+    text = (DOCS / "api.md").read_text()
+    assert text == write_api.renewed(text), "run: python docs/write_api.py"
+
+
+def test_every_field_says_what_it_does() -> None:
+    for row in tables().splitlines():
+        if row.startswith("| `"):
+            assert row.split(" | ")[2].rstrip(" |"), row
