@@ -21,6 +21,7 @@ from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped, regroup
+from expert_cache.routing_tap import RoutingTap
 from expert_cache.store import ExpertStore
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
 
@@ -52,6 +53,7 @@ class ExpertLayers:
         self.experts = experts
         self.compute = compute
         self.advisor = advisor
+        self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
         self._failed_rows: dict[int, ExpertReadError] = {}
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -60,6 +62,8 @@ class ExpertLayers:
         hidden [T, H]; ids [T, K] int64; weights [T, K] (float32 or hidden's dtype) -> [T, H].
         Tokens whose expert cannot be read get zeros, and `take_failures` tells which.
         """
+        if self.tap.is_on:
+            self.tap.add(ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)

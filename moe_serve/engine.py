@@ -16,6 +16,7 @@ from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.kv_pages import PagePool
 from moe_serve.model_runner import load_runner
+from moe_serve.route_recorder import RoutingShape
 from moe_serve.scheduler import Scheduler, SchedulerLimits
 from moe_serve.sequence import FinishReason, Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
@@ -31,7 +32,19 @@ class Runner(Protocol):
 
     def run(self, plan: BatchPlan) -> StepResult: ...
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None: ...
+    def moe_layer_ids(self) -> tuple[int, ...]: ...
     def close(self) -> None: ...
+
+
+class RouteListener(Protocol):
+    """Wants to know where the routers send tokens."""
+
+    wants_weights: bool
+
+    def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
+        """After a step was booked; `result.routes` is there."""
+        ...
 
 
 class Engine:
@@ -48,6 +61,7 @@ class Engine:
         self.pool = PagePool(config.num_kv_pages, config.block_size)
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
         self.observer: StatsObserver | None = None
+        self._route_listeners: list[RouteListener] = []
         self.max_model_len = config.max_model_len
         self.num_pages = config.num_kv_pages
         self.block_size = config.block_size
@@ -127,6 +141,17 @@ class Engine:
         """Change the memory for experts, between steps. InvalidRequestError says why it cannot be."""
         self.runner.resize_expert_cache(moe_cache_mib)
 
+    def routing_shape(self) -> RoutingShape:
+        """What routes look like in this model."""
+        return RoutingShape(self.runner.moe_layer_ids(), self.spec.num_experts, self.spec.top_k)
+
+    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None:
+        """From the next step on, tell `listener` where tokens went, or stop to. Without listeners it costs nothing."""
+        others = [known for known in self._route_listeners if known is not listener]
+        self._route_listeners = [*others, listener] if wanted else others
+        weights = any(known.wants_weights for known in self._route_listeners)
+        self.runner.watch_routes(bool(self._route_listeners), weights)
+
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""
         self.runner.close()
@@ -146,6 +171,9 @@ class Engine:
         result = self.runner.run(plan)
         now = time.monotonic()
         advanced = self.scheduler.update(plan, result)
+        if result.routes is not None:
+            for listener in self._route_listeners:
+                listener.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
         outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
         recorder.applied(advanced, now)

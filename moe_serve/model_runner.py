@@ -10,7 +10,7 @@ import torch
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
 from moe_serve import forward_batch, offload, resolve, sampler
-from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.hf import experts, loading
@@ -79,6 +79,7 @@ class ModelRunner:
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
         self.relieve_memory()
+        self.expert_layers.tap.clear()
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)
@@ -86,7 +87,20 @@ class ModelRunner:
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()}
-        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors)
+        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors, self._routes(plan))
+
+    def _routes(self, plan: BatchPlan) -> StepRoutes | None:
+        tap = self.expert_layers.tap
+        return StepRoutes(*tap.take(), forward_batch.rows_of(plan)) if tap.is_on else None
+
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        """Each MoE layer's index in the checkpoint."""
+        return tuple(self.expert_layers.experts.store.layers)
+
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+        """From the next step on, put routes into the StepResult, or stop to; `weights`: those of the router too."""
+        self.expert_layers.tap.is_on = wanted
+        self.expert_layers.tap.keeps_weights = weights
 
     def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
         """Logits [rows to sample, V], in batch order."""

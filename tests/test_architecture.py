@@ -52,6 +52,7 @@ TORCH_FREE = (
     "moe_serve.kv_pages",
     "moe_serve.batch_plan",
     "moe_serve.scheduler",
+    "moe_serve.route_recorder",
     "moe_serve.errors",
     "moe_serve.stats",
     "moe_serve.config",

@@ -1,0 +1,132 @@
+"""RouteRecorder: the routing of live traffic, kept in a ring and handed out as a RoutingTrace.
+
+One row per token: experts in every layer, whose token it was and at which position. The newest `num_tokens` rows
+stay. A token that is computed again after a preemption is the same token and is not recorded again; one that came
+from the prefix cache was not computed and has no row. SGLang's expert distribution recorder, mode per_token, does
+the same work but leaves it to the reader to tell requests apart. Knows no torch and no HTTP.
+
+Shape alphabet: R rows kept, L MoE layers, K experts per token, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.errors import InvalidRequestError
+from moe_serve.sequence import Sequence
+from predictors.trace import RoutingTrace, offsets_of
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """What a trace says about its model."""
+
+    layer_ids: tuple[int, ...]
+    """Each MoE layer's index in the checkpoint."""
+    num_experts: int
+    top_k: int
+
+
+class RouteRecorder:
+    """A RouteListener; `trace` gives what was heard."""
+
+    def __init__(self, shape: RoutingShape, num_tokens: int, weights: bool = False) -> None:
+        """Memory for `num_tokens` rows is touched only as they fill up."""
+        rows = (num_tokens, len(shape.layer_ids), shape.top_k)
+        self.shape = shape
+        self.wants_weights = weights
+        self.num_recorded = 0
+        """Rows since the start, those that the ring has dropped included."""
+        self._ids = np.empty(rows, np.uint8 if shape.num_experts <= 256 else np.int16)
+        self._weights: NDArray[np.float16] | None = np.empty(rows, np.float16) if weights else None
+        self._numbers = np.empty(num_tokens, np.int64)
+        """[R] whose row it is: sequences are numbered as they are first heard of."""
+        self._positions = np.empty(num_tokens, np.int32)
+        self._number_of: dict[Sequence, int] = {}
+        self._next_position: dict[Sequence, int] = {}
+        self._names: dict[int, str] = {}
+        self._num_numbers = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that a trace would have now."""
+        return min(self.num_recorded, len(self._ids))
+
+    def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
+        """Keep one step's rows; `result.routes` must be there."""
+        assert result.routes is not None
+        for item, rows in zip(plan.scheduled, result.routes.rows, strict=True):
+            if item.seq not in result.errors:
+                skipped = max(0, self._next_position.get(item.seq, 0) - item.start)
+                self._append(item.seq, item.start + skipped, result, slice(rows.start + skipped, rows.stop))
+        for seq in [s for s in self._next_position if s.is_finished]:
+            del self._next_position[seq], self._number_of[seq]
+        if len(self._names) > 2 * len(self._ids):
+            kept = set(self._numbers.tolist())
+            self._names = {number: name for number, name in self._names.items() if number in kept}
+
+    def _append(self, seq: Sequence, position: int, result: StepResult, rows: slice) -> None:
+        assert result.routes is not None
+        count = min(rows.stop - rows.start, len(self._ids))
+        if count <= 0:
+            return
+        end = position + rows.stop - rows.start
+        rows = slice(rows.stop - count, rows.stop)
+        for ours, theirs in _wrapped(self.num_recorded % len(self._ids), count, len(self._ids)):
+            taken = slice(rows.start + theirs.start, rows.start + theirs.stop)
+            self._ids[ours] = result.routes.ids[taken]
+            if self._weights is not None and result.routes.weights is not None:
+                self._weights[ours] = result.routes.weights[taken]
+            self._numbers[ours] = self._number(seq)
+            self._positions[ours] = np.arange(end - count, end)[theirs]
+        self.num_recorded += count
+        self._next_position[seq] = end
+
+    def _number(self, seq: Sequence) -> int:
+        number = self._number_of.get(seq)
+        if number is None:
+            number = self._number_of[seq] = self._num_numbers
+            self._num_numbers += 1
+            self._names[number] = f"{seq.request.request_id}[{seq.index}]"
+        return number
+
+    def trace(self, meta: Mapping[str, Any]) -> RoutingTrace:
+        """The rows of each sequence together, in the order of their positions; a gap starts a new sequence.
+
+        `meta` gains `requests` and `first_positions`, one entry per sequence. InvalidRequestError without any row.
+        """
+        if not self.num_tokens:
+            raise InvalidRequestError("recording", "nothing was recorded; send requests between start and dump")
+        numbers, positions = self._numbers[: self.num_tokens], self._positions[: self.num_tokens]
+        order = np.lexsort((positions, numbers))
+        numbers, positions = numbers[order], positions[order]
+        starts = np.flatnonzero(np.r_[True, (np.diff(numbers) != 0) | (np.diff(positions) != 1)])
+        found = {
+            "recorder": "moe-serve",
+            "requests": [self._names[n] for n in numbers[starts].tolist()],
+            "first_positions": positions[starts].tolist(),
+        }
+        return RoutingTrace(
+            ids=self._ids[order],
+            weights=None if self._weights is None else self._weights[order].astype(np.float32),
+            seq_offsets=offsets_of(np.diff(np.r_[starts, len(order)])),
+            layer_ids=np.array(self.shape.layer_ids, dtype=np.int32),
+            num_experts=self.shape.num_experts,
+            meta={**meta, **found},
+            source="recording",
+        )
+
+
+def _wrapped(start: int, count: int, size: int) -> list[tuple[slice, slice]]:
+    """Where `count` rows go in a ring, from `start` on: (rows of the ring, which of the new ones), one pair or two."""
+    first = min(count, size - start)
+    pairs = [(slice(start, start + first), slice(0, first))]
+    if count > first:
+        pairs.append((slice(0, count - first), slice(first, count)))
+    return pairs
