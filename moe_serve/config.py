@@ -74,6 +74,20 @@ class EngineConfig(FromDict):
         None, "Longest sequence, prompt plus completion, in tokens. Default: the model's own limit."
     )
     max_num_seqs: int = option(128, "Most sequences in one step.")
+    max_num_batched_seqs: int | None = option(
+        None,
+        "Most sequences that decode in one step, where that is fewer than --max-num-seqs; the others keep their KV"
+        " pages and wait for a later step. Default: all.",
+    )
+    expert_aware_batching: str = option(
+        "auto",
+        "Which sequences decode when --max-num-batched-seqs leaves a choice. off: the oldest; on: those expected to"
+        " share experts; auto: on while experts have to be read and a step leaves most of them unused.",
+        ("off", "auto", "on"),
+    )
+    max_skipped_steps: int = option(
+        32, "Steps in a row for which expert-aware batching may pass a sequence over; then it goes first."
+    )
     max_num_batched_tokens: int = option(2048, "Token budget of one step; longer prompts are computed in chunks.")
     block_size: int = option(16, "Tokens in one KV page.")
     kv_cache_mib: int | None = option(
@@ -131,6 +145,8 @@ class EngineConfig(FromDict):
             self,
             "max_model_len",
             "max_num_seqs",
+            "max_num_batched_seqs",
+            "max_skipped_steps",
             "max_num_batched_tokens",
             "block_size",
             "kv_cache_mib",
@@ -139,6 +155,8 @@ class EngineConfig(FromDict):
         )
         if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
             raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
+        if self.expert_aware_batching == "on" and self.max_num_batched_seqs is None:
+            raise ConfigError("--expert-aware-batching on: there is nothing to choose without --max-num-batched-seqs")
         if self.max_num_queued_reqs < 0:
             raise ConfigError(f"--max-num-queued-reqs must not be negative, got {self.max_num_queued_reqs}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):

@@ -9,6 +9,10 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_serve import expert_aware
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
@@ -34,6 +38,7 @@ class Runner(Protocol):
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
     def watch_routes(self, wanted: bool, weights: bool = False) -> None: ...
     def moe_layer_ids(self) -> tuple[int, ...]: ...
+    def resident_experts(self) -> NDArray[np.bool_] | None: ...
     def close(self) -> None: ...
 
 
@@ -67,6 +72,7 @@ class Engine:
         self.block_size = config.block_size
         self._sequences: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
+        expert_aware.install(self)
 
     @staticmethod
     def from_config(config: EngineConfig) -> Engine:
@@ -221,6 +227,7 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
         enable_prefix_caching=config.enable_prefix_caching,
+        max_num_batched_seqs=config.max_num_batched_seqs,
     )
 
 

@@ -5,7 +5,9 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
@@ -96,6 +98,11 @@ class ModelRunner:
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Each MoE layer's index in the checkpoint."""
         return tuple(self.expert_layers.experts.store.layers)
+
+    def resident_experts(self) -> NDArray[np.bool_] | None:
+        """[L, E] experts in slots; None where experts are used where the checkpoint is mapped."""
+        cache = self.expert_layers.experts
+        return cache.table.slot_of >= 0 if isinstance(cache, ExpertCache) else None
 
     def watch_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, put routes into the StepResult, or stop to; `weights`: those of the router too."""

@@ -53,6 +53,8 @@ TORCH_FREE = (
     "moe_serve.batch_plan",
     "moe_serve.scheduler",
     "moe_serve.route_recorder",
+    "moe_serve.batch_choice",
+    "moe_serve.usage_forecast",
     "moe_serve.errors",
     "moe_serve.stats",
     "moe_serve.config",
