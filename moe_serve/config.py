@@ -86,7 +86,7 @@ class EngineConfig(FromDict):
         ("off", "auto", "on"),
     )
     max_skipped_steps: int = option(
-        32, "Steps in a row for which expert-aware batching may pass a sequence over; then it goes first."
+        16, "Steps in a row for which expert-aware batching may pass a sequence over; then it goes first."
     )
     max_num_batched_tokens: int = option(2048, "Token budget of one step; longer prompts are computed in chunks.")
     block_size: int = option(16, "Tokens in one KV page.")
