@@ -175,6 +175,10 @@ class ServerConfig(FromDict):
     host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on every interface.")
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
     served_model_name: str | None = option(None, "Name clients use for the model. Default: the model folder's name.")
+    recording_dir: str | None = option(
+        None, "Folder for recordings of routing (POST /dump_expert_distribution_record). Default: none are made."
+    )
+    recording_buffer_tokens: int = option(65536, "Newest tokens that a recording of routing keeps.")
     disable_log_stats: bool = option(False, "Do not log throughput every ten seconds.")
     uvicorn_log_level: str = option(
         "info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug")

@@ -20,7 +20,7 @@ from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.kv_pages import PagePool
 from moe_serve.model_runner import load_runner
-from moe_serve.route_recorder import RoutingShape
+from moe_serve.route_recorder import RouteListener, RoutingShape
 from moe_serve.scheduler import Scheduler, SchedulerLimits
 from moe_serve.sequence import FinishReason, Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
@@ -40,16 +40,6 @@ class Runner(Protocol):
     def moe_layer_ids(self) -> tuple[int, ...]: ...
     def resident_experts(self) -> NDArray[np.bool_] | None: ...
     def close(self) -> None: ...
-
-
-class RouteListener(Protocol):
-    """Wants to know where the routers send tokens."""
-
-    wants_weights: bool
-
-    def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
-        """After a step was booked; `result.routes` is there."""
-        ...
 
 
 class Engine:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +33,21 @@ class RoutingShape:
     top_k: int
 
 
+class RouteListener(Protocol):
+    """Wants to know where the routers send tokens."""
+
+    wants_weights: bool
+
+    def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
+        """After a step was booked; `result.routes` is there."""
+        ...
+
+
 class RouteRecorder:
     """A RouteListener; `trace` gives what was heard."""
 
-    def __init__(self, shape: RoutingShape, num_tokens: int, weights: bool = False) -> None:
-        """Memory for `num_tokens` rows is touched only as they fill up."""
+    def __init__(self, shape: RoutingShape, num_tokens: int, weights: bool = False, token_ids: bool = False) -> None:
+        """Memory for `num_tokens` rows is touched only as they fill up. `weights`, `token_ids`: keep these as well."""
         rows = (num_tokens, len(shape.layer_ids), shape.top_k)
         self.shape = shape
         self.wants_weights = weights
@@ -45,6 +55,7 @@ class RouteRecorder:
         """Rows since the start, those that the ring has dropped included."""
         self._ids = np.empty(rows, np.uint8 if shape.num_experts <= 256 else np.int16)
         self._weights: NDArray[np.float16] | None = np.empty(rows, np.float16) if weights else None
+        self._token_ids: NDArray[np.int32] | None = np.empty(num_tokens, np.int32) if token_ids else None
         self._numbers = np.empty(num_tokens, np.int64)
         """[R] whose row it is: sequences are numbered as they are first heard of."""
         self._positions = np.empty(num_tokens, np.int32)
@@ -57,6 +68,13 @@ class RouteRecorder:
     def num_tokens(self) -> int:
         """Rows that a trace would have now."""
         return min(self.num_recorded, len(self._ids))
+
+    def successor(self) -> RouteRecorder:
+        """An empty recorder that goes on where this one stops: no token will be in both."""
+        other = RouteRecorder(self.shape, len(self._ids), self.wants_weights, self._token_ids is not None)
+        other._number_of, other._next_position = dict(self._number_of), dict(self._next_position)
+        other._names, other._num_numbers = {n: self._names[n] for n in self._number_of.values()}, self._num_numbers
+        return other
 
     def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
         """Keep one step's rows; `result.routes` must be there."""
@@ -83,6 +101,9 @@ class RouteRecorder:
             self._ids[ours] = result.routes.ids[taken]
             if self._weights is not None and result.routes.weights is not None:
                 self._weights[ours] = result.routes.weights[taken]
+            if self._token_ids is not None:
+                tokens = slice(end - count + theirs.start, end - count + theirs.stop)
+                self._token_ids[ours] = seq.token_ids[tokens]
             self._numbers[ours] = self._number(seq)
             self._positions[ours] = np.arange(end - count, end)[theirs]
         self.num_recorded += count
@@ -115,6 +136,7 @@ class RouteRecorder:
         return RoutingTrace(
             ids=self._ids[order],
             weights=None if self._weights is None else self._weights[order].astype(np.float32),
+            token_ids=None if self._token_ids is None else self._token_ids[order],
             seq_offsets=offsets_of(np.diff(np.r_[starts, len(order)])),
             layer_ids=np.array(self.shape.layer_ids, dtype=np.int32),
             num_experts=self.shape.num_experts,

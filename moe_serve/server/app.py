@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SamplingParams
-from moe_serve.server import chat, completions, http_errors, sse
+from moe_serve.server import chat, completions, http_errors, recording, sse
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
@@ -63,6 +64,8 @@ def create_app(
     version: str = "0",
     sampling_defaults: Mapping[str, Any] | None = None,
     drain_timeout_s: float = 5.0,
+    recording_dir: str | None = None,
+    recording_buffer_tokens: int = 65536,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
     pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
@@ -77,6 +80,7 @@ def create_app(
     _add_tokenization(app, service)
     _add_operation(app, service)
     _add_information(app, service)
+    recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
     return app
 
 

@@ -42,6 +42,8 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
         model_path=engine_config.model,
         version=__version__,
         sampling_defaults=read_generation_defaults(engine_config.model, engine_config.generation_config),
+        recording_dir=server_config.recording_dir,
+        recording_buffer_tokens=server_config.recording_buffer_tokens,
     )
     server = uvicorn.Server(
         uvicorn.Config(app, log_level=server_config.uvicorn_log_level, timeout_graceful_shutdown=10, access_log=False)
