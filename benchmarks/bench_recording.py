@@ -1,9 +1,10 @@
-"""What recording the routing costs: the same decoding with the recorder on and off, alternating every few steps.
+"""What recording the routing costs: the same decoding with the recorder on and off, alternating step by step.
 
     python benchmarks/bench_recording.py [MODEL] --batch 8 --settings '{"moe_cache_mib": 64}'
 
-One process, one batch of sequences that never ends while it is measured; every block of steps switches the recorder.
-A ratio of two neighbouring blocks does not see the load of the machine drift. The last line is JSON.
+One process and one batch of sequences that does not end while it is measured; every step switches the recorder, and
+the medians of both kinds are compared, so that neither drift nor outliers of a busy machine count. CPU time of all
+threads. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ def main() -> None:
     from moe_serve.cli.flags import default_model
     from moe_serve.route_recorder import RouteRecorder
 
-    length = 64 + args.blocks * 2 * args.steps + 64
+    length = 2 * args.steps + 128
     llm = LLM(
         args.model or default_model(), num_threads=args.threads, max_model_len=length, max_num_seqs=args.batch,
         **json.loads(args.settings),
     )  # fmt: skip
     recorder = RouteRecorder(llm.engine.routing_shape(), 65536, weights=args.weights)
     start_requests(llm, args.batch, length)
-    ratios = []
-    for _ in range(args.blocks):
-        seconds = {}
-        for wanted in (False, True):
-            llm.engine.listen_to_routes(recorder, wanted)
-            seconds[wanted] = run_steps(llm, args.steps)
-        ratios.append(seconds[True] / seconds[False])
-    slower = median(ratios)
-    print(
-        f"batch {args.batch}: with the recorder a step takes {slower:.4f} of the time without (median of {len(ratios)})"
-    )
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for i in range(2 * args.steps):
+        wanted = i % 2 == 1
+        llm.engine.listen_to_routes(recorder, wanted)
+        seconds[wanted].append(step_s(llm))
+    off, on = median(seconds[False]), median(seconds[True])
+    print(f"batch {args.batch}: a step takes {1000 * off:.2f} ms, with the recorder {1000 * on:.2f} ms: {on / off:.4f}")
     facts = {"hardware": hardware(), "versions": versions(), "batch": args.batch, "settings": args.settings}
-    print(json.dumps({"ratio": slower, "ratios": ratios, "recorded": recorder.num_recorded, **facts}))
+    print(
+        json.dumps(
+            {"ratio": on / off, "off_ms": 1000 * off, "on_ms": 1000 * on, "recorded": recorder.num_recorded, **facts}
+        )
+    )
 
 
 def start_requests(llm: Any, batch: int, length: int) -> None:
@@ -62,11 +63,10 @@ def start_requests(llm: Any, batch: int, length: int) -> None:
         llm.engine.step()
 
 
-def run_steps(llm: Any, count: int) -> float:
-    """CPU seconds of all threads: other processes on the machine do not count."""
+def step_s(llm: Any) -> float:
+    """CPU seconds of one step."""
     start = time.process_time()
-    for _ in range(count):
-        llm.engine.step()
+    llm.engine.step()
     return time.process_time() - start
 
 
@@ -74,8 +74,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="FOLDER", help="default: the demo model")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="of one block")
-    parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=400, help="of each kind")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", action="store_true", help="record the routers' weights too")
     parser.add_argument("--settings", default="{}", help="more EngineConfig fields, as JSON")

@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.errors import InvalidRequestError
 from moe_serve.sequence import Sequence
 from predictors.trace import RoutingTrace, offsets_of
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class RouteRecorder:
         self._next_position: dict[Sequence, int] = {}
         self._names: dict[int, str] = {}
         self._num_numbers = 0
+        self._forget_at = 256
 
     @property
     def num_tokens(self) -> int:
@@ -79,35 +82,43 @@ class RouteRecorder:
     def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
         """Keep one step's rows; `result.routes` must be there."""
         assert result.routes is not None
-        for item, rows in zip(plan.scheduled, result.routes.rows, strict=True):
-            if item.seq not in result.errors:
-                skipped = max(0, self._next_position.get(item.seq, 0) - item.start)
-                self._append(item.seq, item.start + skipped, result, slice(rows.start + skipped, rows.stop))
-        for seq in [s for s in self._next_position if s.is_finished]:
-            del self._next_position[seq], self._number_of[seq]
+        rows: list[int] = []
+        numbers: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        for item, span in zip(plan.scheduled, result.routes.rows, strict=True):
+            start = max(item.start, self._next_position.get(item.seq, 0))
+            if start >= item.end or item.seq in result.errors:
+                continue
+            rows += range(span.start + start - item.start, span.stop)
+            numbers += [self._number(item.seq)] * (item.end - start)
+            positions += range(start, item.end)
+            tokens += item.seq.token_ids[start : item.end]
+            self._next_position[item.seq] = item.end
+        newest = slice(-len(self._ids), None)
+        self._append(result.routes, *(np.array(v[newest], np.int64) for v in (rows, numbers, positions, tokens)))
+        self._forget_finished()
+
+    def _append(self, routes: StepRoutes, rows: Rows, numbers: Rows, positions: Rows, tokens: Rows) -> None:
+        places = (self.num_recorded + np.arange(len(rows))) % len(self._ids)
+        self._ids[places] = routes.ids[rows]
+        self._numbers[places] = numbers
+        self._positions[places] = positions
+        if self._weights is not None and routes.weights is not None:
+            self._weights[places] = routes.weights[rows]
+        if self._token_ids is not None:
+            self._token_ids[places] = tokens
+        self.num_recorded += len(rows)
+
+    def _forget_finished(self) -> None:
+        """Now and then: drop sequences that have ended, and names of which the ring holds no row."""
+        if len(self._next_position) > self._forget_at:
+            for seq in [s for s in self._next_position if s.is_finished]:
+                del self._next_position[seq], self._number_of[seq]
+            self._forget_at = 2 * len(self._next_position) + 256
         if len(self._names) > 2 * len(self._ids):
             kept = set(self._numbers.tolist())
             self._names = {number: name for number, name in self._names.items() if number in kept}
-
-    def _append(self, seq: Sequence, position: int, result: StepResult, rows: slice) -> None:
-        assert result.routes is not None
-        count = min(rows.stop - rows.start, len(self._ids))
-        if count <= 0:
-            return
-        end = position + rows.stop - rows.start
-        rows = slice(rows.stop - count, rows.stop)
-        for ours, theirs in _wrapped(self.num_recorded % len(self._ids), count, len(self._ids)):
-            taken = slice(rows.start + theirs.start, rows.start + theirs.stop)
-            self._ids[ours] = result.routes.ids[taken]
-            if self._weights is not None and result.routes.weights is not None:
-                self._weights[ours] = result.routes.weights[taken]
-            if self._token_ids is not None:
-                tokens = slice(end - count + theirs.start, end - count + theirs.stop)
-                self._token_ids[ours] = seq.token_ids[tokens]
-            self._numbers[ours] = self._number(seq)
-            self._positions[ours] = np.arange(end - count, end)[theirs]
-        self.num_recorded += count
-        self._next_position[seq] = end
 
     def _number(self, seq: Sequence) -> int:
         number = self._number_of.get(seq)
@@ -143,12 +154,3 @@ class RouteRecorder:
             meta={**meta, **found},
             source="recording",
         )
-
-
-def _wrapped(start: int, count: int, size: int) -> list[tuple[slice, slice]]:
-    """Where `count` rows go in a ring, from `start` on: (rows of the ring, which of the new ones), one pair or two."""
-    first = min(count, size - start)
-    pairs = [(slice(start, start + first), slice(0, first))]
-    if count > first:
-        pairs.append((slice(0, count - first), slice(first, count)))
-    return pairs

@@ -101,23 +101,8 @@ def test_trace_command_feeds_replay_and_plan(
     assert found.token_ids is not None
     assert len(set(found.token_ids[:7].tolist())) == len(set("One two"))
     assert main(["replay", str(path), "--policies", "lru"]) == 0
-    assert (
-        main(
-            [
-                "plan",
-                "solve",
-                str(path),
-                "--gpus",
-                "2",
-                "--time-limit",
-                "2",
-                "--quiet",
-                "--output",
-                str(tmp_path / "plan.json"),
-            ]
-        )
-        == 0
-    )
+    plan = ["--gpus", "2", "--time-limit", "2", "--quiet", "--output", str(tmp_path / "plan.json")]
+    assert main(["plan", "solve", str(path), *plan]) == 0
     assert "lru" in capsys.readouterr().out
 
 
