@@ -20,6 +20,7 @@ from expert_cache.advice import Advisor
 from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
+from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.routing_tap import RoutingTap
 from expert_cache.store import ExpertStore
@@ -48,11 +49,19 @@ class Experts(Protocol):
 class ExpertLayers:
     """The experts of all layers behind one call."""
 
-    def __init__(self, experts: Experts, compute: ExpertCompute, advisor: Advisor | None = None) -> None:
-        """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for."""
+    def __init__(
+        self,
+        experts: Experts,
+        compute: ExpertCompute,
+        advisor: Advisor | None = None,
+        audit: PrefetchAudit | None = None,
+    ) -> None:
+        """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for.
+        `audit`: who decides whether that pays; None: always."""
         self.experts = experts
         self.compute = compute
         self.advisor = advisor
+        self.audit = audit
         self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
         self._failed_rows: dict[int, ExpertReadError] = {}
 
@@ -66,9 +75,11 @@ class ExpertLayers:
             self.tap.add(ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
+        if self.audit is not None:
+            self._tell(self.audit, layer, groups.experts, len(hidden))
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
-            if self.advisor is not None:
+            if self.advisor is not None and (self.audit is None or self.audit.is_prefetching):
                 self._follow(self.advisor, layer, groups.experts, hidden)
             self._run_as_they_come(wanted, hidden, groups, out)
         except BaseException:
@@ -76,12 +87,21 @@ class ExpertLayers:
             raise
         for expert, error in wanted.failed.items():
             self._fail(groups, expert, error, out)
+        if self.audit is not None and layer == self.experts.store.layers[-1]:
+            self.audit.end()
         by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
         return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
 
+    def _tell(self, audit: PrefetchAudit, layer: int, experts: Sequence[int], num_tokens: int) -> None:
+        index = self.experts.store.layers.index(layer)
+        if index == 0:
+            audit.begin(num_tokens)
+        audit.used(index, experts)
+
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers
-        for advice in advisor.advise(layers.index(layer), experts, hidden):
+        found = advisor.advise(layers.index(layer), experts, hidden)
+        for advice in found if self.audit is None else self.audit.allowed(found):
             self.experts.prefetch(layers[advice.layer], advice.experts, advice.urgencies)
 
     def _run_as_they_come(

@@ -123,6 +123,9 @@ class EngineConfig(FromDict):
         " next layer's router would choose now; affinity: those that usually follow this layer's.",
         ("off", "next-gate", "affinity"),
     )
+    moe_prefetch_audit: bool = option(
+        True, "Time steps with and without prefetching now and then, and leave it off where it does not pay."
+    )
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
     )

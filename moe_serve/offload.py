@@ -26,6 +26,7 @@ from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Policy
 from expert_cache.pools import global_pool, per_layer
+from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
@@ -77,7 +78,9 @@ def expert_layers(
         _fetcher(device),
         shadows=_shadows(config, store, slots),
     )
-    return ExpertLayers(cache, compute, _advisor(config, store, routers))
+    advisor = _advisor(config, store, routers)
+    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
+    return ExpertLayers(cache, compute, advisor, audit)
 
 
 def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]) -> Advisor | None:

@@ -1,0 +1,139 @@
+"""Prefetching under its audit beside no prefetching: the same decoding, sides in turn, in one process.
+
+    python benchmarks/make_checkpoint.py qwen3-moe-500m /tmp/q500
+    python benchmarks/bench_prefetch.py /tmp/q500 --cache-frac 0.25 --rounds 8
+
+Each side is an engine of its own with a cache of the same size; every round each decodes a few steps, in changing
+order. The side `wrong` always expects exactly the experts that will not be chosen. What counts is a side's time over
+that of `off` in the same round; tokens must be equal. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from measuring import fix_environment, hardware, median, versions
+
+
+def main() -> None:
+    args = parse()
+    fix_environment(args.threads)
+    sides = {name: Side(name, args) for name in dict.fromkeys(["off", *args.sides])}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order, shuffle = list(sides), random.Random(0)
+    for number in range(args.rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            seconds[name].append(sides[name].decode(args.steps))
+        print(f"round {number + 1}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+    report = {name: side.report(seconds[name], seconds["off"]) for name, side in sides.items()}
+    assert all(side.tokens == sides["off"].tokens for side in sides.values()), "tokens differ"
+    print(
+        "\n| side | off's time / its time: all, median | prefetching at the end | last probe | recall | useful | wasted MB |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, row in report.items():
+        print(
+            f"| {name} | {row['speed']:.3f}, {row['median_speed']:.3f} | {row['layers_on']} of {row['layers']} layers"
+            f" | {row['last_ratio']} | {row['recall']:.2f} | {row['useful']} | {row['wasted_mb']:.1f} |"
+        )
+    print(json.dumps({"sides": report, "hardware": hardware(), "versions": versions(), "args": str(args)}))
+
+
+class AlwaysWrong:
+    """Expects in the next layer, as many as this one used, experts that this layer's router did not choose."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._num_layers, self._num_experts = num_layers, num_experts
+
+    def advise(self, layer: int, experts: Sequence[int], hidden: Any) -> list[Any]:
+        from expert_cache.advice import Advice
+
+        if layer + 1 == self._num_layers:
+            return []
+        others = tuple(e for e in range(self._num_experts) if e not in experts)[: len(experts)]
+        return [Advice(layer + 1, others, (1.0,) * len(others))]
+
+
+class Side:
+    """One engine, decoding a batch of sequences that does not end."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        from moe_serve import LLM
+        from moe_serve.cli.flags import default_model
+
+        kind = name.removesuffix("-unaudited")
+        length = args.steps * args.rounds + 64
+        self.llm = LLM(
+            args.model or default_model(), num_threads=args.threads, max_model_len=length, max_num_seqs=args.batch,
+            moe_cache_mib=1, moe_prefetch="next-gate" if kind == "wrong" else kind,
+            moe_prefetch_audit=not name.endswith("-unaudited"), **json.loads(args.settings),
+        )  # fmt: skip
+        self.layers = self.llm.engine.runner.expert_layers  # type: ignore[attr-defined]
+        cache = self.layers.experts
+        cache.resize(int(cache.store.num_total * args.cache_frac))
+        if kind == "wrong":
+            self.layers.advisor = AlwaysWrong(len(cache.store.layers), cache.store.num_experts)
+        self.tokens: list[int] = []
+        self._start(args.batch, length)
+
+    def _start(self, batch: int, length: int) -> None:
+        from moe_serve import SamplingParams
+        from moe_serve.sequence import Request
+
+        params = SamplingParams(temperature=0, max_tokens=length - 17, ignore_eos=True)
+        for i in range(batch):
+            prompt = tuple(3 + (37 * i + 11 * j) % 4000 for j in range(16))
+            self.llm.engine.add_request(Request(f"r{i}", prompt, params))
+        for _ in range(4):
+            self.llm.engine.step()
+
+    def decode(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.tokens += [t for output in self.llm.engine.step() for t in output.token_ids]
+        return time.perf_counter() - start
+
+    def report(self, own: list[float], off: list[float]) -> dict[str, Any]:
+        counters, audit = self.layers.experts.counters, self.layers.audit
+        right, missed = int(counters.predicted_used.sum()), int(counters.unpredicted_used.sum())
+        return {
+            "speed": sum(off) / sum(own),
+            "median_speed": median([o / s for o, s in zip(off, own, strict=True)]),
+            "tokens_per_s": len(self.tokens) / sum(own),
+            "layers_on": int(counters.prefetch_on.sum()) if audit or self.layers.advisor else 0,
+            "layers": len(counters.hits),
+            "last_ratio": None if audit is None or audit.last_ratio is None else round(audit.last_ratio, 3),
+            "recall": right / max(1, right + missed),
+            "useful": int(counters.prefetch_hits.sum() + counters.late_prefetches.sum()),
+            "wasted_mb": float(counters.wasted_bytes.sum() / 1e6),
+            "hit_frac": counters.num_hits / (counters.num_hits + counters.num_misses),
+            "rounds_s": own,
+        }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", metavar="FOLDER", help="default: the demo model")
+    parser.add_argument("--sides", nargs="+", default=["next-gate", "affinity", "wrong"], metavar="NAME")
+    parser.add_argument("--cache-frac", type=float, default=0.25, help="of the experts that fit the cache")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=64, help="of one side in a round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--settings", default="{}", help="more EngineConfig fields, as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
