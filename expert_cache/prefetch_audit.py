@@ -35,6 +35,8 @@ FIRST_HOLD_STEPS = 128
 LONGEST_HOLD_STEPS = 4096
 TURN_ON_RATIO = 0.98
 """Steps with prefetching must take at most this much of the time without it to be turned on; on, they may take 1."""
+CLEARLY_FASTER_FRAC = 0.7
+"""Of all pairs of a step with and one without: chance alone reaches this once in 15 times with 9 steps of each."""
 TURN_OFF_USEFUL_FRAC = 0.3
 """A layer of whose prefetched experts fewer were of use is left out; after having been, it needs the other."""
 TURN_ON_USEFUL_FRAC = 0.5
@@ -65,6 +67,8 @@ class PrefetchAudit:
         self._started_s: float | None = None
         self._advised: dict[int, set[int]] = {}
         self._before = self._brought()
+        self._useful_before = self._useful()
+        """Of use before the probe."""
         self.last_ratio: float | None = None
         """Time of a step with prefetching over one without, in the last probe."""
         self._publish()
@@ -126,13 +130,14 @@ class PrefetchAudit:
         self._was_off = ~self._layer_on
         self._layer_on[:] = True
         self._before = self._brought()
+        self._useful_before = self._useful()
 
     def _decide(self) -> None:
         """After a probe: on or off, and until when."""
         self.last_ratio = self._ratio()
         was_on = self._is_on
         if self.last_ratio is not None:
-            self._is_on = self.last_ratio < (1.0 if was_on else TURN_ON_RATIO)
+            self._is_on = self.last_ratio < 1.0 if was_on else self.last_ratio < TURN_ON_RATIO and self._is_clear()
         is_settled = self._is_on == was_on
         self._hold_steps = min(2 * self._hold_steps, LONGEST_HOLD_STEPS) if is_settled else FIRST_HOLD_STEPS
         self._probe_step = -self._hold_steps
@@ -142,11 +147,26 @@ class PrefetchAudit:
         sizes = {size for size, on in self._seconds if (size, not on) in self._seconds}
         if not sizes:
             return None
-        weights = {s: min(len(self._seconds[s, True]), len(self._seconds[s, False])) for s in sizes}
-        with_it, without = (
-            sum(w * statistics.median(self._seconds[s, on]) for s, w in weights.items()) for on in (True, False)
-        )
+        with_it, without = (sum(self._typical_s(size, on) for size in sizes) for on in (True, False))
         return with_it / without if without > 0 else None
+
+    def _typical_s(self, size: int, on: bool) -> float:
+        """The median step, times as often as it was seen in both ways."""
+        times = self._seconds
+        return statistics.median(times[size, on]) * min(len(times[size, True]), len(times[size, False]))
+
+    def _is_clear(self) -> bool:
+        """Of two steps, one with prefetching and one without, the one with it was faster nearly always, ties half: the
+        rank-sum test, which a busy machine's outliers do not fool. And something was of use at all."""
+        pairs = [
+            (with_s, without_s)
+            for (size, on), times in self._seconds.items()
+            if on
+            for with_s in times
+            for without_s in self._seconds.get((size, False), ())
+        ]
+        faster = sum(1.0 if a < b else 0.5 if a == b else 0.0 for a, b in pairs)
+        return faster >= CLEARLY_FASTER_FRAC * len(pairs) and self._useful() > self._useful_before
 
     def _judge_layers(self) -> None:
         """Leave out layers whose guesses were mostly wasted, of those with enough evidence."""
@@ -161,6 +181,10 @@ class PrefetchAudit:
         counters = self._counters
         useful = counters.prefetch_hits + counters.late_prefetches
         return np.stack([useful.astype(np.float64), counters.wasted_bytes / self._expert_bytes])
+
+    def _useful(self) -> int:
+        """Experts brought ahead of time that were of use, over all layers."""
+        return int(self._counters.prefetch_hits.sum() + self._counters.late_prefetches.sum())
 
     def _publish(self) -> None:
         self._counters.prefetch_on[:] = self._layer_on & self.is_prefetching

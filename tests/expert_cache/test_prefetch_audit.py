@@ -24,6 +24,7 @@ class Bench:
 
     def __init__(self, num_layers: int = 2) -> None:
         self.now = 0.0
+        self.is_useful = True
         self.counters = CacheCounters(num_layers)
         self.audit = PrefetchAudit(self.counters, EXPERT_BYTES, lambda: self.now)
 
@@ -31,6 +32,7 @@ class Bench:
         prefetching = self.audit.is_prefetching
         self.audit.begin(tokens)
         self.now += with_s if prefetching else without_s
+        self.counters.prefetch_hits[0] += prefetching and self.is_useful
         self.audit.end()
         return prefetching
 
@@ -52,6 +54,22 @@ def test_it_stays_on_only_if_it_is_clearly_faster(with_s: float, stays_on: bool)
     assert bench.audit.last_ratio == pytest.approx(with_s)
     assert bench.run(FIRST_HOLD_STEPS, with_s, 1.0) == (FIRST_HOLD_STEPS if stays_on else 0)
     assert bench.counters.prefetch_on.all() == bench.audit.is_prefetching
+
+
+def test_chance_does_not_turn_it_on() -> None:
+    """A busy machine: the steps with it were a little faster at the median, but not most of them."""
+    bench = Bench()
+    bench.run(BLOCK_STEPS, 1.0, 1.0)
+    for step in range(PROBE_STEPS - BLOCK_STEPS):
+        bench.step(0.9 if step % 2 else 1.5, 1.0)
+    assert not bench.audit.is_prefetching
+
+
+def test_what_brings_nothing_is_not_turned_on() -> None:
+    bench = Bench()
+    bench.is_useful = False
+    bench.run(PROBE_STEPS, 0.5, 1.0)
+    assert not bench.audit.is_prefetching
 
 
 def test_what_is_on_stays_on_unless_it_is_slower() -> None:
