@@ -110,9 +110,9 @@ class EngineConfig(FromDict):
     moe_cache_pool: str = option(
         "auto",
         "How layers share the cache. global: one pool; per-layer: equal parts; quota: parts solved from"
-        " --moe-cache-profile; auto: per-layer where every layer gets at least as many slots as a token needs, else"
-        " global.",
-        ("auto", "global", "per-layer", "quota"),
+        " --moe-cache-profile; adaptive: equal at first, then solved from recent traffic where that saves misses; auto:"
+        " per-layer where every layer gets at least as many slots as a token needs, else global.",
+        ("auto", "global", "per-layer", "quota", "adaptive"),
     )
     moe_cache_profile: str | None = option(
         None, "Routing trace of this model (.npz), for quotas and for policies that start from popularity."

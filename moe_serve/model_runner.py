@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
+from expert_cache.policies.policy import Policy
 from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
@@ -73,6 +74,17 @@ class ModelRunner:
             if num_slots is not None:
                 cache.resize(num_slots)
 
+    def rebalance(self) -> None:
+        """Let the expert cache's layers change their shares."""
+        cache = self.expert_layers.experts
+        if isinstance(cache, ExpertCache):
+            cache.rebalance()
+
+    def eviction_policy(self) -> Policy | None:
+        """Who says what the cache keeps; None without a cache."""
+        cache = self.expert_layers.experts
+        return cache.policy if isinstance(cache, ExpertCache) else None
+
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
         self.expert_layers.experts.close()
@@ -81,6 +93,7 @@ class ModelRunner:
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
         self.relieve_memory()
+        self.rebalance()
         self.expert_layers.tap.clear()
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from expert_cache.activations import ActivationOf
+from expert_cache.adaptive_quotas import AdaptiveQuotas
 from expert_cache.advice import Advisor, FromAffinity, FromNextGate
 from expert_cache.arena import HostArena, SlotArena
 from expert_cache.cache import SLOTS_PER_TRANSIT, ExpertCache
@@ -77,6 +78,7 @@ def expert_layers(
         policy,
         _fetcher(device),
         shadows=_shadows(config, store, slots),
+        quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
     )
     advisor = _advisor(config, store, routers)
     audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None

@@ -29,7 +29,9 @@ class UsageForecast:
 
     wants_weights = False
 
-    def __init__(self, shape: RoutingShape) -> None:
+    def __init__(self, shape: RoutingShape, decay: float = DECAY) -> None:
+        """`decay`: what a token's use weighs against the one after it, 0 to 1."""
+        self._decay = decay
         num_layers, self._num_experts = len(shape.layer_ids), shape.num_experts
         self._first_cell = np.arange(num_layers)[:, None] * shape.num_experts
         self._unknown = np.zeros(num_layers * shape.num_experts, np.float32)
@@ -55,5 +57,5 @@ class UsageForecast:
             usage = self._usage[seq] = np.zeros_like(self._unknown)
             np.add.at(usage, cells.ravel(), 1 / len(cells))
         for token in cells:
-            usage *= DECAY
-            usage[token.ravel()] += 1 - DECAY
+            usage *= self._decay
+            usage[token.ravel()] += 1 - self._decay
