@@ -24,7 +24,7 @@ from predictors.trace import RoutingTrace
 
 Array = npt.NDArray[np.float32]
 
-RATES = (0.7, 0.9, 0.98)
+RATES = (0.8, 0.98)
 """Decay per token: from what is used at the moment to what this text uses."""
 BACK = 8
 """Layers of the current token that are looked at; 4 lose about 2 points of recall."""
@@ -70,7 +70,6 @@ class Context:
 
     def step(self, streams: Ints) -> None:
         used = multi_hot(self.routes.current[streams], self._num_experts)[:, None]
-        used[self.routes.newest[streams] == UNKNOWN] = 0
         self._averages.data[streams] = self._averages.data[streams] * self._rates + used * (1 - self._rates)
         self.routes.step(streams)
 
@@ -134,44 +133,86 @@ class Linear:
 
 
 class Evidence:
-    """A trace as `Linear` forecasts see it, to fit them."""
+    """A trace as `Linear` forecasts see it, to fit them: which uses occur together, counted once for all layers."""
 
     def __init__(self, trace: RoutingTrace) -> None:
         stride = -(-trace.num_tokens // FIT_TOKENS)
         self.rows = np.arange(0, trace.num_tokens, stride)
         """[n]: the tokens that are fitted to."""
-        self._experts = trace.num_experts
+        self._experts, self._layers = trace.num_experts, trace.num_layers
         ids = trace.ids.astype(np.int32)
         previous = np.roll(ids, 1, axis=0)
         previous[trace.seq_offsets[:-1]] = UNKNOWN
-        self._current, self._previous = ids[self.rows], previous[self.rows]
+        self._current = multi_hot(ids[self.rows], self._experts).transpose(1, 0, 2).copy()
+        self._previous = previous[self.rows]
         self._averages = [past_averages(trace, rate)[self.rows] for rate in RATES]
+        self._together = {layer: self._band(layer) for layer in range(self._layers)}
 
     def used(self, layer: int) -> Array:
         """[n, E]: the experts that were used, 1."""
-        return multi_hot(self._current[:, layer], self._experts)
+        used: Array = self._current[layer]
+        return used
 
     def fit(self, windows: list[Window], targets: list[Array]) -> list[list[Linear]]:
-        """For each window one forecast per target [n, E]. The windows are of one layer and share their counts."""
+        """For each window one forecast per target [n, E]; the windows are of one layer."""
         layers = sorted({layer for window in windows for layer in window.current})
-        first = windows[0]
-        blocks = [multi_hot(self._current[:, layer], self._experts) for layer in layers]
-        blocks += [multi_hot(self._previous[:, layer], self._experts) for layer in first.previous]
-        blocks += [averages[:, first.layer] for averages in self._averages]
-        evidence = np.concatenate([*blocks, np.ones((len(self.rows), 1), np.float32)], axis=1)
-        pairs = (evidence.T @ evidence).astype(np.float64)
-        sums = (evidence.T @ np.concatenate(targets, axis=1)).astype(np.float64)
-        common = len(first.previous) + len(RATES)
-        return [self._solve(window, layers, common, pairs, sums) for window in windows]
+        own = self._own(windows[0])
+        current = np.concatenate([own[:, :0], *(self._current[layer] for layer in layers)], axis=1)
+        pairs = _Pairs(layers, self._experts, own.T @ own, current.T @ own)
+        wanted = np.concatenate(targets, axis=1)
+        sums = np.concatenate([current.T @ wanted, own.T @ wanted])
+        return [self._solve(window, pairs, sums) for window in windows]
 
-    def _solve(
-        self, window: Window, layers: list[int], common: int, pairs: npt.NDArray[np.float64], sums: npt.NDArray[np.float64]
-    ) -> list[Linear]:
-        blocks = [layers.index(layer) for layer in window.current] + list(range(len(layers), len(layers) + common))
-        columns = np.concatenate([np.arange(self._experts) + block * self._experts for block in blocks])
-        columns = np.append(columns, pairs.shape[0] - 1)
-        system = pairs[np.ix_(columns, columns)]
-        system[np.arange(len(columns) - 1), np.arange(len(columns) - 1)] += RIDGE  # not the bias
-        weights = np.linalg.solve(system, sums[columns])
+    def _band(self, layer: int) -> Array:
+        """[E, up to BACK E]: uses of `layer` together with those of it and the layers after it."""
+        after = self._current[layer : layer + BACK].transpose(1, 0, 2).reshape(len(self.rows), -1)
+        band: Array = self._current[layer].T @ after
+        return band
+
+    def _own(self, window: Window) -> Array:
+        """[n, F]: evidence that all windows of a layer have, and a column of ones."""
+        blocks = [multi_hot(self._previous[:, layer], self._experts) for layer in window.previous]
+        blocks += [averages[:, window.layer] for averages in self._averages]
+        return np.concatenate([*blocks, np.ones((len(self.rows), 1), np.float32)], axis=1)
+
+    def _solve(self, window: Window, pairs: _Pairs, sums: Array) -> list[Linear]:
+        known = pairs.columns(window.current)
+        rest = np.arange(len(sums) - len(pairs.own), len(sums))
+        system = np.block(
+            [
+                [self._current_pairs(window.current), pairs.cross[known]],
+                [pairs.cross[known].T, pairs.own],
+            ]
+        ).astype(np.float64)
+        diagonal = np.arange(len(system) - 1)
+        system[diagonal, diagonal] += RIDGE  # not the bias
+        weights = np.linalg.solve(system, sums[np.concatenate([known, rest])].astype(np.float64))
         each = np.split(weights, weights.shape[1] // self._experts, axis=1)
         return [Linear.unpack(window, one, self._experts) for one in each]
+
+    def _current_pairs(self, layers: tuple[int, ...]) -> Array:
+        """[C E, C E] for successive layers."""
+        size = self._experts
+        out = np.zeros((len(layers) * size, len(layers) * size), dtype=np.float32)
+        for i, layer in enumerate(layers):
+            here, after = slice(i * size, (i + 1) * size), slice(i * size, len(out))
+            out[here, after] = self._together[layer][:, : len(out) - i * size]
+            out[after, here] = out[here, after].T
+        return out
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Sums over tokens of products of evidence, where a layer's own evidence is part of them."""
+
+    layers: list[int]
+    num_experts: int
+    own: Array
+    """[F, F]"""
+    cross: Array
+    """[len(layers) E, F]"""
+
+    def columns(self, layers: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """Rows of `cross` that belong to `layers`."""
+        starts = [self.layers.index(layer) * self.num_experts for layer in layers]
+        return np.concatenate([np.arange(0), *(np.arange(s, s + self.num_experts) for s in starts)])

@@ -52,11 +52,19 @@ class Random:
 
     def _noise(self, layer: int, streams: Ints, what: int) -> npt.NDArray[np.float32]:
         """[T, E] in 0..1."""
-        rows = [
-            np.random.default_rng((self._seed, what, layer, position)).random(self._shape.num_experts, np.float32)
-            for position in self._position.data[streams].tolist()
-        ]
-        return np.stack(rows) if rows else np.zeros((0, self._shape.num_experts), dtype=np.float32)
+        keys = self._position.data[streams].astype(np.uint64)[:, None]
+        for part in (self._seed, what, layer, np.arange(self._shape.num_experts)):
+            keys = _mixed(keys + np.asarray(part, dtype=np.uint64))
+        return np.asarray((keys >> np.uint64(40)) / 2**24, dtype=np.float32)
+
+
+def _mixed(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A hash of 64 bits (the finaliser of SplitMix64): the same for a row whatever rows are beside it."""
+    keys = keys + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: npt.NDArray[np.uint64] = keys ^ (keys >> np.uint64(31))
+    return mixed
 
 
 METHOD = Random

@@ -4,7 +4,7 @@ Experts of successive layers depend on one another (ExFlow, arXiv 2401.08383, pl
 costs no arithmetic on hidden states. One layer of context is a Markov chain; here the last eight layers, the
 previous token and the stream's averages are weighed together (`predictors/context.py`), for each distance apart.
 
-Cost per token and forecast: (8 + 3) K + 2 E rows of E weights are added up.
+Cost per token and forecast: (8 + 4) K + 2 E rows of E weights are added up.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from predictors.context import Context, Evidence, Linear, window_of
 from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
 from predictors.streams import UNKNOWN
 
-DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Fitted lookaheads; one in between uses the next larger, without the newest layers."""
-DISCOUNT = 0.85
+DISTANCES = (1, 2, 3, 4, 6, 8)
+"""Fitted lookaheads. One in between is answered by the next larger, without the newest layers; one beyond, by what is
+known before the token."""
+DISCOUNT = 0.8
 """Per token, of `upcoming`."""
 Key = tuple[int, int]
 """(layer, newest layer known)."""
