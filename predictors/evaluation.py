@@ -119,7 +119,11 @@ def show(
     """Let the predictor observe what `rows` did in `layer`."""
     weights = None if trace.weights is None else trace.weights[rows, layer]
     predictor.observe(
-        layer, streams, trace.ids[rows, layer].astype(np.int32), weights, None if hidden is None else hidden[rows, layer]
+        layer,
+        streams,
+        trace.ids[rows, layer].astype(np.int32),
+        weights,
+        None if hidden is None else hidden[rows, layer],
     )
 
 

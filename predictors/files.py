@@ -73,7 +73,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise PredictorFileError(path, "is no predictor; make one with `moe-serve predictor train`")
-            return json.loads(metadata["facts"]), {name: file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            return json.loads(metadata["facts"]), {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise PredictorFileError(path, "does not exist; check the path") from None
     except (SafetensorError, OSError) as error:

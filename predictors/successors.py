@@ -1,8 +1,8 @@
 """Inter-layer affinity counted while serving: which experts of the next layer follow these of this layer.
 
-For a model of which there is no trace yet; `methods/transition.py` is fitted to one, and better. Counts of how often expert b of layer l+1 was used in a step that used expert a of
-layer l. Costs no training and no arithmetic on hidden states (the affinity of ExFlow, used as a
-Markov model). Knows numpy only.
+For a model of which there is no trace yet; `methods/transition.py` is fitted to one, and knows more. Counts how often
+expert b of layer l+1 was used in a step that used expert a of layer l: the affinity of ExFlow, used as a Markov
+model. Knows numpy only.
 
 Shape alphabet: L layers by dense index, E experts.
 """

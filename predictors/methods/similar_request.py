@@ -96,7 +96,8 @@ class SimilarRequest:
 
     def upcoming(self, layer: int, streams: Ints) -> Probabilities:
         soon = self._stored["soon"][:, layer].astype(np.float32)
-        return np.clip(self._votes(streams) @ soon, 0, 1)
+        found: Probabilities = np.clip(self._votes(streams) @ soon, 0, 1)
+        return found
 
     def _votes(self, streams: Ints) -> npt.NDArray[np.float32]:
         """[T, M]; rows sum to 1."""

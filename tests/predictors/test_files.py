@@ -52,6 +52,12 @@ def test_a_method_without_its_arrays_is_damaged(path: Path, tmp_path: Path) -> N
         def arrays(self) -> dict[str, np.ndarray]:
             return {}
 
-    save(tmp_path / "d.safetensors", "frequency", Empty(RouterShape(2, 4, 2), np.zeros((2, 4))), RouterShape(2, 4, 2), None)
+    save(
+        tmp_path / "d.safetensors",
+        "frequency",
+        Empty(RouterShape(2, 4, 2), np.zeros((2, 4))),
+        RouterShape(2, 4, 2),
+        None,
+    )
     with pytest.raises(PredictorFileError, match="damaged"):
         load(tmp_path / "d.safetensors")

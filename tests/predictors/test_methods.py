@@ -1,4 +1,4 @@
-"""What every method promises, by listing the folder: probabilities, no peeking, streams that do not meet, one result."""
+"""What every method promises, by listing the folder: probabilities, no peeking, streams kept apart, one result."""
 
 from __future__ import annotations
 
