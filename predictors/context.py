@@ -81,6 +81,11 @@ class Context:
         found: Array = self._averages.data[streams, :, layer]
         return found
 
+    def all_averages(self, streams: Ints) -> Array:
+        """[T, R, L, E]: the same for every layer."""
+        found: Array = self._averages.data[streams]
+        return found
+
     def averages_with_current(self, layer: int, streams: Ints) -> Array:
         """[T, R, E]: the same once the current token's experts of `layer` were observed, and counted."""
         used = multi_hot(self.routes.current[streams, layer], self._num_experts)[:, None]
