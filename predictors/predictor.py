@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -92,21 +92,37 @@ class Predictor(Protocol):
         ...
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
-        """[T, E]: how likely the current token of each stream uses each expert of `layer`; rows sum to K."""
+        """[T, E]: how likely the current token of each stream uses each expert of `layer`; rows sum to about K."""
         ...
+
+
+@runtime_checkable
+class Foresight(Protocol):
+    """What a predictor may add: a view on the tokens after the current one, for those who decide what to keep."""
+
+    def upcoming(self, layer: int, streams: Ints) -> Probabilities:
+        """[T, E] in 0..1: larger, the sooner the tokens after the current one use an expert of `layer`.
+
+        Asked once `layer` was observed. About discount ** (tokens in between), on average over what may come.
+        """
+        ...
+
+
+NEWTON_STEPS = 12
+"""The sum is nearly straight in log c until it saturates: the worst rows need about 10."""
 
 
 def inclusion(scores: Floats, top_k: int) -> Probabilities:
     """Relative likelihoods [T, E] >= 0 -> probabilities of being among the K chosen; each row sums to K.
 
     p = 1 - exp(-c score), with c per row such that the sum is K: the chance of at least one hit in as many draws as
-    give K different experts. It keeps the order of scores. Where fewer than K are above 0, a little is added to all.
+    give K different experts. It keeps the order of scores. A little is added to all, where fewer than K are above 0.
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    share = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-300) + 1e-6
     if top_k >= scores.shape[1]:
         return np.ones(scores.shape, dtype=np.float32)
-    log_c = np.full((len(scores), 1), np.log(top_k))
+    wide = scores.astype(np.float64)
+    share = wide / np.maximum(wide.sum(axis=1, keepdims=True), 1e-300) + 1e-6
+    log_c = np.full((len(share), 1), np.log(top_k))
     for _ in range(NEWTON_STEPS):
         survive = np.exp(-np.exp(log_c) * share)
         slope = (survive * share).sum(axis=1, keepdims=True) * np.exp(log_c)
@@ -115,5 +131,11 @@ def inclusion(scores: Floats, top_k: int) -> Probabilities:
     return np.asarray(1 - np.exp(-np.exp(log_c) * share), dtype=np.float32)
 
 
-NEWTON_STEPS = 12
-"""The sum is concave in c, and nearly straight in log c until it saturates: the worst rows need about 10."""
+def as_probabilities(estimates: Floats, top_k: int) -> Probabilities:
+    """Unbiased estimates [T, E] of what was chosen, which noise takes below 0 or above 1 -> within 0..1.
+
+    Each row sums to K, or to a little less where some are certain.
+    """
+    positive = np.maximum(estimates, 0)
+    scale = top_k / np.maximum(positive.sum(axis=1, keepdims=True), 1e-9)
+    return np.asarray(np.minimum(positive * np.minimum(scale, 1), 1), dtype=np.float32)
