@@ -63,6 +63,8 @@ class ExpertLayers:
         self.advisor = advisor
         self.audit = audit
         self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
+        self.newest_ids: torch.Tensor = torch.zeros(0, 0, dtype=torch.int64)
+        """[T, K] what the router of the layer that runs has chosen, for advisors that go by the token."""
         self._failed_rows: dict[int, ExpertReadError] = {}
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,7 @@ class ExpertLayers:
         """
         if self.tap.is_on:
             self.tap.add(ids, weights)
+        self.newest_ids = ids
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         if self.audit is not None:

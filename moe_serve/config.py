@@ -120,8 +120,12 @@ class EngineConfig(FromDict):
     moe_prefetch: str = option(
         "off",
         "Bring experts ahead of time while the disk or the link is idle, without evicting any. next-gate: those the"
-        " next layer's router would choose now; affinity: those that usually follow this layer's.",
-        ("off", "next-gate", "affinity"),
+        " next layer's router would choose now; affinity: those that usually follow this layer's; predictor: those that"
+        " --moe-predictor expects.",
+        ("off", "next-gate", "affinity", "predictor"),
+    )
+    moe_predictor: str | None = option(
+        None, "File that `moe-serve predictor train` made from a trace of this model, for --moe-prefetch predictor."
     )
     moe_prefetch_audit: bool = option(
         True, "Time steps with and without prefetching now and then, and leave it off where it does not pay."

@@ -23,6 +23,7 @@ from moe_serve.hf.routers import find_routers
 from moe_serve.kv_cache import KVCache, LayerKVShape
 from moe_serve.memory import free_bytes
 from moe_serve.memory_guard import MemoryGuard
+from moe_serve.predictor_advice import FromPredictor
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu import paged_attention
 
@@ -95,6 +96,8 @@ class ModelRunner:
         self.relieve_memory()
         self.rebalance()
         self.expert_layers.tap.clear()
+        if isinstance(self.expert_layers.advisor, FromPredictor):
+            self.expert_layers.advisor.begin_step(plan)
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)

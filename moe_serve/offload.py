@@ -33,9 +33,13 @@ from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
+from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from moe_serve.predictor_advice import FromPredictor
 from moe_serve.resolve import MIB, has_native_bf16
 from moe_serve.spec import ModelSpec
+from predictors import files as predictor_files
 from predictors.methods.next_gate import Router
+from predictors.predictor import Predictor, RouterShape
 from predictors.trace import RoutingTrace, TraceError
 from predictors.trace import load as load_trace
 
@@ -81,19 +85,34 @@ def expert_layers(
         quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
     )
     advisor = _advisor(config, store, routers)
-    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
-    return ExpertLayers(cache, compute, advisor, audit)
+    predictor = _predictor(config, store, spec) if config.moe_prefetch == "predictor" else None
+    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor or predictor else None
+    layers = ExpertLayers(cache, compute, advisor, audit if config.moe_prefetch_audit else None)
+    if predictor is not None:
+        layers.advisor = FromPredictor(predictor, len(store.layers), lambda: layers.newest_ids)
+    return layers
 
 
 def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]) -> Advisor | None:
     """Whoever says what to bring ahead of time."""
-    if config.moe_prefetch == "off":
+    if config.moe_prefetch in ("off", "predictor"):
         return None
     if config.moe_prefetch == "affinity":
         return FromAffinity(len(store.layers), store.num_experts)
     if len(routers) != len(store.layers):
         raise ConfigError("--moe-prefetch next-gate: no router was found beside every layer's experts; choose affinity")
     return FromNextGate(routers)
+
+
+def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec) -> Predictor:
+    """The user's trained predictor; ConfigError if it is not one of this model."""
+    if config.moe_predictor is None:
+        raise ConfigError("--moe-prefetch predictor needs --moe-predictor, a file made by `moe-serve predictor train`")
+    shape = RouterShape(len(store.layers), store.num_experts, spec.top_k)
+    try:
+        return predictor_files.load(config.moe_predictor, shape, checkpoint_fingerprint(config.model)).predictor
+    except predictor_files.PredictorFileError as error:
+        raise ConfigError(f"--moe-predictor: {error}") from error
 
 
 def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:

@@ -18,6 +18,13 @@ from expert_cache.advice import Advice
 from expert_cache.cache import ExpertCache
 from expert_cache.prefetch_audit import PrefetchAudit
 from moe_serve import LLM, SamplingParams
+from moe_serve.errors import ConfigError
+from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from moe_serve.hf.routers import find_routers
+from moe_serve.route_recorder import RouteRecorder
+from predictors import files
+from predictors.methods import find_method, method_names
+from predictors.predictor import FUTURE, Training
 
 from .references import NEW_TOKENS, Reference
 from .serving import load, runner_of
@@ -66,6 +73,7 @@ def test_same_bits(case: str, settings: dict[str, Any], checkpoint: Checkpoint, 
     layers = runner_of(llm).expert_layers
     cache = layers.experts
     assert isinstance(cache, ExpertCache)
+    cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
     if cache.quotas is not None:  # a window of a few steps, so that it comes to changes
         cache.quotas = AdaptiveQuotas(len(cache.store.layers), cache.store.num_experts, window_steps=6)
@@ -81,6 +89,45 @@ def test_same_bits(case: str, settings: dict[str, Any], checkpoint: Checkpoint, 
     assert tuple(tuple(t) for t, _ in resident) == ref.outputs
     assert cache.counters.num_misses > 0
     llm.close()
+
+
+@pytest.mark.parametrize("method", [m for m in method_names() if FUTURE not in find_method(m).needs])
+def test_same_bits_with_every_trained_predictor(
+    method: str, checkpoint: Checkpoint, reference: References, tmp_path: Path
+) -> None:
+    """Trained on the routes of another run; the audit is off, so that all of its advice is followed."""
+    folder, ref = checkpoint("mixtral"), reference("mixtral")
+    resident = load(folder, moe_cache_mib=0, enable_prefix_caching=False)
+    recorder = RouteRecorder(resident.engine.routing_shape(), 1000, token_ids=True)
+    resident.engine.listen_to_routes(recorder)
+    expected = bits(resident, ref)
+    resident.engine.listen_to_routes(recorder, wanted=False)
+    spec = resident.engine.spec
+    routers = find_routers(runner_of(resident).model, spec.num_experts, spec.hidden_size)
+    training = Training(recorder.trace({}), [(w.detach(), b) for w, b in routers])
+    path = tmp_path / "predictor"
+    files.save(path, method, find_method(method).fit(training), training.shape, checkpoint_fingerprint(str(folder)))
+    llm = load(folder, moe_cache_mib=4, moe_prefetch="predictor", moe_predictor=str(path), moe_prefetch_audit=False)
+    cache = runner_of(llm).expert_layers.experts
+    assert isinstance(cache, ExpertCache)
+    cache._most_transit = 2  # room to bring experts ahead of time
+    cache.resize(cache.store.num_total // 2)
+    llm.engine.pool.clear_cache()
+    assert bits(llm, ref) == expected
+    assert cache.counters.prefetch_bytes.sum() + cache.counters.late_prefetches.sum() > 0
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "--moe-prefetch predictor needs --moe-predictor"),
+        ({"moe_predictor": "/nowhere"}, "--moe-predictor: /nowhere: does not exist"),
+    ],
+)
+def test_no_predictor_is_refused(settings: dict[str, Any], message: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(checkpoint("mixtral"), moe_cache_mib=1, moe_prefetch="predictor", **settings)
 
 
 def test_the_audit_hears_of_what_was_advised(checkpoint: Checkpoint, reference: References) -> None:
