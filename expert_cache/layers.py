@@ -46,6 +46,14 @@ class Experts(Protocol):
     def close(self) -> None: ...
 
 
+class RouteWatcher(Protocol):
+    """Sees each layer's routes as they are chosen."""
+
+    def watch(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """`layer`: dense index; ids [T, K] int64; hidden [T, H]."""
+        ...
+
+
 class ExpertLayers:
     """The experts of all layers behind one call."""
 
@@ -63,8 +71,8 @@ class ExpertLayers:
         self.advisor = advisor
         self.audit = audit
         self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
-        self.newest_ids: torch.Tensor = torch.zeros(0, 0, dtype=torch.int64)
-        """[T, K] what the router of the layer that runs has chosen, for advisors that go by the token."""
+        self.watcher: RouteWatcher | None = None
+        """Who wants to see every layer's routes before anything is evicted for them."""
         self._failed_rows: dict[int, ExpertReadError] = {}
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -75,11 +83,12 @@ class ExpertLayers:
         """
         if self.tap.is_on:
             self.tap.add(ids, weights)
-        self.newest_ids = ids
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         if self.audit is not None:
             self._tell(self.audit, layer, groups.experts, len(hidden))
+        if self.watcher is not None:
+            self.watcher.watch(self.experts.store.layers.index(layer), ids, hidden)
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
             if self.advisor is not None and (self.audit is None or self.audit.is_prefetching):

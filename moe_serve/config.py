@@ -125,7 +125,9 @@ class EngineConfig(FromDict):
         ("off", "next-gate", "affinity", "predictor"),
     )
     moe_predictor: str | None = option(
-        None, "File that `moe-serve predictor train` made from a trace of this model, for --moe-prefetch predictor."
+        None,
+        "File that `moe-serve predictor train` made from a trace of this model, for --moe-prefetch predictor and"
+        " --moe-cache-policy predicted.",
     )
     moe_prefetch_audit: bool = option(
         True, "Time steps with and without prefetching now and then, and leave it off where it does not pay."

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
-from expert_cache.policies.policy import Policy
 from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
@@ -21,9 +20,9 @@ from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.kv_cache import KVCache, LayerKVShape
+from moe_serve.live_predictor import LivePredictor
 from moe_serve.memory import free_bytes
 from moe_serve.memory_guard import MemoryGuard
-from moe_serve.predictor_advice import FromPredictor
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu import paged_attention
 
@@ -81,11 +80,6 @@ class ModelRunner:
         if isinstance(cache, ExpertCache):
             cache.rebalance()
 
-    def eviction_policy(self) -> Policy | None:
-        """Who says what the cache keeps; None without a cache."""
-        cache = self.expert_layers.experts
-        return cache.policy if isinstance(cache, ExpertCache) else None
-
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
         self.expert_layers.experts.close()
@@ -96,8 +90,8 @@ class ModelRunner:
         self.relieve_memory()
         self.rebalance()
         self.expert_layers.tap.clear()
-        if isinstance(self.expert_layers.advisor, FromPredictor):
-            self.expert_layers.advisor.begin_step(plan)
+        if isinstance(self.expert_layers.watcher, LivePredictor):
+            self.expert_layers.watcher.begin_step(plan)
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)

@@ -26,6 +26,7 @@ from expert_cache.live_shadows import LiveShadows
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Policy
+from expert_cache.policies.predicted import Predicted
 from expert_cache.pools import global_pool, per_layer
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
@@ -34,12 +35,12 @@ from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
-from moe_serve.predictor_advice import FromPredictor
+from moe_serve.live_predictor import LivePredictor
 from moe_serve.resolve import MIB, has_native_bf16
 from moe_serve.spec import ModelSpec
 from predictors import files as predictor_files
 from predictors.methods.next_gate import Router
-from predictors.predictor import Predictor, RouterShape
+from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, TraceError
 from predictors.trace import load as load_trace
 
@@ -85,11 +86,12 @@ def expert_layers(
         quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
     )
     advisor = _advisor(config, store, routers)
-    predictor = _predictor(config, store, spec) if config.moe_prefetch == "predictor" else None
-    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor or predictor else None
-    layers = ExpertLayers(cache, compute, advisor, audit if config.moe_prefetch_audit else None)
-    if predictor is not None:
-        layers.advisor = FromPredictor(predictor, len(store.layers), lambda: layers.newest_ids)
+    predictor = _predictor(config, store, spec, policy)
+    if config.moe_prefetch == "predictor":
+        advisor = predictor
+    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
+    layers = ExpertLayers(cache, compute, advisor, audit)
+    layers.watcher = predictor
     return layers
 
 
@@ -104,15 +106,20 @@ def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]
     return FromNextGate(routers)
 
 
-def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec) -> Predictor:
-    """The user's trained predictor; ConfigError if it is not one of this model."""
+def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy: Policy) -> LivePredictor | None:
+    """The user's trained predictor; ConfigError if it is not one of this model, or nothing would use it."""
     if config.moe_predictor is None:
-        raise ConfigError("--moe-prefetch predictor needs --moe-predictor, a file made by `moe-serve predictor train`")
+        if config.moe_prefetch == "predictor":
+            raise ConfigError("--moe-prefetch predictor needs --moe-predictor, made by `moe-serve predictor train`")
+        return None
+    if config.moe_prefetch != "predictor" and not isinstance(policy, Predicted):
+        raise ConfigError("--moe-predictor needs --moe-prefetch predictor or --moe-cache-policy predicted to use it")
     shape = RouterShape(len(store.layers), store.num_experts, spec.top_k)
     try:
-        return predictor_files.load(config.moe_predictor, shape, checkpoint_fingerprint(config.model)).predictor
+        found = predictor_files.load(config.moe_predictor, shape, checkpoint_fingerprint(config.model)).predictor
     except predictor_files.PredictorFileError as error:
         raise ConfigError(f"--moe-predictor: {error}") from error
+    return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
 
 
 def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:

@@ -29,9 +29,7 @@ class UsageForecast:
 
     wants_weights = False
 
-    def __init__(self, shape: RoutingShape, decay: float = DECAY) -> None:
-        """`decay`: what a token's use weighs against the one after it, 0 to 1."""
-        self._decay = decay
+    def __init__(self, shape: RoutingShape) -> None:
         num_layers, self._num_experts = len(shape.layer_ids), shape.num_experts
         self._first_cell = np.arange(num_layers)[:, None] * shape.num_experts
         self._unknown = np.zeros(num_layers * shape.num_experts, np.float32)
@@ -57,5 +55,5 @@ class UsageForecast:
             usage = self._usage[seq] = np.zeros_like(self._unknown)
             np.add.at(usage, cells.ravel(), 1 / len(cells))
         for token in cells:
-            usage *= self._decay
-            usage[token.ravel()] += 1 - self._decay
+            usage *= DECAY
+            usage[token.ravel()] += 1 - DECAY

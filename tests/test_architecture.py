@@ -54,7 +54,6 @@ TORCH_FREE = (
     "moe_serve.scheduler",
     "moe_serve.route_recorder",
     "moe_serve.batch_choice",
-    "moe_serve.slot_protection",
     "moe_serve.usage_forecast",
     "moe_serve.errors",
     "moe_serve.stats",

@@ -107,7 +107,8 @@ def test_same_bits_with_every_trained_predictor(
     training = Training(recorder.trace({}), [(w.detach(), b) for w, b in routers])
     path = tmp_path / "predictor"
     files.save(path, method, find_method(method).fit(training), training.shape, checkpoint_fingerprint(str(folder)))
-    llm = load(folder, moe_cache_mib=4, moe_prefetch="predictor", moe_predictor=str(path), moe_prefetch_audit=False)
+    used = {"moe_prefetch": "predictor", "moe_prefetch_audit": False, "moe_cache_policy": "predicted"}
+    llm = load(folder, moe_cache_mib=4, moe_predictor=str(path), **used)
     cache = runner_of(llm).expert_layers.experts
     assert isinstance(cache, ExpertCache)
     cache._most_transit = 2  # room to bring experts ahead of time
@@ -121,13 +122,14 @@ def test_same_bits_with_every_trained_predictor(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "--moe-prefetch predictor needs --moe-predictor"),
-        ({"moe_predictor": "/nowhere"}, "--moe-predictor: /nowhere: does not exist"),
+        ({"moe_prefetch": "predictor"}, "--moe-prefetch predictor needs --moe-predictor"),
+        ({"moe_prefetch": "predictor", "moe_predictor": "/nowhere"}, "--moe-predictor: /nowhere: does not exist"),
+        ({"moe_predictor": "/nowhere"}, "--moe-predictor needs --moe-prefetch predictor or"),
     ],
 )
 def test_no_predictor_is_refused(settings: dict[str, Any], message: str, checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match=message):
-        load(checkpoint("mixtral"), moe_cache_mib=1, moe_prefetch="predictor", **settings)
+        load(checkpoint("mixtral"), moe_cache_mib=1, **settings)
 
 
 def test_the_audit_hears_of_what_was_advised(checkpoint: Checkpoint, reference: References) -> None:

@@ -1,40 +1,44 @@
-"""A trained predictor as an advisor: what it expects of the sequences that decode in this step.
+"""A trained predictor beside the running model: it watches routes, says what comes next, and what is worth keeping.
 
 Each running sequence is a stream of the predictor (predictors/predictor.py). Only single tokens are followed: in a step
-with a part of a prompt nearly every expert is used anyway. A step in which the audit forbids prefetching is not
-observed, so the next forecast lacks that token and nothing else. Knows plans and predictors; the cache knows neither.
+with a part of a prompt nearly every expert is used anyway. As an advisor it names the next layer's experts, for the
+prefetcher; and where the cache's policy is `predicted`, each layer's eviction is told of the tokens to come as soon as
+its router has chosen, as in expert_cache/forecast_replay.py. Knows plans and predictors; the cache knows neither.
 
 Shape alphabet: T tokens of the step, N of them decode, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from expert_cache.advice import Advice
+from expert_cache.policies.predicted import Predicted
 from moe_serve import forward_batch
 from moe_serve.batch_plan import BatchPlan
 from moe_serve.sequence import Sequence as Seq
-from predictors.predictor import HIDDEN, Predictor
+from predictors.predictor import HIDDEN, Foresight, Predictor
 
 
-class FromPredictor:
-    """An Advisor for the layer after the one whose router has chosen."""
+class LivePredictor:
+    """A RouteWatcher and an Advisor of ExpertLayers."""
 
-    def __init__(self, predictor: Predictor, num_layers: int, newest_ids: Callable[[], torch.Tensor]) -> None:
-        """`newest_ids`: [T, K] what the router chose that is being asked about."""
+    def __init__(self, predictor: Predictor, num_layers: int, policy: Predicted | None = None) -> None:
+        """`policy`: whose slots it protects, if it can look beyond the current token."""
         self._predictor = predictor
         self._num_layers = num_layers
-        self._newest_ids = newest_ids
+        self._policy = policy
+        self._foresight = predictor if isinstance(predictor, Foresight) else None
         self._wants_hidden = HIDDEN in predictor.needs
         self._streams = Streams()
         self._rows: NDArray[np.int64] = np.zeros(0, np.int64)
         self._now: NDArray[np.int64] = np.zeros(0, np.int64)
         """[N] stream of each row."""
+        self._top_k = 0
 
     def begin_step(self, plan: BatchPlan) -> None:
         """The next pass computes `plan`."""
@@ -47,14 +51,22 @@ class FromPredictor:
         if len(self._now):
             self._predictor.step(self._now, np.array([item.seq.token_ids[item.start] for item, _ in decoding]))
 
+    def watch(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """The router of `layer` (dense index) chose `ids` [T, K] for `hidden` [T, H]; nothing is evicted for it yet."""
+        if not len(self._now):
+            return
+        self._top_k = ids.shape[1]
+        seen = hidden[self._rows] if self._wants_hidden else None
+        self._predictor.observe(layer, self._now, ids[self._rows].cpu().numpy(), None, seen)
+        if self._policy is not None and self._foresight is not None:
+            self._policy.set_forecast(layer, self._foresight.upcoming(layer, self._now).sum(axis=0, dtype=np.float64))
+
     def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
         if not len(self._now) or layer + 1 == self._num_layers:
             return ()
-        ids = self._newest_ids()[self._rows].cpu().numpy()
-        seen = hidden[self._rows] if self._wants_hidden else None
-        self._predictor.observe(layer, self._now, ids, None, seen)
         expected = self._predictor.probabilities(layer + 1, self._now).sum(axis=0)
-        best = (-expected).argsort(kind="stable")[: min(len(experts), ids.size)].tolist()
+        count = min(len(experts), self._top_k * len(self._now))
+        best = (-expected).argsort(kind="stable")[:count].tolist()
         return (Advice(layer + 1, tuple(best), tuple(float(expected[e]) for e in best)),)
 
 
