@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from predictors.methods.next_gate import NextGate, Router
-from predictors.methods.transition import Transition
+from predictors.successors import Successors
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +61,16 @@ class FromAffinity:
     """Expects in the next layer as many experts as this one used, by inter-layer affinity."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._transition = Transition(num_layers, num_experts)
+        self._successors = Successors(num_layers, num_experts)
         self._last_layer = num_layers - 1
         self._before: tuple[int, Sequence[int]] | None = None
 
     def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
         if self._before is not None and self._before[0] == layer - 1:
-            self._transition.record(layer - 1, self._before[1], experts)
+            self._successors.record(layer - 1, self._before[1], experts)
         self._before = layer, experts
         if layer == self._last_layer:
             return ()
-        scores = self._transition.scores(layer, experts)
+        scores = self._successors.scores(layer, experts)
         best = [int(e) for e in (-scores).argsort(kind="stable")[: len(experts)] if scores[e] > 0]
         return (Advice(layer + 1, tuple(best), tuple(float(scores[e]) for e in best)),)

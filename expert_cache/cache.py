@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from expert_cache.acquisition import Acquisition
+from expert_cache.adaptive_quotas import AdaptiveQuotas
 from expert_cache.arena import SlotArena
 from expert_cache.belady_window import BeladyWindow
 from expert_cache.compute import PreparedWeights
@@ -53,14 +54,17 @@ class ExpertCache:
         fetcher: Fetcher,
         start_early_bytes: int = START_EARLY_BYTES,
         shadows: LiveShadows | None = None,
+        quotas: AdaptiveQuotas | None = None,
     ) -> None:
-        """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays.
+        """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays. `quotas`: who
+        solves the layers' shares again, see `rebalance`.
 
         `arena` has at least as many slots as the two together; more allow growing later.
         """
         num_layers = len(store.layers)
         self._prepare = prepare
         self.shadows = shadows
+        self.quotas = quotas
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
         self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, num_transit, policy)
         self.counters = CacheCounters(num_layers)
@@ -169,7 +173,20 @@ class ExpertCache:
         num_slots = min(num_slots, self.arena.num_slots)
         self.table.num_transit = min(self._most_transit, num_slots // SLOTS_PER_TRANSIT)
         shape = len(self.store.layers), self.store.num_experts
-        self.table.allowed = resized(self.table.allowed, *shape, num_slots - self.table.num_transit)
+        self._reallot(resized(self.table.allowed, *shape, num_slots - self.table.num_transit))
+
+    def rebalance(self) -> None:
+        """Between steps: give the layers other shares of the slots if recent traffic says that it saves misses."""
+        quotas = self.table.allowed.quotas
+        if self.quotas is not None and self.quotas.is_due and quotas is not None:
+            slots = self.quotas.proposal(quotas)
+            if slots is not None:
+                self.cancel_prefetches()
+                self._reallot(slots)
+
+    def _reallot(self, allowed: Slots) -> None:
+        """Other pools; what no longer fits is evicted and its memory freed."""
+        self.table.allowed = allowed
         self._window = self._new_window(self.table.allowed)
         if self.shadows is not None:
             self.shadows.resize(self.table.allowed)
@@ -254,6 +271,8 @@ class ExpertCache:
         self.policy.record(index, experts, counts, None)
         if self.shadows is not None:
             self.shadows.event(index, experts, counts)
+        if self.quotas is not None and self.table.allowed.quotas is not None:
+            self.quotas.add(index, experts)
 
     def _hit(self, key: Key) -> None:
         self.table.pins[key] += 1

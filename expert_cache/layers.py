@@ -20,8 +20,10 @@ from expert_cache.advice import Advisor
 from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
+from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
+from expert_cache.routing_tap import RoutingTap
 from expert_cache.store import ExpertStore
 from expert_cache.usage import ExpertUsage
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
@@ -47,15 +49,34 @@ class Experts(Protocol):
     def close(self) -> None: ...
 
 
+class RouteWatcher(Protocol):
+    """Sees each layer's routes as they are chosen."""
+
+    def watch(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """`layer`: dense index; ids [T, K] int64; hidden [T, H]."""
+        ...
+
+
 class ExpertLayers:
     """The experts of all layers behind one call."""
 
-    def __init__(self, experts: Experts, compute: ExpertCompute, advisor: Advisor | None = None) -> None:
-        """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for."""
+    def __init__(
+        self,
+        experts: Experts,
+        compute: ExpertCompute,
+        advisor: Advisor | None = None,
+        audit: PrefetchAudit | None = None,
+    ) -> None:
+        """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for.
+        `audit`: who decides whether that pays; None: always."""
         self.experts = experts
         self.compute = compute
         self.advisor = advisor
         self.usage = ExpertUsage(experts.store.layers, experts.store.num_experts)
+        self.audit = audit
+        self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
+        self.watcher: RouteWatcher | None = None
+        """Who wants to see every layer's routes before anything is evicted for them."""
         self._failed_rows: dict[int, ExpertReadError] = {}
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -64,12 +85,18 @@ class ExpertLayers:
         hidden [T, H]; ids [T, K] int64; weights [T, K] (float32 or hidden's dtype) -> [T, H].
         Tokens whose expert cannot be read get zeros, and `take_failures` tells which.
         """
+        if self.tap.is_on:
+            self.tap.add(ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         self.usage.use(layer, groups.experts, groups.counts)
+        if self.audit is not None:
+            self._tell(self.audit, layer, groups.experts, len(hidden))
+        if self.watcher is not None:
+            self.watcher.watch(self.experts.store.layers.index(layer), ids, hidden)
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
-            if self.advisor is not None:
+            if self.advisor is not None and (self.audit is None or self.audit.is_prefetching):
                 self._follow(self.advisor, layer, groups.experts, hidden)
             self._run_as_they_come(wanted, hidden, groups, out)
         except BaseException:
@@ -77,12 +104,21 @@ class ExpertLayers:
             raise
         for expert, error in wanted.failed.items():
             self._fail(groups, expert, error, out)
+        if self.audit is not None and layer == self.experts.store.layers[-1]:
+            self.audit.end()
         by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
         return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
 
+    def _tell(self, audit: PrefetchAudit, layer: int, experts: Sequence[int], num_tokens: int) -> None:
+        index = self.experts.store.layers.index(layer)
+        if index == 0:
+            audit.begin(num_tokens)
+        audit.used(index, experts)
+
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers
-        for advice in advisor.advise(layers.index(layer), experts, hidden):
+        found = advisor.advise(layers.index(layer), experts, hidden)
+        for advice in found if self.audit is None else self.audit.allowed(found):
             self.usage.expect(layers[advice.layer], advice.experts)
             self.experts.prefetch(layers[advice.layer], advice.experts, advice.urgencies)
 

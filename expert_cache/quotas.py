@@ -17,6 +17,8 @@ import numpy.typing as npt
 from expert_cache.events import Events
 from expert_cache.slots import Slots
 
+Hits = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+
 
 def quota_slots(events: Events, total: int, min_slots: int = 1) -> Slots:
     """The best split of `total` slots over the layers, each between `min_slots` and E.
@@ -50,7 +52,7 @@ def lru_hit_curves(events: Events) -> npt.NDArray[np.int64]:
     return hits
 
 
-def best_split(hits: npt.NDArray[np.int64], total: int, min_slots: int = 1) -> npt.NDArray[np.int64]:
+def best_split(hits: Hits, total: int, min_slots: int = 1) -> npt.NDArray[np.int64]:
     """[L] slots that add up to `total` and to the most hits; hits [L, E+1] by layer and slots."""
     num_layers, most = hits.shape[0], hits.shape[1] - 1
     best = np.full(total + 1, -np.inf)
@@ -66,7 +68,7 @@ def best_split(hits: npt.NDArray[np.int64], total: int, min_slots: int = 1) -> n
 
 
 def _with_layer(
-    best: npt.NDArray[np.float64], hits: npt.NDArray[np.int64], least: int, most: int
+    best: npt.NDArray[np.float64], hits: Hits, least: int, most: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Best hits [B+1] with one more layer, and the slots it takes for each budget."""
     improved = np.full_like(best, -np.inf)

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.admission import Admission
@@ -27,10 +27,12 @@ from moe_serve.errors import (
     RequestTimeoutError,
 )
 from moe_serve.mailbox import Mailbox
+from moe_serve.route_recorder import RouteListener, RoutingShape
 from moe_serve.sequence import Request, SampleOutput
 from moe_serve.stats import StatsObserver
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_FAILED_STEPS = 3
 """Consecutive steps that may raise before the engine is declared dead."""
@@ -54,6 +56,8 @@ class EngineLike(Protocol):
     def fail_running(self, message: str) -> list[SampleOutput]: ...
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
     def expert_report(self) -> ExpertReport | None: ...
+    def routing_shape(self) -> RoutingShape: ...
+    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None: ...
     def close(self) -> None: ...
 
 
@@ -135,19 +139,23 @@ class AsyncEngine:
 
     async def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""
+        await self.call(lambda: self.engine.resize_expert_cache(moe_cache_mib))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns, or raises, on the engine's thread between two steps."""
         self._check_serving()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
-        def resize() -> None:
-            error: Exception | None = None
+        def run() -> None:
             try:
-                self.engine.resize_expert_cache(moe_cache_mib)
-            except Exception as failure:
-                error = failure
-            self._call_loop(_settle, done, error)
+                result = function()
+            except Exception as error:
+                self._call_loop(_fail, done, error)
+            else:
+                self._call_loop(_settle, done, result)
 
-        self._post(resize)
-        await done
+        self._post(run)
+        return await done
 
     def submit(self, request: Request) -> _InFlight:
         """Accept a request or raise why not; `generate` reads its outputs."""
@@ -316,11 +324,12 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+def _settle(done: asyncio.Future[T], result: T) -> None:
     """Answer whoever waits, unless they have gone."""
-    if done.cancelled():
-        return
-    if error is None:
-        done.set_result(None)
-    else:
+    if not done.cancelled():
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[T], error: Exception) -> None:
+    if not done.cancelled():
         done.set_exception(error)

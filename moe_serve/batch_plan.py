@@ -1,6 +1,6 @@
 """What the scheduler decided for one step (BatchPlan) and what came of it (StepResult).
 
-Host integers only: no tensor, no torch. moe_serve/forward_batch.py is the one place that turns
+Host integers and numpy arrays only: no tensor, no torch. moe_serve/forward_batch.py is the one place that turns
 a plan into tensors.
 """
 
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moe_serve.sequence import Sequence, TokenLogprob
 
@@ -56,6 +60,18 @@ class BatchPlan:
         return not self.scheduled
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class StepRoutes:
+    """The experts of every token of a step; T tokens, L MoE layers, K choices."""
+
+    ids: NDArray[np.integer[Any]]
+    """[T, L, K], in the order of the batch."""
+    weights: NDArray[np.floating[Any]] | None
+    """[T, L, K] router weights, where they are kept."""
+    rows: tuple[slice, ...]
+    """Each scheduled sequence's rows, in plan order."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One sampled token for each scheduled sequence with `needs_sample`, in plan order."""
@@ -65,3 +81,5 @@ class StepResult:
     """Aligned with token_ids; None where the request asked for none."""
     errors: Mapping[Sequence, str] = field(default_factory=dict)
     """Sequences whose results are worthless, and why: some of their weights could not be read."""
+    routes: StepRoutes | None = None
+    """Where the routers sent the tokens, if anyone wants to know."""

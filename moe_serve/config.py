@@ -79,6 +79,20 @@ class EngineConfig(FromDict):
         None, "Longest sequence, prompt plus completion, in tokens. Default: the model's own limit."
     )
     max_num_seqs: int = option(128, "Most sequences in one step.")
+    max_num_batched_seqs: int | None = option(
+        None,
+        "Most sequences that decode in one step, where that is fewer than --max-num-seqs; the others keep their KV"
+        " pages and wait for a later step. Default: all.",
+    )
+    expert_aware_batching: str = option(
+        "auto",
+        "Which sequences decode when --max-num-batched-seqs leaves a choice. off: the oldest; on: those expected to"
+        " share experts; auto: on while experts have to be read and a step leaves most of them unused.",
+        ("off", "auto", "on"),
+    )
+    max_skipped_steps: int = option(
+        16, "Steps in a row for which expert-aware batching may pass a sequence over; then it goes first."
+    )
     max_num_batched_tokens: int = option(2048, "Token budget of one step; longer prompts are computed in chunks.")
     block_size: int = option(16, "Tokens in one KV page.")
     kv_cache_mib: int | None = option(
@@ -101,9 +115,9 @@ class EngineConfig(FromDict):
     moe_cache_pool: str = option(
         "auto",
         "How layers share the cache. global: one pool; per-layer: equal parts; quota: parts solved from"
-        " --moe-cache-profile; auto: per-layer where every layer gets at least as many slots as a token needs, else"
-        " global.",
-        ("auto", "global", "per-layer", "quota"),
+        " --moe-cache-profile; adaptive: equal at first, then solved from recent traffic where that saves misses; auto:"
+        " per-layer where every layer gets at least as many slots as a token needs, else global.",
+        ("auto", "global", "per-layer", "quota", "adaptive"),
     )
     moe_cache_profile: str | None = option(
         None, "Routing trace of this model (.npz), for quotas and for policies that start from popularity."
@@ -111,8 +125,17 @@ class EngineConfig(FromDict):
     moe_prefetch: str = option(
         "off",
         "Bring experts ahead of time while the disk or the link is idle, without evicting any. next-gate: those the"
-        " next layer's router would choose now; affinity: those that usually follow this layer's.",
-        ("off", "next-gate", "affinity"),
+        " next layer's router would choose now; affinity: those that usually follow this layer's; predictor: those that"
+        " --moe-predictor expects.",
+        ("off", "next-gate", "affinity", "predictor"),
+    )
+    moe_predictor: str | None = option(
+        None,
+        "File that `moe-serve predictor train` made from a trace of this model, for --moe-prefetch predictor and"
+        " --moe-cache-policy predicted.",
+    )
+    moe_prefetch_audit: bool = option(
+        True, "Time steps with and without prefetching now and then, and leave it off where it does not pay."
     )
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
@@ -148,6 +171,8 @@ class EngineConfig(FromDict):
             self,
             "max_model_len",
             "max_num_seqs",
+            "max_num_batched_seqs",
+            "max_skipped_steps",
             "max_num_batched_tokens",
             "block_size",
             "kv_cache_mib",
@@ -159,6 +184,8 @@ class EngineConfig(FromDict):
         )
         if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
             raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
+        if self.expert_aware_batching == "on" and self.max_num_batched_seqs is None:
+            raise ConfigError("--expert-aware-batching on: there is nothing to choose without --max-num-batched-seqs")
         if self.max_num_queued_reqs < 0:
             raise ConfigError(f"--max-num-queued-reqs must not be negative, got {self.max_num_queued_reqs}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
@@ -177,6 +204,10 @@ class ServerConfig(FromDict):
     host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on every interface.")
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
     served_model_name: str | None = option(None, "Name clients use for the model. Default: the model folder's name.")
+    recording_dir: str | None = option(
+        None, "Folder for recordings of routing (POST /dump_expert_distribution_record). Default: none are made."
+    )
+    recording_buffer_tokens: int = option(65536, "Newest tokens that a recording of routing keeps.")
     disable_log_stats: bool = option(False, "Do not log throughput every ten seconds.")
     dashboard: bool = option(True, "Serve the live page at /dashboard.")
     uvicorn_log_level: str = option(

@@ -10,7 +10,11 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expert_cache.report import ExpertReport
+from moe_serve import expert_aware
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.detokenizer import IncrementalDetokenizer
@@ -19,6 +23,7 @@ from moe_serve.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.grammar import Grammars
 from moe_serve.kv_pages import PagePool
 from moe_serve.model_runner import load_runner
+from moe_serve.route_recorder import RouteListener, RoutingShape
 from moe_serve.scheduler import Scheduler, SchedulerLimits
 from moe_serve.sequence import FinishReason, Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
@@ -34,6 +39,9 @@ class Runner(Protocol):
 
     def run(self, plan: BatchPlan) -> StepResult: ...
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None: ...
+    def moe_layer_ids(self) -> tuple[int, ...]: ...
+    def resident_experts(self) -> NDArray[np.bool_] | None: ...
     def close(self) -> None: ...
 
 
@@ -52,11 +60,13 @@ class Engine:
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
         self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
         self.observer: StatsObserver | None = None
+        self._route_listeners: list[RouteListener] = []
         self.max_model_len = config.max_model_len
         self.num_pages = config.num_kv_pages
         self.block_size = config.block_size
         self._sequences: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
+        expert_aware.install(self)
 
     @staticmethod
     def from_config(config: EngineConfig) -> Engine:
@@ -152,6 +162,17 @@ class Engine:
         report: ExpertReport | None = None if layers is None else layers.report()
         return report
 
+    def routing_shape(self) -> RoutingShape:
+        """What routes look like in this model."""
+        return RoutingShape(self.runner.moe_layer_ids(), self.spec.num_experts, self.spec.top_k)
+
+    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None:
+        """From the next step on, tell `listener` where tokens went, or stop to. Without listeners it costs nothing."""
+        others = [known for known in self._route_listeners if known is not listener]
+        self._route_listeners = [*others, listener] if wanted else others
+        weights = any(known.wants_weights for known in self._route_listeners)
+        self.runner.watch_routes(bool(self._route_listeners), weights)
+
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""
         self.runner.close()
@@ -171,6 +192,9 @@ class Engine:
         result = self.runner.run(plan)
         now = time.monotonic()
         advanced = self.scheduler.update(plan, result)
+        if result.routes is not None:
+            for listener in self._route_listeners:
+                listener.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
         outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
         recorder.applied(advanced, now)
@@ -218,6 +242,7 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
         enable_prefix_caching=config.enable_prefix_caching,
+        max_num_batched_seqs=config.max_num_batched_seqs,
     )
 
 

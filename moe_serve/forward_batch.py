@@ -128,17 +128,25 @@ def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLim
     )
 
 
+def rows_of(plan: BatchPlan) -> tuple[slice, ...]:
+    """Where each scheduled sequence's tokens lie in the batch, in plan order."""
+    found: dict[int, slice] = {}
+    first = 0
+    for item in order_for_batch(plan):
+        found[id(item)] = slice(first, first + item.count)
+        first += item.count
+    return tuple(found[id(item)] for item in plan.scheduled)
+
+
 def by_sequence(plan: BatchPlan, rows: Mapping[int, Value]) -> dict[Sequence, Value]:
     """For each sequence of the plan with a token in `rows` (token row -> value), the first such value."""
     found: dict[Sequence, Value] = {}
     if not rows:
         return found
-    first = 0
-    for item in order_for_batch(plan):
-        for row in range(first, first + item.count):
+    for item, span in zip(plan.scheduled, rows_of(plan), strict=True):
+        for row in range(span.start, span.stop):
             if row in rows:
                 found.setdefault(item.seq, rows[row])
-        first += item.count
     return found
 
 

@@ -5,12 +5,14 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
 from moe_serve import forward_batch, offload, resolve, sampler
-from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
@@ -19,6 +21,7 @@ from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.kv_cache import KVCache, LayerKVShape
+from moe_serve.live_predictor import LivePredictor
 from moe_serve.memory import free_bytes
 from moe_serve.memory_guard import MemoryGuard
 from moe_serve.spec import ModelSpec
@@ -73,6 +76,12 @@ class ModelRunner:
             if num_slots is not None:
                 cache.resize(num_slots)
 
+    def rebalance(self) -> None:
+        """Let the expert cache's layers change their shares."""
+        cache = self.expert_layers.experts
+        if isinstance(cache, ExpertCache):
+            cache.rebalance()
+
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
         self.expert_layers.experts.close()
@@ -82,6 +91,10 @@ class ModelRunner:
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
         self.relieve_memory()
+        self.rebalance()
+        self.expert_layers.tap.clear()
+        if isinstance(self.expert_layers.watcher, LivePredictor):
+            self.expert_layers.watcher.begin_step(plan)
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
@@ -92,7 +105,25 @@ class ModelRunner:
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
-        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors)
+        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors, self._routes(plan))
+
+    def _routes(self, plan: BatchPlan) -> StepRoutes | None:
+        tap = self.expert_layers.tap
+        return StepRoutes(*tap.take(), forward_batch.rows_of(plan)) if tap.is_on else None
+
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        """Each MoE layer's index in the checkpoint."""
+        return tuple(self.expert_layers.experts.store.layers)
+
+    def resident_experts(self) -> NDArray[np.bool_] | None:
+        """[L, E] experts in slots; None where experts are used where the checkpoint is mapped."""
+        cache = self.expert_layers.experts
+        return cache.table.slot_of >= 0 if isinstance(cache, ExpertCache) else None
+
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+        """From the next step on, put routes into the StepResult, or stop to; `weights`: those of the router too."""
+        self.expert_layers.tap.is_on = wanted
+        self.expert_layers.tap.keeps_weights = weights
 
     def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
         """Logits [rows to sample, V], in batch order."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from expert_cache.activations import ActivationOf
+from expert_cache.adaptive_quotas import AdaptiveQuotas
 from expert_cache.advice import Advisor, FromAffinity, FromNextGate
 from expert_cache.arena import HostArena, SlotArena
 from expert_cache.cache import SLOTS_PER_TRANSIT, ExpertCache
@@ -25,15 +26,21 @@ from expert_cache.live_shadows import LiveShadows
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Policy
+from expert_cache.policies.predicted import Predicted
 from expert_cache.pools import global_pool, per_layer
+from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
+from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from moe_serve.live_predictor import LivePredictor
 from moe_serve.resolve import MIB, has_native_bf16
 from moe_serve.spec import ModelSpec
+from predictors import files as predictor_files
 from predictors.methods.next_gate import Router
+from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, TraceError
 from predictors.trace import load as load_trace
 
@@ -76,19 +83,43 @@ def expert_layers(
         policy,
         _fetcher(device),
         shadows=_shadows(config, store, slots),
+        quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
     )
-    return ExpertLayers(cache, compute, _advisor(config, store, routers))
+    advisor = _advisor(config, store, routers)
+    predictor = _predictor(config, store, spec, policy)
+    if config.moe_prefetch == "predictor":
+        advisor = predictor
+    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
+    layers = ExpertLayers(cache, compute, advisor, audit)
+    layers.watcher = predictor
+    return layers
 
 
 def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]) -> Advisor | None:
     """Whoever says what to bring ahead of time."""
-    if config.moe_prefetch == "off":
+    if config.moe_prefetch in ("off", "predictor"):
         return None
     if config.moe_prefetch == "affinity":
         return FromAffinity(len(store.layers), store.num_experts)
     if len(routers) != len(store.layers):
         raise ConfigError("--moe-prefetch next-gate: no router was found beside every layer's experts; choose affinity")
     return FromNextGate(routers)
+
+
+def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy: Policy) -> LivePredictor | None:
+    """The user's trained predictor; ConfigError if it is not one of this model, or nothing would use it."""
+    if config.moe_predictor is None:
+        if config.moe_prefetch == "predictor":
+            raise ConfigError("--moe-prefetch predictor needs --moe-predictor, made by `moe-serve predictor train`")
+        return None
+    if config.moe_prefetch != "predictor" and not isinstance(policy, Predicted):
+        raise ConfigError("--moe-predictor needs --moe-prefetch predictor or --moe-cache-policy predicted to use it")
+    shape = RouterShape(len(store.layers), store.num_experts, spec.top_k)
+    try:
+        found = predictor_files.load(config.moe_predictor, shape, checkpoint_fingerprint(config.model)).predictor
+    except predictor_files.PredictorFileError as error:
+        raise ConfigError(f"--moe-predictor: {error}") from error
+    return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
 
 
 def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe_serve.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.batch_plan import BatchPlan, ScheduledSequence, StepResult
 from moe_serve.kv_pages import PagePool, page_hash
 from moe_serve.sequence import FinishReason, Sequence
@@ -27,6 +28,8 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
+    max_num_batched_seqs: int | None = None
+    """Sequences that decode in one step; None: all that run."""
 
 
 class _StepDraft:
@@ -62,6 +65,8 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self._eos = eos_token_ids
+        self.choice: BatchChoice = FirstComeFirstServed()
+        """Who decodes when a step is too narrow for all."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission: the last one is preempted first."""
@@ -106,13 +111,20 @@ class Scheduler:
         then would take the pages that the preempted one is waiting for.
         """
         draft = _StepDraft(self.limits.max_num_batched_tokens)
-        for seq in [s for s in self.running if s.num_tokens - s.num_computed == 1]:
+        for seq in self._chosen([s for s in self.running if s.num_tokens - s.num_computed == 1]):
             self._schedule_running(seq, draft)
         for seq in [s for s in self.running if s.num_tokens - s.num_computed > 1]:
             self._schedule_running(seq, draft)
         if not draft.preempted:
             self._admit_waiting(draft)
         return draft.finish()
+
+    def _chosen(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Of the sequences that could decode, those that do. The others keep their pages."""
+        width = self.limits.max_num_batched_seqs
+        if width is None or len(decoding) <= width:
+            return decoding
+        return self.choice.choose(decoding, min(width, self.limits.max_num_batched_tokens))
 
     def _schedule_running(self, seq: Sequence, draft: _StepDraft) -> None:
         if not seq.page_ids:

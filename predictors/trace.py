@@ -1,8 +1,9 @@
 """RoutingTrace: which experts every token went to, in order; one file feeds replay, predictors and placement.
 
 Files are `.npz` without pickles: `ids` [N, L, K], `seq_offsets` [S+1], `layer_ids` [L], `n_experts`, `top_k`,
-`probs` [N, L, K] (optional; floats, or uint8 meaning value / 255), `meta` (JSON as bytes). Other systems'
-recordings are read in `formats.py`. Knows neither caches nor models.
+`probs` [N, L, K] (optional; floats, or uint8 meaning value / 255), `token_ids` [N] (optional), `meta` (JSON as
+bytes; `fingerprint` there names the checkpoint). Other systems' recordings are read in `formats.py`. Knows neither
+caches nor models.
 
 Shape alphabet: N tokens, L MoE layers, K experts per token, E experts per layer, S sequences.
 """
@@ -48,6 +49,8 @@ class RoutingTrace:
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str = "trace"
     """What error messages call this trace: its file, as a rule."""
+    token_ids: npt.NDArray[np.int32] | None = None
+    """[N]: the tokens themselves, or None where they were not recorded."""
 
     def __post_init__(self) -> None:
         _Check(self).run()
@@ -57,6 +60,8 @@ class RoutingTrace:
         object.__setattr__(self, "layer_ids", np.asarray(self.layer_ids, dtype=np.int32))
         if self.weights is not None:
             object.__setattr__(self, "weights", np.ascontiguousarray(self.weights, dtype=np.float32))
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", np.ascontiguousarray(self.token_ids, dtype=np.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +105,7 @@ class RoutingTrace:
             self,
             ids=self.ids[rows],
             weights=None if self.weights is None else self.weights[rows],
+            token_ids=None if self.token_ids is None else self.token_ids[rows],
             seq_offsets=offsets_of(lengths),
         )
 
@@ -114,6 +120,7 @@ class RoutingTrace:
             self,
             ids=self.ids[:num_tokens],
             weights=None if self.weights is None else self.weights[:num_tokens],
+            token_ids=None if self.token_ids is None else self.token_ids[:num_tokens],
             seq_offsets=np.append(inside, num_tokens),
         )
 
@@ -129,6 +136,8 @@ class RoutingTrace:
         }
         if self.weights is not None:
             arrays["probs"] = self.weights.astype(np.float16)
+        if self.token_ids is not None:
+            arrays["token_ids"] = self.token_ids
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -152,6 +161,7 @@ def load(path: str | Path) -> RoutingTrace:
         layer_ids=arrays["layer_ids"],
         num_experts=_scalar(arrays["n_experts"], source, "n_experts"),
         weights=_weights(arrays.get("probs")),
+        token_ids=arrays.get("token_ids"),
         meta=_meta(arrays.get("meta"), source),
         source=source,
     )
@@ -163,7 +173,7 @@ def load_all(paths: Iterable[str | Path]) -> RoutingTrace:
 
 
 def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """The traces one after another. They must agree on layers, experts and K; weights stay only if all have them."""
+    """The traces one after another; they must agree on layers, experts and K. What not all of them have is left out."""
     if not traces:
         raise TraceError("trace", "ids", "no trace was given; give at least one file")
     first = traces[0]
@@ -172,10 +182,12 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     for other in traces[1:]:
         _check_same_model(first, other)
     weights = [trace.weights for trace in traces if trace.weights is not None]
+    token_ids = [trace.token_ids for trace in traces if trace.token_ids is not None]
     return replace(
         first,
         ids=np.concatenate([trace.ids for trace in traces]),
         weights=np.concatenate(weights) if len(weights) == len(traces) else None,
+        token_ids=np.concatenate(token_ids) if len(token_ids) == len(traces) else None,
         seq_offsets=offsets_of(np.concatenate([np.diff(trace.seq_offsets) for trace in traces])),
         meta={"merged": [dict(trace.meta) for trace in traces]},
         source=" + ".join(trace.source for trace in traces),
@@ -250,6 +262,7 @@ class _Check:
         self.seq_offsets()
         self.layer_ids()
         self.weights()
+        self.token_ids()
 
     def ids_shape(self) -> None:
         ids = self.trace.ids
@@ -308,3 +321,13 @@ class _Check:
             )
         if not np.isfinite(weights).all() or (weights < 0).any():
             self.trace._fail("probs", "holds a negative or non-finite weight; give router weights after softmax")
+
+    def token_ids(self) -> None:
+        ids = self.trace.token_ids
+        if ids is None:
+            return
+        tokens = self.trace.ids.shape[0]
+        if ids.shape != (tokens,) or ids.dtype.kind not in "iu":
+            self.trace._fail("token_ids", f"is {ids.dtype} {ids.shape}; give one integer for each of {tokens} tokens")
+        if ids.min() < 0:
+            self.trace._fail("token_ids", f"holds {int(ids.min())}; give ids of the tokenizer's vocabulary")

@@ -108,10 +108,10 @@ def _check(args: argparse.Namespace) -> None:
         if not path.absolute().parent.is_dir():
             raise ConfigError(f"{path}: its folder does not exist; create it first")
     if args.plot:
-        _require_matplotlib()
+        require_matplotlib()
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:

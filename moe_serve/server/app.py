@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,6 +29,7 @@ from moe_serve.server import (
     openapi,
     operation,
     prompts,
+    recording,
     request_log,
     sse,
 )
@@ -82,6 +84,8 @@ def create_app(
     log_requests: bool = False,
     log_stats: bool = False,
     with_dashboard: bool = True,
+    recording_dir: str | None = None,
+    recording_buffer_tokens: int = 65536,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
     pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
@@ -109,6 +113,7 @@ def create_app(
     if with_dashboard:
         dashboard.install(app, service)
     operation.install(app, service)
+    recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
     openapi.install(app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody])
     return app
 

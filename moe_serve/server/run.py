@@ -97,8 +97,10 @@ def _load(server_config: ServerConfig, engine_config: EngineConfig, port: int) -
         log_requests=server_config.log_requests,
         log_stats=not server_config.disable_log_stats,
         with_dashboard=server_config.dashboard,
+        recording_dir=server_config.recording_dir,
+        recording_buffer_tokens=server_config.recording_buffer_tokens,
     )
-    _announce(server_config.host, port, name)
+    _announce(server_config, port, name)
     return app
 
 

@@ -1,44 +1,100 @@
-"""Inter-layer affinity as a predictor: which experts of the next layer follow these of this layer.
+"""Affinity between layers and between tokens: which experts follow from the routes seen so far, by least squares.
 
-Counts, kept while serving, of how often expert b of layer l+1 was used in a step that used expert a of
-layer l. Costs no training and no arithmetic on hidden states (the affinity of ExFlow, used as a
-Markov model). Knows numpy only.
+Experts of successive layers depend on one another (ExFlow, arXiv 2401.08383, places experts by it); as a predictor it
+costs no arithmetic on hidden states. One layer of context is a Markov chain; here the last eight layers, the
+previous token and the stream's averages are weighed together (`predictors/context.py`), for each distance apart.
 
-Shape alphabet: L layers by dense index, E experts.
+Cost per token and forecast: (8 + 4) K + 2 E rows of E weights are added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
-HALF_LIFE_STEPS = 2048
-"""Old habits count half after this many steps: long against a request, short against a day's drift."""
+from predictors.averages import next_use_values
+from predictors.context import Context, Evidence, Linear, window_of
+from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
+from predictors.streams import UNKNOWN
+
+DISTANCES = (1, 2, 3, 4, 6, 8)
+"""Fitted lookaheads. One in between is answered by the next larger, without the newest layers; one beyond, by what is
+known before the token."""
+DISCOUNT = 0.8
+"""Per token, of `upcoming`."""
+Key = tuple[int, int]
+"""(layer, newest layer known)."""
 
 
 class Transition:
-    """P(next layer's expert | this layer's experts), from counts."""
+    """Least squares over the routes of this and the previous token."""
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._counts = np.zeros((num_layers, num_experts, num_experts), np.float32)
-        self._weight = np.ones(num_layers, np.float64)
-        self._growth = 2.0 ** (1.0 / HALF_LIFE_STEPS)
+    needs: ClassVar[frozenset[str]] = frozenset()
 
-    def record(self, layer: int, experts: Sequence[int], next_experts: Sequence[int]) -> None:
-        """One step used `experts` in `layer` and `next_experts` in the layer after it."""
-        # Instead of shrinking every old count, each new one weighs a little more than the last.
-        self._counts[layer][np.ix_(experts, next_experts)] += self._weight[layer]
-        self._weight[layer] *= self._growth
-        if self._weight[layer] > 1e6:
-            self._counts[layer] /= self._weight[layer]
-            self._weight[layer] = 1.0
+    def __init__(self, shape: RouterShape, next_layers: Mapping[Key, Linear], reuse: Mapping[int, Linear]) -> None:
+        self._shape = shape
+        self._next = next_layers
+        self._reuse = reuse
+        self._context = Context(shape)
 
-    def scores(self, layer: int, experts: Sequence[int]) -> NDArray[np.float64]:
-        """[E] for layer + 1: expected uses, relative to one another; zeros before anything was recorded."""
-        rows = self._counts[layer][list(experts)].astype(np.float64)
-        totals = rows.sum(axis=1, keepdims=True)
-        shares = np.divide(rows, totals, out=np.zeros_like(rows), where=totals > 0)
-        total: NDArray[np.float64] = shares.sum(axis=0)
-        return total
+    @classmethod
+    def fit(cls, training: Training) -> Self:
+        shape, evidence = training.shape, Evidence(training.trace)
+        soon = next_use_values(training.trace, DISCOUNT)[evidence.rows]
+        next_layers: dict[Key, Linear] = {}
+        reuse: dict[int, Linear] = {}
+        for layer in range(shape.num_layers):
+            newest = newest_known(layer)
+            windows = [window_of(layer, n, shape.num_layers) for n in (*newest, layer)]
+            fitted = evidence.fit(windows, [evidence.used(layer), soon[:, layer]])
+            next_layers.update({(layer, n): used for n, (used, _) in zip(newest, fitted, strict=False)})
+            reuse[layer] = fitted[-1][1]
+        return cls(shape, next_layers, reuse)
+
+    @classmethod
+    def from_arrays(cls, shape: RouterShape, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        def read(name: str, layer: int, newest: int) -> Linear:
+            return Linear.unpack(window_of(layer, newest, shape.num_layers), arrays[name], shape.num_experts)
+
+        layers = range(shape.num_layers)
+        keys = [(layer, newest) for layer in layers for newest in newest_known(layer)]
+        next_layers = {key: read(f"next.{key[0]}.{key[1]}", *key) for key in keys}
+        return cls(shape, next_layers, {layer: read(f"reuse.{layer}", layer, layer) for layer in layers})
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        named = {f"next.{layer}.{newest}": linear.packed() for (layer, newest), linear in self._next.items()}
+        return named | {f"reuse.{layer}": linear.packed() for layer, linear in self._reuse.items()}
+
+    def begin(self, streams: Ints) -> None:
+        self._context.begin(streams)
+
+    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
+        self._context.step(streams)
+
+    def observe(
+        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
+    ) -> None:
+        self._context.observe(layer, streams, ids)
+
+    def probabilities(self, layer: int, streams: Ints) -> Probabilities:
+        newest = self._context.routes.newest[streams]
+        out = np.empty((len(streams), self._shape.num_experts), dtype=np.float32)
+        for known in set(newest.tolist()):
+            rows = np.flatnonzero(newest == known)
+            usable = next(n for n in newest_known(layer) if n <= known)
+            out[rows] = self._next[layer, usable].forecast(self._context, streams[rows])
+        return as_probabilities(out, self._shape.top_k)
+
+    def upcoming(self, layer: int, streams: Ints) -> Probabilities:
+        return np.clip(self._reuse[layer].forecast(self._context, streams), 0, 1)
+
+
+def newest_known(layer: int) -> list[int]:
+    """The newest layers for which `layer` has a fit, nearest first; the last is UNKNOWN."""
+    return [*(layer - d for d in DISTANCES if d <= layer), UNKNOWN]
+
+
+METHOD = Transition
