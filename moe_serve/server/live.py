@@ -88,8 +88,9 @@ class LiveStats:
         )
         now = self._clock()
         with self._lock:
-            if is_gap(self._moments[-1].time_s, now):  # nothing has changed until this step began
-                self._moments.append(replace(self._moments[-1], time_s=now - stats.duration_s, totals=old))
+            last, began_s = self._moments[-1], now - stats.duration_s
+            if is_gap(last.time_s, began_s):  # until this step began nothing changed
+                self._moments.append(replace(last, time_s=began_s, totals=old))
             self._totals = totals
             for seconds in stats.time_to_first_token_s:
                 self._ttft.add(now, seconds)

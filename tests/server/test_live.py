@@ -92,6 +92,14 @@ def test_a_long_pause_is_no_part_of_the_minute_after_it(live: LiveStats, clock: 
     assert [piece.generated_tokens_per_s for piece in pieces] == [0, 40]
 
 
+def test_a_slow_step_is_no_pause(live: LiveStats, clock: Clock) -> None:
+    clock.now += 5
+    live.window()
+    clock.now += 4
+    live.on_step(step(generated=8, seconds=6.0))
+    assert [(piece.seconds, piece.generated_tokens_per_s) for piece in live.seconds()] == [(5, 0), (4, 2)]
+
+
 def test_steps_between_two_seconds_are_not_lost(live: LiveStats, clock: Clock) -> None:
     for _ in range(25):
         clock.now += 0.1

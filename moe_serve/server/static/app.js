@@ -45,8 +45,8 @@ async function poll(chain) {
     const data = await ask();
     if (chain !== newest) return;
     waitMs = PERIOD_MS;
-    setStatus(data.state === "ready" ? "live" : "trouble", data.state === "ready" ? "live" : data.state);
     show(data);
+    setStatus(data.state === "ready" ? "live" : "trouble", data.state === "ready" ? "live" : data.state);
   } catch (failure) {
     if (chain !== newest) return;
     waitMs = Math.min(MOST_MS, 2 * waitMs);
