@@ -38,6 +38,7 @@ class Firehose:
             while not leaving.done():
                 await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
                 self.sent_bytes += len(CHUNK)
+                await asyncio.sleep(0)  # send itself does not yield while the client keeps up
         finally:
             if scope["path"] != "/small":
                 self.ended.set()
