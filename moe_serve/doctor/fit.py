@@ -64,7 +64,7 @@ class Fit:
 
 
 def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Sizes:
-    """Sizes of a checkpoint computed in `dtype` on `device`. CheckpointError and UnsupportedModelError as in loading."""
+    """Sizes of a checkpoint computed in `dtype` on `device`. CheckpointError as in loading."""
     hf_config = read_config(folder)
     spec = ModelSpec.from_hf(hf_config)
     store = open_all_experts(folder)
