@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     device = resolve.device_of(config)
     dtype = resolve.dtype_of(config, ModelSpec.from_hf(read_config(args.model)), device)
     machine, problems = findings.hardware(), findings.findings()
-    sizes = fit.sizes_of(args.model, dtype)
+    sizes = fit.sizes_of(args.model, dtype, device)
     files = [Path(file) for file in safetensors_files(args.model)]
     measured = rates.measure(files, resolve.num_threads_of(config), device)
     found = fit.fit(sizes, measured, free_bytes(torch.device(device)), device.type == "cpu")

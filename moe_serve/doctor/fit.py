@@ -13,8 +13,11 @@ import torch
 
 from moe_serve.doctor.rates import Rates
 from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
+from moe_serve.hf.dense import is_available
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE, MIB
 from moe_serve.spec import ModelSpec
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +63,16 @@ class Fit:
     """With the misses of an even load read from disk; None: they would come from a disk that was not measured."""
 
 
-def sizes_of(folder: str, dtype: torch.dtype) -> Sizes:
-    """Sizes of a checkpoint computed in `dtype`. CheckpointError and UnsupportedModelError as in loading."""
+def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Sizes:
+    """Sizes of a checkpoint computed in `dtype` on `device`. CheckpointError as in loading."""
     hf_config = read_config(folder)
     spec = ModelSpec.from_hf(hf_config)
     store = open_all_experts(folder)
     stored = sum(Path(file).stat().st_size for file in safetensors_files(folder))
     dense = max(0, stored - store.expert_bytes * store.num_total)
+    stays_bf16 = spec.dtype == torch.bfloat16 and is_available(device, dtype)
     return Sizes(
-        dense_bytes=dense * dtype.itemsize // max(1, spec.dtype.itemsize),
+        dense_bytes=dense if stays_bf16 else dense * dtype.itemsize // spec.dtype.itemsize,
         expert_bytes=store.expert_bytes,
         num_layers=len(store.layers),
         num_experts=store.num_experts,

