@@ -44,4 +44,3 @@ def test_schemathesis_finds_no_server_error(url: str) -> None:
         seen = run_cases(url, 15, seed=0)
     assert sum(seen.values()) >= 15
     assert not [key for key in seen if key.rsplit(" ", 1)[1].startswith("5")]
-    assert seen["POST /v1/completions 200"] > 0
