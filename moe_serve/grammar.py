@@ -9,11 +9,14 @@ Shape alphabet: R rows (sequences with a grammar in this step), V vocabulary.
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 
 import llguidance.hf
 import numpy as np
@@ -28,6 +31,10 @@ from moe_serve.tokenizer import Tokenizer
 CACHED_GRAMMARS = 128
 JSON_WHITESPACE = r"\n?[ ]{0,16}"
 """Between two JSON tokens at most a line break and its indentation: a model cannot lose itself in spaces."""
+
+MAX_MULTIPLE = 100_000
+"""llguidance builds an automaton with one state for each remainder: 100,000 take a second and 40 MB."""
+MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 
 
 class GrammarError(Exception):
@@ -89,6 +96,7 @@ class Grammars:
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
         if not self._eos:
             raise InvalidRequestError(spec.param, f"{spec.param}: this model has no end token to stop at")
+        _check_multiples(spec)
         try:
             limits = LLParserLimits(verbose_errors=False)
             matcher = LLMatcher(self._ll(), _text_of(spec), log_level=0, limits=limits)
@@ -106,6 +114,25 @@ class Grammars:
                 eos = sorted(self._eos)
                 self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer.hf, n_vocab=size, eos_token=eos)
             return self._ll_tokenizer
+
+
+def _check_multiples(spec: GrammarSpec) -> None:
+    """Refuse a `multipleOf`, or several together, that would cost gigabytes to compile."""
+    factors = {_significand(text) for text in MULTIPLE_OF.findall(spec.text)}
+    if math.lcm(*factors) > MAX_MULTIPLE:
+        raise InvalidRequestError(
+            spec.param, f"{spec.param}: the least common multiple of all multipleOf must not exceed {MAX_MULTIPLE}"
+        )
+
+
+def _significand(number: str) -> int:
+    """The number without its point: 25 for 0.25, 300 for 3e2; 1 for what is no number."""
+    try:
+        _, digits, exponent = Decimal(number).as_tuple()
+    except ArithmeticError:
+        return 1
+    zeros = min(max(int(exponent), 0), len(str(MAX_MULTIPLE)))
+    return int("".join(map(str, digits))) * 10**zeros or 1
 
 
 def _text_of(spec: GrammarSpec) -> str:

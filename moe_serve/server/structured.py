@@ -107,6 +107,17 @@ def schema_grammar(schema: Mapping[str, Any], param: str) -> GrammarSpec:
     return GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(schema), param)
 
 
+def _loaded(schema: JsonSchema | str, param: str) -> JsonSchema:
+    """A schema that may come as a string of JSON."""
+    try:
+        loaded = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(param, f"{param}: the schema is not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise InvalidRequestError(param, f"{param}: the schema must be an object")
+    return loaded
+
+
 def _specs(
     param: str,
     schema: JsonSchema | str | None = None,
@@ -116,8 +127,7 @@ def _specs(
 ) -> list[GrammarSpec]:
     given = []
     if schema is not None:
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        given.append(GrammarSpec(GrammarKind.JSON_SCHEMA, text, param))
+        given.append(schema_grammar(_loaded(schema, param), param))
     if regex is not None:
         given.append(GrammarSpec(GrammarKind.REGEX, regex, param))
     if choice is not None:

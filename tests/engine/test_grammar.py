@@ -117,6 +117,12 @@ def test_preemption_and_the_prefix_cache_change_nothing(tokenizer: Tokenizer) ->
         GrammarSpec(GrammarKind.JSON_SCHEMA, "[" * 5000 + "]" * 5000, "response_format"),
         GrammarSpec(GrammarKind.JSON_SCHEMA, '{"$ref": "https://example.com/x"}', "response_format"),
         GrammarSpec(GrammarKind.JSON_SCHEMA, '{"type": "integer", "minimum": 5, "maximum": 3}', "response_format"),
+        GrammarSpec(GrammarKind.JSON_SCHEMA, '{"type": "integer", "multipleOf": 1000000}', "response_format"),
+        GrammarSpec(GrammarKind.JSON_SCHEMA, '{"type": "number", "multipleOf": 1.0000003}', "response_format"),
+        GrammarSpec(
+            GrammarKind.JSON_SCHEMA, '{"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}', "response_format"
+        ),
+        GrammarSpec(GrammarKind.LARK, 'start: %json {"type": "integer", "multipleOf": 1000003}', "guided_grammar"),
         GrammarSpec(GrammarKind.REGEX, "(a", "guided_regex"),
         GrammarSpec(GrammarKind.REGEX, "(" * 5000, "guided_regex"),
         GrammarSpec(GrammarKind.LARK, "start: nothing", "structured_outputs"),
