@@ -127,7 +127,7 @@ def inclusion(scores: Floats, top_k: int) -> Probabilities:
         survive = np.exp(-np.exp(log_c) * share)
         slope = (survive * share).sum(axis=1, keepdims=True) * np.exp(log_c)
         gap = top_k - (1 - survive).sum(axis=1, keepdims=True)
-        if np.abs(gap).max() < 1e-3:
+        if np.abs(gap).max() < 1e-6:
             break
         log_c += np.clip(gap / np.maximum(slope, 1e-9), -2, 2)
     return np.asarray(1 - survive, dtype=np.float32)

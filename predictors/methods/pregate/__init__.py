@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from predictors.context import RATES, Context
 from predictors.methods.pregate.layout import NAMES, SHORT, WIDTH
-from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
+from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training
 from predictors.streams import UNKNOWN, Rows
 
 
@@ -90,10 +90,12 @@ class Pregate:
         h += averages[:, SHORT] @ w["averages"] + w["token"][tokens[:, 0]] + w["last_token"][tokens[:, 1]]
         h /= 1 + np.exp(-h)
         scores = h @ w["out"] + w["bias"] + (averages * w["habit"]).sum(axis=1)
-        shares = np.exp(scores.reshape(-1, shape.num_experts).clip(-60, 60))
+        scores = scores.reshape(len(streams), shape.num_layers, shape.num_experts)
+        shares = np.exp(scores - scores.max(axis=2, keepdims=True))
         # Trained against targets of 1 / K, a share of 1 / K means certainty.
-        shares *= shape.top_k / shares.sum(axis=1, keepdims=True)
-        return as_probabilities(shares, shape.top_k).reshape(len(streams), shape.num_layers, shape.num_experts)
+        shares *= shape.top_k / shares.sum(axis=2, keepdims=True)
+        likely: npt.NDArray[np.float32] = np.minimum(shares, 1)
+        return likely
 
 
 METHOD = Pregate
