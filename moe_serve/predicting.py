@@ -17,7 +17,7 @@ from expert_cache.forecast_replay import replay_forecasts
 from expert_cache.policies import find_policy
 from expert_cache.replay import ReplayResult, replay_belady, replay_events
 from expert_cache.slots import Slots
-from moe_serve.errors import ConfigError
+from moe_serve.errors import ConfigError, TraceFileError
 from predictors.evaluation import Scores, evaluate, split_sequences
 from predictors.methods import find_method, method_names
 from predictors.predictor import HIDDEN, TOKEN_IDS, Foresight, Training
@@ -76,7 +76,10 @@ def usable_methods(trace: RoutingTrace) -> list[str]:
 def folds_of(traces: Sequence[RoutingTrace], held_out: str, seed: int = 0) -> list[Fold]:
     """`sequence`: a fifth of all sequences is tested on; `task`: each trace in turn, learning from the others."""
     if held_out == "sequence":
-        return [Fold(*split_sequences(merge(traces), seed=seed))]
+        try:
+            return [Fold(*split_sequences(merge(traces), seed=seed))]
+        except ValueError as error:  # of another model, or of one sequence
+            raise TraceFileError(str(error)) from None
     if len(traces) < 2:
         raise ConfigError("--held-out task needs two traces or more: each in turn is tested on, the others learnt from")
     return [Fold(merge([t for t in traces if t is not test]), test) for test in traces]
@@ -99,7 +102,10 @@ def judge(
 
 
 def _judge_method(name: str, fold: Fold, distances: Sequence[int], report: Report, seed: int) -> None:
-    predictor = find_method(name).fit(Training(fold.train, seed=seed))
+    try:
+        predictor = find_method(name).fit(Training(fold.train, seed=seed))
+    except ValueError as error:
+        raise ConfigError(f"--method {name}: {error}") from None
     found = evaluate(predictor, fold.test, distances)
     report.scores[name] = added(report.scores[name], found) if name in report.scores else found
     if not isinstance(predictor, Foresight):

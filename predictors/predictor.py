@@ -109,7 +109,7 @@ class Foresight(Protocol):
 
 
 NEWTON_STEPS = 12
-"""The sum is nearly straight in log c until it saturates: the worst rows need about 10."""
+"""The sum is nearly straight in log c until it saturates: most rows need 4 steps, the worst about 10."""
 
 
 def inclusion(scores: Floats, top_k: int) -> Probabilities:
@@ -127,8 +127,10 @@ def inclusion(scores: Floats, top_k: int) -> Probabilities:
         survive = np.exp(-np.exp(log_c) * share)
         slope = (survive * share).sum(axis=1, keepdims=True) * np.exp(log_c)
         gap = top_k - (1 - survive).sum(axis=1, keepdims=True)
+        if np.abs(gap).max() < 1e-6:
+            break
         log_c += np.clip(gap / np.maximum(slope, 1e-9), -2, 2)
-    return np.asarray(1 - np.exp(-np.exp(log_c) * share), dtype=np.float32)
+    return np.asarray(1 - survive, dtype=np.float32)
 
 
 def as_probabilities(estimates: Floats, top_k: int) -> Probabilities:

@@ -75,6 +75,7 @@ class Routes:
 
 def multi_hot(ids: Ints, num_experts: int) -> npt.NDArray[np.float32]:
     """[..., K] ids, UNKNOWN allowed -> [..., E] of 0 and 1."""
-    hot = np.zeros((*ids.shape[:-1], num_experts + 1), dtype=np.float32)
-    np.put_along_axis(hot, np.where(ids == UNKNOWN, num_experts, ids), 1, axis=-1)
-    return hot[..., :num_experts]
+    rows = ids.reshape(-1, ids.shape[-1])
+    hot = np.zeros((len(rows), num_experts + 1), dtype=np.float32)
+    hot[np.arange(len(rows))[:, None], rows] = 1  # UNKNOWN is -1: the last column
+    return hot[:, :num_experts].reshape(*ids.shape[:-1], num_experts)

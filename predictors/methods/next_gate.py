@@ -70,7 +70,7 @@ class NextGate:
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
         hidden = torch.from_numpy(self._hidden.data[streams])
-        gate = self._gate(layer, hidden).cpu().numpy()
+        gate = self._gate(layer, hidden).detach().cpu().numpy()
         unseen = np.isnan(gate).any(axis=1)
         gate[unseen] = 1
         return inclusion(gate, self._top_k)

@@ -44,6 +44,7 @@ class SimilarRequest:
         self._shape = shape
         self._stored = stored
         self._used = multi_hot(stored["ids"], shape.num_experts).transpose(1, 0, 2).copy()
+        self._soon = stored["soon"].astype(np.float32).transpose(1, 0, 2).copy()
         # UNKNOWN is -1: it picks the last row, which is like no stored token.
         self._like_this = _by_expert(self._used)
         previous = multi_hot(stored["previous"], shape.num_experts).transpose(1, 0, 2)
@@ -95,8 +96,7 @@ class SimilarRequest:
         return as_probabilities(mixed, self._shape.top_k)
 
     def upcoming(self, layer: int, streams: Ints) -> Probabilities:
-        soon = self._stored["soon"][:, layer].astype(np.float32)
-        found: Probabilities = np.clip(self._votes(streams) @ soon, 0, 1)
+        found: Probabilities = np.clip(self._votes(streams) @ self._soon[layer], 0, 1)
         return found
 
     def _votes(self, streams: Ints) -> npt.NDArray[np.float32]:

@@ -51,7 +51,7 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["bench", "chat", "generate", "pack", "plan", "replay", "serve"]
+    assert listed == ["bench", "chat", "generate", "pack", "plan", "replay", "serve", "trace"]
 
 
 def test_the_console_script_answers() -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from predictors.context import RATES, Context
 from predictors.methods.pregate.layout import NAMES, SHORT, WIDTH
-from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, inclusion
+from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training
 from predictors.streams import UNKNOWN, Rows
 
 
@@ -37,10 +37,13 @@ class Pregate:
         self._shape = shape
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in NAMES}
         self._context = Context(shape)
-        self._first_expert = np.arange(shape.num_layers)[:, None] * shape.num_experts
+        # UNKNOWN is -1: in this and in the tables of tokens it picks the last row, which adds nothing.
+        by_layer = self._weights["routes"][:-1].reshape(shape.num_layers, shape.num_experts, WIDTH)
+        self._routes = np.pad(by_layer, ((0, 0), (0, 1), (0, 0)))
+        self._layers = np.arange(shape.num_layers)[:, None]
         self._tokens = Rows((2,), np.int64, UNKNOWN)
         """The current and the last token of each stream."""
-        self._scores = Rows((shape.num_layers, shape.num_experts), np.float32)
+        self._likely = Rows((shape.num_layers, shape.num_experts), np.float32)
 
     @classmethod
     def fit(cls, training: Training) -> Self:
@@ -61,13 +64,13 @@ class Pregate:
     def begin(self, streams: Ints) -> None:
         self._context.begin(streams)
         self._tokens.reset(streams)
-        self._scores.reset(streams)
+        self._likely.reset(streams)
 
     def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
         self._context.step(streams)
         self._tokens.data[streams, 1] = self._tokens.data[streams, 0]
         self._tokens.data[streams, 0] = UNKNOWN if token_ids is None else token_ids
-        self._scores.data[streams] = self._predict(streams)
+        self._likely.data[streams] = self._predict(streams)
 
     def observe(
         self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
@@ -75,22 +78,24 @@ class Pregate:
         self._context.observe(layer, streams, ids)
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
-        scores = self._scores.data[streams, layer]
-        return inclusion(np.exp(scores - scores.max(axis=1, keepdims=True)), self._shape.top_k)
+        likely: Probabilities = self._likely.data[streams, layer]
+        return likely
 
     def _predict(self, streams: Ints) -> npt.NDArray[np.float32]:
-        """[T, L, E], before the softmax."""
+        """[T, L, E]."""
         w, shape = self._weights, self._shape
-        routes = self._context.routes.previous[streams]
-        cells = np.where(routes == UNKNOWN, UNKNOWN, routes + self._first_expert).reshape(len(streams), -1)
         averages = self._context.all_averages(streams).reshape(len(streams), len(RATES), -1)
-        vocabulary = len(w["token"]) - 1
-        tokens = np.where(self._tokens.data[streams] < vocabulary, self._tokens.data[streams], UNKNOWN)
-        h = w["routes"][cells].sum(axis=1) + averages[:, SHORT] @ w["averages"]
-        h += w["token"][tokens[:, 0]] + w["last_token"][tokens[:, 1]]
-        h *= 1 / (1 + np.exp(-h))
-        scores: npt.NDArray[np.float32] = h @ w["out"] + w["bias"] + (averages * w["habit"]).sum(axis=1)
-        return scores.reshape(len(streams), shape.num_layers, shape.num_experts)
+        tokens = np.minimum(self._tokens.data[streams], len(w["token"]) - 1)
+        h = self._routes[self._layers, self._context.routes.previous[streams]].sum(axis=(1, 2))
+        h += averages[:, SHORT] @ w["averages"] + w["token"][tokens[:, 0]] + w["last_token"][tokens[:, 1]]
+        h /= 1 + np.exp(-h)
+        scores = h @ w["out"] + w["bias"] + (averages * w["habit"]).sum(axis=1)
+        scores = scores.reshape(len(streams), shape.num_layers, shape.num_experts)
+        shares = np.exp(scores - scores.max(axis=2, keepdims=True))
+        # Trained against targets of 1 / K, a share of 1 / K means certainty.
+        shares *= shape.top_k / shares.sum(axis=2, keepdims=True)
+        likely: npt.NDArray[np.float32] = np.minimum(shares, 1)
+        return likely
 
 
 METHOD = Pregate
