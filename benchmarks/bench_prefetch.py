@@ -130,7 +130,8 @@ class Side:
 
     def report(self, own: list[float], off: list[float], quiet_off_s: float) -> dict[str, Any]:
         counters, audit = self.layers.experts.counters, self.layers.audit
-        right, missed = int(counters.predicted_used.sum()), int(counters.unpredicted_used.sum())
+        predictions = self.layers.usage.predictions()
+        right, missed = (int(predictions[name].sum()) for name in ("predicted_used", "unpredicted"))
         return {
             "speed": sum(off) / sum(own),
             "quiet_speed": quiet_off_s / self.quiet_s,

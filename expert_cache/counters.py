@@ -52,12 +52,6 @@ class CacheCounters:
         """Bytes read on a prediction, useful or not."""
         self.wasted_bytes: Counts = np.zeros(num_layers, np.int64)
         """Prefetched bytes that were cancelled or evicted before any use."""
-        self.predicted_used: Counts = np.zeros(num_layers, np.int64)
-        """True positives: experts that were advised for a step and that its router chose, resident or not."""
-        self.predicted_unused: Counts = np.zeros(num_layers, np.int64)
-        """False positives: advised, not chosen."""
-        self.unpredicted_used: Counts = np.zeros(num_layers, np.int64)
-        """False negatives: chosen in a step that had advice, not advised."""
         self.prefetch_on: NDArray[np.bool_] = np.ones(num_layers, np.bool_)
         """No count: whether the audit lets this layer prefetch at the moment."""
         self.read_errors: Counts = np.zeros(num_layers, np.int64)

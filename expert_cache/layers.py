@@ -90,8 +90,8 @@ class ExpertLayers:
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         self.usage.use(layer, groups.experts, groups.counts)
-        if self.audit is not None:
-            self._tell(self.audit, layer, groups.experts, len(hidden))
+        if self.audit is not None and layer == self.experts.store.layers[0]:
+            self.audit.begin(len(hidden))
         if self.watcher is not None:
             self.watcher.watch(self.experts.store.layers.index(layer), ids, hidden)
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
@@ -109,17 +109,12 @@ class ExpertLayers:
         by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
         return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
 
-    def _tell(self, audit: PrefetchAudit, layer: int, experts: Sequence[int], num_tokens: int) -> None:
-        index = self.experts.store.layers.index(layer)
-        if index == 0:
-            audit.begin(num_tokens)
-        audit.used(index, experts)
-
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers
         found = advisor.advise(layers.index(layer), experts, hidden)
-        for advice in found if self.audit is None else self.audit.allowed(found):
+        for advice in found:
             self.usage.expect(layers[advice.layer], advice.experts)
+        for advice in found if self.audit is None else self.audit.allowed(found):
             self.experts.prefetch(layers[advice.layer], advice.experts, advice.urgencies)
 
     def _run_as_they_come(

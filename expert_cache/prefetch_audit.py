@@ -45,7 +45,7 @@ FEWEST_EXPERTS = 8
 
 
 class PrefetchAudit:
-    """Asked per layer whether to prefetch for it; told what was advised and what was used."""
+    """Asked per layer whether to prefetch for it; told when steps begin and end."""
 
     def __init__(
         self, counters: CacheCounters, expert_bytes: int, clock: Callable[[], float] = time.perf_counter
@@ -65,7 +65,6 @@ class PrefetchAudit:
         """(size class of the step, with prefetching) -> times."""
         self._num_tokens = 0
         self._started_s: float | None = None
-        self._advised: dict[int, set[int]] = {}
         self._before = self._brought()
         self._useful_before = self._useful()
         """Of use before the probe."""
@@ -78,7 +77,6 @@ class PrefetchAudit:
     def begin(self, num_tokens: int) -> None:
         """A step of so many tokens reaches the first layer."""
         self._num_tokens = num_tokens
-        self._advised.clear()
         self._started_s = self._clock()
 
     def end(self) -> None:
@@ -108,20 +106,8 @@ class PrefetchAudit:
         return self._is_on if self._probe_step < 0 else self._probe_step // BLOCK_STEPS % 2 == 1
 
     def allowed(self, advice: Sequence[Advice]) -> list[Advice]:
-        """What may be brought of what is advised now; all of it is held against what the routers choose."""
-        for item in advice:
-            self._advised.setdefault(item.layer, set()).update(item.experts)
+        """What may be brought of what is advised now."""
         return [item for item in advice if self._layer_on[item.layer]]
-
-    def used(self, layer: int, experts: Sequence[int]) -> None:
-        """The router of `layer` (dense index) chose these."""
-        advised = self._advised.pop(layer, None)
-        if advised is None:
-            return
-        right = len(advised.intersection(experts))
-        self._counters.predicted_used[layer] += right
-        self._counters.predicted_unused[layer] += len(advised) - right
-        self._counters.unpredicted_used[layer] += len(experts) - right
 
     # ---- decisions --------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from expert_cache.advice import Advice
@@ -112,15 +111,3 @@ def test_a_layer_that_wastes_is_left_out_and_tried_again() -> None:
     assert bench.counters.prefetch_on.tolist() == [True, False]
     bench.run(FIRST_HOLD_STEPS, 0.5, 1.0)
     assert len(bench.audit.allowed(advice)) == 2
-
-
-def test_true_and_false_positives_are_counted_by_layer() -> None:
-    bench = Bench()
-    bench.audit.begin(1)
-    bench.audit.used(0, [3, 4])  # nothing was advised for it: no opinion
-    bench.audit.allowed([Advice(1, (5, 6, 7), (1.0,) * 3)])
-    bench.audit.used(1, [6, 9])
-    counters = bench.counters
-    np.testing.assert_array_equal(counters.predicted_used, [0, 1])
-    np.testing.assert_array_equal(counters.predicted_unused, [0, 2])
-    np.testing.assert_array_equal(counters.unpredicted_used, [0, 1])

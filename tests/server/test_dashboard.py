@@ -169,7 +169,12 @@ SMALL: dict[str, Any] = {
     "num_kv_pages": 64,
     "max_model_len": 128,
 }
-CACHED = {"moe_cache_mib": 6, "moe_prefetch": "next-gate", "moe_cache_shadow": "lru"}
+CACHED = {
+    "moe_cache_mib": 6,
+    "moe_prefetch": "next-gate",
+    "moe_prefetch_audit": False,  # it would leave steps without advice
+    "moe_cache_shadow": "lru",
+}
 
 
 @pytest.fixture(scope="module", params=[CACHED, {"moe_cache_mib": 0}], ids=["cached", "mapped"])
