@@ -18,7 +18,7 @@ from predictors.context import Context
 from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
 
 STREAM_WEIGHTS = (0.3, 0.5)
-"""Of the stream's averages at context.RATES; the rest is the trace's. Near the best on both traces we have."""
+"""Of the stream's averages at context.RATES; the rest is the trace's. Not tuned."""
 
 
 class Frequency:

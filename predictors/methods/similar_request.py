@@ -28,7 +28,7 @@ PREVIOUS_WEIGHT = 0.5
 FADE = 0.9
 """Per layer: the newest layers say most about the next."""
 SHARPNESS = 0.6
-"""The weight of a stored token grows by e ** this with each expert shared; chosen on training sequences."""
+"""The weight of a stored token grows by e ** this with each expert shared. Not tuned, as the other constants here."""
 SMOOTHING = 0.1
 """Of popularity, mixed in: no match is certain."""
 
