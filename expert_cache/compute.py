@@ -37,8 +37,8 @@ class ExpertCompute:
     def prepare(self, weights: ExpertWeights) -> PreparedWeights:
         """Done once for each expert that comes in: the form that `run` takes."""
         rows = (weights.gate, weights.up, weights.down)
-        readable = native.is_available(self._device, weights.gate.dtype, torch.float32)
-        if not readable or any(m.stride(1) != 1 for m in rows) or self._matrix_tokens == 0:
+        available = native.is_available(self._device, native.weight_kind(weights.gate), torch.float32)
+        if not available or not native.are_readable(rows) or self._matrix_tokens == 0:
             return weights
         return MLPWeights(*rows, weights.gate_bias, weights.up_bias, weights.down_bias)
 
