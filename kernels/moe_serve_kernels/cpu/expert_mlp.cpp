@@ -25,6 +25,9 @@
 namespace {
 
 typedef uint16_t Bf16;
+struct Half {
+    uint16_t bits;
+};
 
 enum ActivationKind { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
 
@@ -39,7 +42,8 @@ enum ScaleKind { SCALE_FLOAT32, SCALE_BF16, SCALE_FP16, SCALE_E8M0 };
 // Where one expert's weights lie: expert_mlp.py fills these in, all 64-bit.
 //
 // Quantised: the weight in row r, column k is (code - zero) * scale, with the scale at
-// [r / rows_per_scale][k / group] and the zero point at zeros[r][k / group], or `zero` where `zeros` is null.
+// [r / rows_per_scale][k / group], the zero point the sum of `zero` and, unless null, zeros[r][k / group].
+// UINT8 codes are read as if 128 less.
 struct Matrix {
     const char* data;
     int64_t stride, rows, columns;  // stride in bytes
@@ -68,6 +72,14 @@ struct Expert {
     Bias gate_bias, up_bias, down_bias;
     int64_t kind;
 };
+
+// One scale and no zero point for each row.
+inline bool has_row_scales(const Expert& expert) {
+    for (const Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+        if (matrix->group < matrix->columns || matrix->zeros || matrix->zero) return false;
+    }
+    return true;
+}
 
 // A group that is no whole number of 64-byte grains of four-bit codes.
 inline bool has_lane_scales(const Expert& expert) {

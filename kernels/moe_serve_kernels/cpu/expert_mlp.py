@@ -115,7 +115,7 @@ def _matrix_layout(matrix: Matrix) -> tuple[int, ...]:
         matrix.group,
         0 if matrix.zeros is None else matrix.zeros.data_ptr(),
         0 if matrix.zeros is None else matrix.zeros.stride(0),
-        matrix.zero,
+        (matrix.zero if matrix.zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
     )
 
 
