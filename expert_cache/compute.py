@@ -15,7 +15,7 @@ import torch
 
 from expert_cache.store import ExpertWeights
 from moe_serve_kernels.cpu import expert_mlp as native
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, StartedMLP
+from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, StartedMLP
 
 Segment = tuple[int, int]
 """(start, end) among the P pairs: those of one expert."""
@@ -91,6 +91,7 @@ class ExpertCompute:
         return _linear(native.activate(self._activation, gate, up), expert.down, expert.down_bias)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
     """A copy of strided rows is made so that the layout cannot choose another summation order."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype).contiguous(), None if bias is None else bias.to(x.dtype))
+    rows = native.as_tensor(weight, x.dtype).contiguous()
+    return torch.nn.functional.linear(x, rows, None if bias is None else bias.to(x.dtype))

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.kernels.quantized_experts import FORMS, Form, make_expert, make_matrix
 
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.expert_mlp import (
@@ -19,6 +18,7 @@ from moe_serve_kernels.cpu.expert_mlp import (
     start_expert_mlp,
 )
 from moe_serve_kernels.quantized import QuantizedRows, decode
+from tests.kernels.quantized_experts import FORMS, Form, make_expert, make_matrix
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 

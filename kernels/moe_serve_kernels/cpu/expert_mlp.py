@@ -3,9 +3,10 @@
     out[p] = down @ act(gate @ x[tokens[p]] + gate_bias, up @ x[tokens[p]] + up_bias) + down_bias
 
 Float32 activations, never rounded; weights in float32, in bf16 or quantised to eight or four bits
-(QuantizedRows), read where they lie, at any address. The bits of a segment depend on its tokens, its weights and how many tokens it has: not on the other segments of
-the call, the weights' address or the number of threads. (One call per layer instead of one matrix
-product at a time: the fused MoE kernels of vLLM and SGLang.)
+(QuantizedRows), read where they lie, at any address. The bits of a segment depend on its tokens, its
+weights and how many tokens it has: not on the other segments of the call, the weights' address or
+the number of threads. (One call per layer instead of one matrix product at a time: the fused MoE
+kernels of vLLM and SGLang.)
 
 Shape alphabet: T tokens, P (token, expert) pairs sorted by expert, H hidden, I intermediate.
 """
