@@ -29,7 +29,7 @@ class ExpertCompute:
     def __init__(self, activation: Activation, dtype: torch.dtype, device: torch.device, matrix_tokens: int) -> None:
         """`dtype` of the activations. From `matrix_tokens` tokens per expert on, torch multiplies in `dtype`
         itself: worth it where the CPU has matrix instructions for it (AMX, AVX512-BF16) or on a GPU."""
-        self._activation = activation
+        self.activation = activation
         self._dtype = dtype
         self._device = device
         self._matrix_tokens = matrix_tokens
@@ -69,7 +69,7 @@ class ExpertCompute:
                 out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
         if fused_weights:
             x = hidden.to(torch.float32).contiguous()
-            native.expert_mlp(x, tokens, fused_segments, fused_weights, self._activation, out)
+            native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
 
     def start(
         self, hidden: torch.Tensor, tokens: torch.Tensor, segment: Segment, weights: PreparedWeights
@@ -78,7 +78,7 @@ class ExpertCompute:
         if not isinstance(weights, MLPWeights) or segment[1] - segment[0] >= self._matrix_tokens:
             return None
         x = hidden.to(torch.float32).contiguous()
-        return native.start_expert_mlp(x, tokens, segment, weights, self._activation)
+        return native.start_expert_mlp(x, tokens, segment, weights, self.activation)
 
     def finish(self, started: StartedMLP, out: torch.Tensor) -> None:
         """The second half: down. Together the same bits as `run`."""
@@ -88,7 +88,7 @@ class ExpertCompute:
         """x [t, H] -> [t, H] without our kernels."""
         gate = _linear(x, expert.gate, expert.gate_bias)
         up = _linear(x, expert.up, expert.up_bias)
-        return _linear(native.activate(self._activation, gate, up), expert.down, expert.down_bias)
+        return _linear(native.activate(self.activation, gate, up), expert.down, expert.down_bias)
 
 
 def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:

@@ -94,7 +94,7 @@ def _load_dense(
     folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None = None
 ) -> nn.Module:
     attention.register()
-    model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
     try:
         with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _bar_only_on_terminals():
             loaded: Any = model_class.from_pretrained(
