@@ -17,7 +17,7 @@ from moe_serve.hf.checkpoint import open_all_experts
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
 
 TEXT = "The old captain looked at the sea and said that it was a cold morning in November. " * 8
-SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "max_model_len": 128, "num_kv_pages": 64}
+SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "max_model_len": 256, "num_kv_pages": 64}
 
 
 def quantize(folder: Path, *flags: str, model: str = "") -> Path:

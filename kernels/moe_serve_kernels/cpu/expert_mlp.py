@@ -94,11 +94,11 @@ def are_readable(matrices: Sequence[Matrix]) -> bool:
 def _is_readable(matrix: Matrix) -> bool:
     if not isinstance(matrix, QuantizedRows):
         return matrix.dtype in WEIGHT_DTYPES and matrix.stride(1) == 1
-    strides = matrix.codes.stride(1), matrix.scales.stride(1), 1 if matrix.zeros is None else matrix.zeros.stride(1)
     # Scales change between 64-byte runs of a row, for four-bit codes between 32-bit words.
     step = 64 if quantized.BITS[matrix.kind] == 8 else 8
     whole_groups = matrix.num_groups == 1 or matrix.group % step == 0
-    return matrix.codes.device.type == "cpu" and whole_groups and strides == (1, 1, 1)
+    rows_run = all(t.shape[1] == 1 or t.stride(1) == 1 for t in matrix.tensors)
+    return matrix.codes.device.type == "cpu" and whole_groups and rows_run
 
 
 def _matrix_layout(matrix: Matrix) -> tuple[int, ...]:
