@@ -153,8 +153,11 @@ def _our_layers(form: str, hidden: int, inner: int, experts: int) -> tuple[Calla
         matrices: Any = (weights.gate, weights.up, weights.down)
         return sum(m.nbytes if isinstance(m, torch.Tensor) else sum(t.nbytes for t in m.tensors) for m in matrices)
 
-    first = _matrices(0, hidden, inner, experts)
-    layers = [[expert(first, e) for e in range(experts)]]
+    def layer(i: int) -> list[MLPWeights]:
+        matrices = _matrices(i, hidden, inner, experts)
+        return [expert(matrices, e) for e in range(experts)]
+
+    layers = [layer(0)]
     count = max(2, -(-LEAST_BYTES // (size(layers[0][0]) * experts)))
     layers += [layer(i) for i in range(1, count)]
 
