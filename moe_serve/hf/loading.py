@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from expert_cache.expert_file import DTYPE_NAMES
 from expert_cache.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
-from moe_serve.hf import attention
-from moe_serve.hf.checkpoint import check_headers, dense_tensors, open_expert_file, open_experts, scheme_in
+from moe_serve.hf import attention, dense
+from moe_serve.hf.checkpoint import dense_dtypes, dense_tensors, open_expert_file, open_experts, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
 from moe_serve.kv_cache import LayerKVShape
@@ -60,8 +61,13 @@ def load(
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
     family, scheme = find(hf_config.model_type), scheme_in(folder, hf_config)
-    check_headers(folder)
-    model = _load_dense(folder, hf_config, family, dtype, scheme).to(device)
+    stored = dense_dtypes(folder, family)
+    if scheme is not None:
+        stored = {DTYPE_NAMES.get(t.tensor.dtype, "") for t in dense_tensors(folder, family, scheme)}
+    keeps_bf16 = stored == {"BF16"} and dense.is_available(device, dtype)
+    model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype, scheme).to(device)
+    if keeps_bf16:
+        dense.compute_in_float32(model)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
@@ -108,8 +114,8 @@ def _load_dense(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     _check_loading_info(folder, info)
-    dense: nn.Module = model.eval()
-    return dense
+    loaded_model: nn.Module = model.eval()
+    return loaded_model
 
 
 def _source(folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, Any]:

@@ -72,9 +72,9 @@ class MLPWeights:
         matrices = (self.gate, self.up, self.down)
         assert tuple(self.gate.shape) == tuple(self.up.shape) == tuple(self.down.shape)[::-1]
         assert are_readable(matrices)
-        layout = array("q", [value for m in matrices for value in _matrix_layout(m)])
+        layout = array("q", [value for m in matrices for value in matrix_layout(m)])
         for bias in (self.gate_bias, self.up_bias, self.down_bias):
-            layout.extend(_bias_layout(bias))
+            layout.extend(bias_layout(bias))
         layout.append(WEIGHT_KINDS.index(weight_kind(self.gate)))
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "address", layout.buffer_info()[0])
@@ -101,7 +101,8 @@ def _is_readable(matrix: Matrix) -> bool:
     return matrix.codes.device.type == "cpu" and whole_groups and rows_run
 
 
-def _matrix_layout(matrix: Matrix) -> tuple[int, ...]:
+def matrix_layout(matrix: Matrix) -> tuple[int, ...]:
+    """struct Matrix in expert_mlp.cpp."""
     if not isinstance(matrix, QuantizedRows):
         stride_bytes = matrix.stride(0) * matrix.itemsize
         return matrix.data_ptr(), stride_bytes, *matrix.shape, 0, 0, 0, 1, matrix.shape[1], 0, 0, 0
@@ -120,7 +121,8 @@ def _matrix_layout(matrix: Matrix) -> tuple[int, ...]:
     )
 
 
-def _bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
+def bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
+    """struct Bias."""
     if bias is None:
         return 0, 0, 0
     assert bias.dtype in WEIGHT_DTYPES
