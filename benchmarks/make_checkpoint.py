@@ -1,4 +1,4 @@
-"""Write a random checkpoint of a chosen size, for benchmarks that need bytes, not sense.
+"""Write a random Mixtral or Qwen3-MoE checkpoint of a chosen size, for benchmarks that need bytes, not sense.
 
     python benchmarks/make_checkpoint.py mixtral-1.4g /tmp/mixtral-1.4g --dtype bfloat16
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 DEMO = Path(__file__).resolve().parents[1] / "moe_serve" / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -54,24 +54,23 @@ class Size:
 
 @dataclass(frozen=True)
 class FineGrained:
-    """A Qwen3-MoE of many small experts; 8 per token, head dim 64, vocabulary 4096."""
+    """A Qwen3-MoE: many small experts, 8 per token, head dim 64, vocabulary 4096."""
 
     hidden: int
     intermediate: int
     layers: int
-    kv_heads: int
     experts: int
+    kv_heads: int
 
     def config(self, dtype: torch.dtype) -> Qwen3MoeConfig:
         return Qwen3MoeConfig(
             vocab_size=4096,
             hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
+            intermediate_size=4 * self.hidden,
             moe_intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
             num_attention_heads=self.hidden // 64,
             num_key_value_heads=self.kv_heads,
-            head_dim=64,
             max_position_embeddings=4096,
             num_experts=self.experts,
             num_experts_per_tok=8,
@@ -89,14 +88,15 @@ SIZES: dict[str, Size | FineGrained] = {
     "mixtral-300m": Size(hidden=768, intermediate=1536, layers=10, kv_heads=4),
     "mixtral-1.4g": Size(hidden=1024, intermediate=3456, layers=8, kv_heads=4),
     "mixtral-4g": Size(hidden=1024, intermediate=3584, layers=24, kv_heads=4),
-    "qwen3-moe-500m": FineGrained(hidden=512, intermediate=128, layers=10, kv_heads=2, experts=128),
+    "qwen3-moe-500m": FineGrained(hidden=512, intermediate=128, layers=10, experts=128, kv_heads=2),
+    "qwen3-1b": FineGrained(hidden=1024, intermediate=256, layers=18, experts=64, kv_heads=4),
 }
 """mixtral-300m has 305 million parameters; the others are named for their bytes in bf16: mixtral-1.4g
-1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB, one of
-qwen3-moe-500m (0.53 GB) 0.4 MB."""
+1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB. qwen3-1b has
+0.97 billion parameters, its experts 1.6 MB each; qwen3-moe-500m is 0.53 GB of experts of 0.4 MB."""
 
 
-def tensor_shapes(config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Checkpoint names and shapes, layer by layer."""
     hidden, vocab = config.hidden_size, config.vocab_size
     yield "model.embed_tokens.weight", (vocab, hidden)
@@ -106,23 +106,22 @@ def tensor_shapes(config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ..
     yield "lm_head.weight", (vocab, hidden)
 
 
-def _layer_shapes(prefix: str, config: PretrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
+def _layer_shapes(prefix: str, config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, fine = config.hidden_size, isinstance(config, Qwen3MoeConfig)
     kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
     for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
         yield f"{prefix}.self_attn.{name}.weight", (rows, hidden)
+    for name in ("q_norm", "k_norm") if fine else ():
+        yield f"{prefix}.self_attn.{name}.weight", (hidden // config.num_attention_heads,)
     yield f"{prefix}.input_layernorm.weight", (hidden,)
     yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-    if isinstance(config, Qwen3MoeConfig):
-        yield f"{prefix}.self_attn.q_norm.weight", (64,)
-        yield f"{prefix}.self_attn.k_norm.weight", (64,)
-        block, names, num_experts = "mlp", ("gate_proj", "down_proj", "up_proj"), config.num_experts
-    else:
-        block, names, num_experts = "block_sparse_moe", ("w1", "w2", "w3"), config.num_local_experts
-    yield f"{prefix}.{block}.gate.weight", (num_experts, hidden)
+    moe, names = ("mlp", ("gate_proj", "down_proj", "up_proj")) if fine else ("block_sparse_moe", ("w1", "w2", "w3"))
+    inner = config.moe_intermediate_size if fine else config.intermediate_size
+    num_experts = config.num_experts if fine else config.num_local_experts
+    yield f"{prefix}.{moe}.gate.weight", (num_experts, hidden)
     for expert in range(num_experts):
         for name, shape in zip(names, ((inner, hidden), (hidden, inner), (inner, hidden)), strict=True):
-            yield f"{prefix}.{block}.experts.{expert}.{name}.weight", shape
+            yield f"{prefix}.{moe}.experts.{expert}.{name}.weight", shape
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -133,7 +132,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
     return torch.empty(shape).normal_(0.0, std, generator=generator).to(dtype)
 
 
-def write_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype, seed: int) -> int:
+def write_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> int:
     """Write numbered shards and their index; returns the bytes of all tensors."""
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}

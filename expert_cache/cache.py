@@ -31,6 +31,7 @@ from expert_cache.report import Residency
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights, views_in
+from moe_serve_kernels.quantized import QuantizedRows
 
 WINDOW_STEPS = 256
 """Steps over which the cache is compared with the best possible one."""
@@ -74,7 +75,8 @@ class ExpertCache:
         self._fetches: dict[Key, Fetch] = {}
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
-        self._starts_early = arena.lands_in_place and store.expert_bytes >= start_early_bytes
+        in_place = arena.lands_in_place and not store.is_copied
+        self._starts_early = in_place and store.expert_bytes >= start_early_bytes
         self._early: dict[Key, PreparedWeights] = {}
         """Weights of fetches under way whose first product may have started."""
 
@@ -238,7 +240,9 @@ class ExpertCache:
         assert set(self._weights) == ready, "weights and slots disagree"
         for key, weights in self._weights.items():
             start = self.arena.tensor(int(self.table.slot_of[key])).data_ptr()
-            assert start <= weights.down.data_ptr() < start + self.arena.slot_bytes, "weights lie outside their slot"
+            down = weights.down.codes if isinstance(weights.down, QuantizedRows) else weights.down
+            inside = start <= down.data_ptr() < start + self.arena.slot_bytes
+            assert inside or self.store.is_copied, "weights lie outside their slot"
 
     def close(self) -> None:
         """Stop the reading threads; more than once does no harm."""

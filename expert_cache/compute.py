@@ -15,7 +15,7 @@ import torch
 
 from expert_cache.store import ExpertWeights
 from moe_serve_kernels.cpu import expert_mlp as native
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, StartedMLP
+from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, StartedMLP
 
 Segment = tuple[int, int]
 """(start, end) among the P pairs: those of one expert."""
@@ -29,7 +29,7 @@ class ExpertCompute:
     def __init__(self, activation: Activation, dtype: torch.dtype, device: torch.device, matrix_tokens: int) -> None:
         """`dtype` of the activations. From `matrix_tokens` tokens per expert on, torch multiplies in `dtype`
         itself: worth it where the CPU has matrix instructions for it (AMX, AVX512-BF16) or on a GPU."""
-        self._activation = activation
+        self.activation = activation
         self._dtype = dtype
         self._device = device
         self._matrix_tokens = matrix_tokens
@@ -37,8 +37,8 @@ class ExpertCompute:
     def prepare(self, weights: ExpertWeights) -> PreparedWeights:
         """Done once for each expert that comes in: the form that `run` takes."""
         rows = (weights.gate, weights.up, weights.down)
-        readable = native.is_available(self._device, weights.gate.dtype, torch.float32)
-        if not readable or any(m.stride(1) != 1 for m in rows) or self._matrix_tokens == 0:
+        available = native.is_available(self._device, native.weight_kind(weights.gate), torch.float32)
+        if not available or not native.are_readable(rows) or self._matrix_tokens == 0:
             return weights
         return MLPWeights(*rows, weights.gate_bias, weights.up_bias, weights.down_bias)
 
@@ -69,7 +69,7 @@ class ExpertCompute:
                 out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
         if fused_weights:
             x = hidden.to(torch.float32).contiguous()
-            native.expert_mlp(x, tokens, fused_segments, fused_weights, self._activation, out)
+            native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
 
     def start(
         self, hidden: torch.Tensor, tokens: torch.Tensor, segment: Segment, weights: PreparedWeights
@@ -78,7 +78,7 @@ class ExpertCompute:
         if not isinstance(weights, MLPWeights) or segment[1] - segment[0] >= self._matrix_tokens:
             return None
         x = hidden.to(torch.float32).contiguous()
-        return native.start_expert_mlp(x, tokens, segment, weights, self._activation)
+        return native.start_expert_mlp(x, tokens, segment, weights, self.activation)
 
     def finish(self, started: StartedMLP, out: torch.Tensor) -> None:
         """The second half: down. Together the same bits as `run`."""
@@ -88,9 +88,10 @@ class ExpertCompute:
         """x [t, H] -> [t, H] without our kernels."""
         gate = _linear(x, expert.gate, expert.gate_bias)
         up = _linear(x, expert.up, expert.up_bias)
-        return _linear(native.activate(self._activation, gate, up), expert.down, expert.down_bias)
+        return _linear(native.activate(self.activation, gate, up), expert.down, expert.down_bias)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
     """A copy of strided rows is made so that the layout cannot choose another summation order."""
-    return torch.nn.functional.linear(x, weight.to(x.dtype).contiguous(), None if bias is None else bias.to(x.dtype))
+    rows = native.as_tensor(weight, x.dtype).contiguous()
+    return torch.nn.functional.linear(x, rows, None if bias is None else bias.to(x.dtype))

@@ -19,12 +19,16 @@ import torch
 import xxhash
 
 from expert_cache.direct_io import BLOCK_BYTES
+from expert_cache.encoding import Encoding
 from expert_cache.safetensors_file import LENGTH_BYTES, read_header, stored_tensors
 from expert_cache.store import ExpertStore, ExpertWeights, StoredTensor
+from moe_serve_kernels.quantized import QuantizedRows
 
 FORMAT = "moe-serve-experts-1"
-NAME = re.compile(r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down|(?:gate|up|down)_bias)$")
-PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+NAME = re.compile(
+    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero)?)$"
+)
+MATRICES = ("gate", "up", "down")
 PADDING = "padding"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 """safetensors' names."""
@@ -72,7 +76,9 @@ def read(path: Path) -> tuple[ExpertStore, str]:
         tensors.setdefault(int(match["layer"]), {})[match["part"], int(match["expert"])] = stored
     num_experts = 1 + max(expert for _, expert in next(iter(tensors.values())) if expert is not None)
     sums = {tuple(map(int, key.split("."))): value for key, value in json.loads(metadata["checksums"]).items()}
-    return ExpertStore(tensors, num_experts, checksums={(k[0], k[1]): v for k, v in sums.items()}), metadata["source"]
+    checksums = {(k[0], k[1]): v for k, v in sums.items()}
+    encoding, shape = _encoding_from(metadata.get("encoding", "null"))
+    return ExpertStore(tensors, num_experts, None, checksums, encoding, shape), metadata["source"]
 
 
 def _keys(store: ExpertStore, on_expert: Callable[[], None]) -> Iterator[tuple[int, int]]:
@@ -83,10 +89,34 @@ def _keys(store: ExpertStore, on_expert: Callable[[], None]) -> Iterator[tuple[i
 
 
 def _present(weights: ExpertWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    for part in PARTS:
-        tensor = getattr(weights, part)
-        if tensor is not None:
-            yield part, tensor
+    """What is written of an expert, in file order: the matrices, and then what is small."""
+    matrices = {part: getattr(weights, part) for part in MATRICES}
+    for part, matrix in matrices.items():
+        yield part, matrix.codes if isinstance(matrix, QuantizedRows) else matrix
+    for part, matrix in matrices.items():
+        if isinstance(matrix, QuantizedRows):
+            yield from zip((f"{part}_scale", f"{part}_zero"), matrix.tensors[1:], strict=False)
+    for part in MATRICES:
+        bias = getattr(weights, f"{part}_bias")
+        if bias is not None:
+            yield f"{part}_bias", bias
+
+
+def _encoding_of(store: ExpertStore) -> str:
+    """How the quantised matrices of all experts are written, as JSON."""
+    encoding = store.encoding
+    if encoding is None or not isinstance(store.weights(store.layers[0], 0).gate, QuantizedRows):
+        return "null"
+    names = ("kind", "group", "rows_per_scale", "zero")
+    return json.dumps({**{name: getattr(encoding, name) for name in names}, "shape": store.shape})
+
+
+def _encoding_from(text: str) -> tuple[Encoding | None, tuple[int, int]]:
+    fields = json.loads(text)
+    if fields is None:
+        return None, (0, 0)
+    inner, hidden = fields.pop("shape")
+    return Encoding("rows", **fields), (inner, hidden)
 
 
 def _write_expert(stream: IO[bytes], weights: ExpertWeights) -> str:
@@ -108,9 +138,10 @@ def _header_bytes(store: ExpertStore, source: str, checksums: dict[tuple[int, in
     """Length and header, filled up with blanks so that the data starts on a block; the same length for any sums."""
     header: dict[str, Any] = {}
     offset = 0
+    present = {layer: list(_present(store.weights(layer, 0))) for layer in store.layers}
     for layer, expert in _keys(store, lambda: None):
         first = offset
-        for part, tensor in _present(store.weights(layer, expert)):
+        for part, tensor in present[layer]:
             header[f"layers.{layer}.experts.{expert}.{part}"] = _entry(tensor.dtype, tensor.shape, offset)
             offset += tensor.nbytes
         if padding := _padding(offset - first):
@@ -118,6 +149,8 @@ def _header_bytes(store: ExpertStore, source: str, checksums: dict[tuple[int, in
             offset += padding
     sums = {f"{layer}.{e}": checksums.get((layer, e), NO_CHECKSUM) for layer, e in _keys(store, lambda: None)}
     header["__metadata__"] = {"format": FORMAT, "source": source, "checksums": json.dumps(sums)}
+    if (encoding := _encoding_of(store)) != "null":
+        header["__metadata__"]["encoding"] = encoding
     text = json.dumps(header).encode()
     text += b" " * _padding(LENGTH_BYTES + len(text))
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

@@ -14,22 +14,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from expert_cache.direct_io import BLOCK_BYTES, aligned_span
+from expert_cache.encoding import ROLES, Encoding, Matrix
+from moe_serve_kernels.quantized import QuantizedRows
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert as stored: views, possibly strided, in the checkpoint's dtype.
+    """One expert as stored: views, possibly strided, in the checkpoint's dtype or quantised.
 
     gate, up [I, H]; down [H, I]; biases [I], [I], [H] or all None.
     """
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
+    gate: Matrix
+    up: Matrix
+    down: Matrix
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
@@ -37,7 +40,12 @@ class ExpertWeights:
     @property
     def num_elements(self) -> int:
         """Elements of the three matrices."""
-        return self.gate.numel() + self.up.numel() + self.down.numel()
+        return 3 * self.gate.shape[0] * self.gate.shape[1]
+
+
+def matrices_of(weights: ExpertWeights) -> tuple[Matrix, Matrix, Matrix]:
+    """Gate, up and down."""
+    return weights.gate, weights.up, weights.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,14 @@ class Read:
         return ", ".join(t.name for _, t in self.tensors)
 
 
+AnyMatrix = TypeVar("AnyMatrix", torch.Tensor, Matrix)
+
+
+def part_name(part: str, role: str) -> str:
+    """The part that holds a quantised matrix's tensor of a role (ROLES)."""
+    return part if role == "codes" else f"{part}_{role}"
+
+
 LayerTensors = Mapping[tuple[str, int | None], StoredTensor]
 """(part, expert) -> 2-D tensor, or (part, None) -> 3-D tensor with the expert dimension first."""
 
@@ -98,7 +114,8 @@ LayerTensors = Mapping[tuple[str, int | None], StoredTensor]
 class ExpertStore:
     """Expert weights by (decoder layer, expert).
 
-    Parts are gate, up, down, gate_up, gate_up_bias, down_bias, gate_bias, up_bias.
+    Parts are gate, up, down, gate_up, gate_up_bias, down_bias, gate_bias, up_bias. A quantised matrix is several:
+    gate its codes, gate_scale, gate_zero, gate_order (see Encoding), and so on.
     """
 
     def __init__(
@@ -107,13 +124,18 @@ class ExpertStore:
         num_experts: int,
         fused: FusedLayout | None = None,
         checksums: Mapping[tuple[int, int], str] | None = None,
+        encoding: Encoding | None = None,
+        shape: tuple[int, int] = (0, 0),
     ) -> None:
+        """`encoding`: of matrices that have scales; needed with it: `shape`, an expert's (I, H)."""
         self._parts = {layer: _by_expert(parts, num_experts) for layer, parts in tensors.items()}
         self._reads: dict[tuple[int, int], tuple[Read, ...]] = {}
         self._fused = fused or FusedLayout()
         self.layers = tuple(sorted(tensors))
         """Decoder layers that have experts."""
         self.num_experts = num_experts
+        self.encoding = encoding
+        self.shape = shape
         self.checksums = checksums or {}
         """xxh3-64 of an expert's bytes in file order, in hexadecimal; only expert files carry them."""
 
@@ -136,27 +158,44 @@ class ExpertStore:
                 runs.append([item])
         return tuple(_place(runs))
 
+    def parts(self, layer: int, expert: int) -> Mapping[str, StoredTensor]:
+        """One expert's tensors as stored."""
+        return self._parts[layer][expert]
+
+    @property
+    def is_copied(self) -> bool:
+        """Experts are not used where they are read, but copied first."""
+        return self.encoding is not None and (self.encoding.is_copied or self._has_order)
+
+    @cached_property
+    def _has_order(self) -> bool:
+        return any(part.endswith("_order") for part in self._parts[self.layers[0]][0])
+
     def assemble(self, parts: Mapping[str, torch.Tensor]) -> ExpertWeights:
         """The weights made of one expert's tensors, wherever those lie."""
-        down = self._matrix(parts["down"])
+        down = self._matrix(parts, "down")
         if "gate" in parts:
-            gate, up = self._matrix(parts["gate"]), self._matrix(parts["up"])
+            gate, up = self._matrix(parts, "gate"), self._matrix(parts, "up")
             biases = parts.get("gate_bias"), parts.get("up_bias")
         else:
-            gate, up = self._halves(self._matrix(parts["gate_up"]))
-            biases = self._halves(parts["gate_up_bias"]) if "gate_up_bias" in parts else (None, None)
+            gate, up = (self._half(self._matrix(parts, "gate_up"), i) for i in (0, 1))
+            bias = parts.get("gate_up_bias")
+            biases = (None, None) if bias is None else (self._half(bias, 0), self._half(bias, 1))
         return ExpertWeights(gate, up, down, *biases, parts.get("down_bias"))
 
-    def _matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+    def _matrix(self, parts: Mapping[str, torch.Tensor], part: str) -> Matrix:
         """[out, in] view of a stored matrix."""
-        return matrix.t() if self._fused.transposed else matrix
+        if f"{part}_scale" not in parts:
+            return parts[part].t() if self._fused.transposed else parts[part]
+        assert self.encoding is not None
+        tensors = {role: parts[name] for role in ROLES if (name := part_name(part, role)) in parts}
+        return self.encoding.matrix(tensors, self.shape[0] if part == "down" else self.shape[1])
 
-    def _halves(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split the output dimension (first) of a fused tensor into gate and up."""
-        if self._fused.interleaved:
-            return gate_up[::2], gate_up[1::2]
+    def _half(self, gate_up: AnyMatrix, which: int) -> AnyMatrix:
+        """Gate (0) or up (1) of a fused tensor, which has both in its output dimension, the first."""
         half = gate_up.shape[0] // 2
-        return gate_up[:half], gate_up[half:]
+        rows = slice(which, None, 2) if self._fused.interleaved else slice(which * half, (which + 1) * half)
+        return gate_up.rows(rows) if isinstance(gate_up, QuantizedRows) else gate_up[rows]
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -167,10 +206,6 @@ class ExpertStore:
     def slot_bytes(self) -> int:
         """Memory that holds any one expert as `reads` lays it out."""
         return max(_memory_bytes(self.reads(layer, e)) for layer in self.layers for e in range(self.num_experts))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights(self.layers[0], 0).down.dtype
 
     @property
     def num_total(self) -> int:
@@ -217,6 +252,9 @@ def views_in(memory: torch.Tensor, reads: Sequence[Read]) -> dict[str, torch.Ten
         start = read.memory_offset + read.offset - read.span[0]
         for part, stored in read.tensors:
             size = stored.tensor.nbytes
-            parts[part] = memory[start : start + size].view(stored.tensor.dtype).view(stored.tensor.shape)
+            run = memory[start : start + size]
+            if start % stored.tensor.dtype.itemsize:  # where a tensor of single bytes of odd length comes before
+                run = run.clone()
+            parts[part] = run.view(stored.tensor.dtype).view(stored.tensor.shape)
             start += size
     return parts

@@ -6,7 +6,7 @@ Errors name the file and the tensor. Knows no model code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from expert_cache import expert_file
+from expert_cache.encoding import ROLES
 from expert_cache.safetensors_file import stored_tensors
-from expert_cache.store import ExpertStore, FusedLayout, StoredTensor
-from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
+from expert_cache.store import ExpertStore, FusedLayout, StoredTensor, part_name
+from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.hf.family import PART_OF, Family, find
+from moe_serve.quantization.dense import mismatch
+from moe_serve.quantization.scheme import Scheme, scheme_of
 from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
@@ -39,11 +42,17 @@ def read_config(folder: str) -> Any:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(f"{folder}: quantised checkpoints ({method}) are not supported yet; use a bf16 one")
+    scheme_in(folder, config)
     return config
+
+
+def scheme_in(folder: str, config: Any) -> Scheme | None:
+    """How the folder's matrices are quantised, or None. UnsupportedModelError names what we cannot follow."""
+    fields = getattr(config, "quantization_config", None)
+    if fields is None:
+        return None
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    return scheme_of(fields, ModelSpec.from_hf(config).dtype, f"{folder}/config.json")
 
 
 def safetensors_files(folder: str) -> list[Path]:
@@ -69,7 +78,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a valid index ({error})") from error
 
 
-def open_experts(folder: str, family: Family, layers: list[int], spec: ModelSpec) -> ExpertStore:
+def open_experts(
+    folder: str, family: Family, layers: list[int], spec: ModelSpec, scheme: Scheme | None = None
+) -> ExpertStore:
     """Map every expert tensor of the checkpoint; nothing is read yet.
 
     `layers`: the decoder layers that must have experts. CheckpointError names what is missing.
@@ -77,14 +88,18 @@ def open_experts(folder: str, family: Family, layers: list[int], spec: ModelSpec
     tensors: dict[int, Parts] = {layer: {} for layer in layers}
     # disable=None: no bar where stderr is no terminal
     for file in tqdm(safetensors_files(folder), desc="Mapping experts", unit="file", disable=None):
-        for layer, part, expert, tensor in _expert_tensors(file, family):
+        for layer, part, expert, tensor in _expert_tensors(file, family, scheme):
             tensors.setdefault(layer, {})[part, expert] = tensor
     tensors = {layer: tensors[layer] for layer in layers}
     for layer, parts in tensors.items():
         for expert in range(spec.num_experts):
             _check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
-    fused = FusedLayout(transposed=family.transposed, interleaved=family.interleaved)
-    store = ExpertStore(tensors, spec.num_experts, fused)
+    scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
+    encoding = scheme.encoding if scheme is not None and scaled else None
+    # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats.
+    fused = FusedLayout(transposed=family.transposed and encoding is None, interleaved=family.interleaved)
+    shape = (spec.expert_intermediate_size, spec.hidden_size)
+    store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
     _check_shapes(folder, store, spec)
     return store
 
@@ -116,28 +131,55 @@ def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file}: truncated or not a safetensors file ({error})")
 
 
-def _expert_tensors(file: Path, family: Family) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
+def _expert_tensors(
+    file: Path, family: Family, scheme: Scheme | None
+) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
     try:
-        for stored in stored_tensors(file, lambda name: family.match(name) is not None):
-            match = family.match(stored.name)
-            assert match
-            groups = match.groupdict()
-            expert = int(groups["expert"]) if groups.get("expert") else None
-            yield int(groups["layer"]), PART_OF[groups["part"]], expert, stored
+        for stored in stored_tensors(file, lambda name: _expert_part(name, family, scheme) is not None):
+            found = _expert_part(stored.name, family, scheme)
+            assert found
+            yield *found, stored
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from error
+
+
+def _expert_part(name: str, family: Family, scheme: Scheme | None) -> tuple[int, str, int | None] | None:
+    """(layer, part, expert) of an expert tensor's name, None of another's."""
+    base, role = (scheme.split(name) if scheme else None) or (name, "codes")
+    match = family.match(base)
+    if match is None:
+        return None
+    groups = match.groupdict()
+    expert = int(groups["expert"]) if groups.get("expert") else None
+    return int(groups["layer"]), part_name(PART_OF[groups["part"]], role), expert
+
+
+def dense_tensors(folder: str, family: Family, scheme: Scheme) -> Iterator[StoredTensor]:
+    """Every tensor that is no expert's."""
+    for file in safetensors_files(folder):
+        try:
+            yield from stored_tensors(file, lambda name: not _is_experts(name, family, scheme))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(file, error) from error
+
+
+def _is_experts(name: str, family: Family, scheme: Scheme) -> bool:
+    """An expert's tensor, also one that we do not use."""
+    bases = (name.removesuffix(suffix) + scheme.stem for suffix in scheme.unused if name.endswith(suffix))
+    return any(_expert_part(base, family, scheme) is not None for base in (name, *bases))
 
 
 def open_all_experts(folder: str) -> ExpertStore:
     """Map the experts of whichever layers have any, without loading a model."""
     config = read_config(folder)
-    family, found = find(config.model_type), set()
+    family, scheme = find(config.model_type), scheme_in(folder, config)
+    found: set[int] = set()
     for file in safetensors_files(folder):
         with _opened(file) as handle:
-            found |= {int(match["layer"]) for match in map(family.match, handle.keys()) if match}
+            found |= {part[0] for name in handle.keys() if (part := _expert_part(name, family, scheme))}  # noqa: SIM118
     if not found:
         raise CheckpointError(f"{folder}: no expert tensor in the *.safetensors files")
-    return open_experts(folder, family, sorted(found), ModelSpec.from_hf(config))
+    return open_experts(folder, family, sorted(found), ModelSpec.from_hf(config), scheme)
 
 
 def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec) -> ExpertStore:
@@ -177,9 +219,28 @@ def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
     inner, hidden = spec.expert_intermediate_size, spec.hidden_size
     for layer in store.layers:
         for expert in range(store.num_experts):
+            where = f"{folder}: layer {layer} expert {expert}"
+            if store.encoding is not None:
+                _check_quantized(where, store, store.parts(layer, expert), spec)
+                continue
             weights = store.weights(layer, expert)
             for part, wanted in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
                 found = tuple(getattr(weights, part).shape)
                 if found != wanted:
-                    where = f"{folder}: layer {layer} expert {expert}: the {part} projection"
-                    raise CheckpointError(f"{where} has shape {found}, but config.json asks for {wanted}")
+                    raise CheckpointError(
+                        f"{where}: the {part} projection has shape {found}, but config.json asks for {wanted}"
+                    )
+
+
+def _check_quantized(where: str, store: ExpertStore, tensors: Mapping[str, StoredTensor], spec: ModelSpec) -> None:
+    """Without decoding: that can mean copying."""
+    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    assert store.encoding is not None
+    for part, shape in shapes.items():
+        parts = {role: tensors[name] for role in ROLES if (name := part_name(part, role)) in tensors}
+        if parts and "scale" not in parts:
+            raise CheckpointError(f"{where}: no scales for {parts['codes'].name} in the *.safetensors files")
+        problem = mismatch(store.encoding, parts, *shape)
+        if problem:
+            raise CheckpointError(f"{where}: {problem}")

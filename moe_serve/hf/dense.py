@@ -16,7 +16,7 @@ from moe_serve_kernels.cpu.linear import LinearWeights, linear
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """True where a bf16 checkpoint computed in `dtype` can stay bf16 in memory."""
-    return dtype == torch.float32 and expert_mlp.is_available(device, torch.bfloat16, dtype)
+    return dtype == torch.float32 and expert_mlp.is_available(device, "bfloat16", dtype)
 
 
 class StoredLinear(nn.Linear):

@@ -11,17 +11,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
-from expert_cache.layers import ExpertLayers
-
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 _registry_lock = threading.Lock()
 """transformers' patch registry is process-wide; two loads at once would see each other's entry."""
+
+
+class RunsExperts(Protocol):
+    """What a MoE layer's call is handed to: ExpertLayers, or something in front of it."""
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: ...
 
 
 class SlottedExperts(nn.Module):
@@ -30,7 +34,7 @@ class SlottedExperts(nn.Module):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.layer_idx = -1
-        self.layers: ExpertLayers | None = None
+        self.layers: RunsExperts | None = None
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
@@ -50,7 +54,7 @@ def find_experts(model: nn.Module) -> dict[int, SlottedExperts]:
     return found
 
 
-def connect(model: nn.Module, layers: ExpertLayers) -> None:
+def connect(model: nn.Module, layers: RunsExperts) -> None:
     """Tell every SlottedExperts of `model` its layer and whom to call."""
     for layer, module in find_experts(model).items():
         module.layer_idx = layer

@@ -6,6 +6,7 @@ itself; the experts stay in the files. Knows nothing of batches, pages or reques
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import re
@@ -20,14 +21,18 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from expert_cache.store import ExpertStore
+from expert_cache.expert_file import DTYPE_NAMES
+from expert_cache.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.hf import attention, dense
-from moe_serve.hf.checkpoint import dense_dtypes, open_expert_file, open_experts
+from moe_serve.hf.checkpoint import dense_dtypes, dense_tensors, open_expert_file, open_experts, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
 from moe_serve.kv_cache import LayerKVShape
+from moe_serve.quantization.dense import dense_state
+from moe_serve.quantization.scheme import Scheme
 from moe_serve.spec import ModelSpec
+from moe_serve_kernels.cpu.expert_mlp import are_readable
 
 log = logging.getLogger(__name__)
 
@@ -55,29 +60,51 @@ def load(
 
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
-    family = find(hf_config.model_type)
-    keeps_bf16 = dense_dtypes(folder, family) == {"BF16"} and dense.is_available(device, dtype)
-    model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype).to(device)
+    family, scheme = find(hf_config.model_type), scheme_in(folder, hf_config)
+    stored = dense_dtypes(folder, family)
+    if scheme is not None:
+        stored = {DTYPE_NAMES.get(t.tensor.dtype, "") for t in dense_tensors(folder, family, scheme)}
+    keeps_bf16 = stored == {"BF16"} and dense.is_available(device, dtype)
+    model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype, scheme).to(device)
     if keeps_bf16:
         dense.compute_in_float32(model)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
     if expert_file is None:
-        store = open_experts(folder, family, layers, spec)
+        store = open_experts(folder, family, layers, spec, scheme)
     else:
         store = open_expert_file(expert_file, folder, layers, spec)
+    _say_how_experts_run(store, scheme)
     _set_windows(model, hf_config, family)
     return LoadedModel(model, hf_config, family, store, _probe_kv_shapes(model, device))
 
 
-def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype) -> nn.Module:
+def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
+    if scheme is not None and scheme.rounds_activations:
+        log.info("the checkpoint was made for quantised activations; here activations stay floats")
+    if store.is_copied:
+        log.warning(
+            "experts are stored by columns or in an order of columns that the kernels cannot read: each is copied when"
+            " it comes in, beside the memory of its slot; `moe-serve pack` does that once and for all"
+        )
+    elif store.encoding is not None and not are_readable(matrices_of(store.weights(store.layers[0], 0))):
+        log.warning(
+            "experts are quantised in groups of %d columns, which the kernels cannot read: each is dequantised"
+            " whenever it runs, which is slow",
+            store.encoding.group,
+        )
+
+
+def _load_dense(
+    folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None = None
+) -> nn.Module:
     attention.register()
-    model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
     try:
         with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _bar_only_on_terminals():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+            loaded: Any = model_class.from_pretrained(
+                **_source(folder, hf_config, family, dtype, scheme),
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 output_loading_info=True,
@@ -89,6 +116,16 @@ def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype)
     _check_loading_info(folder, info)
     loaded_model: nn.Module = model.eval()
     return loaded_model
+
+
+def _source(folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, Any]:
+    """Where transformers takes the dense part from: the folder or, if that is quantised, floats made of it."""
+    if scheme is None:
+        return {"pretrained_model_name_or_path": folder}
+    plain = copy.deepcopy(hf_config)
+    del plain.quantization_config
+    state = dense_state(dense_tensors(folder, family, scheme), scheme, dtype)
+    return {"pretrained_model_name_or_path": None, "config": plain, "state_dict": state}
 
 
 def _check_loading_info(folder: str, info: Any) -> None:

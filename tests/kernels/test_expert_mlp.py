@@ -179,11 +179,11 @@ def test_large_activations_stay_finite(kind) -> None:
 
 def test_is_offered_for_float32_activations_on_cpu_only() -> None:
     cpu = torch.device("cpu")
-    assert is_available(cpu, torch.bfloat16, torch.float32)
-    assert is_available(cpu, torch.float32, torch.float32)
-    assert not is_available(cpu, torch.bfloat16, torch.bfloat16)
-    assert not is_available(cpu, torch.float16, torch.float32)
-    assert not is_available(torch.device("meta"), torch.float32, torch.float32)
+    assert is_available(cpu, "bfloat16", torch.float32)
+    assert is_available(cpu, "float32", torch.float32)
+    assert not is_available(cpu, "bfloat16", torch.bfloat16)
+    assert not is_available(cpu, "float16", torch.float32)
+    assert not is_available(torch.device("meta"), "float32", torch.float32)
 
 
 def test_columns_are_refused() -> None:

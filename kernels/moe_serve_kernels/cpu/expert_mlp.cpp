@@ -1,4 +1,5 @@
-// The experts of one MoE layer, float32 activations on float32 or bf16 weights read where they lie.
+// The experts of one MoE layer, float32 activations on weights read where they lie: float32, bf16 or
+// quantised to eight or four bits (expert_mlp_weights.inc). Activations are never rounded.
 //
 //   for each segment (an expert and its tokens), rows of all experts split over threads:
 //     inner[t] = activation(gate @ x[t] + gate_bias, up @ x[t] + up_bias)
@@ -6,8 +7,8 @@
 //   for each segment, likewise:
 //     out[t] = down @ inner[t] + down_bias
 //
-// With few tokens the time is the time to read the weights: each row is read once, bf16 widened in
-// registers (expert_mlp_stream.inc). With many it is the arithmetic (expert_mlp_block.inc). An element of `out` is summed by one
+// With few tokens the time is the time to read the weights: each row is read once and made floats
+// in registers (expert_mlp_stream.inc). With many it is the arithmetic (expert_mlp_block.inc). An element of `out` is summed by one
 // thread, in an order that depends on the number of tokens of its segment only. Plain C ABI, no libtorch.
 
 #include <algorithm>
@@ -25,6 +26,9 @@
 namespace {
 
 typedef uint16_t Bf16;
+struct Half {
+    uint16_t bits;
+};
 
 enum ActivationKind { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
 
@@ -33,10 +37,23 @@ struct Activation {
     float alpha, limit;
 };
 
-// Where one expert's weights lie: expert_mlp.py fills these in, all 64-bit. Strides in elements.
+enum WeightKind { FLOAT32, BF16, INT8, UINT8, FP8, INT4, FP4 };
+enum ScaleKind { SCALE_FLOAT32, SCALE_BF16, SCALE_FP16, SCALE_E8M0 };
+
+// Where one expert's weights lie: expert_mlp.py fills these in, all 64-bit.
+//
+// Quantised: the weight in row r, column k is (code - zero) * scale, with the scale at
+// [r / rows_per_scale][k / group], the zero point the sum of `zero` and, unless null, zeros[r][k / group].
+// UINT8 codes are read as if 128 less.
 struct Matrix {
-    const void* data;
-    int64_t stride, rows, columns;
+    const char* data;
+    int64_t stride, rows, columns;  // stride in bytes
+    const void* scales;
+    int64_t scale_kind, scale_stride, rows_per_scale, group;  // strides in elements from here on
+    const uint8_t* zeros;
+    int64_t zero_stride, zero;
+
+    const char* row(int64_t r) const { return data + (r < rows ? r : rows - 1) * stride; }
 };
 
 struct Bias {
@@ -54,8 +71,24 @@ struct Bias {
 struct Expert {
     Matrix gate, up, down;
     Bias gate_bias, up_bias, down_bias;
-    int64_t bf16;
+    int64_t kind;
 };
+
+// One scale and no zero point for each row.
+inline bool has_row_scales(const Expert& expert) {
+    for (const Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+        if (matrix->group < matrix->columns || matrix->zeros || matrix->zero) return false;
+    }
+    return true;
+}
+
+// A group that is no whole number of 64-byte grains of four-bit codes.
+inline bool has_lane_scales(const Expert& expert) {
+    for (const Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+        if (matrix->group % 128 && matrix->group < matrix->columns) return true;
+    }
+    return false;
+}
 
 struct Pairs {
     const Expert* expert;
@@ -63,7 +96,7 @@ struct Pairs {
 };
 
 // Activations in scratch memory. For the streaming kernel (tile 0) one row of `stride` columns per token,
-// zeros behind the last; for the blocked one tiles of `tile` tokens, each [columns][tile].
+// in the order that the weights' format wants, zeros behind the last; for the blocked one tiles of `tile` tokens, each [columns][tile].
 struct Tokens {
     float* data;
     int64_t count, stride, tile;
@@ -78,6 +111,8 @@ struct Segment;
 // One instruction set's arithmetic for one weight dtype and one way to multiply.
 struct Steps {
     int64_t tile_tokens;  // 0: streaming
+    int64_t grain;        // rows of `Tokens` are filled up to a multiple of it
+    int64_t (*scratch)(const Segment&);  // floats that one thread needs to compute BLOCK_ROWS rows
     void (*gather)(const float* x, const int64_t* tokens, int64_t columns, const Tokens& target);
     void (*gate_up)(const Segment&, const Activation&, int64_t row, float* scratch);
     void (*down)(const Segment&, int64_t row, float* out, float* scratch);
@@ -111,20 +146,14 @@ int64_t tile_for(int64_t count, int64_t most) {
 Segment plan(const Pairs& pairs) {
     const int64_t count = pairs.end - pairs.begin;
     const Expert& expert = *pairs.expert;
-    const Steps steps = FOR_THIS_CPU(steps)(expert.bf16 != 0, count <= STREAM_MAX_TOKENS);
+    const Steps steps = FOR_THIS_CPU(steps)(expert, count <= STREAM_MAX_TOKENS);
     const int64_t tile = steps.tile_tokens ? tile_for(count, steps.tile_tokens) : 0;
-    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, round_up(columns, 32), tile}; };
+    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, round_up(columns, steps.grain), tile}; };
     return {pairs.expert, pairs.begin, steps, tokens(expert.gate.columns), tokens(expert.down.columns)};
 }
 
 int64_t size_of(const Tokens& tokens) {
     return padded_count(tokens) * tokens.stride;
-}
-
-// What one thread needs to compute BLOCK_ROWS rows of this segment.
-int64_t scratch_size(const Segment& segment) {
-    if (!segment.x.tile) return segment.x.count * 20 * 16;
-    return 2 * BLOCK_ROWS * (BLOCK_DEPTH + padded_count(segment.x));
 }
 
 struct Free {
@@ -157,7 +186,7 @@ struct Layer {
 bool place(Layer& layer, int32_t num_threads) {
     int64_t total = 0;
     for (const Segment& segment : layer.segments) {
-        layer.scratch_stride = std::max(layer.scratch_stride, round_up(scratch_size(segment), 16));
+        layer.scratch_stride = std::max(layer.scratch_stride, round_up(segment.steps.scratch(segment), 16));
         total += round_up(size_of(segment.x), 16) + round_up(size_of(segment.inner), 16);
     }
     layer.memory = allocate(total + num_threads * layer.scratch_stride);
@@ -187,11 +216,18 @@ void for_each_block(const Layer& layer, int64_t rows, Task task) {
     for (int64_t i = 0; i < tasks; ++i) task(layer.segments[i / blocks], i % blocks * BLOCK_ROWS, scratch);
 }
 
+// Zeros for what follows a streamed token's last column; gate and up fill the rest.
+void clear_ends(const Tokens& tokens, int64_t grain) {
+    if (tokens.tile) return;
+    for (int64_t t = 1; t <= tokens.count; ++t) std::fill_n(tokens.data + t * tokens.stride - grain, grain, 0.0f);
+}
+
 void gather(const Layer& layer, int32_t num_threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (layer.num_gathered() > GATHER_ALONE)
     for (std::size_t i = 0; i < layer.segments.size(); ++i) {
         const Segment& segment = layer.segments[i];
         segment.steps.gather(layer.x, layer.tokens + segment.begin, layer.hidden, segment.x);
+        clear_ends(segment.inner, segment.steps.grain);
     }
 }
 

@@ -2,10 +2,11 @@
 
     out[p] = down @ act(gate @ x[tokens[p]] + gate_bias, up @ x[tokens[p]] + up_bias) + down_bias
 
-Float32 activations; float32 or bf16 weights read where they lie, at any address. The bits of a
-segment depend on its tokens, its weights and how many tokens it has: not on the other segments of
-the call, the weights' address or the number of threads. (One call per layer instead of one matrix
-product at a time: the fused MoE kernels of vLLM and SGLang.)
+Float32 activations, never rounded; weights in float32, in bf16 or quantised to eight or four bits
+(QuantizedRows), read where they lie, at any address. The bits of a segment depend on its tokens, its
+weights and how many tokens it has: not on the other segments of the call, the weights' address or
+the number of threads. (One call per layer instead of one matrix product at a time: the fused MoE
+kernels of vLLM and SGLang.)
 
 Shape alphabet: T tokens, P (token, expert) pairs sorted by expert, H hidden, I intermediate.
 """
@@ -22,9 +23,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch.nn import functional as F
 
+from moe_serve_kernels import quantized
 from moe_serve_kernels.cpu import library
+from moe_serve_kernels.quantized import QuantizedRows
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
+Matrix = torch.Tensor | QuantizedRows
+WEIGHT_KINDS = ("float32", "bfloat16", "int8", "uint8", "fp8", "int4", "fp4")
+"""In the order of WeightKind in expert_mlp.cpp; scale dtypes likewise in that of ScaleKind."""
 Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 KINDS: tuple[str, ...] = get_args(Kind)
 """In the order of ActivationKind in expert_mlp.cpp."""
@@ -45,15 +51,15 @@ class Activation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPWeights:
-    """One expert: gate, up [I, H], down [H, I], of one dtype, float32 or bf16; rows contiguous, any row stride.
+    """One expert: gate, up [I, H], down [H, I], all float32, all bf16 or all of one quantised kind that `is_readable`.
 
-    Biases [I], [I], [H] of one dtype, float32 or bf16, or None. Nothing is copied: the tensors must not move
-    in memory while this object is in use.
+    Rows contiguous, any row stride. Biases [I], [I], [H] of one dtype, float32 or bf16, or None. Nothing is copied:
+    the tensors must not move in memory while this object is in use.
     """
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
+    gate: Matrix
+    up: Matrix
+    down: Matrix
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
@@ -64,20 +70,55 @@ class MLPWeights:
 
     def __post_init__(self) -> None:
         matrices = (self.gate, self.up, self.down)
-        assert self.gate.shape == self.up.shape == self.down.shape[::-1]
-        assert all(m.stride(1) == 1 and m.dtype == self.gate.dtype in WEIGHT_DTYPES for m in matrices)
-        layout = array("q", [value for matrix in matrices for value in matrix_layout(matrix)])
+        assert tuple(self.gate.shape) == tuple(self.up.shape) == tuple(self.down.shape)[::-1]
+        assert are_readable(matrices)
+        layout = array("q", [value for m in matrices for value in matrix_layout(m)])
         for bias in (self.gate_bias, self.up_bias, self.down_bias):
             layout.extend(bias_layout(bias))
-        layout.append(self.gate.dtype == torch.bfloat16)
+        layout.append(WEIGHT_KINDS.index(weight_kind(self.gate)))
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "address", layout.buffer_info()[0])
 
 
-def matrix_layout(matrix: torch.Tensor) -> tuple[int, int, int, int]:
+def weight_kind(matrix: Matrix) -> str:
+    """One of WEIGHT_KINDS, or the name of a dtype that is none of them."""
+    return matrix.kind if isinstance(matrix, QuantizedRows) else str(matrix.dtype).removeprefix("torch.")
+
+
+def are_readable(matrices: Sequence[Matrix]) -> bool:
+    """True when the kernel can read an expert's three matrices where they lie."""
+    same_kind = len({weight_kind(m) for m in matrices}) == 1
+    return same_kind and all(_is_readable(m) for m in matrices)
+
+
+def _is_readable(matrix: Matrix) -> bool:
+    if not isinstance(matrix, QuantizedRows):
+        return matrix.dtype in WEIGHT_DTYPES and matrix.stride(1) == 1
+    # Scales change between 64-byte runs of a row, for four-bit codes between 32-bit words.
+    step = 64 if quantized.BITS[matrix.kind] == 8 else 8
+    whole_groups = matrix.num_groups == 1 or matrix.group % step == 0
+    rows_run = all(t.shape[1] == 1 or t.stride(1) == 1 for t in matrix.tensors)
+    return matrix.codes.device.type == "cpu" and whole_groups and rows_run
+
+
+def matrix_layout(matrix: Matrix) -> tuple[int, ...]:
     """struct Matrix in expert_mlp.cpp."""
-    rows, columns = matrix.shape
-    return matrix.data_ptr(), matrix.stride(0), rows, columns
+    if not isinstance(matrix, QuantizedRows):
+        stride_bytes = matrix.stride(0) * matrix.itemsize
+        return matrix.data_ptr(), stride_bytes, *matrix.shape, 0, 0, 0, 1, matrix.shape[1], 0, 0, 0
+    return (
+        matrix.codes.data_ptr(),
+        matrix.codes.stride(0),
+        *matrix.shape,
+        matrix.scales.data_ptr(),
+        quantized.SCALE_DTYPES.index(matrix.scales.dtype),
+        matrix.scales.stride(0),
+        matrix.rows_per_scale,
+        matrix.group,
+        0 if matrix.zeros is None else matrix.zeros.data_ptr(),
+        0 if matrix.zeros is None else matrix.zeros.stride(0),
+        (matrix.zero if matrix.zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
+    )
 
 
 def bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
@@ -88,9 +129,9 @@ def bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
     return bias.data_ptr(), bias.stride(0), int(bias.dtype == torch.bfloat16)
 
 
-def is_available(device: torch.device, weight_dtype: torch.dtype, compute_dtype: torch.dtype) -> bool:
-    """True when `expert_mlp` can run on such weights and activations here."""
-    known = compute_dtype == torch.float32 and weight_dtype in WEIGHT_DTYPES
+def is_available(device: torch.device, kind: str, compute_dtype: torch.dtype) -> bool:
+    """True when `expert_mlp` can run on weights of that `weight_kind` and such activations here."""
+    known = compute_dtype == torch.float32 and kind in WEIGHT_KINDS
     return device.type == "cpu" and known and library.load() is not None
 
 
@@ -233,8 +274,13 @@ def expert_mlp_reference(
         out[start:end] = _linear(activate(activation, gate, up), expert.down, expert.down_bias)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def as_tensor(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K] in `dtype`."""
+    return matrix.dequantized(dtype) if isinstance(matrix, QuantizedRows) else matrix.to(dtype)
+
+
+def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, as_tensor(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,105 @@
+"""QuantizedRows: a weight matrix as integer or small floating point codes with scales, row by row.
+
+    weight[n, k] = (code[n, k] - zero[n, k // group]) * scale[n // rows_per_scale, k // group]
+
+What checkpoints in compressed-tensors, block-scaled fp8 and MXFP4 formats store, as views of it: nothing is
+converted. Knows no checkpoint format by name.
+
+Shape alphabet: N rows (outputs), K columns (inputs), G groups of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Kind = Literal["int8", "uint8", "fp8", "int4", "fp4"]
+KINDS: tuple[str, ...] = get_args(Kind)
+BITS: dict[str, int] = {"int8": 8, "uint8": 8, "fp8": 8, "int4": 4, "fp4": 4}
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+"""uint8: e8m0, 2^(byte - 127)."""
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""e2m1, by code (OCP Microscaling formats, 2023)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedRows:
+    """[N, K] weights."""
+
+    kind: Kind
+    codes: torch.Tensor
+    """uint8 [N, bytes of a row], any row stride: one byte per column, or two columns per byte, the first in the
+    low bits."""
+    scales: torch.Tensor
+    """[ceil(N / rows_per_scale), G] of one of SCALE_DTYPES; rows contiguous."""
+    columns: int
+    group: int
+    """Columns that share a scale; at least K: one per row."""
+    rows_per_scale: int = 1
+    zeros: torch.Tensor | None = None
+    """uint8 [N, G], or None: `zero` everywhere."""
+    zero: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype == torch.uint8
+        assert self.codes.shape[1] * 8 >= self.columns * BITS[self.kind], "a row is too short for its columns"
+        assert self.scales.dtype in SCALE_DTYPES
+        assert tuple(self.scales.shape) == (-(-self.codes.shape[0] // self.rows_per_scale), self.num_groups)
+        assert self.zeros is None or (self.zeros.shape, self.zeros.dtype) == (
+            (self.codes.shape[0], self.num_groups),
+            torch.uint8,
+        )
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.columns // self.group)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.columns
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is stored."""
+        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
+
+    def rows(self, which: slice) -> QuantizedRows:
+        """Some of the rows, e.g. every other one. Only where each row has its own scales."""
+        assert self.rows_per_scale == 1
+        zeros = None if self.zeros is None else self.zeros[which]
+        return QuantizedRows(
+            self.kind, self.codes[which], self.scales[which], self.columns, self.group, 1, zeros, self.zero
+        )
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[N, K] in `dtype`, computed in float32 or, where `dtype` is wider, in that."""
+        wide = torch.promote_types(dtype, torch.float32)
+        codes = decode(self.kind, self.codes, self.columns).to(wide)
+        group_of = torch.arange(self.columns) // self.group
+        zeros = self.zero if self.zeros is None else self.zeros[:, group_of].to(wide)
+        scales = scale_values(self.scales).to(wide).repeat_interleave(self.rows_per_scale, 0)[: codes.shape[0]]
+        return ((codes - zeros) * scales[:, group_of]).to(dtype)
+
+
+def scale_values(scales: torch.Tensor) -> torch.Tensor:
+    """float32 of any of SCALE_DTYPES."""
+    if scales.dtype == torch.uint8:
+        return torch.exp2(scales.to(torch.float32) - 127)
+    return scales.to(torch.float32)
+
+
+def decode(kind: Kind, codes: torch.Tensor, columns: int) -> torch.Tensor:
+    """uint8 [N, bytes of a row] -> float32 [N, K]: the codes as numbers."""
+    if BITS[kind] == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
+    codes = codes[:, :columns]
+    if kind == "fp4":
+        return torch.tensor(FP4_VALUES)[codes.long()]
+    if kind == "fp8":
+        return codes.contiguous().view(torch.float8_e4m3fn).to(torch.float32)
+    if kind == "int8":
+        return codes.contiguous().view(torch.int8).to(torch.float32)
+    return codes.to(torch.float32)

@@ -1,0 +1,1 @@
+"""Quantised checkpoints: what config.json says about them, how their tensors are named, and writing them."""

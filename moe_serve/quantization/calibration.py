@@ -1,0 +1,96 @@
+"""What experts are given to compute with, on calibration text: the mean square of every input of every matrix.
+
+The model runs as it is served; a recorder stands between its MoE layers and its experts.
+
+Shape alphabet: T tokens, H hidden, I intermediate, K choices per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expert_cache.layers import ExpertLayers
+from expert_cache.regroup import regroup
+from expert_cache.store import ExpertWeights
+from moe_serve.errors import ConfigError
+from moe_serve.hf import experts
+from moe_serve.llm import LLM
+from moe_serve.model_runner import ModelRunner
+from moe_serve.sequence import SamplingParams
+from moe_serve_kernels.cpu.expert_mlp import Activation, activate, as_tensor
+
+WINDOW_TOKENS = 512
+PRIOR_TOKENS = 32
+"""How many tokens' worth the layer's average counts in an expert that saw few or none."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    tokens: int
+    hidden: torch.Tensor
+    """[H] sum of squares of what gate and up read."""
+    inner: torch.Tensor
+    """[I] of what down reads."""
+
+
+class ActivationRecorder:
+    """ExpertLayers that remembers the squares of its inputs."""
+
+    def __init__(self, layers: ExpertLayers, activation: Activation) -> None:
+        self._layers = layers
+        self._activation = activation
+        self._sums: dict[tuple[int, int], _Sums] = {}
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As ExpertLayers.run."""
+        groups = regroup(ids, self._layers.experts.store.num_experts)
+        for expert in groups.experts:
+            start, end = groups.segments[expert]
+            x = hidden[groups.tokens[start:end]].float()
+            self._add(layer, expert, x, self._layers.experts.store.weights(layer, expert))
+        return self._layers.run(layer, hidden, ids, weights)
+
+    def _add(self, layer: int, expert: int, x: torch.Tensor, weights: ExpertWeights) -> None:
+        gate = torch.nn.functional.linear(x, as_tensor(weights.gate, x.dtype), _bias(weights.gate_bias))
+        up = torch.nn.functional.linear(x, as_tensor(weights.up, x.dtype), _bias(weights.up_bias))
+        inner = activate(self._activation, gate, up).square().sum(0)
+        old = self._sums.get((layer, expert)) or _Sums(0, torch.zeros(x.shape[1]), torch.zeros(inner.shape[0]))
+        self._sums[layer, expert] = _Sums(len(x) + old.tokens, old.hidden + x.square().sum(0), old.inner + inner)
+
+    def importance(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squares ([H] of gate's and up's inputs, [I] of down's) of an expert, drawn towards its layer's."""
+        all_sums = [sums for (at, _), sums in self._sums.items() if at == layer]
+        total = sum(sums.tokens for sums in all_sums)
+        mean = [torch.stack([getattr(s, name) for s in all_sums]).sum(0) / total for name in ("hidden", "inner")]
+        own = self._sums.get((layer, expert)) or _Sums(0, torch.zeros_like(mean[0]), torch.zeros_like(mean[1]))
+        tokens = own.tokens + PRIOR_TOKENS
+        return (own.hidden + PRIOR_TOKENS * mean[0]) / tokens, (own.inner + PRIOR_TOKENS * mean[1]) / tokens
+
+
+def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def record(model: str, text: str, most_tokens: int) -> ActivationRecorder:
+    """Run the first `most_tokens` tokens of `text` through the model. ConfigError if there are none."""
+    llm = LLM(model, enable_prefix_caching=False, max_model_len=WINDOW_TOKENS + 1, dtype="float32", device="cpu")
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode(text)[:most_tokens]
+    if not ids:
+        raise ConfigError("--calibration: the file has no text")
+    runner = llm.engine.runner
+    assert isinstance(runner, ModelRunner)
+    recorder = ActivationRecorder(runner.expert_layers, runner.expert_layers.compute.activation)
+    experts.connect(runner.model, recorder)
+    try:
+        llm.generate(_windows(ids), SamplingParams(max_tokens=1, temperature=0), show_progress=False)
+    finally:
+        llm.close()
+    return recorder
+
+
+def _windows(ids: Sequence[int]) -> list[Sequence[int]]:
+    return [ids[i : i + WINDOW_TOKENS] for i in range(0, len(ids), WINDOW_TOKENS)]

@@ -1,0 +1,162 @@
+"""Scheme: how config.json's `quantization_config` says a checkpoint's matrices are stored.
+
+One function per method. What the matrices look like is Encoding's business; here are the field names of
+compressed-tensors, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3) and MXFP4 (GPT-OSS). Reads no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expert_cache.encoding import Encoding
+from moe_serve.errors import UnsupportedModelError
+from moe_serve_kernels.quantized import Kind
+
+Fields = Mapping[str, Any]
+
+SCALED_WEIGHT = {".weight": "codes", ".weight_scale": "scale"}
+PACKED_WEIGHT = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_zero_point": "zero"}
+COLUMN_WORDS = {".qweight": "codes", ".scales": "scale", ".qzeros": "zero"}
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One checkpoint's way to store quantised matrices."""
+
+    encoding: Encoding
+    suffixes: Mapping[str, str]
+    """End of a tensor's name -> its role (expert_cache.encoding.ROLES)."""
+    unused: tuple[str, ...] = (".weight_shape", ".input_scale", ".k_scale", ".v_scale", ".input_global_scale")
+    """Ends of names of what we do without."""
+    stem: str = ".weight"
+    """What the matrix's name would end in, were it not quantised."""
+    rounds_activations: bool = False
+    """Made for engines that quantise activations too; we do not."""
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """(name the matrix would have unquantised, role), or None for a tensor of no quantised matrix."""
+        for suffix, role in self.suffixes.items():
+            if name.endswith(suffix):
+                return name.removesuffix(suffix) + self.stem, role
+        return None
+
+
+def scheme_of(fields: Fields, dtype: torch.dtype, where: str) -> Scheme:
+    """The Scheme of a `quantization_config`; UnsupportedModelError names the field that we cannot follow.
+
+    `dtype` of the checkpoint's other tensors; `where`: the config file's path.
+    """
+    method = str(fields.get("quant_method"))
+    if method not in METHODS:
+        raise _unsupported(where, "quant_method", method, f"one of {', '.join(METHODS)}")
+    return METHODS[method](fields, dtype if dtype == torch.bfloat16 else torch.float32, where)
+
+
+def _unsupported(where: str, field: str, value: object, supported: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where}: quantization_config.{field} is {value!r}; moe-serve reads {supported}. Use such a checkpoint,"
+        " or a bf16 one and `moe-serve quantize`"
+    )
+
+
+def _expect(where: str, field: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise _unsupported(where, field, value, " or ".join(map(repr, allowed)))
+    return value
+
+
+def _compressed_tensors(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+    groups = fields.get("config_groups") or {}
+    if len(groups) != 1:
+        raise _unsupported(where, "config_groups", sorted(groups), "exactly one group")
+    name, group = next(iter(groups.items()))
+    at = f"config_groups.{name}"
+    weights = group.get("weights") or {}
+    layout = _expect(where, "format", fields.get("format"), ("pack-quantized", "int-quantized", "float-quantized"))
+    bits = weights.get("num_bits")
+    if layout == "pack-quantized":
+        _expect(where, f"{at}.weights.type", weights.get("type"), ("int",))
+        bits = _expect(where, f"{at}.weights.num_bits", bits, (4, 8))
+        kind: Kind = "int4" if bits == 4 else "uint8"
+        encoding = Encoding(
+            "packed", kind, zero=1 << (bits - 1), float_dtype=float_dtype, **_strategy(weights, where, at)
+        )
+        return Scheme(encoding, {**PACKED_WEIGHT, ".weight_g_idx": "order"})
+    _expect(where, f"{at}.weights.num_bits", bits, (8,))
+    _expect(where, f"{at}.weights.symmetric", weights.get("symmetric"), (True,))
+    kind = "int8" if layout == "int-quantized" else "fp8"
+    encoding = Encoding("rows", kind, float_dtype=float_dtype, **_strategy(weights, where, at))
+    return Scheme(
+        encoding,
+        SCALED_WEIGHT,
+        unused=(*Scheme(encoding, {}).unused, ".weight_zero_point"),
+        rounds_activations=group.get("input_activations") is not None,
+    )
+
+
+def _strategy(weights: Fields, where: str, at: str) -> dict[str, int]:
+    strategy = _expect(
+        where, f"{at}.weights.strategy", weights.get("strategy"), ("channel", "group", "tensor", "block")
+    )
+    if strategy == "group":
+        return {"group": int(weights["group_size"])}
+    if strategy == "block":
+        rows, columns = weights["block_structure"]
+        return {"rows_per_scale": int(rows), "group": int(columns)}
+    return {"rows_per_scale": 0 if strategy == "tensor" else 1}
+
+
+def _gptq(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+    bits = _expect(where, "bits", fields.get("bits"), (4, 8))
+    form = _expect(where, "checkpoint_format", fields.get("checkpoint_format") or "gptq", ("gptq", "gptq_v2"))
+    encoding = Encoding(
+        "gptq",
+        "int4" if bits == 4 else "uint8",
+        group=max(int(fields.get("group_size", -1)), 0),
+        zero=1 << (bits - 1),
+        zero_step=1 if form == "gptq" else 0,
+        float_dtype=float_dtype,
+    )
+    # Without act-order the columns are in the order of their groups, and g_idx says nothing new.
+    suffixes = {**COLUMN_WORDS, ".g_idx": "order"} if fields.get("desc_act") else dict(COLUMN_WORDS)
+    if fields.get("sym", True):  # the zero point is known, and the two formats are confused in the wild
+        suffixes.pop(".qzeros")
+    return Scheme(encoding, suffixes, unused=(".qzeros", ".g_idx"))
+
+
+def _awq(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+    bits = fields["bits"] if "bits" in fields else fields.get("w_bit")
+    _expect(where, "bits", bits, (4,))
+    _expect(where, "version", str(fields.get("version", "gemm")).lower(), ("gemm",))
+    size = int(fields.get("group_size", fields.get("q_group_size", 128)))
+    return Scheme(Encoding("awq", "int4", group=max(size, 0), zero=8, float_dtype=float_dtype), COLUMN_WORDS)
+
+
+def _fp8(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+    _expect(where, "fmt", fields.get("fmt", "e4m3"), ("e4m3",))
+    block = fields.get("weight_block_size")
+    if not block:
+        encoding = Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
+        return Scheme(encoding, {**SCALED_WEIGHT, ".weight_scale_inv": "scale"}, rounds_activations=True)
+    rows, columns = (int(size) for size in block)
+    encoding = Encoding("rows", "fp8", group=columns, rows_per_scale=rows, float_dtype=float_dtype)
+    return Scheme(encoding, {".weight": "codes", ".weight_scale_inv": "scale"}, rounds_activations=True)
+
+
+def _mxfp4(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+    encoding = Encoding("blocks", "fp4", group=32, float_dtype=float_dtype)
+    return Scheme(encoding, {"_blocks": "codes", "_scales": "scale"}, stem="")
+
+
+METHODS: Mapping[str, Callable[[Fields, torch.dtype, str], Scheme]] = {
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+}
+"""By quant_method."""
