@@ -1,0 +1,106 @@
+"""Every kernel launch there can be, by name: what compile_check compiles.
+
+Shapes stand for what a compiled kernel depends on (data types, divisibility by 16), not for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped
+from moe_serve_kernels.gpu.configs import Gemv, Tile
+from moe_serve_kernels.gpu.pool import FORMATS, Bank, Format, empty_bank
+
+META = torch.device("meta")
+SLOTS, HIDDEN, INNER, TOP_K, EXPERTS = 64, 2048, 1024, 4, 64
+SILU, GPT_OSS = Activation("silu"), Activation("clamped_swiglu")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel in one configuration. `call` launches exactly it, on tensors without memory."""
+
+    name: str
+    call: Callable[[], object]
+    uses_mma: bool = False
+
+
+def LAUNCHES(arch: int) -> Iterator[Launch]:
+    """All of them for a compute capability, 80 or 90."""
+    yield from _align()
+    yield Launch("combine", _combine)
+    for format in FORMATS:
+        gemvs = configs.GEMV[format]
+        yield Launch(f"gemv_gate_up {format}", partial(_gemv_gate_up, format, gemvs.gate_up))
+        yield Launch(f"gemv_down {format}", partial(_gemv_down, format, gemvs.down))
+        for config in configs.steps_of(arch, format).values():
+            for activation in (SILU, GPT_OSS):
+                name = f"gate_up {format} {activation.kind} {_shape(config.gate_up)}"
+                yield Launch(name, partial(_gate_up, format, activation, config.gate_up), True)
+            yield Launch(f"down {format} {_shape(config.down)}", partial(_down, format, config.down), True)
+
+
+def _shape(tile: Tile) -> str:
+    swap = " swap" if tile.swap else ""
+    return f"{tile.block_t}x{tile.block_f}x{tile.block_c} w{tile.num_warps} s{tile.num_stages}{swap}"
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def _ids(num_tokens: int) -> torch.Tensor:
+    return _new(num_tokens, TOP_K, dtype=torch.int64)
+
+
+def _slot_of() -> torch.Tensor:
+    return _new(EXPERTS, dtype=torch.int32)
+
+
+def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False) -> Bank:
+    return empty_bank(SLOTS, shape, format, torch.bfloat16, META, with_bias=with_bias)
+
+
+def _align() -> Iterator[Launch]:
+    for num_pairs in (128, 512):
+        yield Launch(f"align_one_block {num_pairs}", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
+
+
+def _combine() -> None:
+    outputs, weights = _new(32 * TOP_K, HIDDEN, dtype=torch.float32), _new(32, TOP_K, dtype=torch.float32)
+    combine.combine(outputs, _ids(32), weights, _slot_of(), _new(32, HIDDEN))
+
+
+def _gemv_gate_up(format: Format, config: Gemv) -> None:
+    bank = _bank((2, INNER, HIDDEN), format)
+    gemv.gemv_gate_up(_new(4, HIDDEN), _ids(4), bank, _slot_of(), SILU, config)
+
+
+def _gemv_down(format: Format, config: Gemv) -> None:
+    weights = _new(4, TOP_K, dtype=torch.float32)
+    bank = _bank((HIDDEN, INNER), format)
+    gemv.gemv_down(_new(4 * TOP_K, INNER), _ids(4), weights, bank, _slot_of(), _new(4, HIDDEN), config)
+
+
+def _aligned(num_tokens: int, block_t: int) -> align.Aligned:
+    num_pairs = num_tokens * TOP_K
+    num_tiles = align.max_tiles(num_pairs, EXPERTS, block_t)
+    sizes = (num_pairs, EXPERTS, num_tiles, num_tiles)
+    return align.Aligned(*(_new(size, dtype=torch.int32) for size in sizes))
+
+
+def _gate_up(format: Format, activation: Activation, tile: Tile) -> None:
+    """GPT-OSS has biases, the others have none."""
+    bank = _bank((2, INNER, HIDDEN), format, with_bias=activation is GPT_OSS)
+    grouped.gate_up(_new(64, HIDDEN), bank, _slot_of(), _aligned(64, tile.block_t), TOP_K, activation, tile)
+
+
+def _down(format: Format, tile: Tile) -> None:
+    bank = _bank((HIDDEN, INNER), format)
+    outputs = _new(64 * TOP_K, HIDDEN, dtype=torch.float32)
+    grouped.down(_new(64 * TOP_K, INNER), bank, _slot_of(), _aligned(64, tile.block_t), outputs, tile)
