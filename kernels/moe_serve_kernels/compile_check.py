@@ -29,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from moe_serve_kernels.gpu_launches import LAUNCHES, Launch
+from moe_serve_kernels.gpu.configs import HOPPER
+from moe_serve_kernels.gpu.launches import MMA, Launch, launches
 
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Most shared memory of one block, by compute capability."""
@@ -116,7 +117,7 @@ def _kind(value: Any) -> str:
     return "i32" if abs(value) < 1 << 31 else "i64"
 
 
-def inspect(launch: Launch, compiled: Any, arch: int) -> Compiled:
+def inspect(name: str, expected_mma: str, compiled: Any, arch: int) -> Compiled:
     """Read the machine code and say what is wrong with it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -126,18 +127,17 @@ def inspect(launch: Launch, compiled: Any, arch: int) -> Compiled:
     local = len(re.findall(r"\b(?:LDL|STL)\b", code)) + int(_number(r"STACK:(\d+)", usage))
     mma = "wgmma" if "HGMMA" in code else "mma" if "HMMA" in code else "-"
     shared = int(compiled.metadata.shared)
-    faults = list(_faults(launch, arch, local, shared, mma))
-    return Compiled(launch.name, arch, int(_number(r"REG:(\d+)", usage)), local, shared, mma, faults)
+    faults = list(_faults(arch, local, shared, mma, expected_mma))
+    return Compiled(name, arch, int(_number(r"REG:(\d+)", usage)), local, shared, mma, faults)
 
 
-def _faults(launch: Launch, arch: int, spills: int, shared_bytes: int, mma: str) -> Iterator[str]:
+def _faults(arch: int, spills: int, shared_bytes: int, mma: str, expected_mma: str) -> Iterator[str]:
     if spills:
         yield "spills"
     if shared_bytes > SHARED_LIMIT_BYTES[arch]:
         yield f"shared memory beyond {SHARED_LIMIT_BYTES[arch]}"
-    expected = ("wgmma" if arch >= 90 else "mma") if launch.uses_mma else "-"
-    if mma != expected:
-        yield f"{expected} expected"
+    if mma != expected_mma:
+        yield f"{expected_mma} expected"
 
 
 def _number(pattern: str, text: str) -> str:
@@ -154,11 +154,18 @@ def _cuobjdump(option: str, path: str) -> str:
 def check(arches: list[int], only: str = "") -> Iterator[Compiled]:
     """Compile everything whose name matches `only`, one after the other."""
     for arch in arches:
-        for launch in LAUNCHES(arch):
-            if re.search(only, launch.name):
-                calls = caught(launch.call)
-                assert len(calls) == 1, f"{launch.name} launches {len(calls)} kernels"
-                yield inspect(launch, compile_launch(calls[0], arch), arch)
+        for launch in launches(arch):
+            for call in caught(launch.call):
+                kernel = call.function.__name__
+                name = f"{kernel} {launch.name}".strip()
+                if re.search(only, name):
+                    yield inspect(name, _expected_mma(launch, kernel, arch), compile_launch(call, arch), arch)
+
+
+def _expected_mma(launch: Launch, kernel: str, arch: int) -> str:
+    if kernel not in launch.mma:
+        return "-"
+    return launch.mma[kernel] if arch >= HOPPER else MMA
 
 
 def main(argv: list[str] | None = None) -> int:

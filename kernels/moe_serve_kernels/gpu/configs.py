@@ -99,7 +99,7 @@ AMPERE_STEPS = {
     },
     "int4": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
-        64: GroupedConfig(Tile(64, 64, 128, 8, 2, True), Tile(64, 64, 128, 8, 2, True)),
+        64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
     },
 }
 """Weight format -> tokens of a tile -> configuration."""

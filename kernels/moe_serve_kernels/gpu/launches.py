@@ -5,14 +5,14 @@ Shapes stand for what a compiled kernel depends on (data types, divisibility by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from moe_serve_kernels.cpu.expert_mlp import Activation
-from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped
+from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.pool import FORMATS, Bank, Format, empty_bank
 
@@ -21,28 +21,32 @@ SLOTS, HIDDEN, INNER, TOP_K, EXPERTS = 64, 2048, 1024, 4, 64
 SILU, GPT_OSS = Activation("silu"), Activation("clamped_swiglu")
 
 
+WGMMA = "wgmma"
+MMA = "mma"
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel in one configuration. `call` launches exactly it, on tensors without memory."""
+    """One operation in one configuration: `call` launches its kernels, on tensors without memory."""
 
     name: str
     call: Callable[[], object]
-    uses_mma: bool = False
+    mma: Mapping[str, str] = field(default_factory=dict)
+    """Kernel -> matrix instruction it must use on a GPU that has it; the others use none."""
 
 
-def LAUNCHES(arch: int) -> Iterator[Launch]:
+def launches(arch: int) -> Iterator[Launch]:
     """All of them for a compute capability, 80 or 90."""
-    yield from _align()
-    yield Launch("combine", _combine)
+    yield from _around()
     for format in FORMATS:
         gemvs = configs.GEMV[format]
-        yield Launch(f"gemv_gate_up {format}", partial(_gemv_gate_up, format, gemvs.gate_up))
-        yield Launch(f"gemv_down {format}", partial(_gemv_down, format, gemvs.down))
+        yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
+        yield Launch(f"{format}", partial(_gemv_down, format, gemvs.down))
         for config in configs.steps_of(arch, format).values():
             for activation in (SILU, GPT_OSS):
-                name = f"gate_up {format} {activation.kind} {_shape(config.gate_up)}"
-                yield Launch(name, partial(_gate_up, format, activation, config.gate_up), True)
-            yield Launch(f"down {format} {_shape(config.down)}", partial(_down, format, config.down), True)
+                name = f"{format} {_shape(config.gate_up)} {activation.kind}"
+                yield Launch(name, partial(_gate_up, format, activation, config.gate_up), {"gate_up_kernel": WGMMA})
+            yield Launch(f"{format} {_shape(config.down)}", partial(_down, format, config.down), {"down_kernel": WGMMA})
 
 
 def _shape(tile: Tile) -> str:
@@ -66,9 +70,41 @@ def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False) -> Ba
     return empty_bank(SLOTS, shape, format, torch.bfloat16, META, with_bias=with_bias)
 
 
-def _align() -> Iterator[Launch]:
-    for num_pairs in (128, 512):
-        yield Launch(f"align_one_block {num_pairs}", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
+def _around() -> Iterator[Launch]:
+    """Everything but the experts."""
+    for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
+        yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
+    yield Launch("", _combine)
+    yield Launch("top-k of 64", partial(routing.route, _new(8, 64), routing.Routing(8, "softmax")))
+    grouped_routing = routing.Routing(8, "sigmoid", True, 2.5, 8, 4)
+    yield Launch("8 groups of 256", partial(_route, grouped_routing, 256))
+    for head_dim in (64, 128, 192):
+        yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
+    for num_slots in (32, 1024):
+        yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
+    yield Launch("", _copy)
+
+
+def _route(routing_: routing.Routing, num_experts: int) -> None:
+    routing.route(_new(8, num_experts), routing_, _new(num_experts, dtype=torch.float32))
+
+
+def _attention(head_dim: int) -> None:
+    pages = _new(4, 64, dtype=torch.int64)
+    lengths = _new(4, dtype=torch.int64)
+    cache = _new(8, 4096, head_dim), _new(8, 4096, min(head_dim, 128))
+    paged_attention.paged_decode(_new(4, 32, head_dim), *cache, pages, lengths, page_size=16, scale=0.1)
+
+
+def _plan(num_slots: int) -> None:
+    state = residency.new_residency(4, EXPERTS, num_slots, META)
+    residency.plan(state, 1, _ids(4), (0, num_slots))
+
+
+def _copy() -> None:
+    state = residency.new_residency(4, EXPERTS, 32, META)
+    sources = _new(4 * EXPERTS, dtype=torch.int64)
+    residency.copy_experts(state, sources, _new(32, 1 << 20, dtype=torch.uint8))
 
 
 def _combine() -> None:
