@@ -21,6 +21,7 @@ from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped, regroup
+from expert_cache.resident import ResidentExperts
 from expert_cache.store import ExpertStore
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
 
@@ -60,6 +61,8 @@ class ExpertLayers:
         hidden [T, H]; ids [T, K] int64; weights [T, K] (float32 or hidden's dtype) -> [T, H].
         Tokens whose expert cannot be read get zeros, and `take_failures` tells which.
         """
+        if isinstance(self.experts, ResidentExperts):
+            return self.experts.run(layer, hidden, ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)

@@ -16,6 +16,7 @@ Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, M tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,24 @@ def align(ids: torch.Tensor, num_experts: int, block_t: int) -> Aligned:
     else:
         _in_many_blocks(ids, aligned, num_experts, block_t, block_e)
     return aligned
+
+
+def align_segments(
+    tokens: torch.Tensor, segments: Sequence[tuple[int, int]], slots: Sequence[int], block_t: int
+) -> tuple[Aligned, torch.Tensor]:
+    """The same for pairs that the host has sorted, in one copy to the device -> the tiles, and slot_of [n].
+
+    tokens [P] the token of each sorted pair, which take the place of the pairs; segments[i]: the rows of expert i of n,
+    which is in slots[i].
+    """
+    tiles = [(i, row) for i, (start, end) in enumerate(segments) for row in range(start, end, block_t)]
+    columns = [end for _, end in segments], slots, [i for i, _ in tiles], [row for _, row in tiles]
+    sizes = [len(column) for column in columns]
+    table = torch.tensor([value for column in columns for value in column], dtype=torch.int32)
+    if tokens.is_cuda:
+        table = table.pin_memory()
+    ends, slot_of, tile_expert, tile_start = table.to(tokens.device, non_blocking=True).split(sizes)
+    return Aligned(tokens.to(torch.int32), ends, tile_expert, tile_start), slot_of
 
 
 def _empty(ids: torch.Tensor, num_experts: int, num_tiles: int) -> Aligned:
@@ -180,9 +199,7 @@ def align_one_block(
 
 
 @triton.jit
-def align_count(
-    ids_ptr, counts_ptr, num_pairs, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr
-):
+def align_count(ids_ptr, counts_ptr, num_pairs, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr):
     """counts[b, e] = pairs of expert e in block b."""
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)

@@ -125,6 +125,9 @@ def choose(capability: int, format: Format, num_tokens: int, top_k: int, num_exp
     num_pairs = num_tokens * top_k
     if num_tokens <= GEMV_MAX_TOKENS and num_pairs <= num_experts:
         return GEMV[format]
-    steps = steps_of(capability, format)
-    per_expert = num_pairs / num_experts
+    return by_tokens(steps_of(capability, format), num_pairs / num_experts)
+
+
+def by_tokens(steps: dict[int, GroupedConfig], per_expert: float) -> GroupedConfig:
+    """The smallest tile that holds so many tokens, or the largest there is."""
     return next((config for tokens, config in steps.items() if per_expert <= tokens), list(steps.values())[-1])

@@ -129,7 +129,9 @@ def gemv_gate_up_kernel(
     scales = slot * 2 * inner
     if FORMAT == "int4":
         scales *= hidden // GROUP
-        gate = _product_int4(x_ptr, w_ptr, scale_ptr + scales, zero_ptr + scales, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
+        gate = _product_int4(
+            x_ptr, w_ptr, scale_ptr + scales, zero_ptr + scales, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F
+        )
         up = _product_int4(
             x_ptr, w_ptr, scale_ptr + scales, zero_ptr + scales, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F
         )

@@ -8,13 +8,15 @@ Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I int
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
 from moe_serve_kernels.gpu import configs, gemv, grouped, tuned
-from moe_serve_kernels.gpu.align import align
+from moe_serve_kernels.gpu.align import align, align_segments
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, GemvConfig, GroupedConfig
 from moe_serve_kernels.gpu.pool import ExpertPool, dequantize
@@ -65,6 +67,29 @@ def run_pairs(
     x, ids = x.contiguous(), ids.contiguous()
     chosen = config or _grouped_config(x, ids, slot_of.shape[0], pool)
     _grouped(x, ids, slot_of, pool, activation, outputs, chosen)
+
+
+def run_segments(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    segments: Sequence[tuple[int, int]],
+    slots: Sequence[int],
+    pool: ExpertPool,
+    activation: Activation,
+    outputs: torch.Tensor,
+) -> None:
+    """For pairs that the host has sorted: fill the rows of `outputs` [P, H] that lie in `segments`, and no other.
+
+    x [T, H] contiguous; tokens [P] the row of x of each pair; segments[i] = (start, end): the pairs of the expert in
+    slots[i].
+    """
+    num_pairs = sum(end - start for start, end in segments)
+    steps = configs.steps_of(capability_of(x.device), pool.format)
+    config = configs.by_tokens(steps, num_pairs / max(1, len(segments)))
+    aligned, slot_of = align_segments(tokens, segments, slots, config.gate_up.block_t)
+    act = grouped.gate_up(x, pool.gate_up, slot_of, aligned, 1, activation, config.gate_up)
+    in_place = dataclasses.replace(aligned, pairs=torch.arange(len(tokens), dtype=torch.int32, device=x.device))
+    grouped.down(act, pool.down, slot_of, in_place, outputs, config.down)
 
 
 def _grouped(

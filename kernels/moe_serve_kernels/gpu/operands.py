@@ -47,9 +47,7 @@ def load_rows(w_ptr, f, c, num_outputs, num_inputs, dtype: tl.constexpr, FORMAT:
 
 
 @triton.jit
-def load_int4(
-    w_ptr, scale_ptr, zero_ptr, f, group, stride, dtype: tl.constexpr, in_range, HALF_GROUP: tl.constexpr
-):
+def load_int4(w_ptr, scale_ptr, zero_ptr, f, group, stride, dtype: tl.constexpr, in_range, HALF_GROUP: tl.constexpr):
     """One group of a matrix with its outputs innermost, `stride` of them -> two tiles [C, F], C = HALF_GROUP."""
     row = group * HALF_GROUP + tl.arange(0, HALF_GROUP)
     mask = in_range[None, :]

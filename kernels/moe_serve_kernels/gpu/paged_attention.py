@@ -151,7 +151,9 @@ def attend_split(
     v = tl.arange(0, BLOCK_V)
     row = n * tl.num_programs(1) * GROUPS + head * GROUPS + g
     is_head = g < GROUPS
-    q = tl.load(query_ptr + row[:, None] * KEY_DIM + d[None, :], mask=is_head[:, None] & (d < KEY_DIM)[None, :], other=0.0)
+    q = tl.load(
+        query_ptr + row[:, None] * KEY_DIM + d[None, :], mask=is_head[:, None] & (d < KEY_DIM)[None, :], other=0.0
+    )
     keys_ptr += head * num_slots * KEY_DIM
     values_ptr += head * num_slots * VALUE_DIM
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -162,7 +164,9 @@ def attend_split(
         is_seen = (at >= begin) & (at < last)
         page = tl.load(table_ptr + n * table_width + at // PAGE_SIZE, mask=at < last, other=0)
         slot = page * PAGE_SIZE + at % PAGE_SIZE
-        k = tl.load(keys_ptr + slot[:, None] * KEY_DIM + d[None, :], mask=is_seen[:, None] & (d < KEY_DIM)[None, :], other=0.0)
+        k = tl.load(
+            keys_ptr + slot[:, None] * KEY_DIM + d[None, :], mask=is_seen[:, None] & (d < KEY_DIM)[None, :], other=0.0
+        )
         scores = _dot(q, tl.trans(k), UPCAST) * scale
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -172,14 +176,18 @@ def attend_split(
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p, 1)
         w = tl.load(
-            values_ptr + slot[:, None] * VALUE_DIM + v[None, :], mask=is_seen[:, None] & (v < VALUE_DIM)[None, :], other=0.0
+            values_ptr + slot[:, None] * VALUE_DIM + v[None, :],
+            mask=is_seen[:, None] & (v < VALUE_DIM)[None, :],
+            other=0.0,
         )
         acc = acc * shrink[:, None] + _dot(p.to(w.dtype), w, UPCAST)
         largest = new_largest
     at_state = row * tl.num_programs(2) + split
     tl.store(max_ptr + at_state, largest, mask=is_head)
     tl.store(sum_ptr + at_state, total, mask=is_head)
-    tl.store(partial_ptr + at_state[:, None] * VALUE_DIM + v[None, :], acc, mask=is_head[:, None] & (v < VALUE_DIM)[None, :])
+    tl.store(
+        partial_ptr + at_state[:, None] * VALUE_DIM + v[None, :], acc, mask=is_head[:, None] & (v < VALUE_DIM)[None, :]
+    )
 
 
 @triton.jit

@@ -37,7 +37,9 @@ class Routing:
     """Only experts in the best groups can be chosen; a group is worth its two best experts (DeepSeek-V3)."""
 
 
-def route(logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E] any float type, bias [E] float32 -> ids [T, K] int32, weights [T, K] float32, best first."""
     num_tokens, num_experts = logits.shape
     assert num_experts % routing.num_groups == 0
