@@ -64,6 +64,13 @@ class SlotPool:
 
     def _views(self, slot: int) -> PooledExpert:
         both, down = self.experts.gate_up, self.experts.down
-        biases = (None, None) if both.bias is None else (both.bias[slot, 0], both.bias[slot, 1])
-        down_bias = None if down.bias is None else down.bias[slot]
-        return PooledExpert(both.data[slot, 0], both.data[slot, 1], down.data[slot], *biases, down_bias, slot)
+        gate_bias, up_bias = (None, None) if both.bias is None else (both.bias[slot, 0], both.bias[slot, 1])
+        return PooledExpert(
+            gate=both.data[slot, 0],
+            up=both.data[slot, 1],
+            down=down.data[slot],
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=None if down.bias is None else down.bias[slot],
+            slot=slot,
+        )

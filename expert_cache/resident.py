@@ -43,6 +43,5 @@ class ResidentExperts(MappedExperts):
         """Weighted sum of the chosen experts' outputs: hidden [T, H], ids and weights [T, K] -> [T, H]."""
         from moe_serve_kernels.gpu.moe_layer import moe_layer  # needs triton, which machines without a GPU may lack
 
-        return moe_layer(
-            hidden, ids, weights, self._slot_of[layer], self._compute.pool.experts, self._compute.activation
-        )
+        pool, activation = self._compute.pool.experts, self._compute.activation
+        return moe_layer(hidden, ids, weights, self._slot_of[layer], pool, activation)

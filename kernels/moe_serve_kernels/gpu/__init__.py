@@ -14,7 +14,7 @@ import torch
 
 
 def is_interpreted() -> bool:
-    """Triton runs kernels in its interpreter: slow, on CPU tensors, for tests. Must be set before triton is imported."""
+    """Triton runs kernels in its interpreter: slow, on CPU tensors, for tests. Decided before triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,7 +1,8 @@
 """The weighted sum of each token's experts.
 
-    out[t] = sum over k, in order, of weights[t, k] * outputs[t * K + k]      choices whose expert is in no slot left out
+    out[t] = sum over k, in order, of weights[t, k] * outputs[t * K + k]
 
+Choices whose expert is in no slot are left out.
 No atomics: the order of the sum is the router's, so the result does not depend on which expert came first.
 
 Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden.

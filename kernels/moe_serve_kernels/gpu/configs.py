@@ -1,8 +1,8 @@
 """The closed set of launch configurations, and which one a layer call gets.
 
-Chosen by tokens per expert, weight format and GPU generation, from what compiles without spills (compile_check) and what
-is known to be fast on an H100 (docs/kernels.md); `moe-serve tune` may choose otherwise for one GPU and shape (tuned.py).
-A set this small is compiled within seconds when a server starts, and every member is checked.
+Chosen by tokens per expert, weight format and GPU generation, from what compiles without spills (compile_check) and
+is known to be fast on an H100 (docs/kernels.md); `moe-serve tune` may choose otherwise for one GPU and shape
+(tuned.py). A set this small is compiled within seconds when a server starts, and every member is checked.
 
 Shape alphabet: T tokens, K choices, E experts.
 """

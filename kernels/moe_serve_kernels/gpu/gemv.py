@@ -9,7 +9,7 @@ pairs and one output tile are neighbours: where two tokens share an expert, its 
 
 Per program, in torch terms, w [F, C] tiles and one row x:  acc += (w * x).sum(1)
 
-Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate; F outputs, C inputs of a tile.
+Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate; tiles: F outputs, C inputs.
 """
 
 from __future__ import annotations
@@ -128,13 +128,10 @@ def gemv_gate_up_kernel(
     w_ptr += slot * slot_stride
     scales = slot * 2 * inner
     if FORMAT == "int4":
-        scales *= hidden // GROUP
-        gate = _product_int4(
-            x_ptr, w_ptr, scale_ptr + scales, zero_ptr + scales, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F
-        )
-        up = _product_int4(
-            x_ptr, w_ptr, scale_ptr + scales, zero_ptr + scales, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F
-        )
+        scale_ptr += scales * (hidden // GROUP)
+        zero_ptr += scales * (hidden // GROUP)
+        gate = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
+        up = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
     else:
         gates = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
         ups = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)

@@ -28,7 +28,7 @@ from moe_serve_kernels.gpu import is_interpreted
 from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.align import Aligned
 from moe_serve_kernels.gpu.configs import Tile
-from moe_serve_kernels.gpu.operands import load_int4, load_rows, multiply
+from moe_serve_kernels.gpu.operands import load_int4, load_rows, multiply, zeros
 from moe_serve_kernels.gpu.pool import Bank
 
 
@@ -163,12 +163,8 @@ def gate_up_kernel(
     dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     w_ptr += slot * slot_stride
     x_rows = x_ptr + tokens.to(tl.int64)[:, None] * hidden
-    if SWAP:
-        gate = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
-        up = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
-    else:
-        gate = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-        up = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    gate = zeros(BLOCK_F, BLOCK_T, SWAP)
+    up = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
         half: tl.constexpr = GROUP // 2
         scale_ptr += slot * (hidden // GROUP) * (2 * inner)
@@ -239,10 +235,7 @@ def down_kernel(
     dtype: tl.constexpr = tl.float32 if UPCAST else act_ptr.dtype.element_ty
     w_ptr += slot * slot_stride
     x_rows = act_ptr + rows.to(tl.int64)[:, None] * inner
-    if SWAP:
-        acc = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    acc = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
         half: tl.constexpr = GROUP // 2
         scale_ptr += slot * (inner // GROUP) * hidden

@@ -21,6 +21,15 @@ def to_float(w, dtype: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def zeros(F: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr):
+    """What `multiply` adds to."""
+    if SWAP:
+        return tl.zeros([F, N], tl.float32)
+    else:
+        return tl.zeros([N, F], tl.float32)
+
+
+@triton.jit
 def multiply(w, x, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr):
     """acc += w x^T: w [F, C], x [N, C], acc [F, N] where SWAP, else [N, F].
 

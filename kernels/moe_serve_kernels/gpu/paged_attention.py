@@ -48,8 +48,8 @@ def paged_decode(
 ) -> torch.Tensor:
     """Attention of one query token per sequence -> [N, Hk*G, Dv] of the query's dtype.
 
-    query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64; lengths [N] int64, each
-    >= 1; sinks [Hk*G]. All contiguous and on one GPU; query, keys and values of one dtype of DTYPES.
+    query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64; lengths [N] int64,
+    each >= 1; sinks [Hk*G]. All contiguous and on one GPU; query, keys and values of one dtype of DTYPES.
     """
     assert all(t.is_contiguous() for t in (query, keys, values, page_table, lengths))
     assert query.dtype == keys.dtype == values.dtype
@@ -151,9 +151,9 @@ def attend_split(
     v = tl.arange(0, BLOCK_V)
     row = n * tl.num_programs(1) * GROUPS + head * GROUPS + g
     is_head = g < GROUPS
-    q = tl.load(
-        query_ptr + row[:, None] * KEY_DIM + d[None, :], mask=is_head[:, None] & (d < KEY_DIM)[None, :], other=0.0
-    )
+    is_key = (d < KEY_DIM)[None, :]
+    is_value = (v < VALUE_DIM)[None, :]
+    q = tl.load(query_ptr + row[:, None] * KEY_DIM + d[None, :], mask=is_head[:, None] & is_key, other=0.0)
     keys_ptr += head * num_slots * KEY_DIM
     values_ptr += head * num_slots * VALUE_DIM
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -164,9 +164,7 @@ def attend_split(
         is_seen = (at >= begin) & (at < last)
         page = tl.load(table_ptr + n * table_width + at // PAGE_SIZE, mask=at < last, other=0)
         slot = page * PAGE_SIZE + at % PAGE_SIZE
-        k = tl.load(
-            keys_ptr + slot[:, None] * KEY_DIM + d[None, :], mask=is_seen[:, None] & (d < KEY_DIM)[None, :], other=0.0
-        )
+        k = tl.load(keys_ptr + slot[:, None] * KEY_DIM + d[None, :], mask=is_seen[:, None] & is_key, other=0.0)
         scores = _dot(q, tl.trans(k), UPCAST) * scale
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -175,19 +173,13 @@ def attend_split(
         p = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p, 1)
-        w = tl.load(
-            values_ptr + slot[:, None] * VALUE_DIM + v[None, :],
-            mask=is_seen[:, None] & (v < VALUE_DIM)[None, :],
-            other=0.0,
-        )
+        w = tl.load(values_ptr + slot[:, None] * VALUE_DIM + v[None, :], mask=is_seen[:, None] & is_value, other=0.0)
         acc = acc * shrink[:, None] + _dot(p.to(w.dtype), w, UPCAST)
         largest = new_largest
     at_state = row * tl.num_programs(2) + split
     tl.store(max_ptr + at_state, largest, mask=is_head)
     tl.store(sum_ptr + at_state, total, mask=is_head)
-    tl.store(
-        partial_ptr + at_state[:, None] * VALUE_DIM + v[None, :], acc, mask=is_head[:, None] & (v < VALUE_DIM)[None, :]
-    )
+    tl.store(partial_ptr + at_state[:, None] * VALUE_DIM + v[None, :], acc, mask=is_head[:, None] & is_value)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Which experts are in which slots, decided on the device: hits stamped, misses given slots, copies made, nobody waits.
+"""Which experts are in which slots, decided on the device: hits stamped, misses given slots, copies made, no waiting.
 
-Before a MoE layer runs, one program of `plan` looks at the router's choice: every chosen expert that has a slot gets the
-layer's time stamp; every other takes the slot of the layer's pool that was used longest ago, and is put on a list.
+Before a MoE layer runs, one program of `plan` looks at the router's choice: every chosen expert that has a slot gets
+the layer's time stamp; every other takes the slot of the layer's pool that was used longest ago, and is put on a list.
 `copy_experts` then reads the list from device memory and copies from the host's pinned memory straight into the slots
 (unified virtual addressing: the GPU reads host memory by itself). Both, and the layer after them, can be captured into
 one graph (vLLM's expert pool, FreeToken). Where the pool has fewer slots than the step has experts, the last of them

@@ -2,12 +2,12 @@
 
 | order | families | weights |
 |---|---|---|
-| softmax, then top-k | Qwen2-MoE, OLMoE, Phi, DeepSeek-V2 (renormalize off), Qwen3-MoE (on) | the chosen probabilities |
+| softmax, then top-k | Qwen2-MoE, OLMoE, DeepSeek-V2; Qwen3-MoE (renormalized) | the chosen probabilities |
 | top-k, then softmax | Mixtral, GPT-OSS, GraniteMoE | softmax over the chosen logits |
-| sigmoid, then top-k | DeepSeek-V3, GLM-4.5, by score + bias, inside the best groups | the chosen scores, without bias |
+| sigmoid, then top-k | DeepSeek-V3, GLM-4.5: by score + bias, inside the best groups | the chosen scores, no bias |
 
-Softmax-then-top-k with renormalising equals top-k-then-softmax. Equal scores: the smaller expert first, unlike torch.topk,
-which promises nothing. One program per token: K times the best of what is left.
+Softmax-then-top-k with renormalising equals top-k-then-softmax. Equal scores: the smaller expert first, where
+torch.topk promises nothing. One program per token: K times the best of what is left.
 
 Shape alphabet: T tokens, K choices, E experts, G groups of E / G experts.
 """

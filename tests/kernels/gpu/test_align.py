@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .cases import make_ids
 
 from moe_serve_kernels.gpu import align as module
 from moe_serve_kernels.gpu.align import align, align_reference
+
+from .cases import make_ids
 
 
 def check(ids: torch.Tensor, num_experts: int, block_t: int) -> None:

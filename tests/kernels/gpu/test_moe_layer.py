@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .cases import Layer, make_layer
 
 from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation
 from moe_serve_kernels.gpu.combine import combine, combine_reference
 from moe_serve_kernels.gpu.configs import Gemv, GemvConfig, GroupedConfig, Tile, choose
 from moe_serve_kernels.gpu.moe_layer import moe_layer, moe_layer_reference, run_pairs
 from moe_serve_kernels.gpu.pool import FORMATS
+
+from .cases import Layer, make_layer
 
 SILU = Activation("silu")
 GEMV = GemvConfig(Gemv(16, 64, 4), Gemv(16, 64, 4))

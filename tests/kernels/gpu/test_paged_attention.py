@@ -32,7 +32,7 @@ def case(seqs, longest, kv_heads, groups, key_dim, value_dim, page_size, device,
         keys[:, slots] = torch.randn(kv_heads, len(slots), key_dim)
         values[:, slots] = torch.randn(kv_heads, len(slots), value_dim)
     query = torch.randn(seqs, kv_heads * groups, key_dim)
-    return tuple(t.to(device, dtype) for t in (query, keys, values)) + (table.to(device), lengths.to(device))
+    return *(t.to(device, dtype) for t in (query, keys, values)), table.to(device), lengths.to(device)
 
 
 def check(tensors, page_size, tolerance, **settings) -> None:
