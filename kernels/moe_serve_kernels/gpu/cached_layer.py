@@ -67,7 +67,9 @@ class CachedLayers:
         activation: Activation,
     ) -> torch.Tensor:
         """Each wave brings as many of the remaining experts as there are slots, and runs them."""
-        outputs = torch.empty(ids.numel(), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        outputs = torch.empty(
+            ids.numel(), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
         slot_of = self.state.of_layer(layer)
         is_left = torch.ones(self._num_experts, dtype=torch.bool, device=x.device)
         for _ in range(num_waves):

@@ -39,10 +39,11 @@ def seconds_of(work: Callable[[], object], replays: int = REPLAYS) -> float:
     """Median time of `work` on the current stream."""
     for _ in range(WARM_UP):
         work()
-    return statistics.median(_once(work) for _ in range(replays))
+    return statistics.median(once(work) for _ in range(replays))
 
 
-def _once(work: Callable[[], object]) -> float:
+def once(work: Callable[[], object]) -> float:
+    """Seconds of `work` on the current stream, once."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
