@@ -174,21 +174,20 @@ def _compute(
     config: EngineConfig, store: ExpertStore, activation: Activation, dtype: torch.dtype, device: torch.device
 ) -> ExpertCompute:
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
-    if device.type != "cuda" or not gpu_pool.is_available(device):
+    if not gpu_pool.is_available(device):
         return ExpertCompute(activation, dtype, device, _matrix_tokens(dtype, device))
-    assert config.moe_cache_mib is not None
-    first = store.weights(store.layers[0], 0)
-    pool = gpu_pool.SlotPool(first, num_slots(config.moe_cache_mib, store), dtype, device)
+    slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
+    pool = gpu_pool.SlotPool(store.weights(store.layers[0], 0), slots, dtype, device)
     return GpuCompute(activation, dtype, device, pool)
 
 
 def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> SlotArena:
     """Room for every expert: unused slots cost nothing, and the budget may grow, except where a pool is fixed."""
-    if isinstance(compute, GpuCompute):
-        return CudaTransit(compute.pool.num_free, store.slot_bytes, device)
-    if device.type == "cuda":
-        return CudaArena(store.num_total, store.slot_bytes, device)
-    return HostArena(store.num_total, store.slot_bytes)
+    num_slots = compute.pool.num_free if isinstance(compute, GpuCompute) else store.num_total
+    if device.type != "cuda":
+        return HostArena(num_slots, store.slot_bytes)
+    arena = CudaTransit if isinstance(compute, GpuCompute) else CudaArena
+    return arena(num_slots, store.slot_bytes, device)
 
 
 def _fetcher(device: torch.device) -> Fetcher:
