@@ -70,6 +70,9 @@ GEMV = {
 }
 """By weight format."""
 
+FLOAT32 = GroupedConfig(Tile(16, 32, 32, 4, 2, False), Tile(16, 32, 32, 4, 2, False))
+"""For float32 activations: checked with plain weights only."""
+
 HOPPER_STEPS = {
     "plain": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
@@ -105,10 +108,15 @@ AMPERE_STEPS = {
 """Weight format -> tokens of a tile -> configuration."""
 
 
-def steps_of(capability: int, format: Format) -> dict[int, GroupedConfig]:
-    """The grouped configurations of a GPU generation, by tokens of a tile, ascending."""
-    steps = HOPPER_STEPS if capability >= HOPPER else AMPERE_STEPS
-    return steps["int8" if format == "fp8" else format]
+def steps_of(capability: int, format: Format, is_float32: bool = False) -> dict[int, GroupedConfig]:
+    """The grouped configurations of a GPU generation, by tokens of a tile, ascending.
+
+    float32 activations are multiplied exactly, without matrix instructions: larger tiles than a small one would spill.
+    """
+    if is_float32:
+        return {FLOAT32.gate_up.block_t: FLOAT32}
+    generation = HOPPER_STEPS if capability >= HOPPER else AMPERE_STEPS
+    return generation["int8" if format == "fp8" else format]
 
 
 def candidates(capability: int, format: Format) -> list[Config]:
@@ -116,7 +124,9 @@ def candidates(capability: int, format: Format) -> list[Config]:
     return [GEMV[format], *steps_of(capability, format).values()]
 
 
-def choose(capability: int, format: Format, num_tokens: int, top_k: int, num_experts: int) -> Config:
+def choose(
+    capability: int, format: Format, num_tokens: int, top_k: int, num_experts: int, is_float32: bool = False
+) -> Config:
     """The configuration for T tokens with K choices among E experts.
 
     Few tokens whose choices rarely meet in one expert gain nothing from sorting. Otherwise the smallest tile that
@@ -125,7 +135,7 @@ def choose(capability: int, format: Format, num_tokens: int, top_k: int, num_exp
     num_pairs = num_tokens * top_k
     if num_tokens <= GEMV_MAX_TOKENS and num_pairs <= num_experts:
         return GEMV[format]
-    return by_tokens(steps_of(capability, format), num_pairs / num_experts)
+    return by_tokens(steps_of(capability, format, is_float32), num_pairs / num_experts)
 
 
 def by_tokens(steps: dict[int, GroupedConfig], per_expert: float) -> GroupedConfig:

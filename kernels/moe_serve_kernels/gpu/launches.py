@@ -66,12 +66,14 @@ def _slot_of() -> torch.Tensor:
     return _new(EXPERTS, dtype=torch.int32)
 
 
-def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False) -> Bank:
-    return empty_bank(SLOTS, shape, format, torch.bfloat16, META, with_bias=with_bias)
+def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> Bank:
+    return empty_bank(SLOTS, shape, format, dtype, META, with_bias=with_bias)
 
 
 def _around() -> Iterator[Launch]:
-    """Everything but the experts."""
+    """Everything but the experts in bf16; exact products in float32 use no matrix instruction."""
+    yield Launch("float32", partial(_gate_up, "plain", SILU, configs.FLOAT32.gate_up, torch.float32))
+    yield Launch("float32", partial(_down, "plain", configs.FLOAT32.down, torch.float32))
     for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
         yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
     yield Launch("", _combine)
@@ -130,13 +132,15 @@ def _aligned(num_tokens: int, block_t: int) -> align.Aligned:
     return align.Aligned(*(_new(size, dtype=torch.int32) for size in sizes))
 
 
-def _gate_up(format: Format, activation: Activation, tile: Tile) -> None:
+def _gate_up(format: Format, activation: Activation, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
     """GPT-OSS has biases, the others have none."""
-    bank = _bank((2, INNER, HIDDEN), format, with_bias=activation is GPT_OSS)
-    grouped.gate_up(_new(64, HIDDEN), bank, _slot_of(), _aligned(64, tile.block_t), TOP_K, activation, tile)
+    bank = _bank((2, INNER, HIDDEN), format, with_bias=activation is GPT_OSS, dtype=dtype)
+    grouped.gate_up(
+        _new(64, HIDDEN, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), TOP_K, activation, tile
+    )
 
 
-def _down(format: Format, tile: Tile) -> None:
-    bank = _bank((HIDDEN, INNER), format)
+def _down(format: Format, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
+    bank = _bank((HIDDEN, INNER), format, dtype=dtype)
     outputs = _new(64 * TOP_K, HIDDEN, dtype=torch.float32)
-    grouped.down(_new(64 * TOP_K, INNER), bank, _slot_of(), _aligned(64, tile.block_t), outputs, tile)
+    grouped.down(_new(64 * TOP_K, INNER, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), outputs, tile)

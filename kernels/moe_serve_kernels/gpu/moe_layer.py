@@ -84,7 +84,7 @@ def run_segments(
     slots[i].
     """
     num_pairs = sum(end - start for start, end in segments)
-    steps = configs.steps_of(capability_of(x.device), pool.format)
+    steps = configs.steps_of(capability_of(x.device), pool.format, x.dtype == torch.float32)
     config = configs.by_tokens(steps, num_pairs / max(1, len(segments)))
     aligned, slot_of = align_segments(tokens, segments, slots, config.gate_up.block_t)
     act = grouped.gate_up(x, pool.gate_up, slot_of, aligned, 1, activation, config.gate_up)
@@ -114,17 +114,20 @@ def _sum_dtype(x: torch.Tensor) -> torch.dtype:
 def config_for(x: torch.Tensor, ids: torch.Tensor, num_experts: int, pool: ExpertPool) -> Config:
     """What `moe_layer` uses for such a call: the tuned configuration if there is one."""
     num_tokens, top_k = ids.shape
-    tuned_ones = tuned.load(device_name(x.device)) if x.is_cuda else {}
+    is_tuned = x.is_cuda and x.dtype != torch.float32
+    tuned_ones = tuned.load(device_name(x.device)) if is_tuned else {}
     shape = tuned.Shape(pool.hidden, pool.inner, num_experts, top_k, pool.format)
     found = tuned.find(tuned_ones, shape, num_tokens)
-    return found or configs.choose(capability_of(x.device), pool.format, num_tokens, top_k, num_experts)
+    is_float32 = x.dtype == torch.float32
+    return found or configs.choose(capability_of(x.device), pool.format, num_tokens, top_k, num_experts, is_float32)
 
 
 def _grouped_config(x: torch.Tensor, ids: torch.Tensor, num_experts: int, pool: ExpertPool) -> GroupedConfig:
     chosen = config_for(x, ids, num_experts, pool)
     if isinstance(chosen, GroupedConfig):
         return chosen
-    return next(iter(configs.steps_of(capability_of(x.device), pool.format).values()))
+    steps = configs.steps_of(capability_of(x.device), pool.format, x.dtype == torch.float32)
+    return next(iter(steps.values()))
 
 
 @functools.cache
