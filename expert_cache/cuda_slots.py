@@ -31,6 +31,9 @@ class CudaArena:
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot's memory as uint8 [slot_bytes] on the GPU."""
+        return self._memory(slot)
+
+    def _memory(self, slot: int) -> torch.Tensor:
         if slot not in self._slots:
             self._slots[slot] = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
         return self._slots[slot]
@@ -48,8 +51,9 @@ class CudaArena:
         compute = torch.cuda.current_stream(self._device)
         # The slot's previous expert may still be read by kernels that were issued but have not run.
         self._copies.wait_stream(compute)
+        memory = self._memory(slot)
         with torch.cuda.stream(self._copies):
-            self.tensor(slot).copy_(buffer, non_blocking=True)
+            memory.copy_(buffer, non_blocking=True)
         done = self._copies.record_event()
         compute.wait_event(done)
         self._draining.append((done, buffer))
@@ -70,6 +74,16 @@ class CudaArena:
     def _keep(self, buffer: torch.Tensor) -> None:
         if buffer.is_pinned():
             self._idle.append(buffer)
+
+
+class CudaTransit(CudaArena):
+    """Memory that experts only pass through, on their way into a pool in another layout (gpu_pool.py)."""
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """The slot's bytes, for the last time: they live as long as whoever asked keeps them."""
+        memory = self._memory(slot)
+        del self._slots[slot]
+        return memory
 
 
 def _bytes_of(buffer: torch.Tensor) -> memoryview:

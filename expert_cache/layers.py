@@ -23,6 +23,7 @@ from expert_cache.errors import ExpertReadError
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
+from expert_cache.resident import ResidentExperts
 from expert_cache.routing_tap import RoutingTap
 from expert_cache.store import ExpertStore
 from expert_cache.usage import ExpertUsage
@@ -87,6 +88,8 @@ class ExpertLayers:
         """
         if self.tap.is_on:
             self.tap.add(ids, weights)
+        if isinstance(self.experts, ResidentExperts):
+            return self.experts.run(layer, hidden, ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
         out = self.compute.result_like(hidden, ids.numel())
         self.usage.use(layer, groups.experts, groups.counts)

@@ -16,7 +16,7 @@ from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
-from moe_serve.hf import experts, loading
+from moe_serve.hf import attention, experts, loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
@@ -25,7 +25,6 @@ from moe_serve.live_predictor import LivePredictor
 from moe_serve.memory import free_bytes
 from moe_serve.memory_guard import MemoryGuard
 from moe_serve.spec import ModelSpec
-from moe_serve_kernels.cpu import paged_attention
 
 PADDING_LIMIT = 1.25
 L2_BYTES = 512 << 10
@@ -149,8 +148,8 @@ def _memory_guard(experts: Experts, device: torch.device) -> MemoryGuard | None:
 def _group_limits(
     kv_shapes: dict[int, LayerKVShape], dtype: torch.dtype, device: torch.device
 ) -> forward_batch.GroupLimits:
-    """The native kernel takes everything at once; gathering wants little padding and, on CPU, L2-sized groups."""
-    if paged_attention.is_available(device, dtype):
+    """An in-place kernel takes everything at once; gathering wants little padding and, on CPU, L2-sized groups."""
+    if attention.in_place_kernel(device, dtype) is not None:
         return forward_batch.GroupLimits()
     if device.type != "cpu":
         return forward_batch.GroupLimits(max_padding=PADDING_LIMIT)

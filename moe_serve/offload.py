@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
+from expert_cache import gpu_pool
 from expert_cache.activations import ActivationOf
 from expert_cache.adaptive_quotas import AdaptiveQuotas
 from expert_cache.advice import Advisor, FromAffinity, FromNextGate
 from expert_cache.arena import HostArena, SlotArena
 from expert_cache.cache import SLOTS_PER_TRANSIT, ExpertCache
 from expert_cache.compute import ExpertCompute
-from expert_cache.cuda_slots import CudaArena
+from expert_cache.cuda_slots import CudaArena, CudaTransit
 from expert_cache.direct_io import DirectFile
 from expert_cache.events import events_of
 from expert_cache.fetch import Fetcher
+from expert_cache.gpu_compute import GpuCompute
 from expert_cache.layers import ExpertLayers
 from expert_cache.live_shadows import LiveShadows
 from expert_cache.mapped import MappedExperts
@@ -30,6 +32,7 @@ from expert_cache.policies.predicted import Predicted
 from expert_cache.pools import global_pool, per_layer
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
+from expert_cache.resident import ResidentExperts
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
@@ -38,6 +41,7 @@ from moe_serve.hf.checkpoint import checkpoint_fingerprint
 from moe_serve.live_predictor import LivePredictor
 from moe_serve.resolve import MIB, has_native_bf16
 from moe_serve.spec import ModelSpec
+from moe_serve_kernels.cpu.expert_mlp import Activation
 from predictors import files as predictor_files
 from predictors.methods.next_gate import Router
 from predictors.predictor import RouterShape
@@ -68,7 +72,9 @@ def expert_layers(
     ValueError: an unknown activation.
     """
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    compute = ExpertCompute(activation_of(hf_config), dtype, device, _matrix_tokens(dtype, device))
+    compute = _compute(config, store, activation_of(hf_config), dtype, device)
+    if isinstance(compute, GpuCompute) and compute.pool.num_free >= store.num_total:
+        return ExpertLayers(ResidentExperts(store, compute, device), compute)
     if not config.moe_cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
     profile = _profile(config, store)
@@ -77,7 +83,7 @@ def expert_layers(
     cache = ExpertCache(
         store,
         compute.prepare,
-        _arena(store, device),
+        _arena(store, device, compute),
         slots,
         num_transit,
         policy,
@@ -195,11 +201,24 @@ def _matrix_tokens(dtype: torch.dtype, device: torch.device) -> int:
     return MATRIX_MIN_TOKENS if dtype == torch.bfloat16 and has_native_bf16() else NEVER
 
 
-def _arena(store: ExpertStore, device: torch.device) -> SlotArena:
-    """Room for every expert: unused slots cost nothing, and the budget may grow."""
-    if device.type == "cuda":
-        return CudaArena(store.num_total, store.slot_bytes, device)
-    return HostArena(store.num_total, store.slot_bytes)
+def _compute(
+    config: EngineConfig, store: ExpertStore, activation: Activation, dtype: torch.dtype, device: torch.device
+) -> ExpertCompute:
+    """On a GPU with triton: our kernels over a pool that takes the whole budget."""
+    if not gpu_pool.is_available(device):
+        return ExpertCompute(activation, dtype, device, _matrix_tokens(dtype, device))
+    slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
+    pool = gpu_pool.SlotPool(store.weights(store.layers[0], 0), slots, dtype, device)
+    return GpuCompute(activation, dtype, device, pool)
+
+
+def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> SlotArena:
+    """Room for every expert: unused slots cost nothing, and the budget may grow, except where a pool is fixed."""
+    num_slots = compute.pool.num_free if isinstance(compute, GpuCompute) else store.num_total
+    if device.type != "cuda":
+        return HostArena(num_slots, store.slot_bytes)
+    arena = CudaTransit if isinstance(compute, GpuCompute) else CudaArena
+    return arena(num_slots, store.slot_bytes, device)
 
 
 def _fetcher(device: torch.device) -> Fetcher:

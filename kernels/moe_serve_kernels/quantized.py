@@ -78,7 +78,7 @@ class QuantizedRows:
         """[N, K] in `dtype`, computed in float32 or, where `dtype` is wider, in that."""
         wide = torch.promote_types(dtype, torch.float32)
         codes = decode(self.kind, self.codes, self.columns).to(wide)
-        group_of = torch.arange(self.columns) // self.group
+        group_of = torch.arange(self.columns, device=self.codes.device) // self.group
         zeros = self.zero if self.zeros is None else self.zeros[:, group_of].to(wide)
         scales = scale_values(self.scales).to(wide).repeat_interleave(self.rows_per_scale, 0)[: codes.shape[0]]
         return ((codes - zeros) * scales[:, group_of]).to(dtype)
@@ -97,7 +97,7 @@ def decode(kind: Kind, codes: torch.Tensor, columns: int) -> torch.Tensor:
         codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
     codes = codes[:, :columns]
     if kind == "fp4":
-        return torch.tensor(FP4_VALUES)[codes.long()]
+        return torch.tensor(FP4_VALUES, device=codes.device)[codes.long()]
     if kind == "fp8":
         return codes.contiguous().view(torch.float8_e4m3fn).to(torch.float32)
     if kind == "int8":

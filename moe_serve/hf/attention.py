@@ -11,6 +11,7 @@ D head dim, C context length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from moe_serve.forward_batch import DecodeGroup, ForwardBatch, PrefillRun
 from moe_serve.kv_cache import KVCache, LayerKV, LayerKVShape
+from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu import paged_attention as native
 
 NAME = "moe_serve_paged"
@@ -33,6 +35,18 @@ def register() -> None:
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Paged attention makes its own masks from page tables."""
+
+
+def in_place_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
+    """What attends to pages where they lie, for decoding; None: they have to be gathered."""
+    if native.is_available(device, dtype):
+        return native.paged_decode
+    if gpu.is_available(device):
+        from moe_serve_kernels.gpu import paged_attention as triton_attention  # machines without a GPU may lack triton
+
+        if triton_attention.is_available(device, dtype):
+            return triton_attention.paged_decode
+    return None
 
 
 class KVShapeProbe:
@@ -96,12 +110,15 @@ class _Attend:
 
     def decode(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
         """query [Hq, N, D] -> [N, Hq, Dv]."""
-        if native.is_available(layer.keys.device, layer.keys.dtype):
-            return self._decode_in_place(query, layer, group)
+        kernel = in_place_kernel(layer.keys.device, layer.keys.dtype)
+        if kernel is not None:
+            return self._decode_in_place(kernel, query, layer, group)
         return self._decode_gathered(query, layer, group)
 
-    def _decode_in_place(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
-        return native.paged_decode(
+    def _decode_in_place(
+        self, kernel: Callable[..., torch.Tensor], query: torch.Tensor, layer: LayerKV, group: DecodeGroup
+    ) -> torch.Tensor:
+        return kernel(
             query.transpose(0, 1).contiguous(),
             layer.keys,
             layer.values,

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": 0.5,
     "plan watch": 0.5,
     "replay": 0.3,
+    "tune": 0.3,
 }
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "fastapi", "pydantic", "httpx", "uvicorn"}
 PROBE = """
@@ -51,7 +52,10 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["bench", "chat", "generate", "pack", "plan", "replay", "serve", "trace"]
+    assert listed == [
+        *("bench", "chat", "doctor", "generate", "pack", "plan", "predictor", "quantize"),
+        *("replay", "serve", "trace", "tune"),
+    ]
 
 
 def test_the_console_script_answers() -> None:

@@ -1,0 +1,97 @@
+"""A MoE layer whose experts are partly on the GPU, as one sequence of launches that a CUDA graph can capture.
+
+    plan -> copy what is missing from pinned host memory -> the layer
+
+All of it is decided on the device (residency.py), so a whole decode step can be one graph although nobody knows
+beforehand which experts it needs. Where a step chooses more experts of a layer than its pool has slots, they run in
+waves; how many waves is known from shapes alone.
+
+Shape alphabet: L layers, E experts per layer, S slots, T tokens, K choices, P = T * K pairs, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu.combine import combine
+from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
+from moe_serve_kernels.gpu.pool import Bank, ExpertPool
+from moe_serve_kernels.gpu.residency import copy_experts, new_residency, plan
+
+HostParts = Mapping[str, torch.Tensor]
+"""The parts of a Bank, each [L*E, ...] in pinned host memory, in the layout of the bank's slots."""
+
+
+class CachedLayers:
+    """The experts of L layers in host memory, some of them in the slots of a pool."""
+
+    def __init__(
+        self, gate_up: HostParts, down: HostParts, pool: ExpertPool, num_experts: int, slots: Sequence[tuple[int, int]]
+    ) -> None:
+        """`slots`: each layer's range of the pool's slots; ranges are equal or apart.
+
+        ValueError: a part whose bytes per expert are no multiple of 16.
+        """
+        device = pool.down.data.device
+        self.state = new_residency(len(slots), num_experts, pool.down.num_slots, device)
+        self._pool, self._slots, self._num_experts = pool, slots, num_experts
+        self._hosts = (gate_up, down)  # keeps alive what `sources` points to
+        self._copies = [*_copies(gate_up, pool.gate_up), *_copies(down, pool.down)]
+
+    def run(
+        self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: Activation
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts: x [T, H], ids and weights [T, K] -> [T, H]."""
+        first, last = self._slots[layer]
+        num_waves = -(-min(ids.numel(), self._num_experts) // (last - first))
+        if num_waves <= 1:
+            self._bring(layer, ids)
+            return moe_layer(x, ids, weights, self.state.of_layer(layer), self._pool, activation)
+        return self._in_waves(layer, num_waves, x, ids, weights, activation)
+
+    def _bring(self, layer: int, ids: torch.Tensor) -> None:
+        plan(self.state, layer, ids.contiguous(), self._slots[layer])
+        for sources, slots in self._copies:
+            copy_experts(self.state, sources, slots)
+
+    def _in_waves(
+        self,
+        layer: int,
+        num_waves: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        activation: Activation,
+    ) -> torch.Tensor:
+        """Each wave brings as many of the remaining experts as there are slots, and runs them."""
+        outputs = torch.empty(
+            ids.numel(), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
+        slot_of = self.state.of_layer(layer)
+        is_left = torch.ones(self._num_experts, dtype=torch.bool, device=x.device)
+        for _ in range(num_waves):
+            self._bring(layer, torch.where(is_left[ids], ids, -1))
+            here = torch.where(is_left, slot_of, -1)
+            run_pairs(x, ids, here, self._pool, activation, outputs)
+            is_left &= here < 0
+        out = torch.empty_like(x)
+        combine(outputs, ids.contiguous(), weights.contiguous(), torch.zeros_like(slot_of), out)
+        return out
+
+
+def _copies(host: HostParts, bank: Bank) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(address of each expert's bytes [L*E] int64, the slots as bytes [S, bytes]) of each part of a bank."""
+    copies = []
+    for name, slots in bank.parts().items():
+        part = host[name]
+        assert part.is_contiguous()
+        assert part.dtype == slots.dtype
+        size = part[0].nbytes
+        if size % 16:
+            raise ValueError(f"{name}: {size} bytes per expert are no multiple of 16; keep these experts resident")
+        sources = torch.arange(len(part)) * size + part.data_ptr()
+        copies.append((sources.to(slots.device), slots.view(torch.uint8).view(len(slots), -1)))
+    return copies

@@ -1,0 +1,143 @@
+"""The closed set of launch configurations, and which one a layer call gets.
+
+Chosen by tokens per expert, weight format and GPU generation, from what compiles without spills (compile_check) and
+is known to be fast on an H100 (docs/kernels.md); `moe-serve tune` may choose otherwise for one GPU and shape
+(tuned.py). A set this small is compiled within seconds when a server starts, and every member is checked.
+
+Shape alphabet: T tokens, K choices, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_serve_kernels.gpu.pool import Format
+
+GEMV_MAX_TOKENS = 8
+HOPPER = 90
+"""Compute capability, 10 * major + minor, from which the large matrix instructions exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One grouped matrix product: so many tokens, outputs, and inputs per loop step."""
+
+    block_t: int
+    block_f: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    swap: bool
+    """Weights are the matrix operand with the many rows (swap-AB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gemv:
+    """One matrix-vector product per pair: so many outputs, and inputs per loop step."""
+
+    block_f: int
+    block_c: int
+    num_warps: int
+    num_stages: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedConfig:
+    """A layer call that sorts pairs by expert. Both products work on the same tiles of tokens."""
+
+    gate_up: Tile
+    down: Tile
+
+    def __post_init__(self) -> None:
+        assert self.gate_up.block_t == self.down.block_t
+
+
+@dataclass(frozen=True, slots=True)
+class GemvConfig:
+    """A layer call that takes every pair for itself."""
+
+    gate_up: Gemv
+    down: Gemv
+
+
+Config = GroupedConfig | GemvConfig
+
+GEMV = {
+    "plain": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
+    "int8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
+    "fp8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
+    "int4": GemvConfig(Gemv(64, 128, 4), Gemv(64, 128, 4)),
+}
+"""By weight format."""
+
+FLOAT32 = GroupedConfig(Tile(16, 32, 32, 4, 2, False), Tile(16, 32, 32, 4, 2, False))
+"""For float32 activations: checked with plain weights only."""
+
+HOPPER_STEPS = {
+    "plain": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
+        32: GroupedConfig(Tile(32, 64, 128, 4, 3, True), Tile(32, 64, 128, 4, 4, True)),
+        64: GroupedConfig(Tile(64, 128, 64, 8, 3, False), Tile(64, 128, 64, 4, 4, False)),
+        128: GroupedConfig(Tile(128, 128, 64, 8, 3, False), Tile(128, 128, 64, 8, 4, False)),
+    },
+    "int8": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
+    },
+    "int4": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+        64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
+    },
+}
+AMPERE_STEPS = {
+    "plain": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
+    },
+    "int8": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+    },
+    "int4": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+        64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
+    },
+}
+"""Weight format -> tokens of a tile -> configuration."""
+
+
+def steps_of(capability: int, format: Format, is_float32: bool = False) -> dict[int, GroupedConfig]:
+    """The grouped configurations of a GPU generation, by tokens of a tile, ascending.
+
+    float32 activations are multiplied exactly, without matrix instructions: larger tiles than a small one would spill.
+    """
+    if is_float32:
+        return {FLOAT32.gate_up.block_t: FLOAT32}
+    generation = HOPPER_STEPS if capability >= HOPPER else AMPERE_STEPS
+    return generation["int8" if format == "fp8" else format]
+
+
+def candidates(capability: int, format: Format) -> list[Config]:
+    """Everything `choose` may choose."""
+    return [GEMV[format], *steps_of(capability, format).values()]
+
+
+def choose(
+    capability: int, format: Format, num_tokens: int, top_k: int, num_experts: int, is_float32: bool = False
+) -> Config:
+    """The configuration for T tokens with K choices among E experts.
+
+    Few tokens whose choices rarely meet in one expert gain nothing from sorting. Otherwise the smallest tile that
+    holds an average expert's tokens, so that no weight is read twice and little of a tile is empty.
+    """
+    num_pairs = num_tokens * top_k
+    if num_tokens <= GEMV_MAX_TOKENS and num_pairs <= num_experts:
+        return GEMV[format]
+    return by_tokens(steps_of(capability, format, is_float32), num_pairs / num_experts)
+
+
+def by_tokens(steps: dict[int, GroupedConfig], per_expert: float) -> GroupedConfig:
+    """The smallest tile that holds so many tokens, or the largest there is."""
+    return next((config for tokens, config in steps.items() if per_expert <= tokens), list(steps.values())[-1])

@@ -1,0 +1,224 @@
+"""A MoE layer's matrix products for a few tokens, every (token, choice) pair for itself: no sorting, no padding.
+
+    gate_up:  act[p] = activation(gate x[p // K] + gate_bias, up x[p // K] + up_bias)            p: pair
+    down:     out[t] = sum over k, in order, of weights[t, k] * (down act[t * K + k] + down_bias)
+
+One launch each, and the second one adds up a token's choices itself, so that a decode step of a model with small
+experts is two launches (one thread block per pair and output tile: vLLM's CUDA decode kernel). Programs of different
+pairs and one output tile are neighbours: where two tokens share an expert, its weights come from the L2 cache.
+
+Per program, in torch terms, w [F, C] tiles and one row x:  acc += (w * x).sum(1)
+
+Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate; tiles: F outputs, C inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu.activate import activate
+from moe_serve_kernels.gpu.configs import Gemv
+from moe_serve_kernels.gpu.grouped import bank_arguments
+from moe_serve_kernels.gpu.operands import load_int4, load_rows
+from moe_serve_kernels.gpu.pool import Bank
+
+
+def _arguments(bank: Bank, gemv: Gemv) -> dict[str, object]:
+    block_c = bank.group_size if bank.format == "int4" else gemv.block_c
+    return {
+        **bank_arguments(bank),
+        "BLOCK_F": gemv.block_f,
+        "BLOCK_C": block_c,
+        "EVEN": bank.num_inputs % block_c == 0,
+        "num_warps": gemv.num_warps,
+        "num_stages": gemv.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def gemv_gate_up(
+    x: torch.Tensor, ids: torch.Tensor, bank: Bank, slot_of: torch.Tensor, activation: Activation, gemv: Gemv
+) -> torch.Tensor:
+    """x [T, H], ids [T, K] contiguous; slot_of [E] int32 -> [P, I] of x's dtype.
+
+    Rows of pairs whose expert is in no slot are not written.
+    """
+    assert x.is_contiguous()
+    assert ids.is_contiguous()
+    inner = bank.num_outputs // 2
+    act = torch.empty(ids.numel(), inner, dtype=x.dtype, device=x.device)
+    if ids.numel():
+        gemv_gate_up_kernel[(ids.numel(), triton.cdiv(inner, gemv.block_f))](
+            x,
+            act,
+            slot_of,
+            ids,
+            hidden=x.shape[1],
+            inner=inner,
+            top_k=ids.shape[1],
+            alpha=activation.alpha,
+            limit=activation.limit,
+            KIND=activation.kind,
+            **_arguments(bank, gemv),
+        )
+    return act
+
+
+def gemv_down(
+    act: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    bank: Bank,
+    slot_of: torch.Tensor,
+    out: torch.Tensor,
+    gemv: Gemv,
+) -> None:
+    """act [P, I], weights [T, K] -> out [T, H], the sum over the choices whose expert is in a slot."""
+    assert weights.is_contiguous()
+    assert out.is_contiguous()
+    if ids.numel():
+        gemv_down_kernel[(ids.shape[0], triton.cdiv(out.shape[1], gemv.block_f))](
+            act,
+            out,
+            slot_of,
+            ids,
+            weights,
+            hidden=out.shape[1],
+            inner=act.shape[1],
+            TOP_K=ids.shape[1],
+            **_arguments(bank, gemv),
+        )
+
+
+@triton.jit
+def gemv_gate_up_kernel(
+    x_ptr,
+    act_ptr,
+    slot_of_ptr,
+    ids_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    slot_stride,
+    hidden,
+    inner,
+    top_k,
+    alpha,
+    limit,
+    KIND: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Grid (P, cdiv(I, BLOCK_F))."""
+    pair = tl.program_id(0)
+    slot = tl.load(slot_of_ptr + tl.load(ids_ptr + pair)).to(tl.int64)
+    if slot < 0:
+        return
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f_ok = f < inner
+    x_ptr += (pair // top_k) * hidden
+    w_ptr += slot * slot_stride
+    scales = slot * 2 * inner
+    if FORMAT == "int4":
+        scale_ptr += scales * (hidden // GROUP)
+        zero_ptr += scales * (hidden // GROUP)
+        gate = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
+        up = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
+    else:
+        gates = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
+        ups = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
+        for first in tl.range(0, hidden, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            x = tl.load(x_ptr + c, mask=c < hidden, other=0.0).to(tl.float32)[None, :]
+            gates += load_rows(w_ptr, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
+            ups += load_rows(w_ptr + inner * hidden, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
+        gate = _scaled(tl.sum(gates, axis=1), scale_ptr + scales, f, f_ok, FORMAT)
+        up = _scaled(tl.sum(ups, axis=1), scale_ptr + scales + inner, f, f_ok, FORMAT)
+    if HAS_BIAS:
+        gate += tl.load(bias_ptr + slot * 2 * inner + f, mask=f_ok, other=0.0)
+        up += tl.load(bias_ptr + (slot * 2 + 1) * inner + f, mask=f_ok, other=0.0)
+    act = activate(gate, up, alpha, limit, KIND)
+    tl.store(act_ptr + pair * inner + f, act.to(act_ptr.dtype.element_ty), mask=f_ok)
+
+
+@triton.jit
+def gemv_down_kernel(
+    act_ptr,
+    out_ptr,
+    slot_of_ptr,
+    ids_ptr,
+    weights_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    slot_stride,
+    hidden,
+    inner,
+    TOP_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Grid (T, cdiv(H, BLOCK_F))."""
+    token = tl.program_id(0)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f_ok = f < hidden
+    total = tl.zeros([BLOCK_F], tl.float32)
+    for k in range(TOP_K):
+        pair = token * TOP_K + k
+        slot = tl.load(slot_of_ptr + tl.load(ids_ptr + pair)).to(tl.int64)
+        if slot >= 0:
+            x_ptr = act_ptr + pair * inner
+            own = w_ptr + slot * slot_stride
+            if FORMAT == "int4":
+                scales = slot * (inner // GROUP) * hidden
+                one = _product_int4(
+                    x_ptr, own, scale_ptr + scales, zero_ptr + scales, f, f_ok, hidden, inner, GROUP, BLOCK_F
+                )
+            else:
+                sums = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
+                for first in tl.range(0, inner, BLOCK_C):
+                    c = first + tl.arange(0, BLOCK_C)
+                    x = tl.load(x_ptr + c, mask=c < inner, other=0.0).to(tl.float32)[None, :]
+                    sums += load_rows(own, f, c, hidden, inner, tl.float32, FORMAT, EVEN) * x
+                one = _scaled(tl.sum(sums, axis=1), scale_ptr + slot * hidden, f, f_ok, FORMAT)
+            if HAS_BIAS:
+                one += tl.load(bias_ptr + slot * hidden + f, mask=f_ok, other=0.0)
+            total += tl.load(weights_ptr + pair).to(tl.float32) * one
+    tl.store(out_ptr + token * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f_ok)
+
+
+@triton.jit
+def _scaled(sums, scale_ptr, f, f_ok, FORMAT: tl.constexpr):
+    if FORMAT == "plain":
+        return sums
+    else:
+        return sums * tl.load(scale_ptr + f, mask=f_ok, other=0.0)
+
+
+@triton.jit
+def _product_int4(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, stride, num_inputs, GROUP: tl.constexpr, BLOCK_F: tl.constexpr
+):
+    """One row x times an int4 matrix -> [F]."""
+    half: tl.constexpr = GROUP // 2
+    sums = tl.zeros([half, BLOCK_F], tl.float32)
+    for group in tl.range(0, num_inputs // GROUP):
+        c = group * GROUP + tl.arange(0, half)
+        x_low = tl.load(x_ptr + c).to(tl.float32)[:, None]
+        x_high = tl.load(x_ptr + half + c).to(tl.float32)[:, None]
+        low, high = load_int4(w_ptr, scale_ptr, zero_ptr, f, group, stride, tl.float32, f_ok, half)
+        sums += low * x_low + high * x_high
+    return tl.sum(sums, axis=0)

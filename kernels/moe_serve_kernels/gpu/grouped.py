@@ -1,0 +1,280 @@
+"""The two matrix products of a MoE layer for pairs grouped by expert.
+
+    gate_up:  act[r]       = activation(gate x[token of r] + gate_bias, up x[token of r] + up_bias)   r: sorted row
+    down:     out[pair r]  = down act[r] + down_bias
+
+Each program computes one tile of tokens times one tile of outputs of one expert; gate and up side by side, so that the
+activation needs no memory. Programs of one weight tile run next to each other, so that a weight is read from memory
+once. The summation order depends on the tile shape alone: not on the slot, the other experts or the neighbours.
+A tile whose expert is in no slot is left out: its rows of `act` and `out` keep what they held.
+
+Per program, in torch terms, w [2, F, C] and x [N, C] tiles:
+    for each C inputs:  gate += w[0] @ x.T;  up += w[1] @ x.T        (SWAP; else x @ w.T)
+
+Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate; tiles: N tokens, F outputs,
+C inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu import is_interpreted
+from moe_serve_kernels.gpu.activate import activate
+from moe_serve_kernels.gpu.align import Aligned
+from moe_serve_kernels.gpu.configs import Tile
+from moe_serve_kernels.gpu.operands import load_int4, load_rows, multiply, zeros
+from moe_serve_kernels.gpu.pool import Bank
+
+
+def bank_arguments(bank: Bank) -> dict[str, Any]:
+    """What both kernels get to know of a bank; absent tensors are stood in for by one that is never read."""
+    data = bank.data.view(torch.uint8) if bank.format == "fp8" else bank.data
+    none = data
+    return {
+        "w_ptr": data,
+        "scale_ptr": none if bank.scale is None else bank.scale,
+        "zero_ptr": none if bank.zero is None else bank.zero,
+        "bias_ptr": none if bank.bias is None else bank.bias,
+        "slot_stride": data.stride(0),
+        "HAS_BIAS": bank.bias is not None,
+        "FORMAT": bank.format,
+        "GROUP": bank.group_size,
+    }
+
+
+def tile_arguments(tile: Tile, bank: Bank) -> dict[str, Any]:
+    """The tile's shape as the kernels' constants; int4 steps by groups."""
+    block_c = bank.group_size if bank.format == "int4" else tile.block_c
+    return {
+        "BLOCK_T": tile.block_t,
+        "BLOCK_F": tile.block_f,
+        "BLOCK_C": block_c,
+        "EVEN": bank.num_inputs % block_c == 0,
+        "SWAP": tile.swap,
+        "UPCAST": is_interpreted(),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def gate_up(
+    x: torch.Tensor,
+    bank: Bank,
+    slot_of: torch.Tensor,
+    aligned: Aligned,
+    top_k: int,
+    activation: Activation,
+    tile: Tile,
+) -> torch.Tensor:
+    """x [T, H] contiguous; slot_of [E] int32 -> [P, I] of x's dtype, rows in sorted order."""
+    assert x.is_contiguous()
+    inner = bank.num_outputs // 2
+    act = torch.empty(aligned.pairs.shape[0], inner, dtype=x.dtype, device=x.device)
+    if aligned.num_tiles:
+        gate_up_kernel[(aligned.num_tiles, triton.cdiv(inner, tile.block_f))](
+            x,
+            act,
+            slot_of,
+            aligned.pairs,
+            aligned.ends,
+            aligned.tile_expert,
+            aligned.tile_start,
+            hidden=x.shape[1],
+            inner=inner,
+            top_k=top_k,
+            alpha=activation.alpha,
+            limit=activation.limit,
+            KIND=activation.kind,
+            **bank_arguments(bank),
+            **tile_arguments(tile, bank),
+        )
+    return act
+
+
+def down(act: torch.Tensor, bank: Bank, slot_of: torch.Tensor, aligned: Aligned, out: torch.Tensor, tile: Tile) -> None:
+    """act [P, I] in sorted order -> rows of `out` [P, H], any float dtype, in the order of pairs."""
+    assert act.is_contiguous()
+    assert out.is_contiguous()
+    if aligned.num_tiles:
+        down_kernel[(aligned.num_tiles, triton.cdiv(out.shape[1], tile.block_f))](
+            act,
+            out,
+            slot_of,
+            aligned.pairs,
+            aligned.ends,
+            aligned.tile_expert,
+            aligned.tile_start,
+            hidden=out.shape[1],
+            inner=act.shape[1],
+            **bank_arguments(bank),
+            **tile_arguments(tile, bank),
+        )
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr,
+    act_ptr,
+    slot_of_ptr,
+    pairs_ptr,
+    ends_ptr,
+    tile_expert_ptr,
+    tile_start_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    slot_stride,
+    hidden,
+    inner,
+    top_k,
+    alpha,
+    limit,
+    KIND: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (tiles, cdiv(I, BLOCK_F))."""
+    expert = tl.load(tile_expert_ptr + tl.program_id(0))
+    if expert < 0:
+        return
+    slot = tl.load(slot_of_ptr + expert).to(tl.int64)
+    if slot < 0:
+        return
+    rows = tl.load(tile_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_T)
+    row_ok = rows < tl.load(ends_ptr + expert)
+    tokens = tl.load(pairs_ptr + rows, mask=row_ok, other=0) // top_k
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f_ok = f < inner
+    dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
+    w_ptr += slot * slot_stride
+    x_rows = x_ptr + tokens.to(tl.int64)[:, None] * hidden
+    gate = zeros(BLOCK_F, BLOCK_T, SWAP)
+    up = zeros(BLOCK_F, BLOCK_T, SWAP)
+    if FORMAT == "int4":
+        half: tl.constexpr = GROUP // 2
+        scale_ptr += slot * (hidden // GROUP) * (2 * inner)
+        zero_ptr += slot * (hidden // GROUP) * (2 * inner)
+        for group in tl.range(0, hidden // GROUP):
+            c = group * GROUP + tl.arange(0, half)
+            x_low = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
+            x_high = tl.load(x_rows + half + c[None, :], mask=row_ok[:, None], other=0.0)
+            low, high = load_int4(w_ptr, scale_ptr, zero_ptr, f, group, 2 * inner, dtype, f_ok, half)
+            gate = multiply(tl.trans(low), x_low, gate, SWAP, UPCAST)
+            gate = multiply(tl.trans(high), x_high, gate, SWAP, UPCAST)
+            low, high = load_int4(w_ptr, scale_ptr, zero_ptr, inner + f, group, 2 * inner, dtype, f_ok, half)
+            up = multiply(tl.trans(low), x_low, up, SWAP, UPCAST)
+            up = multiply(tl.trans(high), x_high, up, SWAP, UPCAST)
+    else:
+        for first in tl.range(0, hidden, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            if EVEN:
+                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
+            else:
+                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None] & (c < hidden)[None, :], other=0.0)
+            gate = multiply(load_rows(w_ptr, f, c, inner, hidden, dtype, FORMAT, EVEN), x, gate, SWAP, UPCAST)
+            w_up = load_rows(w_ptr + inner * hidden, f, c, inner, hidden, dtype, FORMAT, EVEN)
+            up = multiply(w_up, x, up, SWAP, UPCAST)
+    gate = _finish(gate, scale_ptr, bias_ptr, slot * 2 * inner + f, f_ok, FORMAT, HAS_BIAS, SWAP)
+    up = _finish(up, scale_ptr, bias_ptr, (slot * 2 + 1) * inner + f, f_ok, FORMAT, HAS_BIAS, SWAP)
+    act = activate(gate, up, alpha, limit, KIND).to(act_ptr.dtype.element_ty)
+    _store(act_ptr, act, rows, row_ok, f, f_ok, inner, SWAP)
+
+
+@triton.jit
+def down_kernel(
+    act_ptr,
+    out_ptr,
+    slot_of_ptr,
+    pairs_ptr,
+    ends_ptr,
+    tile_expert_ptr,
+    tile_start_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    slot_stride,
+    hidden,
+    inner,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (tiles, cdiv(H, BLOCK_F))."""
+    expert = tl.load(tile_expert_ptr + tl.program_id(0))
+    if expert < 0:
+        return
+    slot = tl.load(slot_of_ptr + expert).to(tl.int64)
+    if slot < 0:
+        return
+    rows = tl.load(tile_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_T)
+    row_ok = rows < tl.load(ends_ptr + expert)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f_ok = f < hidden
+    dtype: tl.constexpr = tl.float32 if UPCAST else act_ptr.dtype.element_ty
+    w_ptr += slot * slot_stride
+    x_rows = act_ptr + rows.to(tl.int64)[:, None] * inner
+    acc = zeros(BLOCK_F, BLOCK_T, SWAP)
+    if FORMAT == "int4":
+        half: tl.constexpr = GROUP // 2
+        scale_ptr += slot * (inner // GROUP) * hidden
+        zero_ptr += slot * (inner // GROUP) * hidden
+        for group in tl.range(0, inner // GROUP):
+            c = group * GROUP + tl.arange(0, half)
+            x_low = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
+            x_high = tl.load(x_rows + half + c[None, :], mask=row_ok[:, None], other=0.0)
+            low, high = load_int4(w_ptr, scale_ptr, zero_ptr, f, group, hidden, dtype, f_ok, half)
+            acc = multiply(tl.trans(low), x_low, acc, SWAP, UPCAST)
+            acc = multiply(tl.trans(high), x_high, acc, SWAP, UPCAST)
+    else:
+        for first in tl.range(0, inner, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            if EVEN:
+                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
+            else:
+                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None] & (c < inner)[None, :], other=0.0)
+            acc = multiply(load_rows(w_ptr, f, c, hidden, inner, dtype, FORMAT, EVEN), x, acc, SWAP, UPCAST)
+    acc = _finish(acc, scale_ptr, bias_ptr, slot * hidden + f, f_ok, FORMAT, HAS_BIAS, SWAP)
+    pairs = tl.load(pairs_ptr + rows, mask=row_ok, other=0)
+    _store(out_ptr, acc.to(out_ptr.dtype.element_ty), pairs, row_ok, f, f_ok, hidden, SWAP)
+
+
+@triton.jit
+def _finish(acc, scale_ptr, bias_ptr, at, f_ok, FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr):
+    """Scale per output, then bias; `at` [F] says where both lie."""
+    axis: tl.constexpr = 1 if SWAP else 0
+    if FORMAT == "int8" or FORMAT == "fp8":
+        acc *= tl.expand_dims(tl.load(scale_ptr + at, mask=f_ok, other=0.0), axis)
+    if HAS_BIAS:
+        acc += tl.expand_dims(tl.load(bias_ptr + at, mask=f_ok, other=0.0), axis)
+    return acc
+
+
+@triton.jit
+def _store(out_ptr, values, rows, row_ok, f, f_ok, stride, SWAP: tl.constexpr):
+    rows = rows.to(tl.int64)
+    if SWAP:
+        tl.store(out_ptr + rows[None, :] * stride + f[:, None], values, mask=row_ok[None, :] & f_ok[:, None])
+    else:
+        tl.store(out_ptr + rows[:, None] * stride + f[None, :], values, mask=row_ok[:, None] & f_ok[None, :])

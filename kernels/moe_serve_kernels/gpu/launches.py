@@ -1,0 +1,146 @@
+"""Every kernel launch there can be, by name: what compile_check compiles.
+
+Shapes stand for what a compiled kernel depends on (data types, divisibility by 16), not for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
+from moe_serve_kernels.gpu.configs import Gemv, Tile
+from moe_serve_kernels.gpu.pool import FORMATS, Bank, Format, empty_bank
+
+META = torch.device("meta")
+SLOTS, HIDDEN, INNER, TOP_K, EXPERTS = 64, 2048, 1024, 4, 64
+SILU, GPT_OSS = Activation("silu"), Activation("clamped_swiglu")
+
+
+WGMMA = "wgmma"
+MMA = "mma"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One operation in one configuration: `call` launches its kernels, on tensors without memory."""
+
+    name: str
+    call: Callable[[], object]
+    mma: Mapping[str, str] = field(default_factory=dict)
+    """Kernel -> matrix instruction it must use on a GPU that has it; the others use none."""
+
+
+def launches(arch: int) -> Iterator[Launch]:
+    """All of them for a compute capability, 80 or 90."""
+    yield from _around()
+    for format in FORMATS:
+        gemvs = configs.GEMV[format]
+        yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
+        yield Launch(f"{format}", partial(_gemv_down, format, gemvs.down))
+        for config in configs.steps_of(arch, format).values():
+            for activation in (SILU, GPT_OSS):
+                name = f"{format} {_shape(config.gate_up)} {activation.kind}"
+                yield Launch(name, partial(_gate_up, format, activation, config.gate_up), {"gate_up_kernel": WGMMA})
+            yield Launch(f"{format} {_shape(config.down)}", partial(_down, format, config.down), {"down_kernel": WGMMA})
+
+
+def _shape(tile: Tile) -> str:
+    swap = " swap" if tile.swap else ""
+    return f"{tile.block_t}x{tile.block_f}x{tile.block_c} w{tile.num_warps} s{tile.num_stages}{swap}"
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def _ids(num_tokens: int) -> torch.Tensor:
+    return _new(num_tokens, TOP_K, dtype=torch.int64)
+
+
+def _slot_of() -> torch.Tensor:
+    return _new(EXPERTS, dtype=torch.int32)
+
+
+def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> Bank:
+    return empty_bank(SLOTS, shape, format, dtype, META, with_bias=with_bias)
+
+
+def _around() -> Iterator[Launch]:
+    """Everything but the experts in bf16; exact products in float32 use no matrix instruction."""
+    yield Launch("float32", partial(_gate_up, "plain", SILU, configs.FLOAT32.gate_up, torch.float32))
+    yield Launch("float32", partial(_down, "plain", configs.FLOAT32.down, torch.float32))
+    for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
+        yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
+    yield Launch("", _combine)
+    yield Launch("top-k of 64", partial(routing.route, _new(8, 64), routing.Routing(8, "softmax")))
+    grouped_routing = routing.Routing(8, "sigmoid", True, 2.5, 8, 4)
+    yield Launch("8 groups of 256", partial(_route, grouped_routing, 256))
+    for head_dim in (64, 128, 192):
+        yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
+    for num_slots in (32, 1024):
+        yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
+    yield Launch("", _copy)
+
+
+def _route(routing_: routing.Routing, num_experts: int) -> None:
+    routing.route(_new(8, num_experts), routing_, _new(num_experts, dtype=torch.float32))
+
+
+def _attention(head_dim: int) -> None:
+    pages = _new(4, 64, dtype=torch.int64)
+    lengths = _new(4, dtype=torch.int64)
+    cache = _new(8, 4096, head_dim), _new(8, 4096, min(head_dim, 128))
+    paged_attention.paged_decode(_new(4, 32, head_dim), *cache, pages, lengths, page_size=16, scale=0.1)
+
+
+def _plan(num_slots: int) -> None:
+    state = residency.new_residency(4, EXPERTS, num_slots, META)
+    residency.plan(state, 1, _ids(4), (0, num_slots))
+
+
+def _copy() -> None:
+    state = residency.new_residency(4, EXPERTS, 32, META)
+    sources = _new(4 * EXPERTS, dtype=torch.int64)
+    residency.copy_experts(state, sources, _new(32, 1 << 20, dtype=torch.uint8))
+
+
+def _combine() -> None:
+    outputs, weights = _new(32 * TOP_K, HIDDEN, dtype=torch.float32), _new(32, TOP_K, dtype=torch.float32)
+    combine.combine(outputs, _ids(32), weights, _slot_of(), _new(32, HIDDEN))
+
+
+def _gemv_gate_up(format: Format, config: Gemv) -> None:
+    bank = _bank((2, INNER, HIDDEN), format)
+    gemv.gemv_gate_up(_new(4, HIDDEN), _ids(4), bank, _slot_of(), SILU, config)
+
+
+def _gemv_down(format: Format, config: Gemv) -> None:
+    weights = _new(4, TOP_K, dtype=torch.float32)
+    bank = _bank((HIDDEN, INNER), format)
+    gemv.gemv_down(_new(4 * TOP_K, INNER), _ids(4), weights, bank, _slot_of(), _new(4, HIDDEN), config)
+
+
+def _aligned(num_tokens: int, block_t: int) -> align.Aligned:
+    num_pairs = num_tokens * TOP_K
+    num_tiles = align.max_tiles(num_pairs, EXPERTS, block_t)
+    sizes = (num_pairs, EXPERTS, num_tiles, num_tiles)
+    return align.Aligned(*(_new(size, dtype=torch.int32) for size in sizes))
+
+
+def _gate_up(format: Format, activation: Activation, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
+    """GPT-OSS has biases, the others have none."""
+    bank = _bank((2, INNER, HIDDEN), format, with_bias=activation is GPT_OSS, dtype=dtype)
+    grouped.gate_up(
+        _new(64, HIDDEN, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), TOP_K, activation, tile
+    )
+
+
+def _down(format: Format, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
+    bank = _bank((HIDDEN, INNER), format, dtype=dtype)
+    outputs = _new(64 * TOP_K, HIDDEN, dtype=torch.float32)
+    grouped.down(_new(64 * TOP_K, INNER, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), outputs, tile)

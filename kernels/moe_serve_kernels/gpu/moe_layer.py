@@ -1,0 +1,172 @@
+"""One MoE layer's experts on a GPU, from the router's choice to the weighted sum, without waiting for the device.
+
+    few tokens:   gemv gate_up -> gemv down with the sum                     2 launches
+    otherwise:    align -> gate_up -> down -> combine                        4 launches (6 beyond 512 pairs)
+
+Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate, S slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from moe_serve_kernels.cpu.expert_mlp import Activation, activate
+from moe_serve_kernels.gpu import configs, gemv, grouped, tuned
+from moe_serve_kernels.gpu.align import align, align_segments
+from moe_serve_kernels.gpu.combine import combine
+from moe_serve_kernels.gpu.configs import Config, GemvConfig, GroupedConfig
+from moe_serve_kernels.gpu.pool import ExpertPool, dequantize
+
+INTERPRETED_CAPABILITY = 90
+
+
+def moe_layer(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    slot_of: torch.Tensor,
+    pool: ExpertPool,
+    activation: Activation,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """Weighted sum of the chosen experts' outputs -> [T, H] of x's dtype.
+
+    x [T, H] float32, float16 or bf16; ids [T, K] any integer type; weights [T, K] any float type; slot_of [E] int32.
+    Choices whose expert is in no slot add nothing. `config`: how; None: by shape, and by what was tuned.
+    """
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    chosen = config or config_for(x, ids, slot_of.shape[0], pool)
+    out = torch.empty_like(x)
+    if isinstance(chosen, GemvConfig):
+        act = gemv.gemv_gate_up(x, ids, pool.gate_up, slot_of, activation, chosen.gate_up)
+        gemv.gemv_down(act, ids, weights, pool.down, slot_of, out, chosen.down)
+    else:
+        outputs = torch.empty(ids.numel(), x.shape[1], dtype=_sum_dtype(x), device=x.device)
+        _grouped(x, ids, slot_of, pool, activation, outputs, chosen)
+        combine(outputs, ids, weights, slot_of, out)
+    return out
+
+
+def run_pairs(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    slot_of: torch.Tensor,
+    pool: ExpertPool,
+    activation: Activation,
+    outputs: torch.Tensor,
+    config: GroupedConfig | None = None,
+) -> None:
+    """Fill the rows of `outputs` [P, H] whose pair's expert is in a slot, and leave the others as they are.
+
+    For experts that come in waves: one call per wave with a table of that wave, then `combine` with all in.
+    """
+    x, ids = x.contiguous(), ids.contiguous()
+    chosen = config or _grouped_config(x, ids, slot_of.shape[0], pool)
+    _grouped(x, ids, slot_of, pool, activation, outputs, chosen)
+
+
+def run_segments(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    segments: Sequence[tuple[int, int]],
+    slots: Sequence[int],
+    pool: ExpertPool,
+    activation: Activation,
+    outputs: torch.Tensor,
+) -> None:
+    """For pairs that the host has sorted: fill the rows of `outputs` [P, H] that lie in `segments`, and no other.
+
+    x [T, H] contiguous; tokens [P] the row of x of each pair; segments[i] = (start, end): the pairs of the expert in
+    slots[i].
+    """
+    num_pairs = sum(end - start for start, end in segments)
+    steps = configs.steps_of(capability_of(x.device), pool.format, x.dtype == torch.float32)
+    config = configs.by_tokens(steps, num_pairs / max(1, len(segments)))
+    aligned, slot_of = align_segments(tokens, segments, slots, config.gate_up.block_t)
+    act = grouped.gate_up(x, pool.gate_up, slot_of, aligned, 1, activation, config.gate_up)
+    in_place = dataclasses.replace(aligned, pairs=torch.arange(len(tokens), dtype=torch.int32, device=x.device))
+    grouped.down(act, pool.down, slot_of, in_place, outputs, config.down)
+
+
+def _grouped(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    slot_of: torch.Tensor,
+    pool: ExpertPool,
+    activation: Activation,
+    outputs: torch.Tensor,
+    config: GroupedConfig,
+) -> None:
+    aligned = align(ids, slot_of.shape[0], config.gate_up.block_t)
+    act = grouped.gate_up(x, pool.gate_up, slot_of, aligned, ids.shape[1], activation, config.gate_up)
+    grouped.down(act, pool.down, slot_of, aligned, outputs, config.down)
+
+
+def _sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """Nothing is rounded before the sum over the choices."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def config_for(x: torch.Tensor, ids: torch.Tensor, num_experts: int, pool: ExpertPool) -> Config:
+    """What `moe_layer` uses for such a call: the tuned configuration if there is one."""
+    num_tokens, top_k = ids.shape
+    is_tuned = x.is_cuda and x.dtype != torch.float32
+    tuned_ones = tuned.load(device_name(x.device)) if is_tuned else {}
+    shape = tuned.Shape(pool.hidden, pool.inner, num_experts, top_k, pool.format)
+    found = tuned.find(tuned_ones, shape, num_tokens)
+    is_float32 = x.dtype == torch.float32
+    return found or configs.choose(capability_of(x.device), pool.format, num_tokens, top_k, num_experts, is_float32)
+
+
+def _grouped_config(x: torch.Tensor, ids: torch.Tensor, num_experts: int, pool: ExpertPool) -> GroupedConfig:
+    chosen = config_for(x, ids, num_experts, pool)
+    if isinstance(chosen, GroupedConfig):
+        return chosen
+    steps = configs.steps_of(capability_of(x.device), pool.format, x.dtype == torch.float32)
+    return next(iter(steps.values()))
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability as 10 * major + minor."""
+    if device.type != "cuda":
+        return INTERPRETED_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver gives it."""
+    return torch.cuda.get_device_name(device)
+
+
+def moe_layer_reference(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    slot_of: torch.Tensor,
+    pool: ExpertPool,
+    activation: Activation,
+) -> torch.Tensor:
+    """The same in torch, in float64 throughout, one pair at a time -> [T, H] float64."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for token, choices in enumerate(ids.tolist()):
+        for choice, expert in enumerate(choices):
+            slot = int(slot_of[expert])
+            if slot >= 0:
+                out[token] += weights[token, choice].double() * _expert(x[token].double(), slot, pool, activation)
+    return out
+
+
+def _expert(x: torch.Tensor, slot: int, pool: ExpertPool, activation: Activation) -> torch.Tensor:
+    both = dequantize(pool.gate_up, slot) @ x
+    if pool.gate_up.bias is not None:
+        both = both + pool.gate_up.bias[slot].double().flatten()
+    gate, up = both.chunk(2)
+    result = dequantize(pool.down, slot) @ activate(activation, gate, up)
+    return result if pool.down.bias is None else result + pool.down.bias[slot].double()

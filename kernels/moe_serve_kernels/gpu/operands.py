@@ -1,0 +1,68 @@
+"""Reading tiles of weights of any format inside a kernel, and multiplying them with activations.
+
+Shape alphabet: F outputs of a tile, N tokens of a tile, C inputs of one loop step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_float(w, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """Stored weights -> `dtype`. An e4m3 byte is taken apart by hand: the same on every GPU and in the interpreter."""
+    if FORMAT == "fp8":
+        bits = w.to(tl.int32)
+        shifted = ((bits & 0x80) << 8) | ((bits & 0x7F) << 4)
+        return ((shifted << 16).to(tl.float32, bitcast=True) * 1.329227995784916e36).to(dtype)  # 2 ** 120
+    else:
+        return w.to(dtype)
+
+
+@triton.jit
+def zeros(F: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr):
+    """What `multiply` adds to."""
+    if SWAP:
+        return tl.zeros([F, N], tl.float32)
+    else:
+        return tl.zeros([N, F], tl.float32)
+
+
+@triton.jit
+def multiply(w, x, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr):
+    """acc += w x^T: w [F, C], x [N, C], acc [F, N] where SWAP, else [N, F].
+
+    SWAP makes the weights the operand with 64 rows, so that few tokens still use the large matrix instruction
+    (vLLM, SGLang). UPCAST: the interpreter multiplies bf16 wrongly.
+    """
+    if UPCAST:
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+
+@triton.jit
+def load_rows(w_ptr, f, c, num_outputs, num_inputs, dtype: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
+    """[F, C] of a matrix with its inputs innermost. EVEN: no loop step reaches beyond the inputs."""
+    at = w_ptr + f[:, None] * num_inputs + c[None, :]
+    mask = (f < num_outputs)[:, None]
+    if not EVEN:
+        mask = mask & (c < num_inputs)[None, :]
+    return to_float(tl.load(at, mask=mask, other=0), dtype, FORMAT)
+
+
+@triton.jit
+def load_int4(w_ptr, scale_ptr, zero_ptr, f, group, stride, dtype: tl.constexpr, in_range, HALF_GROUP: tl.constexpr):
+    """One group of a matrix with its outputs innermost, `stride` of them -> two tiles [C, F], C = HALF_GROUP."""
+    row = group * HALF_GROUP + tl.arange(0, HALF_GROUP)
+    mask = in_range[None, :]
+    packed = tl.load(w_ptr + row[:, None] * stride + f[None, :], mask=mask, other=0)
+    scale = tl.load(scale_ptr + group * stride + f, mask=in_range, other=0.0)[None, :]
+    zero = tl.load(zero_ptr + group * stride + f, mask=in_range, other=0.0)[None, :]
+    low = ((packed & 15).to(tl.float32) - zero) * scale
+    high = ((packed >> 4).to(tl.float32) - zero) * scale
+    return low.to(dtype), high.to(dtype)

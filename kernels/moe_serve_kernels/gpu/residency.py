@@ -1,0 +1,219 @@
+"""Which experts are in which slots, decided on the device: hits stamped, misses given slots, copies made, no waiting.
+
+Before a MoE layer runs, one program of `plan` looks at the router's choice: every chosen expert that has a slot gets
+the layer's time stamp; every other takes the slot of the layer's pool that was used longest ago, and is put on a list.
+`copy_experts` then reads the list from device memory and copies from the host's pinned memory straight into the slots
+(unified virtual addressing: the GPU reads host memory by itself). Both, and the layer after them, can be captured into
+one graph (vLLM's expert pool, FreeToken). Where the pool has fewer slots than the step has experts, the last of them
+stay without (slot -1) and are somebody else's work.
+
+All state is on the device: slot_of [L*E], owner_of [S] (layer * E + expert; -1: empty), used_at [S], clock [1].
+
+Shape alphabet: L layers, E experts per layer, S slots, P pairs of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+MOST_COMPARED = 8192
+"""Comparisons of pairs with slots or experts at a time: more do not fit in registers."""
+COPY_PROGRAMS = 32
+"""Enough to fill a PCIe 5 link, few enough to leave the GPU to others."""
+COPY_WORDS = 2048
+"""8-byte words that one program copies at a time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residency:
+    """What is where. Everything is on the device; nothing here reads it back."""
+
+    num_experts: int
+    slot_of: torch.Tensor
+    """[L*E] int32; -1: in no slot."""
+    owner_of: torch.Tensor
+    """[S] int32"""
+    used_at: torch.Tensor
+    """[S] int32: clock of the last use; -1: never."""
+    clock: torch.Tensor
+    """[1] int32"""
+    wanted: torch.Tensor
+    """[2, E] int32: layer * E + expert and slot of each copy of the last plan."""
+    counts: torch.Tensor
+    """[3] int32: copies of the last plan, experts it found no slot for, and copies since the beginning."""
+
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """slot_of [E] of one layer, a view that stays right."""
+        return self.slot_of[layer * self.num_experts : (layer + 1) * self.num_experts]
+
+
+def new_residency(num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> Residency:
+    """Empty slots."""
+
+    def full(*shape: int, value: int) -> torch.Tensor:
+        return torch.full(shape, value, dtype=torch.int32, device=device)
+
+    return Residency(
+        num_experts,
+        full(num_layers * num_experts, value=-1),
+        full(num_slots, value=-1),
+        full(num_slots, value=-1),
+        full(1, value=0),
+        full(2, num_experts, value=-1),
+        full(3, value=0),
+    )
+
+
+def plan(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
+    """Make room for the experts in `ids` [T, K] of a layer, among the slots pool[0] .. pool[1] - 1.
+
+    Of slots used equally long ago the first is taken; of the experts, the smaller first.
+    """
+    assert ids.is_contiguous()
+    block_e = triton.next_power_of_2(state.num_experts)
+    block_s = triton.next_power_of_2(pool[1] - pool[0])
+    plan_kernel[(1,)](
+        ids,
+        state.slot_of,
+        state.owner_of,
+        state.used_at,
+        state.clock,
+        state.wanted,
+        state.counts,
+        ids.numel(),
+        layer * state.num_experts,
+        state.num_experts,
+        pool[0],
+        pool[1] - pool[0],
+        BLOCK_E=block_e,
+        BLOCK_S=block_s,
+        CHUNK=max(1, min(32, MOST_COMPARED // max(block_e, block_s))),
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+
+
+def copy_experts(state: Residency, sources: torch.Tensor, slots: torch.Tensor) -> None:
+    """Copy what the last plan wants.
+
+    sources [L*E] int64: address of each expert's bytes in pinned memory, 16-byte aligned; slots [S, bytes] uint8, the
+    bytes a multiple of 16.
+    """
+    num_bytes = slots.shape[1]
+    assert num_bytes % 16 == 0
+    assert slots.is_contiguous()
+    copy_kernel[(COPY_PROGRAMS,)](
+        sources,
+        slots.view(torch.int64),
+        state.wanted,
+        state.counts,
+        state.num_experts,
+        num_bytes // 8,
+        BLOCK=COPY_WORDS,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+
+
+@triton.jit
+def plan_kernel(
+    ids_ptr,
+    slot_of_ptr,
+    owner_of_ptr,
+    used_at_ptr,
+    clock_ptr,
+    wanted_ptr,
+    counts_ptr,
+    num_pairs,
+    first_key,
+    num_experts,
+    first_slot,
+    num_slots,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid (1,). Works on registers and writes each place once, so that no thread reads what another one writes."""
+    expert = tl.arange(0, BLOCK_E)
+    slot = tl.arange(0, BLOCK_S)
+    is_slot = slot < num_slots
+    now = tl.load(clock_ptr) + 1
+    owner = tl.load(owner_of_ptr + first_slot + slot, mask=is_slot, other=-1)
+    used = tl.load(used_at_ptr + first_slot + slot, mask=is_slot, other=2147483647)
+    here = tl.load(slot_of_ptr + first_key + expert, mask=expert < num_experts, other=0)
+    chosen = tl.zeros([BLOCK_E], tl.int32)
+    hit = tl.zeros([BLOCK_S], tl.int32)
+    for first in range(0, num_pairs, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        own = tl.load(ids_ptr + at, mask=at < num_pairs, other=-2).to(tl.int32)
+        chosen = tl.maximum(chosen, tl.max((own[None, :] == expert[:, None]).to(tl.int32), 1))
+        key = tl.where(own >= 0, own + first_key, -2)
+        hit = tl.maximum(hit, tl.max((key[None, :] == owner[:, None]).to(tl.int32), 1))
+    used = tl.where(hit == 1, now, used)
+    missing = tl.where((chosen == 1) & (here < 0), 1, 0)
+    num_missing = tl.sum(missing, 0)
+    num_copies = 0
+    for _ in range(0, num_missing):
+        oldest = tl.min(used, 0)
+        if oldest < now:
+            victim = tl.min(tl.where(used == oldest, slot, BLOCK_S), 0)
+            new = tl.min(tl.where(missing == 1, expert, BLOCK_E), 0)
+            old_key = tl.max(tl.where(slot == victim, owner, -1), 0)
+            tl.store(slot_of_ptr + old_key, -1, mask=old_key >= 0)
+            tl.store(slot_of_ptr + first_key + new, first_slot + victim)
+            tl.store(wanted_ptr + num_copies, first_key + new)
+            tl.store(wanted_ptr + num_experts + num_copies, first_slot + victim)
+            owner = tl.where(slot == victim, first_key + new, owner)
+            used = tl.where(slot == victim, now, used)
+            missing = tl.where(expert == new, 0, missing)
+            num_copies += 1
+    tl.store(owner_of_ptr + first_slot + slot, owner, mask=is_slot)
+    tl.store(used_at_ptr + first_slot + slot, used, mask=is_slot)
+    tl.store(clock_ptr, now)
+    tl.store(counts_ptr, num_copies)
+    tl.store(counts_ptr + 1, num_missing - num_copies)
+    tl.store(counts_ptr + 2, tl.load(counts_ptr + 2) + num_copies)
+
+
+@triton.jit
+def copy_kernel(sources_ptr, slots_ptr, wanted_ptr, counts_ptr, num_experts, num_words, BLOCK: tl.constexpr):
+    """Grid (programs,), each taking every so many blocks of every expert."""
+    step = tl.num_programs(0) * BLOCK
+    for i in range(0, tl.load(counts_ptr)):
+        key = tl.load(wanted_ptr + i)
+        source = tl.load(sources_ptr + key).to(tl.pointer_type(tl.int64))
+        target = slots_ptr + tl.load(wanted_ptr + num_experts + i).to(tl.int64) * num_words
+        for first in range(tl.program_id(0) * BLOCK, num_words, step):
+            at = first + tl.arange(0, BLOCK)
+            words = tl.load(tl.multiple_of(source, 16) + at, mask=at < num_words)
+            tl.store(target + at, words, mask=at < num_words)
+
+
+def plan_reference(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
+    """The same in Python, exactly."""
+    first_key = layer * state.num_experts
+    now = int(state.clock) + 1
+    state.clock.fill_(now)
+    slots = range(*pool)
+    chosen = sorted(set(ids.flatten().tolist()))
+    missing = [e for e in chosen if state.slot_of[first_key + e] < 0]
+    for slot in slots:
+        if int(state.owner_of[slot]) - first_key in chosen:
+            state.used_at[slot] = now
+    copies = 0
+    for expert in missing:
+        victim = min(slots, key=lambda s: (int(state.used_at[s]), s))
+        if state.used_at[victim] >= now:
+            break
+        if state.owner_of[victim] >= 0:
+            state.slot_of[int(state.owner_of[victim])] = -1
+        state.slot_of[first_key + expert] = state.wanted[1, copies] = victim
+        state.owner_of[victim] = state.wanted[0, copies] = first_key + expert
+        state.used_at[victim] = now
+        copies += 1
+    state.counts[0], state.counts[1] = copies, len(missing) - copies
+    state.counts[2] += copies

@@ -1,0 +1,45 @@
+"""Sorting pairs by expert and cutting them into tiles, against the torch reference, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve_kernels.gpu import align as module
+from moe_serve_kernels.gpu.align import align, align_reference
+
+from .cases import make_ids
+
+
+def check(ids: torch.Tensor, num_experts: int, block_t: int) -> None:
+    got, expected = align(ids, num_experts, block_t), align_reference(ids, num_experts, block_t)
+    for name in ("pairs", "ends", "tile_expert", "tile_start"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("routing", ["random", "one", "all"])
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(1, 1, 1), (1, 2, 8), (7, 2, 5), (33, 3, 40)])
+@pytest.mark.parametrize("block_t", [1, 16])
+def test_one_block(device, num_tokens, top_k, num_experts, routing, block_t) -> None:
+    check(make_ids(num_tokens, top_k, num_experts, routing).to(device), num_experts, block_t)
+
+
+@pytest.mark.parametrize("routing", ["random", "one", "all"])
+def test_many_blocks(device, routing, monkeypatch) -> None:
+    monkeypatch.setattr(module, "ONE_BLOCK_PAIRS", 0)
+    monkeypatch.setattr(module, "BLOCK_PAIRS", 32)
+    check(make_ids(70, 3, 6, routing).to(device), 6, 16)
+
+
+def test_more_blocks_than_the_sum_takes_at_once(device, monkeypatch) -> None:
+    monkeypatch.setattr(module, "ONE_BLOCK_PAIRS", 0)
+    monkeypatch.setattr(module, "BLOCK_PAIRS", 32)
+    check(make_ids(600, 2, 4, "random").to(device), 4, 64)
+
+
+def test_no_tokens(device) -> None:
+    check(torch.empty(0, 2, dtype=torch.int64, device=device), 4, 16)
+
+
+def test_int32_ids(device) -> None:
+    check(make_ids(9, 2, 4, "random").to(torch.int32).to(device), 4, 16)

@@ -1,0 +1,81 @@
+"""Layers with fewer slots than experts, planned and copied on the device; on a GPU as one captured graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu.cached_layer import CachedLayers
+from moe_serve_kernels.gpu.moe_layer import moe_layer_reference
+from moe_serve_kernels.gpu.pool import ExpertPool, empty_bank
+
+from .cases import make_ids, make_pool, poison
+
+LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 6, 32, 32, 2
+SILU = Activation("silu")
+
+
+def make(device, slots_per_layer, format="plain") -> tuple[CachedLayers, list[tuple[ExpertPool, torch.Tensor]]]:
+    """The cache, and for each layer a pool that holds all its experts, with its table."""
+    wholes = [make_pool(EXPERTS, HIDDEN, INNER, device, format) for _ in range(LAYERS)]
+    hosts: list[dict[str, torch.Tensor]] = []
+    banks = []
+    for name, shape in (("gate_up", (2, INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
+        slots = LAYERS * slots_per_layer
+        bank = empty_bank(slots, shape, format, torch.float32, device, group_size=32)
+        parts = [getattr(pool, name).parts() for pool, _ in wholes]
+        host = {p: torch.cat([part[p][t.long()] for part, (_, t) in zip(parts, wholes, strict=True)]) for p in parts[0]}
+        hosts.append({p: t.cpu().pin_memory() if device.type == "cuda" else t for p, t in host.items()})
+        for tensor in bank.parts().values():
+            poison(tensor)
+        banks.append(bank)
+    ranges = [(i * slots_per_layer, (i + 1) * slots_per_layer) for i in range(LAYERS)]
+    return CachedLayers(*hosts, ExpertPool(*banks), EXPERTS, ranges), wholes
+
+
+def check(got, whole, x, ids, weights) -> None:
+    pool, slot_of = whole
+    expected = moe_layer_reference(x, ids, weights, slot_of, pool, SILU)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(("num_tokens", "slots"), [(1, 3), (2, 4), (7, 2)], ids=["decode", "just enough", "in waves"])
+def test_steps(device, num_tokens, slots) -> None:
+    layers, wholes = make(device, slots)
+    for step in range(4):
+        layer = step % LAYERS
+        ids = make_ids(num_tokens, TOP_K, EXPERTS, "random").to(device)
+        x, weights = torch.randn(num_tokens, HIDDEN, device=device), torch.rand(num_tokens, TOP_K, device=device)
+        check(layers.run(layer, x, ids, weights, SILU), wholes[layer], x, ids, weights)
+    assert int(layers.state.counts[2]) > 0
+
+
+def test_quantised_parts_are_all_copied(device) -> None:
+    layers, wholes = make(device, 3, "int8")
+    x, weights = torch.randn(1, HIDDEN, device=device), torch.rand(1, TOP_K, device=device)
+    ids = torch.tensor([[4, 1]], device=device)
+    check(layers.run(1, x, ids, weights, SILU), wholes[1], x, ids, weights)
+
+
+def test_a_decode_step_is_one_graph(device) -> None:
+    """Captured once, replayed with routings that were not known then."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    layers, wholes = make(device, 3)
+    x, weights = torch.randn(1, HIDDEN, device=device), torch.rand(1, TOP_K, device=device)
+    ids = torch.zeros(1, TOP_K, dtype=torch.int64, device=device)
+
+    def step() -> list[torch.Tensor]:
+        return [layers.run(layer, x, ids, weights, SILU) for layer in range(LAYERS)]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = step()
+    for _ in range(6):
+        ids.copy_(make_ids(1, TOP_K, EXPERTS, "random"))
+        x.normal_()
+        graph.replay()
+        for out, whole in zip(outs, wholes, strict=True):
+            check(out, whole, x, ids, weights)

@@ -1,0 +1,110 @@
+"""How the engine uses the kernels: cached experts in a pool, resident experts, attention; against plain loops."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from expert_cache.arena import HostArena
+from expert_cache.cache import ExpertCache
+from expert_cache.cuda_slots import CudaTransit
+from expert_cache.fetch import Fetcher
+from expert_cache.gpu_compute import GpuCompute
+from expert_cache.gpu_pool import PooledExpert, SlotPool
+from expert_cache.layers import ExpertLayers
+from expert_cache.policies import find_policy
+from expert_cache.resident import ResidentExperts
+from expert_cache.slots import Slots
+from moe_serve.forward_batch import DecodeGroup
+from moe_serve.hf import attention
+from moe_serve.kv_cache import LayerKV, LayerKVShape, Scratch
+from moe_serve_kernels.cpu import paged_attention
+
+from ...expert_cache import stores
+
+SILU, CLAMPED = stores.SILU, stores.CLAMPED
+
+
+def compute_of(store, device, num_slots, activation=SILU) -> GpuCompute:
+    pool = SlotPool(store.weights(store.layers[0], 0), num_slots, torch.float32, device)
+    return GpuCompute(activation, torch.float32, device, pool)
+
+
+def cached(store, device, num_slots) -> ExpertLayers:
+    compute = compute_of(store, device, num_slots)
+    make = HostArena if device.type == "cpu" else lambda *size: CudaTransit(*size, device)
+    policy = find_policy("lru")(len(store.layers), store.num_experts)
+    arena = make(num_slots, store.slot_bytes)
+    cache = ExpertCache(store, compute.prepare, arena, Slots.shared(num_slots), 0, policy, Fetcher())
+    return ExpertLayers(cache, compute)
+
+
+def choices(device, num_tokens=4, top_k=2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(num_tokens, stores.H, device=device)
+    ids = torch.rand(num_tokens, stores.E).topk(top_k).indices.to(device)
+    return hidden, ids, torch.rand(num_tokens, top_k, device=device)
+
+
+def check(layers, store, layer, activation, choice) -> None:
+    got = layers.run(layer, *choice)
+    expected = stores.expected(store, activation, layer, *(t.cpu() for t in choice))
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("num_slots", [2, 10])
+def test_cached_experts_in_waves(device, tmp_path, num_slots) -> None:
+    """With 2 slots a step's experts come in waves, and slots are taken back and used again."""
+    store = stores.split_store(tmp_path)
+    layers = cached(store, device, num_slots)
+    for step in range(4):
+        check(layers, store, store.layers[step % 2], SILU, choices(device))
+    assert layers.experts.counters.num_misses > 0
+    layers.experts.close()
+
+
+def test_resident_experts_need_no_host(device, tmp_path) -> None:
+    store = stores.fused_store(tmp_path)
+    compute = compute_of(store, device, store.num_total)
+    layers = ExpertLayers(ResidentExperts(store, compute, device), compute)
+    assert compute.pool.num_free == 0
+    for layer in store.layers:
+        for num_tokens in (1, 6):
+            check(layers, store, layer, SILU, choices(device, num_tokens))
+
+
+def test_biased_transposed_interleaved_experts(device, tmp_path) -> None:
+    """GPT-OSS's layout is put right on the way into the pool."""
+    store = stores.gpt_oss_store(tmp_path)
+    compute = compute_of(store, device, store.num_total, CLAMPED)
+    layers = ExpertLayers(ResidentExperts(store, compute, device), compute)
+    check(layers, store, store.layers[0], CLAMPED, choices(device))
+
+
+def test_a_slot_is_free_again_when_its_expert_is_gone(device, tmp_path) -> None:
+    store = stores.split_store(tmp_path)
+    pool = SlotPool(store.weights(store.layers[0], 0), 2, torch.float32, device)
+    first, second = (pool.put(store.weights(store.layers[0], e)) for e in (0, 1))
+    assert (first.slot, second.slot, pool.num_free) == (0, 1, 0)
+    del first
+    gc.collect()
+    again = pool.put(store.weights(store.layers[1], 4))
+    assert isinstance(again, PooledExpert)
+    assert again.slot == 0
+    assert torch.equal(again.down.cpu(), store.weights(store.layers[1], 4).down)
+
+
+def test_attention_uses_the_kernel(device, monkeypatch) -> None:
+    monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
+    layer = LayerKV(LayerKVShape(2, 32, 32), 6, 16, torch.float32, device, Scratch())
+    layer.keys.normal_()
+    layer.values.normal_()
+    table = torch.tensor([[3, 1], [5, 0]], device=device)
+    group = DecodeGroup(0, table, torch.tensor([20, 9], device=device), 20, even=False, single_run=None)
+    query = torch.randn(4, 2, 32, device=device)
+    assert attention.in_place_kernel(device, torch.float32) is not None
+    assert attention.in_place_kernel(device, torch.float64) is None
+    got = attention._Attend(0.2, None, None).decode(query, layer, group)
+    expected = attention._Attend(0.2, None, None)._decode_gathered(query, layer, group)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)

@@ -1,0 +1,60 @@
+"""The engine end to end on the GPU kernels: in float32, the tokens of transformers' `generate`."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from expert_cache.cache import ExpertCache
+from expert_cache.gpu_compute import GpuCompute
+from expert_cache.resident import ResidentExperts
+from moe_serve import LLM, SamplingParams
+from moe_serve_kernels.cpu import paged_attention
+
+from ...families.tiny_checkpoints import write_checkpoint
+from ...families.tiny_configs import CASES, VOCAB
+
+NEW_TOKENS = 3
+FAMILIES = ["mixtral", "gpt_oss", "deepseek_v2"]
+"""The plain one; biases, sinks, windows and the clamped activation; keys wider than values and a dense layer."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory):
+    @cache
+    def folder(family: str) -> Path:
+        return write_checkpoint(CASES[family], tmp_path_factory.mktemp(family))
+
+    return folder
+
+
+def expected(folder: Path, prompt: list[int]) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    done = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+    return done[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("room", ["for all", "for some"])
+def test_tokens_are_those_of_transformers(device, folders, family, room, monkeypatch) -> None:
+    monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
+    prompt = torch.randint(0, VOCAB - 1, (9,)).tolist()
+    llm = LLM(
+        str(folders(family)),
+        dtype="float32",
+        device=str(device),
+        num_threads=1,
+        max_model_len=64,
+        num_kv_pages=16,
+        moe_cache_mib=None if room == "for all" else 1,
+    )
+    layers = llm.engine.runner.expert_layers
+    assert isinstance(layers.compute, GpuCompute)
+    assert isinstance(layers.experts, ResidentExperts if room == "for all" else ExpertCache)
+    result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
+    assert list(result[0].completions[0].token_ids) == expected(folders(family), prompt)
+    llm.close()

@@ -1,0 +1,143 @@
+"""One MoE layer by every configuration, against float64 on what the pool holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation
+from moe_serve_kernels.gpu.combine import combine, combine_reference
+from moe_serve_kernels.gpu.configs import Gemv, GemvConfig, GroupedConfig, Tile, choose
+from moe_serve_kernels.gpu.moe_layer import moe_layer, moe_layer_reference, run_pairs
+from moe_serve_kernels.gpu.pool import FORMATS
+
+from .cases import Layer, make_layer
+
+SILU = Activation("silu")
+GEMV = GemvConfig(Gemv(16, 64, 4), Gemv(16, 64, 4))
+SWAPPED = GroupedConfig(Tile(16, 32, 32, 4, 2, True), Tile(16, 32, 64, 4, 2, True))
+STRAIGHT = GroupedConfig(Tile(16, 32, 32, 4, 2, False), Tile(16, 64, 32, 4, 2, False))
+CONFIGS = {"gemv": GEMV, "swapped": SWAPPED, "straight": STRAIGHT}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def check(layer: Layer, config, activation=SILU) -> None:
+    arguments = (layer.x, layer.ids, layer.weights, layer.slot_of, layer.pool, activation)
+    got = moe_layer(*arguments, config)
+    expected = moe_layer_reference(*arguments)
+    assert got.dtype == layer.x.dtype
+    tolerance = TOLERANCE[layer.x.dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("routing", ["random", "one", "all"])
+def test_routings(device, name, routing) -> None:
+    check(make_layer(5, 2, 4, 72, 40, device, routing=routing), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dtypes(device, name, dtype) -> None:
+    check(make_layer(3, 2, 4, 64, 32, device, dtype=dtype), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(device, name, format) -> None:
+    check(make_layer(3, 2, 3, 64, 96, device, format=format), CONFIGS[name])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_with_biases_and_bf16(device, format) -> None:
+    layer = make_layer(3, 2, 3, 64, 64, device, format=format, with_bias=True, dtype=torch.bfloat16)
+    for config in (GEMV, SWAPPED):
+        check(layer, config, Activation("clamped_swiglu"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(device, name, kind) -> None:
+    layer = make_layer(2, 2, 3, 32, 32, device, with_bias=True)
+    check(layer, CONFIGS[name], Activation(kind, alpha=1.5, limit=0.5))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (33, 65), (96, 16)])
+def test_odd_shapes(device, name, hidden, inner) -> None:
+    check(make_layer(3, 1, 2, hidden, inner, device), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_more_tokens_than_a_tile(device, name) -> None:
+    check(make_layer(21, 2, 3, 32, 32, device), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_tokens(device, name) -> None:
+    check(make_layer(0, 2, 3, 32, 32, device), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_experts_in_no_slot_are_left_out(device, name) -> None:
+    layer = make_layer(6, 2, 4, 32, 32, device)
+    layer.slot_of[::2] = -1
+    check(layer, CONFIGS[name])
+    layer.slot_of.fill_(-1)
+    check(layer, CONFIGS[name])
+
+
+@pytest.mark.parametrize("config", [SWAPPED, STRAIGHT], ids=["swapped", "straight"])
+def test_waves_add_up_to_the_whole_bit_by_bit(device, config) -> None:
+    """Each wave writes its experts' rows and no other."""
+    layer = make_layer(6, 2, 4, 48, 32, device)
+    whole = moe_layer(layer.x, layer.ids, layer.weights, layer.slot_of, layer.pool, SILU, config)
+    outputs = torch.full((12, 48), torch.nan, device=device)
+    for wave in ([0, 2], [1], [3]):
+        slot_of = torch.full_like(layer.slot_of, -1)
+        slot_of[wave] = layer.slot_of[wave]
+        before = outputs.clone()
+        run_pairs(layer.x, layer.ids, slot_of, layer.pool, SILU, outputs, config)
+        others = ~torch.isin(layer.ids.flatten(), torch.tensor(wave, device=device))
+        assert torch.equal(outputs[others], before[others]) or torch.isnan(before[others]).any()
+        assert torch.equal(torch.isnan(outputs[others]), torch.isnan(before[others]))
+    out = torch.empty_like(layer.x)
+    combine(outputs, layer.ids, layer.weights, layer.slot_of, out)
+    assert torch.equal(out, whole)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_where_an_expert_lies_does_not_change_a_bit(device, config) -> None:
+    layer = make_layer(4, 2, 3, 48, 32, device)
+    before = moe_layer(layer.x, layer.ids, layer.weights, layer.slot_of, layer.pool, SILU, config)
+    for bank in (layer.pool.gate_up, layer.pool.down):
+        bank.data.copy_(bank.data.flip(0))
+    moved = (layer.pool.down.num_slots - 1 - layer.slot_of).to(torch.int32)
+    after = moe_layer(layer.x, layer.ids, layer.weights, moved, layer.pool, SILU, config)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combine(device, dtype) -> None:
+    ids = torch.tensor([[0, 2], [1, 0], [2, 2]], device=device)
+    slot_of = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
+    outputs = torch.randn(6, 1030, device=device).to(dtype)
+    outputs[ids.flatten() == 1] = torch.nan
+    weights = torch.randn(3, 2, device=device)
+    got, expected = (torch.full((3, 1030), torch.nan, device=device) for _ in range(2))
+    combine(outputs, ids, weights, slot_of, got)
+    combine_reference(outputs, ids, weights, slot_of, expected)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_the_configuration_chosen_by_default(device, num_tokens) -> None:
+    check(make_layer(num_tokens, 2, 2, 128, 64, device, routing="all"), None)
+
+
+def test_choice_follows_tokens_per_expert() -> None:
+    assert choose(90, "plain", 1, 8, 128) == choose(90, "plain", 8, 8, 128)
+    assert choose(90, "plain", 16, 2, 8).gate_up.block_t == 16
+    assert choose(90, "plain", 128, 2, 8).gate_up.block_t == 32
+    assert choose(90, "plain", 4096, 2, 8).gate_up.block_t == 128
+    assert choose(80, "int4", 4096, 2, 8).gate_up.block_t == 64

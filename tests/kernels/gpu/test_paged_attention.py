@@ -1,0 +1,88 @@
+"""Paged decoding against the float64 reference; unused pages hold NaN, so that reading one shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
+from moe_serve_kernels.gpu import paged_attention as module
+from moe_serve_kernels.gpu.paged_attention import paged_decode
+
+SHAPES = [
+    # sequences, longest context, KV heads, group, key dim, value dim, page size
+    (3, 40, 2, 4, 32, 32, 16),
+    (1, 1, 1, 1, 64, 64, 16),
+    (2, 70, 2, 3, 24, 16, 8),
+    (2, 50, 1, 8, 192, 128, 16),
+    (3, 19, 1, 20, 16, 48, 5),
+]
+
+
+def case(seqs, longest, kv_heads, groups, key_dim, value_dim, page_size, device, dtype=torch.float32):
+    width = -(-longest // page_size)
+    pages = torch.randperm(seqs * width + 3)
+    table = pages[: seqs * width].view(seqs, width).contiguous()
+    lengths = torch.linspace(longest, max(1, longest // 3), seqs).long()
+    keys = torch.full((kv_heads, len(pages) * page_size, key_dim), torch.nan)
+    values = torch.full((kv_heads, len(pages) * page_size, value_dim), torch.nan)
+    for n in range(seqs):
+        positions = torch.arange(int(lengths[n]))
+        slots = table[n][positions // page_size] * page_size + positions % page_size
+        keys[:, slots] = torch.randn(kv_heads, len(slots), key_dim)
+        values[:, slots] = torch.randn(kv_heads, len(slots), value_dim)
+    query = torch.randn(seqs, kv_heads * groups, key_dim)
+    return *(t.to(device, dtype) for t in (query, keys, values)), table.to(device), lengths.to(device)
+
+
+def check(tensors, page_size, tolerance, **settings) -> None:
+    query, keys, values, table, lengths = tensors
+    got = paged_decode(query, keys, values, table, lengths, page_size=page_size, **settings)
+    wide = (query.double(), keys.double(), values.double(), table, lengths)
+    expected = paged_decode_reference(*wide, page_size=page_size, **settings)
+    assert got.dtype == query.dtype
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_shapes(device, shape, window, with_sinks) -> None:
+    tensors = case(*shape, device)
+    sinks = torch.randn(tensors[0].shape[1], device=device) if with_sinks else None
+    check(tensors, shape[-1], 5e-6, scale=0.2, window=window, sinks=sinks)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_narrow_types(device, dtype, tolerance) -> None:
+    check(case(*SHAPES[0], device, dtype), 16, tolerance, scale=0.2)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_several_splits(device, window, with_sinks, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SPLIT_TOKENS", 64)
+    tensors = case(2, 150, 1, 2, 16, 16, 16, device)
+    sinks = torch.randn(2, device=device) if with_sinks else None
+    check(tensors, 16, 5e-6, scale=0.3, window=window, sinks=sinks)
+
+
+def test_large_scores_do_not_overflow(device) -> None:
+    query, *others = case(*SHAPES[0], device)
+    check((query * 300, *others), 16, 1e-3, scale=1.0)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(device) -> None:
+    """Nor on how wide the page table is."""
+    query, keys, values, table, lengths = case(*SHAPES[0], device)
+    settings = {"page_size": 16, "scale": 0.2}
+    together = paged_decode(query, keys, values, table, lengths, **settings)
+    wider = torch.nn.functional.pad(table[1:2], (0, 60))
+    alone = paged_decode(query[1:2], keys, values, wider, lengths[1:2], **settings)
+    assert torch.equal(together[1:2], alone)
+
+
+def test_no_sequences(device) -> None:
+    query, keys, values, table, lengths = case(*SHAPES[0], device)
+    out = paged_decode(query[:0], keys, values, table[:0], lengths[:0], page_size=16, scale=1.0)
+    assert out.shape == (0, 8, 32)

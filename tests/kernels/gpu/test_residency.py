@@ -1,0 +1,75 @@
+"""The device-side cache: every step's state bit-equal to the reference's, and the copies what the plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_serve_kernels.gpu.residency import Residency, copy_experts, new_residency, plan, plan_reference
+
+LAYERS, EXPERTS = 2, 6
+
+
+def clone(state: Residency) -> Residency:
+    changes = {f.name: getattr(state, f.name).clone() for f in dataclasses.fields(state) if f.name != "num_experts"}
+    return dataclasses.replace(state, **changes)
+
+
+def assert_equal(got: Residency, expected: Residency) -> None:
+    for field in dataclasses.fields(got):
+        a, b = getattr(got, field.name), getattr(expected, field.name)
+        assert a == b if field.name == "num_experts" else torch.equal(a, b), f"{field.name}: {a} is not {b}"
+
+
+@pytest.mark.parametrize("pools", [[(0, 4), (4, 8)], [(0, 5), (0, 5)], [(0, 2), (2, 4)]], ids=["own", "one", "few"])
+def test_plans_like_the_reference(device, pools) -> None:
+    """Pools of their own, one pool for both layers, and pools with fewer slots than a step has experts."""
+    state = new_residency(LAYERS, EXPERTS, 8, device)
+    expected = clone(state)
+    for step in range(24):
+        layer = step % LAYERS
+        ids = torch.rand(2, EXPERTS).topk(2).indices.to(device)
+        plan(state, layer, ids, pools[layer])
+        plan_reference(expected, layer, ids, pools[layer])
+        assert_equal(state, expected)
+        here = state.of_layer(layer)[ids.flatten().unique()]
+        assert int((here < 0).sum()) == int(state.counts[1])
+
+
+def test_slots_and_owners_agree(device) -> None:
+    state = new_residency(LAYERS, EXPERTS, 5, device)
+    for step in range(12):
+        plan(state, step % LAYERS, torch.rand(1, EXPERTS).topk(3).indices.to(device), (0, 5))
+        owned = {int(owner): slot for slot, owner in enumerate(state.owner_of) if owner >= 0}
+        assert owned == {key: int(slot) for key, slot in enumerate(state.slot_of) if slot >= 0}
+
+
+def test_no_tokens_change_nothing_but_the_clock(device) -> None:
+    state = new_residency(LAYERS, EXPERTS, 4, device)
+    plan(state, 0, torch.empty(0, 2, dtype=torch.int64, device=device), (0, 4))
+    assert int(state.clock) == 1
+    assert state.counts.tolist() == [0, 0, 0]
+    assert bool((state.slot_of < 0).all())
+
+
+@pytest.mark.parametrize("num_bytes", [16, 48, 40_000])
+def test_copies(device, num_bytes) -> None:
+    """What is wanted is copied from its address; every other slot keeps its bytes."""
+    hosts = torch.randint(0, 255, (LAYERS * EXPERTS, num_bytes), dtype=torch.uint8)
+    if device.type == "cuda":
+        hosts = hosts.pin_memory()
+    sources = torch.tensor([row.data_ptr() for row in hosts], device=device)
+    slots = torch.full((4, num_bytes), 255, dtype=torch.uint8, device=device)
+    state = new_residency(LAYERS, EXPERTS, 4, device)
+    plan(state, 1, torch.tensor([[3, 0]], device=device), (1, 4))
+    copy_experts(state, sources, slots)
+    for expert in (0, 3):
+        assert torch.equal(slots[int(state.of_layer(1)[expert])].cpu(), hosts[EXPERTS + expert])
+    assert bool((slots[0] == 255).all())
+    assert bool((slots[3] == 255).all())
+    plan(state, 1, torch.tensor([[3, 0]], device=device), (1, 4))
+    slots.fill_(7)
+    copy_experts(state, sources, slots)
+    assert bool((slots == 7).all()), "a hit was copied"
