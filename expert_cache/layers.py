@@ -61,7 +61,15 @@ class ExpertLayers:
         Tokens whose expert cannot be read get zeros, and `take_failures` tells which.
         """
         groups = regroup(ids, self.experts.store.num_experts)
-        out = self.compute.result_like(hidden, ids.numel())
+        by_pair = self.run_pairs(layer, hidden, groups)
+        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+
+    def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
+        """Each pair's expert applied to its token: hidden [T, H] -> [P, H] in the order of pairs, float32 at least.
+
+        Pairs whose expert cannot be read get zeros; see `run`.
+        """
+        out = self.compute.result_like(hidden, len(groups.pairs))
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
             if self.advisor is not None:
@@ -72,8 +80,7 @@ class ExpertLayers:
             raise
         for expert, error in wanted.failed.items():
             self._fail(groups, expert, error, out)
-        by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
-        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+        return torch.empty_like(out).index_copy_(0, groups.pairs, out)
 
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers

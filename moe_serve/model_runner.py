@@ -46,7 +46,7 @@ class ModelRunner:
         )
         self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
-        self._eos = eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         experts.connect(self.model, self.expert_layers)
 
@@ -82,7 +82,7 @@ class ModelRunner:
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)
-        tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self._eos)
+        tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self.eos_token_ids)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()}

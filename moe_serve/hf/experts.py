@@ -1,7 +1,7 @@
 """SlottedExperts: stands where transformers' experts class stood, without any parameters.
 
 transformers builds it while loading, so expert weights never enter the dense model; afterwards
-`connect` tells each instance its decoder layer and the ExpertLayers to call. Knows no weights.
+`connect` tells each instance its decoder layer and whom to call. Knows no weights.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
-
-from expert_cache.layers import ExpertLayers
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 _registry_lock = threading.Lock()
 """transformers' patch registry is process-wide; two loads at once would see each other's entry."""
 
 
+class RunsExperts(Protocol):
+    """ExpertLayers, or what divides their work among ranks."""
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: ...
+
+
 class SlottedExperts(nn.Module):
-    """The call a MoE block makes to its experts, handed on to ExpertLayers."""
+    """The call a MoE block makes to its experts, handed on to whoever runs them."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.layer_idx = -1
-        self.layers: ExpertLayers | None = None
+        self.layers: RunsExperts | None = None
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
@@ -50,7 +54,7 @@ def find_experts(model: nn.Module) -> dict[int, SlottedExperts]:
     return found
 
 
-def connect(model: nn.Module, layers: ExpertLayers) -> None:
+def connect(model: nn.Module, layers: RunsExperts) -> None:
     """Tell every SlottedExperts of `model` its layer and whom to call."""
     for layer, module in find_experts(model).items():
         module.layer_idx = layer

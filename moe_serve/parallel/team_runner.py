@@ -1,0 +1,63 @@
+"""TeamRunner: the engine's Runner whose work is done by a team of ranks. Knows plans; knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from expert_cache.counters import ExpertTotals
+from moe_serve.batch_plan import BatchPlan, StepResult
+from moe_serve.config import EngineConfig
+from moe_serve.errors import InvalidRequestError
+from moe_serve.parallel.messages import PlanWriter, merge_results
+from moe_serve.parallel.prescheduling import Prescheduler
+from moe_serve.parallel.team import Team
+
+
+class TeamExperts:
+    """The ranks' expert caches as one, for statistics."""
+
+    belady_gap_frac = None
+    """Each rank has its own, and their mean means nothing."""
+    shadow_hits: Mapping[str, int] = {}
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self.experts = self.counters = self
+
+    def totals(self) -> ExpertTotals:
+        """Sums over ranks, as of their last answers."""
+        counted = [answer["experts"] for answer in self._team.counted.values()]
+        return ExpertTotals(**{name: sum(c[name] for c in counted) for name in counted[0]}) if counted else ExpertTotals()
+
+
+class TeamRunner:
+    """A plan goes to all ranks; what each of them sampled comes back as one StepResult."""
+
+    def __init__(self, team: Team, config: EngineConfig, prescheduler: Prescheduler) -> None:
+        self.team = team
+        self.config = config
+        self.prescheduler = prescheduler
+        self.expert_layers = TeamExperts(team)
+        self._writer = PlanWriter()
+
+    def forget(self) -> None:
+        """A new group of ranks knows no sequence."""
+        self._writer = PlanWriter()
+
+    def run(self, plan: BatchPlan) -> StepResult:
+        """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""
+        starts = {}
+        if self.team.parallel.ep_mode == "coherent":
+            decoding = [item.seq for item in plan.scheduled if item.count == 1]
+            starts = self.prescheduler.starts(decoding)
+        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, starts)})
+        return merge_results(plan, answers)
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Every rank gets this much. InvalidRequestError."""
+        for answer in self.team.ask_all({"op": "resize", "mib": moe_cache_mib}):
+            if "refused" in answer:
+                raise InvalidRequestError("mib", answer["refused"])
+
+    def close(self) -> None:
+        self.team.stop()
