@@ -90,7 +90,8 @@ class CoherentRunner:
         for rank, raw in enumerate(exchange.swap(0, "context", parts, incoming)):
             pieces = raw[:, 0].split([n * w for n, w in zip(numbers[rank], widths, strict=True)]) if rank in others else ()
             for layer, width, piece in zip(layers.values(), widths, pieces, strict=False):
-                _write(layer, piece.view(-1, width), slots)
+                if len(piece):
+                    _write(layer, piece.view(-1, width), slots)
 
 
 def _row_bytes(layer: LayerKV) -> int:

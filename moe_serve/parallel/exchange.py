@@ -64,6 +64,6 @@ def unpack(rows: torch.Tensor, *kinds: tuple[int, torch.dtype]) -> list[torch.Te
     columns, start = [], 0
     for width, dtype in kinds:
         end = start + width * dtype.itemsize
-        columns.append(rows[:, start:end].contiguous().view(dtype).view(len(rows), width))
+        columns.append(rows[:, start:end].flatten().clone().view(dtype).view(len(rows), width))  # clone: aligned
         start = end
     return columns

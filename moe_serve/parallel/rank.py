@@ -81,8 +81,10 @@ def _serve(channel: Channel, place: Place, config: EngineConfig, parallel: Paral
 
 def _load(place: Place, config: EngineConfig, parallel: ParallelConfig) -> Any:
     """The worker; torch is imported only now, so that a wrong environment is found at once."""
+    from moe_serve.parallel.rank_model import join_group
     from moe_serve.parallel.worker import Worker
 
+    join_group(place, parallel, config)
     return Worker(place, config, parallel)
 
 

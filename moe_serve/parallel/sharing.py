@@ -95,7 +95,7 @@ class SharedLayers:
             token_of = pairs.div(ids.shape[1], rounding_mode="floor")
             groups = regroup_pairs(ids.flatten()[pairs], token_of, self.local.experts.store.num_experts)
             outputs.index_copy_(0, pairs, self.local.run_pairs(layer, hidden, groups))
-        partial = (outputs.view(*ids.shape, -1) * weights[..., None]).sum(dim=1)
+        partial = (outputs.view(*ids.shape, hidden.shape[1]) * weights[..., None]).sum(dim=1)
         for row, error in self.local.take_failures().items():
             if num_own is not None and row >= num_own:
                 partial[row] = float("nan")

@@ -22,10 +22,9 @@ from moe_serve.parallel.rank_runner import ConventionalRunner, RankRunner
 
 
 class Worker:
-    """One rank, loaded and connected to the others."""
+    """One rank, loaded; the process group must have been joined (rank_model.join_group)."""
 
     def __init__(self, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
-        rank_model.join_group(place, parallel, config)
         self._runner, self._shared = rank_model.load(config, parallel, place)
         pages, context = rank_model.smallest(
             [self._runner.config.num_kv_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
