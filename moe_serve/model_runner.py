@@ -82,7 +82,9 @@ class ModelRunner:
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         logits = self._forward(batch)
-        tokens, logprobs = sampler.sample(logits, [seqs[i] for i in batch.sample_order], self.config.seed, self.eos_token_ids)
+        tokens, logprobs = sampler.sample(
+            logits, [seqs[i] for i in batch.sample_order], self.config.seed, self.eos_token_ids
+        )
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()}

@@ -5,6 +5,7 @@ JSON rather than pickle: whoever reaches the port can send nonsense but cannot r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -67,10 +68,8 @@ class Channel:
 
     def close(self) -> None:
         """Both sides' next receive ends."""
-        try:
+        with contextlib.suppress(OSError):  # the other side may have been quicker
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was quicker
         self._socket.close()
 
 

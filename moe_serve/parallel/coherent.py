@@ -43,7 +43,13 @@ class Travellers:
 
     def packed(self) -> torch.Tensor:
         """[T, W] uint8."""
-        small = (self.ids.short(), self.ranks.to(torch.uint8), self.weights, self.rows.int(), self.homes.to(torch.uint8))
+        small = (
+            self.ids.short(),
+            self.ranks.to(torch.uint8),
+            self.weights,
+            self.rows.int(),
+            self.homes.to(torch.uint8),
+        )
         return pack(self.hidden, *small)
 
     def with_arrivals(self, raw: torch.Tensor) -> Travellers:
@@ -70,9 +76,7 @@ class Meeting:
         self._shared = shared
         self._losses = losses
 
-    def run(
-        self, layer: int, here: Travellers, norm: torch.nn.Module
-    ) -> tuple[Travellers, torch.Tensor]:
+    def run(self, layer: int, here: Travellers, norm: torch.nn.Module) -> tuple[Travellers, torch.Tensor]:
         """The tokens whose home is now here, by ascending row, and what their experts gave: float32 [T, H]."""
         exchange, index = self._shared.exchange, self._shared.index(layer)
         me = exchange.rank

@@ -87,7 +87,7 @@ class CoherentModel:
 class _LayerStep:
     """Takes the place of one decoder layer's forward."""
 
-    def __init__(self, owner: CoherentModel, layer: nn.Module, index: int, moving: bool, is_last: bool) -> None:
+    def __init__(self, owner: CoherentModel, layer: Any, index: int, moving: bool, is_last: bool) -> None:
         self._owner = owner
         self._index = index
         self._moving = moving
@@ -128,7 +128,9 @@ class _LayerStep:
         return _select(arguments, walk.rows, total), kept
 
     def _move(self, walk: Walk, hidden: torch.Tensor, arguments: Any, settings: dict[str, Any]) -> torch.Tensor:
-        home, given = self._owner.meeting.run(self._index, self._travellers(walk, hidden, arguments, settings), self._norm)
+        home, given = self._owner.meeting.run(
+            self._index, self._travellers(walk, hidden, arguments, settings), self._norm
+        )
         walk.rows = home.rows
         if not len(home.rows):
             return home.hidden[None]

@@ -17,7 +17,7 @@ from moe_serve.model_runner import ModelRunner
 from moe_serve.parallel.coherent import Meeting
 from moe_serve.parallel.coherent_layers import CoherentModel, Walk
 from moe_serve.parallel.exchange import pack, unpack
-from moe_serve.parallel.messages import RankStep
+from moe_serve.parallel.messages import RankStep, Sampled
 from moe_serve.parallel.rank_runner import Outcome
 from moe_serve.parallel.sharing import LossNotes, SharedLayers
 
@@ -60,7 +60,7 @@ class CoherentRunner:
         rows = (torch.tensor(starts, device=device) == self._exchange.rank).nonzero()[:, 0]
         return Walk(batch, rows, torch.tensor(pinned, device=device), torch.empty(0, dtype=torch.int64, device=device))
 
-    def _sample(self, step: RankStep, walk: Walk, logits: torch.Tensor) -> dict[int, tuple[int, object]]:
+    def _sample(self, step: RankStep, walk: Walk, logits: torch.Tensor) -> dict[int, Sampled]:
         """Tokens of the sequences whose last row is here, by index of the step's items."""
         if not len(logits):
             return {}
@@ -78,18 +78,16 @@ class CoherentRunner:
     def _share_context(self, walk: Walk) -> None:
         """Give every other rank the keys and values that were computed here, all layers in one collective."""
         exchange, layers = self._exchange, self._runner.kv_cache.layers
+        slots, widths = walk.batch.kv_slots, [_row_bytes(layer) for layer in layers.values()]
+        sent = torch.cat([_read(layer, walk.visited[i], slots).flatten() for i, layer in layers.items()])[:, None]
         numbers = exchange.counts(0, [len(walk.visited[i]) for i in layers])
-        slots = walk.batch.kv_slots
-        flat = [_read(layers[i], walk.visited[i], slots).flatten() for i in layers]
-        sent = torch.cat(flat)[:, None]
-        others = [r for r in range(exchange.num_ranks) if r != exchange.rank]
-        widths = [_row_bytes(layer) for layer in layers.values()]
-        sizes = [sum(n * w for n, w in zip(row, widths, strict=True)) for row in numbers]
-        parts = [sent if r in others else sent[:0] for r in range(exchange.num_ranks)]
-        incoming = [sizes[r] if r in others else 0 for r in range(exchange.num_ranks)]
-        for rank, raw in enumerate(exchange.swap(0, "context", parts, incoming)):
-            pieces = raw[:, 0].split([n * w for n, w in zip(numbers[rank], widths, strict=True)]) if rank in others else ()
-            for layer, width, piece in zip(layers.values(), widths, pieces, strict=False):
+        numbers[exchange.rank] = [0] * len(layers)
+        parts = [sent] * exchange.num_ranks
+        parts[exchange.rank] = sent[:0]
+        pieces = [[n * w for n, w in zip(row, widths, strict=True)] for row in numbers]
+        received = exchange.swap(0, "context", parts, [sum(sizes) for sizes in pieces])
+        for raw, sizes in zip(received, pieces, strict=True):
+            for layer, width, piece in zip(layers.values(), widths, torch.split(raw[:, 0], sizes), strict=True):
                 if len(piece):
                     _write(layer, piece.view(-1, width), slots)
 

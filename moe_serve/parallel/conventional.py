@@ -1,4 +1,4 @@
-"""Conventional expert parallelism: tokens go out to their experts' ranks and partial sums come back, in every MoE layer.
+"""Conventional expert parallelism: in every MoE layer tokens go to their experts' ranks and partial sums come back.
 
 A token goes once to each rank, however many of its choices are there, and one partial sum comes back from each.
 Knows the layer call that Hugging Face's blocks make; knows no sequences.
@@ -64,7 +64,7 @@ class ConventionalLayers:
         )
         everyone = [torch.cat(pair) for pair in zip(own, (hidden, ids.long(), weights), strict=True)]
         partial = shared.run_share(layer, everyone[0], everyone[1], everyone[2], self._losses, num_own)
-        answers = partial[num_own:].split([len(part) for part in visitors])
+        answers = torch.split(partial[num_own:], [len(part) for part in visitors])
         back = shared.exchange.swap(
             shared.index(layer), "combine", [pack(part) for part in answers], [len(rows) for rows in rows_for]
         )

@@ -7,6 +7,7 @@ client sees a pause. A request that sees MAX_LOSSES of them ends with an error: 
 from __future__ import annotations
 
 from moe_serve.engine import Engine
+from moe_serve.errors import EngineDeadError
 from moe_serve.parallel.team import RankLostError
 from moe_serve.parallel.team_runner import TeamRunner
 from moe_serve.sequence import Request, SampleOutput, Sequence
@@ -45,12 +46,14 @@ class ParallelEngine(Engine):
         return tokens
 
     def step(self) -> list[SampleOutput]:
-        """As Engine.step. A lost rank costs time; EngineDeadError if the ranks cannot be brought back."""
-        generation = self.team.wait_until_ready()
-        if generation != self._generation:
-            self._start_over(generation)
+        """As Engine.step. A lost rank costs time; if the ranks cannot be brought back, every request ends."""
         try:
+            generation = self.team.wait_until_ready()
+            if generation != self._generation:
+                self._start_over(generation)
             return super().step()
+        except EngineDeadError as error:
+            return [self._fail(seq, error.message) for seq in list(self.scheduler.live())]
         except RankLostError as error:
             return self._count_loss(error)
 

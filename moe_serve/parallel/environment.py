@@ -1,4 +1,4 @@
-"""A process's place among the ranks, from the variables that the deepspeed launcher and torchrun set. Knows no torch."""
+"""A process's place among the ranks, from the variables that deepspeed's launcher and torchrun set. Knows no torch."""
 
 from __future__ import annotations
 

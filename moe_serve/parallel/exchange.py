@@ -46,7 +46,7 @@ class Exchange:
         received = torch.empty(sum(num_incoming), width, dtype=torch.uint8, device=self.device)
         dist.all_to_all_single(received, sent, list(num_incoming), [len(part) for part in parts])
         self._book(layer, kind, sent.nbytes)
-        return list(received.split(list(num_incoming)))
+        return list(torch.split(received, list(num_incoming)))
 
     def _book(self, layer: int, kind: str, num_bytes: int) -> None:
         self.traffic.sent_bytes[kind][layer] += num_bytes

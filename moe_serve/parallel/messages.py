@@ -7,7 +7,8 @@ what was added since the step before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ def params_to_json(params: SamplingParams) -> dict[str, Any]:
 
 
 def params_from_json(data: Mapping[str, Any]) -> SamplingParams:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     values["logit_bias"] = dict(data.get("logit_bias", ()))
     return SamplingParams(**values)
 
@@ -110,9 +111,7 @@ class PlanReader:
 
 def _mirror(entry: Mapping[str, Any]) -> Sequence:
     tokens = entry["tokens"]
-    request = Request(
-        entry["request_id"], tuple(tokens[: entry["num_prompt"]]), params_from_json(entry["params"])
-    )
+    request = Request(entry["request_id"], tuple(tokens[: entry["num_prompt"]]), params_from_json(entry["params"]))
     seq = Sequence(request, entry["index"], list(tokens), entry["max_total_tokens"])
     seq.home_rank = entry["home"]
     return seq

@@ -10,8 +10,10 @@ Shape alphabet: V vocabulary, L MoE layers, E experts, G ranks.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Sequence as Items
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +75,7 @@ def count_uses(tokens: Counts, ids: Counts, vocab_size: int, num_experts: int) -
     """tokens [N] and the experts ids [N, L, K] they went to -> how often each token id used each expert, [V, L, E]."""
     counts = np.zeros((vocab_size, ids.shape[1], num_experts), np.int64)
     for layer in range(ids.shape[1]):
-        np.add.at(counts, (tokens[:, None], layer, ids[:, layer]), 1)
+        np.add.at(counts[:, layer], (np.broadcast_to(tokens[:, None], ids[:, layer].shape), ids[:, layer]), 1)
     return counts
 
 
@@ -86,7 +88,7 @@ def load_uses(path: str, vocab_size: int, num_layers: int, num_experts: int) -> 
     """ConfigError names the field that does not fit the model."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            counts = data["token_experts"]
+            counts: npt.NDArray[Any] = data["token_experts"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"--ep-predictor {path}: token_experts cannot be read ({error})") from error
     wanted = (vocab_size, num_layers, num_experts)

@@ -8,6 +8,7 @@ that the process is alive. Knows no HTTP and no scheduling.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -60,10 +61,9 @@ def _beat(channel: Channel) -> None:
 def _report(channel: Channel, error: Exception) -> None:
     kind = "config" if isinstance(error, MoEServeError) else "crash"
     log.error("the rank ends: %s", error, exc_info=kind == "crash")
-    try:
-        channel.send({"op": "failed", "kind": kind, "message": f"{error}" if kind == "config" else repr(error)[:500]})
-    except ChannelClosed:
-        pass  # the front has gone: nobody is left to tell
+    text = f"{error}" if kind == "config" else repr(error)[:500]
+    with contextlib.suppress(ChannelClosed):  # the front may have gone
+        channel.send({"op": "failed", "kind": kind, "message": text})
 
 
 def _serve(channel: Channel, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:

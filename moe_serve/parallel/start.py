@@ -1,4 +1,4 @@
-"""From settings to an engine over ranks, started by ourselves or by a launcher. The one place that puts the parts together."""
+"""From settings to an engine over ranks, which a launcher or we ourselves start. Here the parts are put together."""
 
 from __future__ import annotations
 

@@ -7,10 +7,13 @@ and processes; knows no plans.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import queue
 import secrets
+import signal
 import threading
 import time
 from enum import StrEnum
@@ -58,6 +61,8 @@ class Team:
         self.state = TeamState.STARTING
         self.trouble = ""
         """What is wrong, in words, while the state is not ready."""
+        self.failed = False
+        """The ranks are lost and will not come back by themselves."""
         self.generation = 0
         """Counts groups: what ranks of an older one remembered is lost."""
         self.engine_config: EngineConfig | None = None
@@ -98,9 +103,9 @@ class Team:
         if self._spawner is not None:
             self._spawner.start(self._listener.address, self._secret)
         while len(self._links) < self.num_ranks:
-            link = self._listener.accept(WATCH_S)
-            if link is not None:
-                self._links[link.rank] = link
+            newcomer = self._listener.accept(WATCH_S)
+            if newcomer is not None:
+                self._links[newcomer.rank] = newcomer
             self._check_starting(deadline)
         settings = {"engine": dataclasses.asdict(self._config), "parallel": dataclasses.asdict(self.parallel)}
         self._send_all(settings)
@@ -227,7 +232,15 @@ class Team:
             self.state = TeamState.RECOVERING if may_restart else TeamState.FAILED
             self.trouble = trouble
             self._changed.notify_all()
-        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "the service ends")
+        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "nothing can be served any more")
+        if not may_restart:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Under a launcher the process ends, so that the launcher can start everything again."""
+        self.failed = True
+        if self._spawner is None:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _recover(self) -> None:
         started = time.monotonic()
@@ -238,6 +251,7 @@ class Team:
             with self._changed:
                 if self.state is not TeamState.STOPPED:
                     self.state = TeamState.FAILED
+                self.failed = self.state is TeamState.FAILED
                 self.trouble = f"{self.trouble}; starting again failed: {error}"
                 self._changed.notify_all()
         else:
@@ -251,10 +265,8 @@ class Team:
             self.state = TeamState.STOPPED
             self._changed.notify_all()
         for link in self._links.values():
-            try:
+            with contextlib.suppress(ChannelClosed):  # it may have gone already
                 link.channel.send({"op": "stop"})
-            except ChannelClosed:
-                pass  # it has gone already
         if self._watcher.is_alive() and self._watcher is not threading.current_thread():
             self._watcher.join()
         for link in self._links.values():

@@ -27,7 +27,8 @@ class TeamExperts:
     def totals(self) -> ExpertTotals:
         """Sums over ranks, as of their last answers."""
         counted = [answer["experts"] for answer in self._team.counted.values()]
-        return ExpertTotals(**{name: sum(c[name] for c in counted) for name in counted[0]}) if counted else ExpertTotals()
+        names = counted[0] if counted else {}
+        return ExpertTotals(**{name: sum(each[name] for each in counted) for name in names})
 
 
 class TeamRunner:

@@ -39,4 +39,5 @@ class Traffic:
 
     def by_layer(self) -> list[int]:
         """Bytes sent per MoE layer, all kinds."""
-        return sum(self.sent_bytes.values(), np.zeros_like(self.collectives)).tolist()
+        layers: list[int] = sum(self.sent_bytes.values(), np.zeros_like(self.collectives)).tolist()
+        return layers

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from moe_serve.async_engine import AsyncEngine, EngineState
 from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
 from moe_serve.sequence import Request, SamplingParams
-from moe_serve.server import chat, completions, http_errors, sse
+from moe_serve.server import chat, completions, http_errors, ranks, sse
 from moe_serve.server.chat import ChatShapes
 from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
 from moe_serve.server.completions import CompletionShapes
@@ -77,6 +77,7 @@ def create_app(
     _add_tokenization(app, service)
     _add_operation(app, service)
     _add_information(app, service)
+    ranks.install(app, engine.engine, metrics.registry)
     return app
 
 
@@ -227,6 +228,9 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         """200 while requests are served, 503 while draining or dead."""
         state = service.engine.state
+        trouble = ranks.trouble_of(service.engine.engine)
+        if trouble is not None and state is EngineState.READY:
+            return JSONResponse(trouble, 503)
         return JSONResponse({"status": state}, 200 if state is EngineState.READY else 503)
 
     @app.get("/version")

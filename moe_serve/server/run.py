@@ -18,21 +18,24 @@ from moe_serve import __version__
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
 from moe_serve.engine import Engine
-from moe_serve.errors import ConfigError
+from moe_serve.errors import ConfigError, EngineDeadError
 from moe_serve.generation_defaults import read_generation_defaults
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.start import make_engine
+from moe_serve.server import ranks
 from moe_serve.server.app import create_app
 
 log = logging.getLogger("moe_serve")
 
 
-def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
+def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_config: ParallelConfig) -> None:
     """Serve until SIGINT or SIGTERM; requests in flight get a few seconds to finish."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
     started = time.monotonic()
     log.info("loading %s", engine_config.model)
-    engine = Engine.from_config(engine_config)
+    engine = make_engine(engine_config, parallel_config)
     _log_engine(engine, time.monotonic() - started)
     name = server_config.served_model_name or model_name_of(engine_config.model)
     app = create_app(
@@ -48,6 +51,9 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
     )
     _announce(server_config.host, bound.getsockname()[1], name)
     asyncio.run(server.serve(sockets=[bound]))
+    team = ranks.team_of(engine)
+    if team is not None and team.failed:  # a launcher that may start everything again must see a failure
+        raise EngineDeadError(team.trouble)
 
 
 def model_name_of(folder: str) -> str:

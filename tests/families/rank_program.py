@@ -89,9 +89,7 @@ def lead(worker: Worker, parallel: ParallelConfig, case: dict[str, Any]) -> dict
     return {"tokens": tokens, "traffic": traffic}
 
 
-def affinity(
-    worker: Worker, parallel: ParallelConfig, case: dict[str, Any], spec: ModelSpec
-) -> TokenAffinity | None:
+def affinity(worker: Worker, parallel: ParallelConfig, case: dict[str, Any], spec: ModelSpec) -> TokenAffinity | None:
     """A table of random counts: it predicts nothing, and tokens must not care."""
     if case.get("predictor_seed") is None:
         return None
