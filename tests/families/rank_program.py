@@ -110,6 +110,7 @@ def main() -> None:
         with torch.inference_mode():
             worker = Worker(place, EngineConfig(model=case["folder"], **case["engine"]), parallel)
             if place.is_first:
+                print(len(results), case["parallel"], file=sys.stderr, flush=True)
                 results.append(lead(worker, parallel, case))
             else:
                 follow(worker)

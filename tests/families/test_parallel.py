@@ -36,7 +36,7 @@ ROOT = PROGRAM.parents[2]
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
 """Two and three choices, shared experts and a dense first layer, latent attention, sinks and windows."""
 GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
-LAUNCH_S = 150
+LAUNCH_S = 240
 
 
 def launch(command: list[str], cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -45,10 +45,7 @@ def launch(command: list[str], cases: list[dict[str, Any]], folder: Path) -> lis
     job.write_text(json.dumps({"cases": cases, "output": str(folder / "out.json")}))
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_WAIT_POLICY": "passive"}
     environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
-    done = subprocess.run(
-        [*command, str(PROGRAM), str(job)], env=environ, timeout=LAUNCH_S, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    subprocess.run([*command, str(PROGRAM), str(job)], env=environ, timeout=LAUNCH_S, check=True)
     results: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
     return results
 
@@ -104,10 +101,10 @@ def variants(folder: Path, checkpoint: Path) -> list[dict[str, Any]]:
     """Both modes, with every kind of placement; a predictor that knows nothing; a cache smaller than the share."""
     planned = write_plan(folder, checkpoint, 0, 0)
     replicated = write_plan(folder, checkpoint, 1, 2)
-    found = [
+    found: list[dict[str, Any]] = [
         {"parallel": {"ep_mode": mode, "expert_plan": plan}}
+        for plan in (replicated, planned, None)
         for mode in ("conventional", "coherent")
-        for plan in (None, planned, replicated)
     ]
     found.append({"parallel": {"ep_mode": "coherent", "expert_plan": planned}, "predictor_seed": 3})
     found.append({"parallel": {"ep_mode": "conventional", "expert_plan": planned}, "predictor_seed": 4})
@@ -124,7 +121,11 @@ def test_tokens_identical(
     cases = []
     for family in FAMILIES:
         chosen = variants(tmp_path, checkpoint(family))
-        for variant in chosen if launcher is deepspeed else chosen[1::4]:
+        if launcher is torchrun:
+            chosen = chosen[1:3]
+        elif family != FAMILIES[0]:
+            chosen = chosen[:6]
+        for variant in chosen:
             engine = {**SMALL_ENGINE, "max_num_batched_tokens": 48, **variant.get("engine", {})}
             settings = {"folder": str(checkpoint(family)), "prompts": reference(family).prompts, "params": GREEDY}
             cases.append({**settings, **variant, "engine": engine, "family": family})
