@@ -61,7 +61,7 @@ def _beat(channel: Channel) -> None:
 def _report(channel: Channel, error: Exception) -> None:
     kind = "config" if isinstance(error, MoEServeError) else "crash"
     log.error("the rank ends: %s", error, exc_info=kind == "crash")
-    text = f"{error}" if kind == "config" else repr(error)[:500]
+    text = f"{error}" if kind == "config" else f"{type(error).__name__}: {error}"[:200]
     with contextlib.suppress(ChannelClosed):  # the front may have gone
         channel.send({"op": "failed", "kind": kind, "message": text})
 

@@ -36,12 +36,9 @@ class Spawner:
             )
 
     def first_dead(self) -> tuple[int, int] | None:
-        """(rank, exit status) of a rank whose process has ended."""
-        for rank, process in enumerate(self._processes):
-            status = process.poll()
-            if status is not None:
-                return rank, status
-        return None
+        """(rank, exit status) of a rank whose process has ended; one that was killed before those it took along."""
+        dead = [(p.returncode, rank) for rank, p in enumerate(self._processes) if p.poll() is not None]
+        return (min(dead)[1], min(dead)[0]) if dead else None
 
     def stop(self) -> None:
         """End all at once: a rank may wait for another in a collective, or be stopped, and would not listen."""

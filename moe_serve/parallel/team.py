@@ -182,7 +182,10 @@ class Team:
 
     def _checked(self, rank: int, answer: Message, number: int) -> Message:
         if answer["op"] == "failed":
-            self._lose(f"rank {rank} failed: {answer['message']}")
+            time.sleep(WATCH_S)  # a rank often fails because another has just died, and that one is the news
+            dead = self._spawner.first_dead() if self._spawner is not None else None
+            is_cause = dead is None or dead[1] >= 0
+            self._lose(f"rank {rank} failed: {answer['message']}" if is_cause else self._find_trouble())
             raise RankLostError(self.trouble)
         assert answer["n"] == number, f"rank {rank} answers step {answer['n']} instead of {number}"
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from expert_cache.counters import ExpertTotals
 from moe_serve.batch_plan import BatchPlan, StepResult
@@ -22,13 +23,25 @@ class TeamExperts:
 
     def __init__(self, team: Team) -> None:
         self._team = team
+        self._last = self._before = ExpertTotals()
         self.experts = self.counters = self
 
     def totals(self) -> ExpertTotals:
-        """Sums over ranks, as of their last answers."""
+        """Sums over ranks, as of their last answers, and over the groups of ranks there have been."""
+        now = self._of_group()
+        if now.hits < self._last.hits:  # a new group counts from zero
+            self._before = _plus(self._before, self._last)
+        self._last = now
+        return _plus(self._before, now)
+
+    def _of_group(self) -> ExpertTotals:
         counted = [answer["experts"] for answer in self._team.counted.values()]
         names = counted[0] if counted else {}
         return ExpertTotals(**{name: sum(each[name] for each in counted) for name in names})
+
+
+def _plus(left: ExpertTotals, right: ExpertTotals) -> ExpertTotals:
+    return ExpertTotals(*(getattr(left, f.name) + getattr(right, f.name) for f in fields(ExpertTotals)))
 
 
 class TeamRunner:
