@@ -39,6 +39,7 @@ class Link:
                     self.answers.put(message)
         except ChannelClosed:
             self.closed = True
+            self.channel.close()
 
 
 class Listener:

@@ -13,6 +13,7 @@ import torch
 
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
+from moe_serve.kv_cache import LayerKV
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.coherent_runner import CoherentRunner
 from moe_serve.parallel.config import ParallelConfig
@@ -31,6 +32,9 @@ class Worker:
         )
         self.config = dataclasses.replace(self._runner.config, num_kv_pages=pages, max_model_len=context)
         self.layers = self._shared.layers
+        layers = self._runner.kv_cache.layers.values()
+        self.kv_sizes = sum(_kv_elements(layer) for layer in layers), len(layers)
+        """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
         mode = CoherentRunner if parallel.ep_mode == "coherent" else ConventionalRunner
         self._mode: RankRunner = mode(self._runner, self._shared)
         self._reader = PlanReader()
@@ -57,3 +61,9 @@ class Worker:
             "layer_bytes": traffic.by_layer(),
             "experts": dataclasses.asdict(totals),
         }
+
+
+def _kv_elements(layer: LayerKV) -> int:
+    """Of one token."""
+    heads, _, key_dim = layer.keys.shape
+    return int(heads) * (int(key_dim) + layer.values.shape[2])
