@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="prompts served, and as many to plan from")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--effort", type=int, default=4, help="of the planner")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of variants")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it too")
@@ -127,8 +128,9 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
         problem = PlacementProblem.from_routes(
             planning, llm.engine.spec.num_experts, Topology.even(num_ranks), "all", spare_slots=spare
         )
-        save_plan(find_plan(problem, "auto", effort=10, time_limit_s=60.0), folder / f"{name}.json")
+        save_plan(find_plan(problem, "auto", effort=args.effort, time_limit_s=20.0), folder / f"{name}.json")
         plans[name] = str(folder / f"{name}.json")
+    print("planned", file=sys.stderr, flush=True)
     tokens = np.concatenate([tokens for tokens, _ in routes[: args.count]])
     uses = count_uses(tokens, planning.astype(np.int64), llm.engine.spec.vocab_size, llm.engine.spec.num_experts)
     llm.close()
