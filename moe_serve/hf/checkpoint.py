@@ -89,11 +89,18 @@ def open_experts(folder: str, family: Family, layers: list[int], spec: ModelSpec
     return store
 
 
-def check_headers(folder: str) -> None:
-    """Open every file once, so that a damaged one is reported by name before anything is loaded."""
+def dense_dtypes(folder: str, family: Family) -> set[str]:
+    """The stored dtypes of everything but experts, in safetensors' words, such as {"BF16"}.
+
+    Opens every file, so that a damaged one is reported by name before anything is loaded.
+    """
+    found = set()
     for file in safetensors_files(folder):
-        with _opened(file):
-            pass
+        with _opened(file) as handle:
+            names: list[str] = handle.keys()
+            dense = [name for name in names if family.match(name) is None]
+            found |= {handle.get_slice(name).get_dtype() for name in dense}
+    return found
 
 
 @contextmanager

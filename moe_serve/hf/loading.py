@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from expert_cache.store import ExpertStore
 from moe_serve.errors import CheckpointError, UnsupportedModelError
-from moe_serve.hf import attention
-from moe_serve.hf.checkpoint import check_headers, open_expert_file, open_experts
+from moe_serve.hf import attention, dense
+from moe_serve.hf.checkpoint import dense_dtypes, open_expert_file, open_experts
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
 from moe_serve.kv_cache import LayerKVShape
@@ -56,8 +56,10 @@ def load(
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
     family = find(hf_config.model_type)
-    check_headers(folder)
-    model = _load_dense(folder, hf_config, family, dtype).to(device)
+    keeps_bf16 = dense_dtypes(folder, family) == {"BF16"} and dense.is_available(device, dtype)
+    model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype).to(device)
+    if keeps_bf16:
+        dense.compute_in_float32(model)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
@@ -85,8 +87,8 @@ def _load_dense(folder: str, hf_config: Any, family: Family, dtype: torch.dtype)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     _check_loading_info(folder, info)
-    dense: nn.Module = model.eval()
-    return dense
+    loaded_model: nn.Module = model.eval()
+    return loaded_model
 
 
 def _check_loading_info(folder: str, info: Any) -> None:

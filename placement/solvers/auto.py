@@ -6,7 +6,10 @@ from placement.cost import Layout
 from placement.problem import PlacementProblem
 from placement.replicate import add_replicas
 from placement.run import Run
-from placement.solvers import chain, layer_states, load_balance, local_search, round_robin
+from placement.solvers import chain, layer_states, load_balance, local_search, round_robin, staged
+
+STAGES_SHARE = 0.6
+"""Of the time, where stages start the search."""
 
 
 def solve(problem: PlacementProblem, run: Run) -> Layout:
@@ -16,7 +19,16 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
     if layer_states.fits(problem):
         layer_states.solve(problem, run)
     else:
+        if problem.balanced and staged.applies(problem):
+            _start_in_stages(problem, run)
         local_search.solve(problem, run)
     assert run.best is not None
     run.offer(add_replicas(problem, run.best), "replicas")
     return run.best
+
+
+def _start_in_stages(problem: PlacementProblem, run: Run) -> None:
+    """Under a limit on load a search over all devices at once is easily stuck; one that first decides between few
+    large groups starts it elsewhere."""
+    stages = Run(problem, seed=run.seed, effort=run.effort, time_limit_s=run.left_s * STAGES_SHARE)
+    run.offer(staged.solve(problem, stages), "stages")

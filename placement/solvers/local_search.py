@@ -27,7 +27,7 @@ POOL = 24
 def solve(problem: PlacementProblem, run: Run) -> Layout:
     """`run.effort` starts, as many rounds of perturbation; deterministic by seed where time does not run out."""
     search = Search(problem, run)
-    search.start_from_current()
+    search.start_from_known()
     search.start(run.effort)
     search.recombine()
     search.polish_pairs()
@@ -59,8 +59,10 @@ class Search:
             self.run.offer(Layout(device_of), what)
         return is_best
 
-    def start_from_current(self) -> None:
-        """The plan in force, as it is and descended: with a price on moves the best is often near."""
+    def start_from_known(self) -> None:
+        """What other solvers found; and the plan in force, as with a price on moves the best is often near."""
+        if self.run.best is not None:
+            self.add(self.descend(self.run.best.device_of), "best so far, descended")
         if self.problem.current.size:
             current = fill(self.problem, self.problem.current)
             self.add(current, "current plan")

@@ -26,7 +26,7 @@ GROUP = 4
 def solve(problem: PlacementProblem, run: Run) -> Layout:
     """PlacementError where devices are not alike, or something is asked for that ExFlow does not have."""
     groups = _groups(problem)
-    if problem.slots.sum() != problem.num_experts or not problem.symmetric or len({g.size for g in groups}) > 1:
+    if not applies(problem):
         raise PlacementError(
             "solver", "staged needs alike devices, no pins, no moves to price, and E divisible by G; use auto"
         )
@@ -42,6 +42,12 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
     layout = Layout(_repair(problem, device_of))
     run.offer(layout, "staged")
     return layout
+
+
+def applies(problem: PlacementProblem) -> bool:
+    """Whether the problem has nothing that ExFlow does not have."""
+    alike = problem.symmetric and len({group.size for group in _groups(problem)}) == 1
+    return bool(alike and problem.slots.sum() == problem.num_experts)
 
 
 def _groups(problem: PlacementProblem) -> list[Ints]:

@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include <omp.h>
@@ -92,6 +93,7 @@ struct Segment {
 constexpr int64_t STREAM_MAX_TOKENS = 6;  // with more the blocked kernel is faster on every size measured
 constexpr int64_t BLOCK_ROWS = 64;    // of a weight, per task
 constexpr int64_t BLOCK_DEPTH = 128;  // columns of a panel: 16 KB of 32 rows
+constexpr int64_t LINEAR_TOKENS = 256;  // of one segment of a linear layer: enough to pay for packing its weights
 
 }  // namespace
 
@@ -223,6 +225,27 @@ extern "C" bool moe_serve_expert_mlp(const float* x, const int64_t* tokens, floa
     if (!place(layer, num_threads)) return false;
     gather(layer, num_threads);
     multiply(layer, true, true, out, num_threads);
+    return true;
+}
+
+// A plain linear layer: out [count, rows] = x [count, columns] @ down^T + down_bias, of an expert that has nothing else.
+// A row of `out` depends on its row of `x` and on `count`. False: out of memory.
+extern "C" bool moe_serve_linear(const float* x, const Expert* expert, float* out, int64_t count,
+                                 int32_t num_threads) {
+    Layer layer{x, nullptr, expert->down.rows, expert->down.columns, {}, {}, {}};
+    for (int64_t begin = 0; begin < count; begin += LINEAR_TOKENS) {
+        layer.segments.push_back(plan({expert, begin, std::min(count, begin + LINEAR_TOKENS)}));
+    }
+    if (!place(layer, num_threads)) return false;
+    std::vector<int64_t> order(static_cast<std::size_t>(std::min(count, LINEAR_TOKENS)));
+    std::iota(order.begin(), order.end(), 0);
+    const int64_t columns = layer.inner;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (count * columns > GATHER_ALONE)
+    for (std::size_t i = 0; i < layer.segments.size(); ++i) {
+        const Segment& segment = layer.segments[i];
+        segment.steps.gather(x + segment.begin * columns, order.data(), columns, segment.inner);
+    }
+    multiply(layer, false, true, out, num_threads);
     return true;
 }
 

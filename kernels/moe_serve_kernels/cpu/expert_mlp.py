@@ -66,15 +66,22 @@ class MLPWeights:
         matrices = (self.gate, self.up, self.down)
         assert self.gate.shape == self.up.shape == self.down.shape[::-1]
         assert all(m.stride(1) == 1 and m.dtype == self.gate.dtype in WEIGHT_DTYPES for m in matrices)
-        layout = array("q", [value for m in matrices for value in (m.data_ptr(), m.stride(0), *m.shape)])
+        layout = array("q", [value for matrix in matrices for value in matrix_layout(matrix)])
         for bias in (self.gate_bias, self.up_bias, self.down_bias):
-            layout.extend(_bias_layout(bias))
+            layout.extend(bias_layout(bias))
         layout.append(self.gate.dtype == torch.bfloat16)
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "address", layout.buffer_info()[0])
 
 
-def _bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
+def matrix_layout(matrix: torch.Tensor) -> tuple[int, int, int, int]:
+    """struct Matrix in expert_mlp.cpp."""
+    rows, columns = matrix.shape
+    return matrix.data_ptr(), matrix.stride(0), rows, columns
+
+
+def bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
+    """struct Bias."""
     if bias is None:
         return 0, 0, 0
     assert bias.dtype in WEIGHT_DTYPES

@@ -1,0 +1,50 @@
+"""A bf16 checkpoint computed in float32: weights stay bf16 in memory, tokens are those of the widened model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moe_serve.hf.dense import StoredEmbedding, StoredLinear
+from moe_serve_kernels.cpu import library
+
+from .references import compute_reference
+from .serving import greedy, load, runner_of, tokens
+from .tiny_checkpoints import tiny_tokenizer
+from .tiny_configs import CASES
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+
+
+@pytest.fixture
+def bf16_checkpoint(case: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The case's checkpoint rounded to bf16."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=torch.bfloat16).bfloat16().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_the_widened_model(case: str, bf16_checkpoint: Path) -> None:
+    ref = compute_reference(bf16_checkpoint)
+    assert ref.smallest_margin > 2e-5 * ref.spread
+    llm = load(bf16_checkpoint, dtype="float32")
+    modules = list(runner_of(llm).model.modules())
+    assert not any(type(m) in (nn.Linear, nn.Embedding) for m in modules)
+    stored = [m for m in modules if isinstance(m, StoredLinear | StoredEmbedding)]
+    assert {type(m) for m in stored} == {StoredLinear, StoredEmbedding}
+    assert all(m.weight.dtype == torch.bfloat16 for m in stored)
+    assert tokens(greedy(llm, ref.prompts)) == ref.outputs
+
+
+@pytest.mark.parametrize("case", ["mixtral"])
+def test_one_wider_tensor_and_everything_is_widened(case: str, checkpoint: Callable[[str], Path]) -> None:
+    """Rounding it to bf16 would change results."""
+    llm = load(checkpoint(case), dtype="float32")
+    assert not any(isinstance(m, StoredLinear | StoredEmbedding) for m in runner_of(llm).model.modules())

@@ -1,0 +1,55 @@
+"""linear against float64: odd widths, few and many tokens, biases, strided rows, no tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_serve_kernels.cpu import library
+from moe_serve_kernels.cpu.linear import LinearWeights, linear
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 33, 255, 256, 257, 600])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (37, 50), (130, 32), (65, 63), (64, 768), (3, 95)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_float64(tokens, rows, columns, dtype) -> None:
+    torch.manual_seed(rows)
+    x, weight, bias = torch.randn(tokens, columns), torch.randn(rows, columns).to(dtype), torch.randn(rows).to(dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(linear(x, LinearWeights(weight, bias)).double(), expected, rtol=0, atol=1e-6 * columns)
+
+
+def test_leading_axes_and_no_bias() -> None:
+    x, weight = torch.randn(2, 3, 40), torch.randn(6, 40).bfloat16()
+    got = linear(x.transpose(0, 1), LinearWeights(weight))
+    torch.testing.assert_close(got, F.linear(x.transpose(0, 1), weight.float()), rtol=0, atol=1e-4)
+
+
+def test_rows_of_a_larger_matrix() -> None:
+    x, weight = torch.randn(2, 33), torch.randn(9, 80).bfloat16()[::2, 5:38]
+    torch.testing.assert_close(linear(x, LinearWeights(weight)), F.linear(x, weight.float()), rtol=0, atol=1e-4)
+
+
+def test_no_tokens() -> None:
+    assert linear(torch.empty(0, 8), LinearWeights(torch.randn(3, 8))).shape == (0, 3)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    x, weights = torch.randn(300, 512), LinearWeights(torch.randn(700, 512).bfloat16())
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(linear(x, weights))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("value", [float("inf"), 3e38, 1e-40, -0.0])
+def test_extreme_values_survive_widening(value) -> None:
+    weight = torch.zeros(2, 32).bfloat16()
+    weight[0, 3] = value
+    assert linear(torch.ones(1, 32), LinearWeights(weight))[0, 0].item() == weight[0, 3].float().item()
