@@ -23,9 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     server, engine = config_from_args(args, ServerConfig), config_from_args(args, EngineConfig)
+    if is_launched():  # the first process is the front, the others are ranks
+        place = read_place()
+        if not place.is_first:
+            return rank.main()
+        args.devices = getattr(args, "devices", place.world_size)
     parallel = config_from_args(args, ParallelConfig)
-    if is_launched() and not read_place().is_first:
-        return rank.main()  # under a launcher, the first process is the front and the others are ranks
     from moe_serve.server.run import serve
 
     serve(server, engine, parallel)

@@ -27,7 +27,7 @@ from moe_serve.tokenizer import Tokenizer
 
 def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
     """An engine in this process for one device, over ranks for several. ConfigError and its subclasses."""
-    if parallel.devices == 1 and not environment.is_launched():
+    if parallel.devices == 1:
         return Engine.from_config(config)
     spec = ModelSpec.from_hf(read_config(config.model))  # a wrong folder is found before any process starts
     tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
@@ -55,9 +55,8 @@ def _team(config: EngineConfig, parallel: ParallelConfig) -> Team:
 def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
     """The front beside rank 0. The launcher started this process as rank 0, so the rank itself is our child."""
     place = environment.read_place()
-    if parallel.devices not in (1, place.world_size):
+    if parallel.devices != place.world_size:
         raise ConfigError(f"--devices {parallel.devices}: the launcher started {place.world_size} ranks")
-    parallel = dataclasses.replace(parallel, devices=place.world_size)
     secret = os.environ.get(environment.SECRET, "")
     host, port = environment.front_address(place)
     listener = Listener(host, parallel.rank_port or port, secret)
