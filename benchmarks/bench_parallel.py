@@ -174,7 +174,9 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
                 follow(worker)
     if place.is_first:
         rows = [report(args, team, worker, job, v) for (_, worker), team, v in zip(workers, teams, chosen, strict=True)]
-        facts = {"ranks": place.world_size, "tokens_identical": all(t == tokens[0] for t in tokens)}
+        alone = [known[args.length :].tolist() for known, _ in job["routes"][args.count :]]
+        same = all([sequence[:-1] for sequence in served] == alone for served in tokens)
+        facts = {"ranks": place.world_size, "tokens_as_on_one_rank": same}
         print(json.dumps({**facts, "rows": rows}), flush=True)
 
 
