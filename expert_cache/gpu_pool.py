@@ -59,6 +59,7 @@ class SlotPool:
         for target, source in zip(targets, sources, strict=True):
             if target is not None:
                 assert source is not None, "an expert without the biases the first one had"
+                assert isinstance(target, torch.Tensor)
                 target.copy_(as_tensor(source, target.dtype), non_blocking=True)
         weakref.finalize(expert, self._free.append, slot)
         return expert

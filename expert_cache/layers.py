@@ -91,12 +91,22 @@ class ExpertLayers:
         if isinstance(self.experts, ResidentExperts):
             return self.experts.run(layer, hidden, ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
-        out = self.compute.result_like(hidden, ids.numel())
         self.usage.use(layer, groups.experts, groups.counts)
         if self.audit is not None and layer == self.experts.store.layers[0]:
             self.audit.begin(len(hidden))
         if self.watcher is not None:
             self.watcher.watch(self.experts.store.layers.index(layer), ids, hidden)
+        by_pair = self.run_pairs(layer, hidden, groups)
+        if self.audit is not None and layer == self.experts.store.layers[-1]:
+            self.audit.end()
+        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+
+    def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
+        """Each pair's expert applied to its token: hidden [T, H] -> [P, H] in the order of pairs, float32 at least.
+
+        Pairs whose expert cannot be read get zeros; see `run`.
+        """
+        out = self.compute.result_like(hidden, len(groups.pairs))
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
             if self.advisor is not None and (self.audit is None or self.audit.is_prefetching):
@@ -107,10 +117,7 @@ class ExpertLayers:
             raise
         for expert, error in wanted.failed.items():
             self._fail(groups, expert, error, out)
-        if self.audit is not None and layer == self.experts.store.layers[-1]:
-            self.audit.end()
-        by_pair = torch.empty_like(out).index_copy_(0, groups.pairs, out)
-        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+        return torch.empty_like(out).index_copy_(0, groups.pairs, out)
 
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers

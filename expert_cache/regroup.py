@@ -33,14 +33,18 @@ class Regrouped:
 
 def regroup(ids: torch.Tensor, num_experts: int) -> Regrouped:
     """Sort the pairs of `ids` [T, K] by expert."""
-    flat = ids.flatten()
-    pairs = flat.argsort(stable=True)
-    tokens = pairs.div(ids.shape[1], rounding_mode="floor")
+    pairs = torch.arange(ids.numel(), device=ids.device)
+    return regroup_pairs(ids.flatten(), pairs.div(ids.shape[1], rounding_mode="floor"), num_experts)
+
+
+def regroup_pairs(expert_of: torch.Tensor, token_of: torch.Tensor, num_experts: int) -> Regrouped:
+    """Sort pairs by expert: pair p is token token_of[p] and expert expert_of[p], both [P] int64."""
+    pairs = expert_of.argsort(stable=True)
     experts, counts, segments, start = [], [], {}, 0
-    for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()):
+    for expert, count in enumerate(torch.bincount(expert_of, minlength=num_experts).tolist()):
         if count:
             experts.append(expert)
             counts.append(count)
             segments[expert] = start, start + count
             start += count
-    return Regrouped(pairs, tokens, experts, counts, segments)
+    return Regrouped(pairs, token_of[pairs], experts, counts, segments)

@@ -42,6 +42,7 @@ class Runner(Protocol):
     def watch_routes(self, wanted: bool, weights: bool = False) -> None: ...
     def moe_layer_ids(self) -> tuple[int, ...]: ...
     def resident_experts(self) -> NDArray[np.bool_] | None: ...
+    def expert_report(self) -> ExpertReport | None: ...
     def close(self) -> None: ...
 
 
@@ -157,10 +158,8 @@ class Engine:
         self.runner.resize_expert_cache(moe_cache_mib)
 
     def expert_report(self) -> ExpertReport | None:
-        """What the experts have done so far; None for a runner that has none. Any thread may call."""
-        layers = getattr(self.runner, "expert_layers", None)
-        report: ExpertReport | None = None if layers is None else layers.report()
-        return report
+        """What the experts have done so far; None for a runner that does not tell. Any thread may call."""
+        return self.runner.expert_report()
 
     def routing_shape(self) -> RoutingShape:
         """What routes look like in this model."""

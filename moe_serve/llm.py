@@ -8,14 +8,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tqdm import tqdm
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine import Engine
 from moe_serve.errors import InvalidRequestError, MoEServeError
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.start import make_engine
 from moe_serve.sequence import Completion, Request, SampleOutput, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -37,10 +38,11 @@ class RequestResult:
 
 
 class LLM:
-    """A loaded model. Keyword arguments are EngineConfig's fields."""
+    """A loaded model. Keyword arguments are fields of EngineConfig and, for several devices, ParallelConfig."""
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self.engine = Engine.from_config(EngineConfig.from_dict({"model": model, **settings}))
+        of_ranks = {f.name: settings.pop(f.name) for f in fields(ParallelConfig) if f.name in settings}
+        self.engine = make_engine(EngineConfig.from_dict({"model": model, **settings}), ParallelConfig(**of_ranks))
         self.tokenizer = self.engine.tokenizer
         self._ids = itertools.count()
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
+from expert_cache.report import ExpertReport
 from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
@@ -49,7 +50,7 @@ class ModelRunner:
         )
         self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
-        self._eos = eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self._masks = MaskThread(spec.vocab_size)
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         experts.connect(self.model, self.expert_layers)
@@ -100,7 +101,7 @@ class ModelRunner:
         pending = self._masks.start(rows)
         logits = self._forward(batch)
         masks = pending.result() if pending is not None else None
-        tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self._eos, masks)
+        tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
@@ -118,6 +119,10 @@ class ModelRunner:
         """[L, E] experts in slots; None where experts are used where the checkpoint is mapped."""
         cache = self.expert_layers.experts
         return cache.table.slot_of >= 0 if isinstance(cache, ExpertCache) else None
+
+    def expert_report(self) -> ExpertReport:
+        """What the experts have done so far. Any thread may call."""
+        return self.expert_layers.report()
 
     def watch_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, put routes into the StepResult, or stop to; `weights`: those of the router too."""

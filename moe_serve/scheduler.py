@@ -164,6 +164,16 @@ class Scheduler:
         self.waiting.appendleft(seq)
         draft.preempted.append(seq)
 
+    def requeue_running(self) -> None:
+        """Their keys and values are lost: every running sequence waits again, in order, to be recomputed."""
+        for seq in reversed(self.running):
+            self._release(seq)
+            seq.num_computed = 0
+            seq.num_preemptions += 1
+        self.waiting.extendleft(reversed(self.running))
+        self.running.clear()
+        self.pool.clear_cache()
+
     def _admit_waiting(self, draft: _StepDraft) -> None:
         while self.waiting and draft.budget > 0 and len(self.running) < self.limits.max_num_seqs:
             seq = self.waiting[0]
@@ -212,7 +222,7 @@ class Scheduler:
         """Hash the full pages among the first `num_tokens` tokens that have no hash yet."""
         size = self.pool.page_size
         for page in range(len(seq.page_hashes), num_tokens // size):
-            parent = seq.page_hashes[-1] if seq.page_hashes else b""
+            parent = seq.page_hashes[-1] if seq.page_hashes else seq.prefix_root
             seq.page_hashes.append(page_hash(parent, seq.token_ids[page * size : (page + 1) * size]))
 
     # ---- apply ----------------------------------------------------------------------------------

@@ -208,6 +208,10 @@ class Sequence:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if any."""
     num_preemptions: int = 0
+    home_rank: int = 0
+    """With several ranks, the one whose KV pages hold it (moe_serve/parallel)."""
+    prefix_root: bytes = b""
+    """Parent of the first page's hash: prefixes are shared only between sequences of one root."""
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None

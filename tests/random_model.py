@@ -47,6 +47,9 @@ class RandomRunner:
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """There is none."""
 
+    def expert_report(self) -> None:
+        """It has no experts."""
+
     def close(self) -> None:
         self._masks.close()
 

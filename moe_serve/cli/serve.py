@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
 from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.parallel import rank
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.environment import is_launched, read_place
 
 HELP = "Serve a model over HTTP, as an OpenAI-compatible API."
 
@@ -15,11 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     add_config_flags(parser, ServerConfig)
     add_config_flags(parser, EngineConfig, skip=("model",))
+    add_config_flags(parser, ParallelConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     server, engine = config_from_args(args, ServerConfig), config_from_args(args, EngineConfig)
+    if is_launched():  # the first process is the front, the others are ranks
+        place = read_place()
+        if not place.is_first:
+            return rank.main()
+        args.devices = getattr(args, "devices", place.world_size)
+    parallel = config_from_args(args, ParallelConfig)
     from moe_serve.server.run import serve
 
-    serve(server, engine)
+    serve(server, engine, parallel)
     return 0

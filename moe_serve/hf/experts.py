@@ -1,7 +1,7 @@
 """SlottedExperts: stands where transformers' experts class stood, without any parameters.
 
 transformers builds it while loading, so expert weights never enter the dense model; afterwards
-`connect` tells each instance its decoder layer and the ExpertLayers to call. Knows no weights.
+`connect` tells each instance its decoder layer and whom to call. Knows no weights.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _registry_lock = threading.Lock()
 
 
 class RunsExperts(Protocol):
-    """What a MoE layer's call is handed to: ExpertLayers, or something in front of it."""
+    """ExpertLayers, or what divides their work among ranks."""
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor: ...
 
 
 class SlottedExperts(nn.Module):
-    """The call a MoE block makes to its experts, handed on to ExpertLayers."""
+    """The call a MoE block makes to its experts, handed on to whoever runs them."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()

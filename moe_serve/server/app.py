@@ -29,6 +29,7 @@ from moe_serve.server import (
     openapi,
     operation,
     prompts,
+    ranks,
     recording,
     request_log,
     sse,
@@ -110,6 +111,7 @@ def create_app(
     _add_tokenization(app, service)
     _add_operation(app, service)
     _add_information(app, service)
+    ranks.install(app, engine.engine, metrics.registry)
     if with_dashboard:
         dashboard.install(app, service)
     operation.install(app, service)

@@ -90,36 +90,36 @@ class Metrics:
         """`cache_config`: facts for cache_config_info. `predictor`: who advises the expert cache, if anybody."""
         self.live = LiveStats(expert_report)
         """The last minute, for whoever draws it."""
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         names, values = list(labels), list(labels.values())
         self._gauges = {
-            n: Gauge(PREFIX + n, h, names, registry=self._registry).labels(*values) for n, h in GAUGES.items()
+            n: Gauge(PREFIX + n, h, names, registry=self.registry).labels(*values) for n, h in GAUGES.items()
         }
         self._counters = {
-            n: Counter(PREFIX + n, h, names, registry=self._registry).labels(*values) for n, h in COUNTERS.items()
+            n: Counter(PREFIX + n, h, names, registry=self.registry).labels(*values) for n, h in COUNTERS.items()
         }
         self._histograms = {
-            n: Histogram(PREFIX + n, h, names, buckets=b, registry=self._registry).labels(*values)
+            n: Histogram(PREFIX + n, h, names, buckets=b, registry=self.registry).labels(*values)
             for n, (h, b) in HISTOGRAMS.items()
         }
         self._success = Counter(
             PREFIX + "request_success",
             "Finished samples by reason.",
             [*names, "finished_reason"],
-            registry=self._registry,
+            registry=self.registry,
         )
         self._label_values = values
         self._rejections = Counter(
-            PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self._registry
+            PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self.registry
         )
         info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
-        Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self._registry).labels(**info).set(1)
-        self._registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
+        Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self.registry).labels(**info).set(1)
+        self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
 
     def render(self) -> bytes:
         """The text exposition format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def on_rejected(self, reason: str) -> None:
         """A request found no place in the queue, or no engine."""

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from moe_serve.async_engine import EngineState
 from moe_serve.config import ServerConfig
+from moe_serve.server import ranks
 from moe_serve.server.access_log import ID_HEADER, AccessLog
 from moe_serve.server.auth import Auth
 from moe_serve.server.body_limit import BodyLimit
@@ -36,7 +37,10 @@ def install(app: FastAPI, service: Service) -> None:
     @app.get("/ping")
     @app.post("/ping")
     async def health() -> Response:
-        """200 while requests are served; 503 while loading, draining or dead, and which of these."""
+        """200 while requests are served; 503 while loading, draining, dead or short of ranks, and which of these."""
+        trouble = ranks.trouble_of(engine.engine)
+        if trouble is not None and engine.state is EngineState.READY:
+            return JSONResponse(trouble, 503)
         return JSONResponse({"status": engine.state}, 200 if engine.state is EngineState.READY else 503)
 
     @app.get("/live")

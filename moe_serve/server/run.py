@@ -21,7 +21,8 @@ import uvicorn
 from moe_serve import __version__
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
 from moe_serve.errors import ConfigError
-from moe_serve.server import logs, operation
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.server import logs, operation, ranks
 from moe_serve.server.auth import read_keys
 from moe_serve.server.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
 from moe_serve.server.draining import DrainingServer
@@ -37,13 +38,15 @@ log = logging.getLogger("moe_serve")
 LISTEN_BACKLOG = 2048
 
 
-def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
+def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_config: ParallelConfig) -> None:
     """Serve until SIGTERM or SIGINT. ConfigError: the port, the keys or the model cannot be used."""
     logs.set_up(server_config.log_format)
     keys = read_keys(server_config)
     operation.warn_if_open(server_config, keys)
     bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
-    door = FrontDoor(partial(_load, server_config, engine_config, bound.getsockname()[1]), lambda: _end(server))
+    door = FrontDoor(
+        partial(_load, server_config, engine_config, parallel_config, bound.getsockname()[1]), lambda: _end(server)
+    )
     server = DrainingServer(
         _uvicorn_config(operation.guard(door, server_config, keys), server_config),
         door,
@@ -52,6 +55,8 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> None:
     asyncio.run(server.serve(sockets=[bound]))
     if door.failure is not None:
         raise door.failure
+    if door.engine is not None:
+        ranks.raise_failure(door.engine.engine)
     if door.is_loading:  # the loading thread would be torn out of torch's code
         sys.stderr.flush()
         os._exit(0)
@@ -75,16 +80,18 @@ def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-def _load(server_config: ServerConfig, engine_config: EngineConfig, port: int) -> FastAPI:
+def _load(
+    server_config: ServerConfig, engine_config: EngineConfig, parallel_config: ParallelConfig, port: int
+) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.async_engine import AsyncEngine
-    from moe_serve.engine import Engine
     from moe_serve.generation_defaults import read_generation_defaults
+    from moe_serve.parallel.start import make_engine
     from moe_serve.server.app import create_app
 
     started = time.monotonic()
     log.info("loading %s", engine_config.model)
-    engine = Engine.from_config(engine_config)
+    engine = make_engine(engine_config, parallel_config)
     _log_engine(engine, time.monotonic() - started)
     name = server_config.served_model_name or model_name_of(engine_config.model)
     app = create_app(

@@ -37,6 +37,9 @@ class AlphabetRunner:
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """There is none."""
 
+    def expert_report(self) -> None:
+        """It has no experts."""
+
     def close(self) -> None:
         """Nothing to stop."""
 

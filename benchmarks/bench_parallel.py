@@ -1,0 +1,212 @@
+"""Expert parallelism on the demo model: bytes between ranks and tokens per second, by mode and placement.
+
+    deepspeed --num_gpus 2 benchmarks/bench_parallel.py --prompts TEXT_FILE        (or torchrun --nproc-per-node 2 ...)
+
+Rank 0 records the routes of half of the prompts on one rank, plans from them, and serves the other half on all
+ranks under every variant, interleaved. Only steps that do nothing but decode count. "forecast" is what the
+planning prompts' routes predict for a placement, "followed" what the served prompts' own routes do: the first
+tests the planner's knowledge of the traffic, the second the arithmetic. stdout: one line of JSON, from rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from expert_cache.layers import ExpertLayers
+from moe_serve import LLM, SamplingParams
+from moe_serve.cli.flags import default_model
+from moe_serve.config import EngineConfig
+from moe_serve.parallel import rank_model
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.environment import read_place
+from moe_serve.parallel.forecast import RowBytes, forecast
+from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, follow
+from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.prescheduling import count_uses
+from moe_serve.parallel.worker import Worker
+from placement.plan import save_plan
+from placement.problem import PlacementProblem
+from placement.solve import find_plan
+from placement.topology import Topology
+
+VARIANTS = (
+    ("conventional", "contiguous", False),
+    ("conventional", "planned", False),
+    ("coherent", "contiguous", False),
+    ("coherent", "planned", False),
+    ("coherent", "planned", True),
+    ("conventional", "replicas", False),
+    ("coherent", "replicas", True),
+)
+"""Mode, placement, and whether tokens and sequences start where a predictor expects their experts."""
+REPLICAS = 2
+"""Further experts per rank and layer in "replicas"."""
+KINDS = ("dispatch", "combine", "context", "control")
+
+
+class CountingTeam(GroupTeam):
+    """Notes bytes and seconds of the steps that only decode."""
+
+    def __init__(self, worker: Worker, parallel: ParallelConfig) -> None:
+        super().__init__(worker, parallel)
+        self.bytes = dict.fromkeys((*KINDS, "unmerged"), 0)
+        self.tokens = 0
+        self.seconds = 0.0
+        self.homes: dict[str, int] = {}
+
+    def ask_all(self, message: dict[str, Any]) -> list[Any]:
+        before, start = self._sent(), time.perf_counter()
+        answers = super().ask_all(message)
+        self.homes.update({entry["request_id"]: entry["home"] for entry in message["new"]})
+        if all(item[2] == 1 for item in message["items"]):
+            self.seconds += time.perf_counter() - start
+            self.tokens += len(message["items"])
+            after = self._sent()
+            for kind in self.bytes:
+                self.bytes[kind] += after[kind] - before[kind]
+        return answers
+
+    def _sent(self) -> dict[str, int]:
+        totals = [answer["traffic"] for answer in self.counted.values()]
+        return {kind: sum(t[f"{kind}_bytes"] for t in totals) for kind in self.bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True, help="text to cut prompts from")
+    parser.add_argument("--model", default=default_model())
+    parser.add_argument("--count", type=int, default=16, help="prompts served, and as many to plan from")
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--effort", type=int, default=4, help="of the planner")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of variants")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    place = read_place()
+    rank_model.join_group(place, ParallelConfig(devices=place.world_size), EngineConfig(device="cpu"))
+    with torch.inference_mode():
+        job = [prepare(args, place.world_size) if place.is_first else None]
+        dist.broadcast_object_list(job)
+        run(args, place, job[0])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"model": args.model, "max_num_seqs": args.count, "max_model_len": 512, "num_kv_pages": 1024}
+
+
+def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
+    """On rank 0: routes of two halves of the prompts, and the plans made from the first."""
+    llm = LLM(**settings(args), num_threads=1)
+    text = args.prompts.read_text()
+    draw = random.Random(0)
+    starts = [draw.randrange(len(text) - 2000) for _ in range(2 * args.count)]
+    prompts = [llm.tokenizer.encode(text[s : s + 2000])[5 : 5 + args.length] for s in starts]
+    routes = [record(llm, prompt, args.new_tokens) for prompt in prompts]
+    folder = Path(tempfile.mkdtemp())
+    planning = np.concatenate([ids for _, ids in routes[: args.count]])
+    plans = {"contiguous": None}
+    for name, spare in (("planned", 0), ("replicas", REPLICAS)):
+        problem = PlacementProblem.from_routes(
+            planning, llm.engine.spec.num_experts, Topology.even(num_ranks), "all", spare_slots=spare
+        )
+        save_plan(find_plan(problem, "auto", effort=args.effort, time_limit_s=20.0), folder / f"{name}.json")
+        plans[name] = str(folder / f"{name}.json")
+    print("planned", file=sys.stderr, flush=True)
+    tokens = np.concatenate([tokens for tokens, _ in routes[: args.count]])
+    uses = count_uses(tokens, planning.astype(np.int64), llm.engine.spec.vocab_size, llm.engine.spec.num_experts)
+    llm.close()
+    return {"prompts": prompts, "routes": routes, "plans": plans, "uses": uses}
+
+
+def record(llm: LLM, prompt: list[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [N] that were computed and the experts [N, L, K] they went to."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    original = ExpertLayers.run
+
+    def watch(self: ExpertLayers, layer: int, hidden: Any, ids: torch.Tensor, weights: Any) -> torch.Tensor:
+        seen.setdefault(layer, []).append(ids.clone())
+        return original(self, layer, hidden, ids, weights)
+
+    ExpertLayers.run = watch  # type: ignore[method-assign]
+    try:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        output = llm.generate([prompt], params)[0].completions[0].token_ids
+    finally:
+        ExpertLayers.run = original  # type: ignore[method-assign]
+    llm.engine.pool.clear_cache()
+    ids = torch.stack([torch.cat(parts) for _, parts in sorted(seen.items())], 1).numpy()
+    return np.array([*prompt, *output[:-1]]), ids
+
+
+def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
+    """Every variant in every round; rank 0 prints."""
+    chosen = [v for i, v in enumerate(VARIANTS) if not args.only or i in args.only]
+    workers = []
+    for mode, plan, _ in chosen:
+        parallel = ParallelConfig(devices=place.world_size, ep_mode=mode, expert_plan=job["plans"][plan])
+        workers.append((parallel, Worker(place, EngineConfig(**settings(args), num_threads=1, device="cpu"), parallel)))
+    teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
+    tokens: list[Any] = []
+    for _ in range(args.rounds):
+        for (_, worker), team, variant in zip(workers, teams, chosen, strict=True):
+            if place.is_first:
+                tokens.append(serve(args, team, worker, job, variant))
+            else:
+                follow(worker)
+    if place.is_first:
+        rows = [report(args, team, worker, job, v) for (_, worker), team, v in zip(workers, teams, chosen, strict=True)]
+        alone = [known[args.length :].tolist() for known, _ in job["routes"][args.count :]]
+        same = all([sequence[:-1] for sequence in served] == alone for served in tokens)
+        facts = {"ranks": place.world_size, "tokens_as_on_one_rank": same}
+        print(json.dumps({**facts, "rows": rows}), flush=True)
+
+
+def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Any) -> Any:
+    engine = engine_over(team, worker, job["uses"] if variant[2] else None)
+    params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
+    tokens = complete(engine, job["prompts"][args.count :], params)
+    team.stop()
+    print(variant, f"{team.seconds:.1f} s", file=sys.stderr, flush=True)
+    return tokens
+
+
+def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Any) -> Any:
+    """A row of the result; forecasts where the placement has no replicas and tokens begin at home."""
+    mode, plan, predicted = variant
+    sent = {kind: count / team.tokens for kind, count in team.bytes.items()}
+    total = sum(sent[kind] for kind in KINDS)
+    row = {"mode": mode, "plan": plan, "predictor": predicted, "bytes_per_token": total, "sent": sent}
+    row["tokens_per_s"] = team.tokens / team.seconds
+    if plan == "replicas" or predicted:
+        return row
+    spec = engine_over(team, worker).spec
+    hosts = read_hosts(job["plans"][plan], worker.layers, spec.num_experts, team.num_ranks)
+    sizes = RowBytes.of(mode, spec.hidden_size, spec.top_k, 4, *worker.kv_sizes)
+    for name, routes in (("forecast", job["routes"][: args.count]), ("followed", job["routes"][args.count :])):
+        decoded = [ids[args.length :] for _, ids in routes]
+        homes = [np.full(len(ids), team.homes[str(i)]) for i, ids in enumerate(decoded)]
+        row[name] = asdict(forecast(mode, np.concatenate(decoded), hosts, np.concatenate(homes), sizes))
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""ParallelEngine: the engine over a team of ranks. Gives sequences their homes, and outlives the loss of a rank.
+
+After a loss, everything that ran is recomputed on the new group from the tokens the engine still has, so a
+client sees a pause. A request that sees MAX_LOSSES of them ends with an error: it may be the cause.
+"""
+
+from __future__ import annotations
+
+from moe_serve.engine import Engine
+from moe_serve.errors import EngineDeadError, InvalidRequestError
+from moe_serve.parallel.team import RankLostError
+from moe_serve.parallel.team_runner import TeamRunner
+from moe_serve.sequence import Request, SampleOutput, Sequence
+from moe_serve.spec import ModelSpec
+from moe_serve.tokenizer import Tokenizer
+
+MAX_LOSSES = 2
+
+
+class ParallelEngine(Engine):
+    """As Engine, with sequences on several ranks."""
+
+    def __init__(
+        self, runner: TeamRunner, tokenizer: Tokenizer, spec: ModelSpec, eos_token_ids: frozenset[int]
+    ) -> None:
+        super().__init__(runner, tokenizer, spec, eos_token_ids)
+        self.team = runner.team
+        self._team_runner = runner
+        self._generation = runner.team.generation
+        self._losses: dict[Sequence, int] = {}
+
+    def check_request(self, request: Request) -> None:
+        """As Engine.check_request. Ranks sample, and have no grammars yet."""
+        super().check_request(request)
+        if request.params.grammar is not None:
+            raise InvalidRequestError(request.params.grammar.param, "works on one device only so far")
+
+    def add_request(self, request: Request) -> None:
+        """All samples of a request live on one rank, so that they can share its prompt's pages."""
+        home = self._team_runner.prescheduler.home(request.prompt_token_ids, self._tokens_at_home())
+        super().add_request(request)
+        for seq in self._sequences[request.request_id]:
+            seq.home_rank = home
+            if self.team.parallel.ep_mode == "conventional":
+                seq.prefix_root = home.to_bytes(4, "big")  # another rank's pages are not here
+
+    def _tokens_at_home(self) -> list[int]:
+        """Tokens to compute or to attend to, by rank."""
+        tokens = [0] * self.team.num_ranks
+        for seq in self.scheduler.live():
+            tokens[seq.home_rank] += seq.num_tokens
+        return tokens
+
+    def step(self) -> list[SampleOutput]:
+        """As Engine.step. A lost rank costs time; if the ranks cannot be brought back, every request ends."""
+        try:
+            generation = self.team.wait_until_ready()
+            if generation != self._generation:
+                self._start_over(generation)
+            return super().step()
+        except EngineDeadError as error:
+            return [self._fail(seq, error.message) for seq in list(self.scheduler.live())]
+        except RankLostError as error:
+            return self._count_loss(error)
+
+    def _start_over(self, generation: int) -> None:
+        """The ranks are new: what they had computed is gone."""
+        self._generation = generation
+        self._team_runner.forget()
+        self.scheduler.requeue_running()
+
+    def _count_loss(self, error: RankLostError) -> list[SampleOutput]:
+        losses = {seq: self._losses.get(seq, 0) + 1 for seq in self.scheduler.running}
+        self._losses = {seq: count for seq, count in losses.items() if count < MAX_LOSSES}
+        message = f"ranks were lost {MAX_LOSSES} times while this request ran; the last time: {error.message}"
+        return [self._fail(seq, message) for seq, count in losses.items() if count >= MAX_LOSSES]

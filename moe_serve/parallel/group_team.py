@@ -1,0 +1,90 @@
+"""GroupTeam: a team inside one process group, without a front: for jobs that a launcher starts as a whole.
+
+Rank 0 leads and has the engine; the others follow its steps. Measurements and tests load many models one after
+the other this way. A lost rank ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_serve.generation_defaults import eos_token_ids
+from moe_serve.hf.checkpoint import read_config
+from moe_serve.parallel.channel import Message
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.engine import ParallelEngine
+from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.prescheduling import Counts, Prescheduler, TokenAffinity
+from moe_serve.parallel.team_runner import TeamRunner
+from moe_serve.parallel.worker import Worker
+from moe_serve.sequence import Request, SamplingParams
+from moe_serve.spec import ModelSpec
+from moe_serve.tokenizer import Tokenizer
+
+
+class GroupTeam:
+    """The part of Team that an engine needs, over the process group."""
+
+    generation = 1
+
+    def __init__(self, worker: Worker, parallel: ParallelConfig) -> None:
+        self.parallel = parallel
+        self.num_ranks = parallel.devices
+        self.counted: dict[int, Message] = {}
+        self._worker = worker
+
+    def wait_until_ready(self) -> int:
+        return self.generation
+
+    def ask_all(self, message: Message) -> list[Message]:
+        """As JSON, because that is what ranks behind sockets would see."""
+        dist.broadcast_object_list([json.dumps(message)])
+        answers: list[Any] = [None] * self.num_ranks
+        dist.gather_object(json.dumps(self._worker.step(message)), answers)
+        parsed = [json.loads(answer) for answer in answers]
+        self.counted = dict(enumerate(parsed))
+        return parsed
+
+    def stop(self) -> None:
+        """The followers' loops end."""
+        dist.broadcast_object_list([json.dumps(None)])
+
+
+def follow(worker: Worker) -> None:
+    """The steps of a rank that is not the first, until rank 0 stops."""
+    while True:
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box)
+        message = json.loads(box[0])
+        if message is None:
+            return
+        dist.gather_object(json.dumps(worker.step(message)))
+
+
+def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> ParallelEngine:
+    """Rank 0's engine. `uses` [V, L, E]: the predictor's table (prescheduling)."""
+    config, parallel = worker.config, team.parallel
+    spec = ModelSpec.from_hf(read_config(config.model))
+    affinity = None
+    if uses is not None:
+        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.devices)
+        affinity = TokenAffinity(uses, hosts)
+    runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity))
+    eos = frozenset(eos_token_ids(config.model))
+    return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos)
+
+
+def complete(engine: ParallelEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+    """Each prompt's new tokens, all prompts served together."""
+    for i, prompt in enumerate(prompts):
+        engine.add_request(Request(str(i), tuple(prompt), params))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work():
+        for output in engine.step():
+            assert output.error is None, output.error
+            tokens[int(output.request_id)] += output.token_ids
+    return tokens

@@ -1,0 +1,95 @@
+"""A rank's process: meet the front, meet the other ranks, load, then run steps until the front has gone.
+
+    python -m moe_serve.parallel.rank        with RANK, WORLD_SIZE, MASTER_ADDR ... in the environment
+
+Waiting for a step is waiting at a socket: an idle rank uses no CPU. A second thread says every second
+that the process is alive. Knows no HTTP and no scheduling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from moe_serve.config import EngineConfig
+from moe_serve.errors import MoEServeError
+from moe_serve.openmp import spin_briefly
+from moe_serve.parallel.channel import Channel, ChannelClosed, connect
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.environment import SECRET, Place, front_address, read_place
+
+log = logging.getLogger("moe_serve.rank")
+
+BEAT_S = 1.0
+
+
+def main() -> int:
+    """Exit status 0 when the front said so or went away, 1 after an error that was reported to it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    place = read_place()
+    host, port = front_address(place)
+    channel = connect(host, port, timeout_s=60)
+    channel.send({"op": "hello", "rank": place.rank, "pid": os.getpid(), "secret": os.environ.get(SECRET, "")})
+    threading.Thread(target=_beat, args=(channel,), daemon=True).start()
+    try:
+        settings = channel.receive(timeout_s=60)
+        _serve(channel, place, EngineConfig(**settings["engine"]), ParallelConfig(**settings["parallel"]))
+    except (ChannelClosed, TimeoutError):
+        return 0
+    except Exception as error:
+        _report(channel, error)
+        return 1
+    return 0
+
+
+def _beat(channel: Channel) -> None:
+    """Signs of life; a rank whose front has gone ends, even out of a collective."""
+    while True:
+        try:
+            channel.send({"op": "alive"})
+        except ChannelClosed:
+            os._exit(0)
+        time.sleep(BEAT_S)
+
+
+def _report(channel: Channel, error: Exception) -> None:
+    kind = "config" if isinstance(error, MoEServeError) else "crash"
+    log.error("the rank ends: %s", error, exc_info=kind == "crash")
+    text = f"{error}" if kind == "config" else f"{type(error).__name__}: {error}"[:200]
+    with contextlib.suppress(ChannelClosed):  # the front may have gone
+        channel.send({"op": "failed", "kind": kind, "message": text})
+
+
+def _serve(channel: Channel, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
+    worker = _load(place, config, parallel)
+    channel.send({"op": "ready", "engine": dataclasses.asdict(worker.config), "layers": worker.layers})
+    while True:
+        message = channel.receive()
+        if message["op"] == "stop":
+            return
+        if message["op"] == "resize":
+            channel.send({"op": "done", "n": message["n"], **worker.resize(message["mib"])})
+        else:
+            channel.send({"op": "done", "n": message["n"], **worker.step(message)})
+
+
+def _load(place: Place, config: EngineConfig, parallel: ParallelConfig) -> Any:
+    """The worker; torch is imported only now, so that a wrong environment is found at once."""
+    from moe_serve.parallel.rank_model import join_group
+    from moe_serve.parallel.worker import Worker
+
+    join_group(place, parallel, config)
+    return Worker(place, config, parallel)
+
+
+if __name__ == "__main__":
+    spin_briefly(os.environ)
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # collectives of other ranks must not hold up the end of this one

@@ -1,0 +1,68 @@
+"""A rank's model: the dense part whole, and its share of the experts, joined to the other ranks.
+
+Knows settings and modules; knows no front and no messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moe_serve.config import EngineConfig
+from moe_serve.errors import ConfigError
+from moe_serve.generation_defaults import eos_token_ids
+from moe_serve.model_runner import ModelRunner, load_runner
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.environment import Place
+from moe_serve.parallel.exchange import Exchange
+from moe_serve.parallel.ownership import Ownership
+from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.sharing import SharedLayers
+from moe_serve.parallel.traffic import Traffic
+
+
+def join_group(place: Place, parallel: ParallelConfig, config: EngineConfig) -> None:
+    """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `rank_step_s`."""
+    on_gpu = _device_of(config, place).startswith("cuda")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"tcp://{place.master_addr}:{place.master_port}",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=parallel.rank_step_s),
+    )
+
+
+def load(config: EngineConfig, parallel: ParallelConfig, place: Place) -> tuple[ModelRunner, SharedLayers]:
+    """This rank's runner, whose pages are as many as the smallest rank has room for. ConfigError."""
+    if config.moe_prefetch != "off":
+        raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
+    config = dataclasses.replace(config, device=_device_of(config, place))
+    eos = frozenset(eos_token_ids(config.model))
+    runner, spec = load_runner(config, eos)
+    local = runner.expert_layers
+    store = local.experts.store
+    hosts = read_hosts(parallel.expert_plan, store.layers, store.num_experts, place.world_size)
+    device = runner.device
+    exchange = Exchange(place.rank, place.world_size, Traffic(len(store.layers)), device)
+    like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=device)
+    ownership = Ownership(hosts, store.layers, place.rank, device)
+    return runner, SharedLayers(local, ownership, exchange, spec.top_k, like)
+
+
+def _device_of(config: EngineConfig, place: Place) -> str:
+    """auto and cuda are the GPU with this rank's number on its machine."""
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{place.local_rank}"
+    return config.device
+
+
+def smallest(values: list[int], device: torch.device) -> list[int]:
+    """Each value's minimum over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    agreed: list[int] = tensor.tolist()
+    return agreed

@@ -1,0 +1,75 @@
+"""From settings to an engine over ranks, which a launcher or we ourselves start. Here the parts are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine import Engine
+from moe_serve.errors import ConfigError
+from moe_serve.generation_defaults import eos_token_ids
+from moe_serve.hf.checkpoint import read_config
+from moe_serve.parallel import environment
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.engine import ParallelEngine
+from moe_serve.parallel.links import Listener
+from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, load_uses
+from moe_serve.parallel.spawner import Spawner
+from moe_serve.parallel.team import Team, new_secret
+from moe_serve.parallel.team_runner import TeamRunner
+from moe_serve.spec import ModelSpec
+from moe_serve.tokenizer import Tokenizer
+
+
+def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
+    """An engine in this process for one device, over ranks for several. ConfigError and its subclasses."""
+    if parallel.devices == 1:
+        return Engine.from_config(config)
+    spec = ModelSpec.from_hf(read_config(config.model))  # a wrong folder is found before any process starts
+    tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+    team = _team(config, parallel)
+    resolved = team.start()
+    try:
+        prescheduler = Prescheduler(team.num_ranks, _affinity(team, spec))
+    except BaseException:
+        team.stop()
+        raise
+    eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
+    return ParallelEngine(TeamRunner(team, resolved, prescheduler), tokenizer, spec, eos)
+
+
+def _team(config: EngineConfig, parallel: ParallelConfig) -> Team:
+    if environment.is_launched():
+        return _launched_team(config, parallel)
+    secret = new_secret()
+    threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // parallel.devices)
+    config = dataclasses.replace(config, num_threads=threads)
+    listener = Listener("127.0.0.1", parallel.rank_port, secret)
+    return Team(config, parallel, listener, secret, Spawner(parallel.devices, threads))
+
+
+def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
+    """The front beside rank 0. The launcher started this process as rank 0, so the rank itself is our child."""
+    place = environment.read_place()
+    if parallel.devices != place.world_size:
+        raise ConfigError(f"--devices {parallel.devices}: the launcher started {place.world_size} ranks")
+    secret = os.environ.get(environment.SECRET, "")
+    host, port = environment.front_address(place)
+    listener = Listener(host, parallel.rank_port or port, secret)
+    subprocess.Popen([sys.executable, "-m", "moe_serve.parallel.rank"])
+    if config.num_threads is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or place.world_size)
+        config = dataclasses.replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) // local))
+    return Team(config, parallel, listener, secret, None)
+
+
+def _affinity(team: Team, spec: ModelSpec) -> TokenAffinity | None:
+    parallel = team.parallel
+    if parallel.ep_predictor is None:
+        return None
+    counts = load_uses(parallel.ep_predictor, spec.vocab_size, len(team.layers), spec.num_experts)
+    return TokenAffinity(counts, read_hosts(parallel.expert_plan, team.layers, spec.num_experts, team.num_ranks))

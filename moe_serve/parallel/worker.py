@@ -1,0 +1,69 @@
+"""Worker: a rank's steps. Turns messages into runs of its model and the outcome into messages.
+
+Knows one rank; knows no sockets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moe_serve.config import EngineConfig
+from moe_serve.errors import InvalidRequestError
+from moe_serve.kv_cache import LayerKV
+from moe_serve.parallel import rank_model
+from moe_serve.parallel.coherent_runner import CoherentRunner
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.environment import Place
+from moe_serve.parallel.messages import PlanReader, result_to_json
+from moe_serve.parallel.rank_runner import ConventionalRunner, RankRunner
+
+
+class Worker:
+    """One rank, loaded; the process group must have been joined (rank_model.join_group)."""
+
+    def __init__(self, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
+        self._runner, self._shared = rank_model.load(config, parallel, place)
+        pages, context = rank_model.smallest(
+            [self._runner.config.num_kv_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
+        )
+        self.config = dataclasses.replace(self._runner.config, num_kv_pages=pages, max_model_len=context)
+        self.layers = self._shared.layers
+        layers = self._runner.kv_cache.layers.values()
+        self.kv_sizes = sum(_kv_elements(layer) for layer in layers), len(layers)
+        """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
+        mode = CoherentRunner if parallel.ep_mode == "coherent" else ConventionalRunner
+        self._mode: RankRunner = mode(self._runner, self._shared)
+        self._reader = PlanReader()
+
+    @torch.inference_mode()
+    def step(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a step's share; the answer has this rank's tokens and what it counted so far."""
+        sampled, errors = self._mode.run(self._reader.read(message))
+        return {**result_to_json(sampled, errors), **self._counted()}
+
+    def resize(self, moe_cache_mib: int) -> dict[str, Any]:
+        """Change this rank's memory for experts; the answer says why not."""
+        try:
+            self._runner.resize_expert_cache(moe_cache_mib)
+        except InvalidRequestError as error:
+            return {"refused": error.message}
+        return {}
+
+    def _counted(self) -> dict[str, Any]:
+        traffic = self._shared.exchange.traffic
+        totals = self._runner.expert_layers.experts.counters.totals()
+        return {
+            "traffic": traffic.totals(),
+            "layer_bytes": traffic.by_layer(),
+            "experts": dataclasses.asdict(totals),
+        }
+
+
+def _kv_elements(layer: LayerKV) -> int:
+    """Of one token."""
+    heads, _, key_dim = layer.keys.shape
+    return int(heads) * (int(key_dim) + layer.values.shape[2])

@@ -1,0 +1,68 @@
+"""What each rank of test_parallel.py runs under a launcher: every case of a job, all ranks in one process group.
+
+    deepspeed --num_gpus 2 rank_program.py JOB.json
+
+Rank 0 writes each case's tokens and traffic to the job's output file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_serve import SamplingParams
+from moe_serve.config import EngineConfig
+from moe_serve.hf.checkpoint import read_config
+from moe_serve.parallel import rank_model
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.environment import read_place
+from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, follow
+from moe_serve.parallel.worker import Worker
+
+
+def lead(worker: Worker, parallel: ParallelConfig, case: dict[str, Any]) -> dict[str, Any]:
+    """Complete the case's prompts together."""
+    team = GroupTeam(worker, parallel)
+    engine = engine_over(team, worker, random_uses(worker, case))
+    tokens = complete(engine, case["prompts"], SamplingParams(**case["params"]))
+    engine.check_integrity()
+    team.stop()
+    return {"tokens": tokens, "traffic": [answer["traffic"] for answer in team.counted.values()]}
+
+
+def random_uses(worker: Worker, case: dict[str, Any]) -> Any:
+    """A predictor's table of random counts: it predicts nothing, and tokens must not care."""
+    if case.get("predictor_seed") is None:
+        return None
+    generator = torch.Generator().manual_seed(case["predictor_seed"])
+    vocab = read_config(worker.config.model).vocab_size
+    return torch.randint(0, 50, (vocab, len(worker.layers), case["num_experts"]), generator=generator).numpy()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job = json.loads(Path(next(arg for arg in sys.argv[1:] if arg.endswith(".json"))).read_text())
+    place = read_place()
+    rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig(device="cpu"))
+    results = []
+    for case in job["cases"]:
+        parallel = ParallelConfig(devices=place.world_size, **case["parallel"])
+        with torch.inference_mode():
+            worker = Worker(place, EngineConfig(model=case["folder"], **case["engine"]), parallel)
+            if place.is_first:
+                print(len(results), case["parallel"], file=sys.stderr, flush=True)
+                results.append(lead(worker, parallel, case))
+            else:
+                follow(worker)
+    if place.is_first:
+        Path(job["output"]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

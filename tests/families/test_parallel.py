@@ -1,0 +1,146 @@
+"""Expert parallelism changes no token: 2 ranks under both launchers against transformers' `generate`.
+
+One launch runs every combination of family, mode and placement, because starting ranks is what takes time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_serve.hf.checkpoint import read_config
+from moe_serve.spec import ModelSpec
+from placement.cost import Layout
+from placement.plan import make_plan, save_plan
+from placement.problem import PlacementProblem
+from placement.topology import Topology
+
+from .references import NEW_TOKENS, Reference
+from .serving import SMALL_ENGINE
+from .tiny_configs import CASES
+
+Checkpoint = Callable[[str], Path]
+References = Callable[[str], Reference]
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+ROOT = PROGRAM.parents[2]
+FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
+"""Two and three choices, shared experts and a dense first layer, latent attention, sinks and windows."""
+GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+LAUNCH_S = 240
+
+
+def launch(command: list[str], cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run the cases on 2 ranks; what rank 0 wrote."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"cases": cases, "output": str(folder / "out.json")}))
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_WAIT_POLICY": "passive"}
+    environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
+    subprocess.run([*command, str(PROGRAM), str(job)], env=environ, timeout=LAUNCH_S, check=True)
+    results: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
+    return results
+
+
+def deepspeed(port: int) -> list[str]:
+    """The DeepSpeed launcher for 2 local ranks."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: distributed)")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--master_port={port}", "--master_addr=127.0.0.1"]
+    import base64
+
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    return [*launcher, f"--world_info={world}", "--node_rank=0"]
+
+
+def torchrun(port: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_plan(folder: Path, checkpoint: Path, seed: int, num_replicas: int) -> str:
+    """A random uneven placement on 2 ranks, with replicas if asked for."""
+    spec = ModelSpec.from_hf(read_config(str(checkpoint)))
+    dense = getattr(read_config(str(checkpoint)), "first_k_dense_replace", 0)
+    layers = read_config(str(checkpoint)).num_hidden_layers - dense
+    rng = np.random.default_rng(seed)
+    device_of = (rng.random((layers, spec.num_experts)) < 0.4).astype(np.int64)
+    replicas = [
+        (layer, expert, 1 - device_of[layer, expert])
+        for layer in range(layers)
+        for expert in rng.permutation(spec.num_experts)[:num_replicas]
+    ]
+    layout = Layout(device_of, np.array(replicas, np.int64).reshape(-1, 3))
+    problem = PlacementProblem(
+        np.ones((layers, spec.num_experts)),
+        np.ones((layers - 1, spec.num_experts, spec.num_experts)),
+        Topology.even(2),
+        slots=np.full(2, spec.num_experts),
+        spare_slots=num_replicas,
+    )
+    facts = {"solver": "random", "seed": seed, "seconds": 0.0}
+    path = folder / f"{checkpoint.name}-{seed}-{num_replicas}.json"
+    save_plan(make_plan(problem, layout, 0.0, "none", **facts), path)
+    return str(path)
+
+
+def variants(folder: Path, checkpoint: Path) -> list[dict[str, Any]]:
+    """Both modes, with every kind of placement; a predictor that knows nothing; a cache smaller than the share."""
+    planned = write_plan(folder, checkpoint, 0, 0)
+    replicated = write_plan(folder, checkpoint, 1, 2)
+    found: list[dict[str, Any]] = [
+        {"parallel": {"ep_mode": mode, "expert_plan": plan}}
+        for plan in (replicated, planned, None)
+        for mode in ("conventional", "coherent")
+    ]
+    found.append({"parallel": {"ep_mode": "coherent", "expert_plan": planned}, "predictor_seed": 3})
+    found.append({"parallel": {"ep_mode": "conventional", "expert_plan": planned}, "predictor_seed": 4})
+    found.append({"parallel": {"ep_mode": "coherent", "expert_plan": planned}, "engine": {"moe_cache_mib": 1}})
+    found.append({"parallel": {"ep_mode": "conventional"}, "engine": {"num_kv_pages": 22, "block_size": 8}})
+    return found
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+@pytest.mark.timeout(LAUNCH_S + 60)
+def test_tokens_identical(
+    launcher: Callable[[int], list[str]], checkpoint: Checkpoint, reference: References, tmp_path: Path
+) -> None:
+    cases = []
+    for family in FAMILIES:
+        chosen = variants(tmp_path, checkpoint(family))
+        if launcher is torchrun:
+            chosen = chosen[1:3]
+        elif family != FAMILIES[0]:
+            chosen = chosen[:6]
+        for variant in chosen:
+            engine = {**SMALL_ENGINE, "max_num_batched_tokens": 48, **variant.get("engine", {})}
+            experts = ModelSpec.from_hf(read_config(str(checkpoint(family)))).num_experts
+            settings = {"folder": str(checkpoint(family)), "prompts": reference(family).prompts, "params": GREEDY}
+            settings["num_experts"] = experts
+            cases.append({**settings, **variant, "engine": engine, "family": family})
+    results = launch(launcher(free_port()), cases, tmp_path)
+    wrong = [
+        case
+        for case, result in zip(cases, results, strict=True)
+        if result["tokens"] != [list(tokens) for tokens in reference(case["family"]).outputs]
+    ]
+    assert not wrong, [{k: v for k, v in case.items() if k != "prompts"} for case in wrong]
+    for case, result in zip(cases, results, strict=True):
+        assert all(rank["dispatch_bytes"] > 0 for rank in result["traffic"]), case["parallel"]
+
+
+def test_cases_are_known() -> None:
+    assert set(FAMILIES) <= set(CASES)

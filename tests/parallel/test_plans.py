@@ -1,0 +1,104 @@
+"""Placements held against a model, choice among copies, and where a predictor puts sequences. No processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_serve.errors import ConfigError
+from moe_serve.parallel.forecast import RowBytes, forecast
+from moe_serve.parallel.ownership import Ownership
+from moe_serve.parallel.plans import contiguous, read_hosts
+from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, count_uses, load_uses, save_uses
+from placement.cost import Layout
+from placement.plan import make_plan, save_plan
+from placement.problem import PlacementProblem
+from placement.topology import Topology
+
+LAYERS = (1, 2)
+
+
+def plan_file(folder: Path, **changes: Any) -> str:
+    """2 layers of 4 experts on 2 devices; `changes` to the JSON."""
+    problem = PlacementProblem(np.ones((2, 4)), np.ones((1, 4, 4)), Topology.even(2))
+    layout = Layout(np.array([[0, 1, 0, 1], [1, 1, 0, 0]]))
+    path = folder / "plan.json"
+    save_plan(make_plan(problem, layout, 0.0, "none", solver="test", seed=0, seconds=0.0), path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return str(path)
+
+
+def test_plan_becomes_hosts(tmp_path: Path) -> None:
+    hosts = read_hosts(plan_file(tmp_path), LAYERS, 4, 2)
+    assert hosts.argmax(2).tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "ranks", "field"),
+    [((1, 2, 3), 4, 2, "num_layers"), (LAYERS, 8, 2, "num_experts"), (LAYERS, 4, 3, "num_devices")],
+)
+def test_plan_of_another_model(tmp_path: Path, layers: Any, experts: int, ranks: int, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"--expert-plan .*{field} is"):
+        read_hosts(plan_file(tmp_path), layers, experts, ranks)
+
+
+def test_plan_of_other_layers(tmp_path: Path) -> None:
+    path = plan_file(tmp_path, provenance={"layer_ids": [0, 1]})
+    with pytest.raises(ConfigError, match=r"layer_ids are \[0, 1\], this model's MoE layers are \[1, 2\]"):
+        read_hosts(path, LAYERS, 4, 2)
+
+
+def test_damaged_plan(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"--expert-plan: .*cannot read"):
+        read_hosts(str(tmp_path / "bad.json"), LAYERS, 4, 2)
+
+
+def test_contiguous_is_uneven_where_it_must_be() -> None:
+    assert contiguous(1, 8, 3)[0].sum(0).tolist() == [3, 3, 2]
+    with pytest.raises(ConfigError, match="--devices 9"):
+        contiguous(1, 8, 9)
+
+
+def test_copies_are_chosen_by_place_then_company_then_load() -> None:
+    hosts = np.zeros((1, 4, 3), bool)
+    hosts[0, 0, [0, 1]] = hosts[0, 1, [1, 2]] = hosts[0, 2, 2] = hosts[0, 3, [1, 2]] = True
+    ownership = Ownership(hosts, (5,), 0, torch.device("cpu"))
+    ids = torch.tensor([[0, 2], [1, 2]])
+    assert ownership.choose(5, ids).tolist() == [[0, 2], [2, 2]]  # here; where expert 2 takes the token anyway
+    assert ownership.choose(5, torch.tensor([[3]])).tolist() == [[1]]  # rank 2 is busier now
+
+
+def test_prescheduler_follows_the_table_until_a_rank_is_far_ahead() -> None:
+    counts = count_uses(np.array([7, 9]), np.array([[[0]], [[3]]]), 10, 4)
+    hosts = contiguous(1, 4, 2)
+    scheduler = Prescheduler(2, TokenAffinity(counts, hosts))
+    assert [scheduler.home([7, 7], [0, 0]), scheduler.home([9], [100, 0])] == [0, 1]
+    assert scheduler.home([9], [0, 5000]) == 0
+    assert Prescheduler(2).home([9], [3, 1]) == 1
+
+
+def test_table_must_fit_the_model(tmp_path: Path) -> None:
+    counts = np.arange(2 * 1 * 4).reshape(2, 1, 4)
+    save_uses(tmp_path / "uses.npz", counts)
+    assert np.array_equal(load_uses(str(tmp_path / "uses.npz"), 2, 1, 4), counts)
+    with pytest.raises(ConfigError, match="token_experts is uint32"):
+        load_uses(str(tmp_path / "uses.npz"), 3, 1, 4)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_uses(str(tmp_path / "none.npz"), 3, 1, 4)
+
+
+def test_forecast_counts_what_travels() -> None:
+    """One token at home on rank 0, two layers, two choices; experts 0 and 1 on rank 0, 2 and 3 on rank 1."""
+    hosts, homes = contiguous(2, 4, 2), np.array([0])
+    ids = np.array([[[2, 3], [2, 0]]])
+    sizes = RowBytes(dispatch=100, combine=10, context=7)
+    sent = forecast("conventional", ids, hosts, homes, sizes)
+    assert (sent.dispatch_rows, sent.combine_rows, sent.bytes_per_token) == (2, 2, 220)
+    moved = forecast("coherent", ids, hosts, homes, sizes)  # goes to rank 1 and stays; expert 0 is asked from there
+    assert (moved.dispatch_rows, moved.combine_rows, moved.bytes_per_token) == (2, 1, 217)
