@@ -116,7 +116,9 @@ def create_app(
         dashboard.install(app, service)
     operation.install(app, service)
     recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
-    openapi.install(app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody])
+    openapi.install(
+        app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody, recording.RecordingBody]
+    )
     return app
 
 

@@ -43,14 +43,14 @@ ERROR_STATUSES = {
 }
 
 
-def takes(body_class: type[Body], *, streams: bool = False) -> dict[str, Any]:
+def takes(body_class: type[Body], *, streams: bool = False, required: bool = True) -> dict[str, Any]:
     """`openapi_extra` of an endpoint that parses `body_class` from the raw body."""
     schema = {"$ref": SCHEMAS + body_class.__name__}
     answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if streams:
         answer["text/event-stream"] = {"schema": SSE_EVENT}
     return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "requestBody": {"required": required, "content": {"application/json": {"schema": schema}}},
         "responses": {"200": {"description": "The answer.", "content": answer}},
     }
 

@@ -22,6 +22,7 @@ from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
 from moe_serve.route_recorder import RouteRecorder
+from moe_serve.server import openapi
 from moe_serve.server.parsing import Body, parse
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def install(app: FastAPI, service: Service, folder: Path | None, buffer_tokens: 
     meta = {"model": service.model_name, "path": service.model_path}
     recording = Recording(service.engine, folder, buffer_tokens, meta)
 
-    @app.post("/start_expert_distribution_record")
+    @app.post("/start_expert_distribution_record", openapi_extra=openapi.takes(RecordingBody, required=False))
     async def start(http: HttpRequest) -> dict[str, Any]:
         body = await parse(http, RecordingBody) if await http.body() else RecordingBody()
         return await recording.start(body)

@@ -1,4 +1,4 @@
-"""`moe-serve serve` hands both configs to the server; the server itself is tested elsewhere."""
+"""`moe-serve serve` hands all configs to the server; the server itself is tested elsewhere."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.parallel.config import ParallelConfig
 
 
 def test_serve_passes_the_configs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[ServerConfig, EngineConfig]] = []
+    started: list[tuple[object, ...]] = []
     run = ModuleType("moe_serve.server.run")
-    run.serve = lambda server, engine: started.append((server, engine))  # type: ignore[attr-defined]
+    run.serve = lambda *configs: started.append(configs)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moe_serve.server.run", run)
     assert main(["serve", "--port", "0", "--no-enable-prefix-caching", "--block-size", "8"]) == 0
     engine = EngineConfig(model=default_model(), enable_prefix_caching=False, block_size=8)
-    assert started == [(ServerConfig(port=0), engine)]
+    assert started == [(ServerConfig(port=0), engine, ParallelConfig())]
