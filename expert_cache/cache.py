@@ -23,22 +23,21 @@ from expert_cache.belady_window import BeladyWindow
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import DEMAND, Fetch, Fetcher
+from expert_cache.fetch import DEMAND, Fetcher
+from expert_cache.in_flight import START_EARLY_BYTES, InFlight
 from expert_cache.live_shadows import LiveShadows
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.pools import resized
 from expert_cache.report import Residency
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
-from expert_cache.store import ExpertStore, ExpertWeights, views_in
+from expert_cache.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.quantized import QuantizedRows
 
 WINDOW_STEPS = 256
 """Steps over which the cache is compared with the best possible one."""
 SLOTS_PER_TRANSIT = 8
 """One slot in transit for so many slots: few enough not to be missed by the pools."""
-START_EARLY_BYTES = 4 << 20
-"""From this size on, an expert's first product is worth starting while the down projection is being read."""
 
 
 class ExpertCache:
@@ -63,7 +62,6 @@ class ExpertCache:
         `arena` has at least as many slots as the two together; more allow growing later.
         """
         num_layers = len(store.layers)
-        self._prepare = prepare
         self.shadows = shadows
         self.quotas = quotas
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
@@ -72,13 +70,9 @@ class ExpertCache:
         self._most_transit = num_transit
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
-        self._fetches: dict[Key, Fetch] = {}
+        self.in_flight = InFlight(store, prepare, arena, self.table, fetcher, self.counters, start_early_bytes)
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
-        in_place = arena.lands_in_place and not store.is_copied
-        self._starts_early = in_place and store.expert_bytes >= start_early_bytes
-        self._early: dict[Key, PreparedWeights] = {}
-        """Weights of fetches under way whose first product may have started."""
 
     # ---- one layer's step -------------------------------------------------------------------------
 
@@ -115,15 +109,14 @@ class ExpertCache:
         what its first product needs (`inputs`)."""
         index = self._index[wanted.layer]
         assert wanted.in_flight, "everything waits for a slot, and nobody will release one"
-        fetches = {e: self._fetches[index, e] for e in wanted.in_flight}
         start = time.perf_counter()
-        self.fetcher.wait_until(lambda: any(f.is_done or self._can_start(f) for f in fetches.values()))
+        self.in_flight.wait((index, expert) for expert in wanted.in_flight)
         self.counters.stall_s[index] += time.perf_counter() - start
-        for expert, fetch in fetches.items():
-            if fetch.is_done:
+        for expert in list(wanted.in_flight):
+            if self.in_flight.is_done((index, expert)):
                 self._arrive(wanted, expert)
-            elif self._can_start(fetch):
-                wanted.inputs[expert] = self._early[index, expert] = self._weights_in((index, expert))
+            elif (weights := self.in_flight.inputs((index, expert))) is not None:
+                wanted.inputs[expert] = weights
         self._start_waiting(wanted)
 
     def release(self, wanted: Acquisition, expert: int) -> None:
@@ -145,7 +138,7 @@ class ExpertCache:
             self.release(wanted, expert)
         for expert in list(wanted.in_flight):
             self._unpin((index, expert))
-            self._cancel((index, expert))
+            self.in_flight.cancel((index, expert))
         wanted.in_flight.clear()
         wanted.inputs.clear()
 
@@ -157,17 +150,17 @@ class ExpertCache:
         self._land_prefetches()
         for expert, urgency in zip(experts, urgencies, strict=True):
             key = self._index[layer], expert
-            if key in self._weights or key in self._fetches:
+            if key in self._weights or key in self.in_flight:
                 continue
             if not self._take_without_evicting(key):
                 return
-            self._start(key, urgency)
+            self.in_flight.start(key, urgency)
 
     def cancel_prefetches(self) -> None:
         """Drop every prefetch under way."""
         self._land_prefetches()
-        for key in self._prefetching():
-            self._cancel(key)
+        for key in self.in_flight.prefetches():
+            self.in_flight.cancel(key)
 
     def resize(self, num_slots: int) -> None:
         """Change the number of slots, between steps; what no longer fits is evicted and its memory freed."""
@@ -234,8 +227,7 @@ class ExpertCache:
     def check_integrity(self) -> None:
         """Prove the invariants; AssertionError says which one broke."""
         self.table.check_integrity()
-        assert set(self.table.taken) == set(self._fetches), "a fetch has no slot, or a slot no fetch"
-        assert set(self._early) <= set(self._fetches), "an early start outlived its fetch"
+        self.in_flight.check_integrity()
         ready = {(int(i), int(e)) for i, e in np.argwhere(self.table.slot_of >= 0)}
         assert set(self._weights) == ready, "weights and slots disagree"
         for key, weights in self._weights.items():
@@ -291,15 +283,15 @@ class ExpertCache:
 
     def _correct_prefetches(self, index: int, wanted: Acquisition) -> None:
         """Promote what the router confirmed; cancel, or let go from transit, what it did not."""
-        for key in [k for k in self._fetches if k[0] == index]:
+        for key in self.in_flight.of_layer(index):
             if key[1] in wanted.waiting:
                 wanted.waiting.remove(key[1])
                 wanted.in_flight.add(key[1])
                 self.table.pins[key] += 1
                 self.counters.late_prefetches[index] += 1
-                self.fetcher.promote(self._fetches[key])
+                self.in_flight.promote(key)
             else:
-                self._cancel(key)
+                self.in_flight.cancel(key)
         for expert in np.flatnonzero(self.table.in_transit[index] & self.table.unused[index]):
             self._evict((index, int(expert)))
 
@@ -310,15 +302,15 @@ class ExpertCache:
             expert = wanted.waiting.popleft()
             self.table.pins[index, expert] += 1
             wanted.in_flight.add(expert)
-            self._start((index, expert), DEMAND)
+            self.in_flight.start((index, expert), DEMAND)
 
     def _take_for_demand(self, key: Key) -> bool:
         """A slot, if need be at the expense of others: of a prefetch under way, by eviction, of an unused prefetch."""
         if self._take_without_evicting(key):
             return True
-        rivals = [k for k in self._prefetching() if self._competes(k, key)]
+        rivals = [k for k in self.in_flight.prefetches() if self._competes(k, key)]
         if rivals:
-            self._cancel(min(rivals, key=lambda k: self._fetches[k].urgency))
+            self.in_flight.cancel(self.in_flight.least_urgent(rivals))
             return self._take_without_evicting(key)
         return self._take_by_evicting(key, spare_unused=True) or self._take_by_evicting(key, spare_unused=False)
 
@@ -364,20 +356,6 @@ class ExpertCache:
         del self._weights[victim]
         return self.table.evict(victim)
 
-    def _start(self, key: Key, urgency: float) -> None:
-        """Begin to fill the slot that was taken for an expert."""
-        layer = self.store.layers[key[0]]
-        reads = self.store.reads(layer, key[1])
-        memory = self.arena.landing(self.table.taken[key])
-        checksum = self.store.checksums.get((layer, key[1]))
-        fetch = self._fetches[key] = Fetch((layer, key[1]), reads, memory, urgency, checksum)
-        self.fetcher.submit(fetch)
-
-    def _can_start(self, fetch: Fetch) -> bool:
-        """Its gate and up are here, nobody has been told, and the rest takes long enough to care."""
-        worthwhile = self._starts_early and (self._index[fetch.key[0]], fetch.key[1]) not in self._early
-        return worthwhile and fetch.num_inputs_missing == 0 and fetch.error is None
-
     def _arrive(self, wanted: Acquisition, expert: int) -> None:
         """Book an expert that was in flight."""
         wanted.in_flight.remove(expert)
@@ -388,50 +366,14 @@ class ExpertCache:
         else:
             wanted.ready[expert] = outcome
 
-    def _prefetching(self) -> list[Key]:
-        return [key for key, fetch in self._fetches.items() if fetch.urgency < DEMAND]
-
     def _land_prefetches(self) -> None:
         """Book prefetches that have finished. A failed one is forgotten: if the router wants it, it is read again."""
-        for key in self._prefetching():
-            if self._fetches[key].is_done and not isinstance(self._land(key), ExpertReadError):
+        for key in self.in_flight.prefetches():
+            if self.in_flight.is_done(key) and not isinstance(self._land(key), ExpertReadError):
                 self.table.unused[key] = True
 
     def _land(self, key: Key) -> PreparedWeights | ExpertReadError:
-        """Book a fetch that is done: its expert is ready, or its slot free again."""
-        fetch = self._fetches.pop(key)
-        early = self._early.pop(key, None)
-        self._count_bytes(key, fetch)
-        if fetch.error is not None:
-            self.counters.read_errors[key[0]] += 1
-            self.table.pins[key] = 0
-            self._drop(key)
-            return fetch.error
-        self.arena.landed(self.table.taken[key])
-        weights = self._weights[key] = early or self._weights_in(key)
-        self.table.make_ready(key)
-        return weights
-
-    def _weights_in(self, key: Key) -> PreparedWeights:
-        """The weights of an expert that lies, or will lie, in the slot taken for it."""
-        reads = self.store.reads(self.store.layers[key[0]], key[1])
-        memory = self.arena.tensor(self.table.taken[key])
-        return self._prepare(self.store.assemble(views_in(memory, reads)))
-
-    def _cancel(self, key: Key) -> None:
-        """Stop a fetch and free its slot."""
-        fetch = self._fetches.pop(key)
-        self._early.pop(key, None)
-        self.fetcher.cancel(fetch)
-        self._count_bytes(key, fetch)
-        self.counters.wasted_bytes[key[0]] += fetch.num_bytes_read
-        self._drop(key)
-
-    def _drop(self, key: Key) -> None:
-        """An expert will not arrive: its slot is free again."""
-        self.arena.dropped(self.table.taken[key])
-        self.table.untake(key)
-
-    def _count_bytes(self, key: Key, fetch: Fetch) -> None:
-        bytes_of = self.counters.demand_bytes if fetch.urgency == DEMAND else self.counters.prefetch_bytes
-        bytes_of[key[0]] += fetch.num_bytes_read
+        outcome = self.in_flight.land(key)
+        if not isinstance(outcome, ExpertReadError):
+            self._weights[key] = outcome
+        return outcome

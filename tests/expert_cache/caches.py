@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from expert_cache.arena import HostArena
-from expert_cache.cache import START_EARLY_BYTES, ExpertCache
+from expert_cache.cache import ExpertCache
 from expert_cache.compute import ExpertCompute
 from expert_cache.direct_io import DirectFile
 from expert_cache.fetch import Fetcher
+from expert_cache.in_flight import START_EARLY_BYTES
 from expert_cache.layers import ExpertLayers
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
