@@ -82,33 +82,29 @@ class RouteRecorder:
     def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
         """Keep one step's rows; `result.routes` must be there."""
         assert result.routes is not None
-        rows: list[int] = []
-        numbers: list[int] = []
-        positions: list[int] = []
-        tokens: list[int] = []
         for item, span in zip(plan.scheduled, result.routes.rows, strict=True):
             start = max(item.start, self._next_position.get(item.seq, 0))
-            if start >= item.end or item.seq in result.errors:
-                continue
-            rows += range(span.start + start - item.start, span.stop)
-            numbers += [self._number(item.seq)] * (item.end - start)
-            positions += range(start, item.end)
-            tokens += item.seq.token_ids[start : item.end]
-            self._next_position[item.seq] = item.end
-        newest = slice(-len(self._ids), None)
-        self._append(result.routes, *(np.array(v[newest], np.int64) for v in (rows, numbers, positions, tokens)))
+            if start < item.end and item.seq not in result.errors:
+                self._keep(result.routes, span.start + start - item.start, item.seq, start, item.end)
+                self._next_position[item.seq] = item.end
         self._forget_finished()
 
-    def _append(self, routes: StepRoutes, rows: Rows, numbers: Rows, positions: Rows, tokens: Rows) -> None:
-        places = (self.num_recorded + np.arange(len(rows))) % len(self._ids)
-        self._ids[places] = routes.ids[rows]
-        self._numbers[places] = numbers
-        self._positions[places] = positions
-        if self._weights is not None and routes.weights is not None:
-            self._weights[places] = routes.weights[rows]
-        if self._token_ids is not None:
-            self._token_ids[places] = tokens
-        self.num_recorded += len(rows)
+    def _keep(self, routes: StepRoutes, row: int, seq: Sequence, start: int, end: int) -> None:
+        """Positions `start` to `end` of a sequence, routes from `row` on; in two parts where the ring ends."""
+        size, number = len(self._ids), self._number(seq)
+        while start < end:
+            place = self.num_recorded % size
+            count = min(end - start, size - place)
+            into, taken = slice(place, place + count), slice(row, row + count)
+            self._ids[into] = routes.ids[taken]
+            self._numbers[into] = number
+            self._positions[into] = range(start, start + count)
+            if self._weights is not None and routes.weights is not None:
+                self._weights[into] = routes.weights[taken]
+            if self._token_ids is not None:
+                self._token_ids[into] = seq.token_ids[start : start + count]
+            self.num_recorded += count
+            start, row = start + count, row + count
 
     def _forget_finished(self) -> None:
         """Now and then: drop sequences that have ended, and names of which the ring holds no row."""
