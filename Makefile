@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL ?=
 SERVE_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_PORT ?= 8765
 BENCH_ARGS ?= --num-prompts 64 --request-rate 8 --random-input-len 128 --random-output-len 64 --ignore-eos
 
@@ -29,8 +30,9 @@ serve: $(READY)
 	$(BIN)/moe-serve serve $(MODEL) $(SERVE_ARGS)
 
 # OMP_WAIT_POLICY: idle OpenMP threads must sleep, not spin, or small machines test at half speed.
+# TEST_WORKERS: files are dealt out to so many processes; 0 runs everything in one.
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile
 
 check: lint types test
 
