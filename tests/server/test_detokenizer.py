@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from moe_serve.detokenizer import IncrementalDetokenizer
 from moe_serve.sequence import SamplingParams
 from moe_serve.tokenizer import Tokenizer
+from tests.fuzz import fuzz_detokenizer
 
 TEXT = st.text(max_size=40) | st.text("abcde 你🙂é", max_size=40)
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -22,17 +20,7 @@ few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthChe
 
 @pytest.fixture(scope="session")
 def llama_like() -> Tokenizer:
-    """Pieces with a leading space, single bytes for the rest, and special tokens: Llama's and Mixtral's scheme."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdeé", "▁a", "▁bc", "de", "▁▁"]
-    merges = [("▁", "a"), ("d", "e"), ("▁", "▁")]
-    bpe = models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
-    backend = FastTokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    return fuzz_detokenizer.llama_like()
 
 
 def deltas(tokenizer: Tokenizer, ids: list[int], **params: Any) -> tuple[str, str | None]:
