@@ -51,7 +51,7 @@ class ModelRunner:
         self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
-        self._masks = MaskThread(spec.vocab_size)
+        self.masks = MaskThread(spec.vocab_size)
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         experts.connect(self.model, self.expert_layers)
 
@@ -85,7 +85,7 @@ class ModelRunner:
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
         self.expert_layers.experts.close()
-        self._masks.close()
+        self.masks.close()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
@@ -98,7 +98,7 @@ class ModelRunner:
         batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
-        pending = self._masks.start(rows)
+        pending = self.masks.start(rows)
         logits = self._forward(batch)
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)

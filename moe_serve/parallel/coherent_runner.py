@@ -7,6 +7,8 @@ Shape alphabet: T tokens of the step, L decoder layers, G ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moe_serve import forward_batch, sampler
@@ -14,11 +16,13 @@ from moe_serve.forward_batch import ForwardBatch, GroupLimits
 from moe_serve.hf import experts
 from moe_serve.kv_cache import LayerKV
 from moe_serve.model_runner import ModelRunner
+from moe_serve.parallel import routes
 from moe_serve.parallel.coherent import Meeting
 from moe_serve.parallel.coherent_layers import CoherentModel, Walk
 from moe_serve.parallel.exchange import pack, unpack
 from moe_serve.parallel.messages import RankStep, Sampled
 from moe_serve.parallel.rank_runner import Outcome
+from moe_serve.parallel.routes import RouteTap
 from moe_serve.parallel.sharing import LossNotes, SharedLayers
 
 
@@ -30,7 +34,9 @@ class CoherentRunner:
         self._exchange = shared.exchange
         self._losses = LossNotes()
         self._model = CoherentModel(runner.model, shared, Meeting(shared, self._losses))
-        experts.connect(runner.model, self._model.experts)
+        num_experts = runner.expert_layers.experts.store.num_experts
+        self._tap = RouteTap(self._model.experts, shared.layers, num_experts, self._model.choosing_rows)
+        experts.connect(runner.model, self._tap)
 
     def run(self, step: RankStep) -> Outcome:
         self._runner.relieve_memory()
@@ -38,6 +44,7 @@ class CoherentRunner:
         batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
         walk = self._begin(step, batch)
         self._model.walk = walk
+        self._tap.begin(step.routes)
         logits = self._runner.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -47,7 +54,13 @@ class CoherentRunner:
             kv_cache=self._runner.kv_cache,
         ).logits[0]
         self._share_context(walk)
-        return self._sample(step, walk, logits), self._errors(step)
+        sampled, gave_up = self._sample(step, walk, logits)
+        return Outcome(sampled, self._errors(step) | gave_up, self._routes(step))
+
+    def _routes(self, step: RankStep) -> list[dict[str, Any]]:
+        if not step.routes:
+            return []
+        return self._tap.take(routes.plan_numbers(step.plan, routes.spans(step.plan)))
 
     def _begin(self, step: RankStep, batch: ForwardBatch) -> Walk:
         starts: list[int] = []
@@ -60,16 +73,24 @@ class CoherentRunner:
         rows = (torch.tensor(starts, device=device) == self._exchange.rank).nonzero()[:, 0]
         return Walk(batch, rows, torch.tensor(pinned, device=device), torch.empty(0, dtype=torch.int64, device=device))
 
-    def _sample(self, step: RankStep, walk: Walk, logits: torch.Tensor) -> dict[int, Sampled]:
-        """Tokens of the sequences whose last row is here, by index of the step's items."""
+    def _sample(self, step: RankStep, walk: Walk, logits: torch.Tensor) -> tuple[dict[int, Sampled], dict[int, str]]:
+        """Tokens of the sequences whose last row is here, and which of these a grammar lost, by index of the items.
+
+        Which rank samples is known only now, so masks are not computed beside the forward pass.
+        """
         if not len(logits):
-            return {}
+            return {}, {}
         wanted = [i for i, item in enumerate(step.plan.scheduled) if item.needs_sample]
         of_row = dict(zip(walk.batch.sample_rows.tolist(), walk.batch.sample_order, strict=True))
         items = [wanted[of_row[row]] for row in walk.rows[walk.keep].tolist()]
         seqs = [step.plan.scheduled[i].seq for i in items]
-        tokens, logprobs = sampler.sample(logits, seqs, self._runner.config.seed, self._runner.eos_token_ids)
-        return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True))
+        pending = self._runner.masks.start(seqs)
+        masks = pending.result() if pending is not None else None
+        tokens, logprobs = sampler.sample(logits, seqs, self._runner.config.seed, self._runner.eos_token_ids, masks)
+        lost = (
+            {} if masks is None else {i: masks.errors[s] for i, s in zip(items, seqs, strict=True) if s in masks.errors}
+        )
+        return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True)), lost
 
     def _errors(self, step: RankStep) -> dict[int, str]:
         failed = forward_batch.by_sequence(step.plan, self._losses.take())

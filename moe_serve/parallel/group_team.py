@@ -17,13 +17,15 @@ from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.channel import Message
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.engine import ParallelEngine
-from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.plans import read_plan
 from moe_serve.parallel.prescheduling import Counts, Prescheduler, TokenAffinity
 from moe_serve.parallel.team_runner import TeamRunner
 from moe_serve.parallel.worker import Worker
+from moe_serve.route_recorder import RoutingShape
 from moe_serve.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
 from moe_serve.tokenizer import Tokenizer
+from placement.cost import hosts_of
 
 
 class GroupTeam:
@@ -44,10 +46,15 @@ class GroupTeam:
         """As JSON, because that is what ranks behind sockets would see."""
         dist.broadcast_object_list([json.dumps(message)])
         answers: list[Any] = [None] * self.num_ranks
-        dist.gather_object(json.dumps(self._worker.step(message)), answers)
+        dist.gather_object(json.dumps(self._worker.answer(message)), answers)
         parsed = [json.loads(answer) for answer in answers]
-        self.counted = dict(enumerate(parsed))
+        if "traffic" in parsed[0]:
+            self.counted = dict(enumerate(parsed))
         return parsed
+
+    def reports(self) -> tuple[int, dict[int, Message]]:
+        """As Team.reports; here the ranks are asked, so not during a step."""
+        return self.generation, dict(enumerate(self.ask_all({"op": "report"})))
 
     def stop(self) -> None:
         """The followers' loops end."""
@@ -62,20 +69,20 @@ def follow(worker: Worker) -> None:
         message = json.loads(box[0])
         if message is None:
             return
-        dist.gather_object(json.dumps(worker.step(message)))
+        dist.gather_object(json.dumps(worker.answer(message)))
 
 
 def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> ParallelEngine:
     """Rank 0's engine. `uses` [V, L, E]: the predictor's table (prescheduling)."""
     config, parallel = worker.config, team.parallel
     spec = ModelSpec.from_hf(read_config(config.model))
-    affinity = None
-    if uses is not None:
-        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.devices)
-        affinity = TokenAffinity(uses, hosts)
-    runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity))
+    plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, parallel.devices)
+    follow = None if uses is None else lambda hosts: TokenAffinity(uses, hosts)
+    affinity = None if follow is None else follow(hosts_of(plan.layout, parallel.devices))
+    shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
+    runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity, follow), shape)
     eos = frozenset(eos_token_ids(config.model))
-    return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos)
+    return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos, plan)
 
 
 def complete(engine: ParallelEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
