@@ -87,9 +87,8 @@ class CoherentRunner:
         pending = self._runner.masks.start(seqs)
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, seqs, self._runner.config.seed, self._runner.eos_token_ids, masks)
-        lost = (
-            {} if masks is None else {i: masks.errors[s] for i, s in zip(items, seqs, strict=True) if s in masks.errors}
-        )
+        errors = {} if masks is None else masks.errors
+        lost = {i: errors[seq] for i, seq in zip(items, seqs, strict=True) if seq in errors}
         return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True)), lost
 
     def _errors(self, step: RankStep) -> dict[int, str]:

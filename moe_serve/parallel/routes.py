@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,19 @@ OFF, IDS, IDS_AND_WEIGHTS = 0, 1, 2
 Rows = NDArray[np.int64]
 
 
+class Note(NamedTuple):
+    """What one layer's router chose."""
+
+    layer: int
+    """Dense index."""
+    rows: torch.Tensor
+    """[n] int64: rows of the step's batch."""
+    ids: torch.Tensor
+    """[n, K]"""
+    weights: torch.Tensor
+    """[n, K]"""
+
+
 class RouteTap:
     """Stands before a mode's layers: notes what the routers chose and hands on."""
 
@@ -41,7 +54,7 @@ class RouteTap:
         self._index = {layer: i for i, layer in enumerate(layers)}
         self._rows = rows
         self._ids_dtype = np.dtype(np.uint8 if num_experts <= 256 else np.int16)
-        self._notes: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._notes: list[Note] = []
 
     def begin(self, wanted: int) -> None:
         """A step begins; what one that failed has left is forgotten."""
@@ -53,7 +66,7 @@ class RouteTap:
         if self.wanted:
             rows = self._rows()
             if rows is not None:
-                self._notes.append((self._index[layer], rows, ids, weights))
+                self._notes.append(Note(self._index[layer], rows, ids, weights))
         return self._inner.run(layer, hidden, ids, weights)
 
     def take(self, numbers: Rows) -> list[dict[str, Any]]:
@@ -61,24 +74,21 @@ class RouteTap:
         notes, self._notes = self._notes, []
         return [self._piece(run, numbers) for run in _same_rows(notes)]
 
-    def _piece(self, run: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]], numbers: Rows) -> dict[str, Any]:
-        ids = torch.stack([note[2] for note in run], dim=1).cpu().numpy().astype(self._ids_dtype)
-        piece = {
-            "layer": run[0][0],
-            "rows": _pack(numbers[run[0][1].cpu().numpy()].astype(np.int32)),
-            "ids": _pack(ids),
-        }
+    def _piece(self, run: list[Note], numbers: Rows) -> dict[str, Any]:
+        rows = numbers[run[0].rows.cpu().numpy()].astype(np.int32)
+        ids = torch.stack([note.ids for note in run], dim=1).cpu().numpy().astype(self._ids_dtype)
+        piece = {"layer": run[0].layer, "rows": _pack(rows), "ids": _pack(ids)}
         if self.wanted == IDS_AND_WEIGHTS:
-            weights = torch.stack([note[3] for note in run], dim=1).float().cpu().numpy()
+            weights = torch.stack([note.weights for note in run], dim=1).float().cpu().numpy()
             piece["weights"] = _pack(weights.astype(np.float16))
         return piece
 
 
-def _same_rows(notes: Iterable[tuple[int, Any, Any, Any]]) -> list[list[tuple[int, Any, Any, Any]]]:
+def _same_rows(notes: Iterable[Note]) -> list[list[Note]]:
     """Runs of consecutive layers that saw the same tokens."""
-    runs: list[list[tuple[int, Any, Any, Any]]] = []
+    runs: list[list[Note]] = []
     for note in notes:
-        if runs and runs[-1][-1][0] + 1 == note[0] and torch.equal(runs[-1][-1][1], note[1]):
+        if runs and runs[-1][-1].layer + 1 == note.layer and torch.equal(runs[-1][-1].rows, note.rows):
             runs[-1].append(note)
         else:
             runs.append([note])
