@@ -25,6 +25,7 @@ from moe_serve.server import (
     chat,
     completions,
     dashboard,
+    expert_plan,
     http_errors,
     openapi,
     operation,
@@ -116,8 +117,13 @@ def create_app(
         dashboard.install(app, service)
     operation.install(app, service)
     recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
+    expert_plan.install(app, service)
     openapi.install(
-        app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody, recording.RecordingBody]
+        app,
+        [
+            *(ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody),
+            *(recording.RecordingBody, expert_plan.ExpertPlanBody),
+        ],
     )
     return app
 
