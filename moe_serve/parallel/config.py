@@ -66,6 +66,4 @@ class ParallelConfig(FromDict):
         if self.expert_plan_window < 0:
             raise ConfigError(f"--expert-plan-window must not be negative, got {self.expert_plan_window}")
         if self.expert_plan_interval is not None and self.expert_plan_window == 0:
-            raise ConfigError(
-                "--expert-plan-interval makes plans from recent traffic; give --expert-plan-window above 0"
-            )
+            raise ConfigError("--expert-plan-interval plans from recent traffic; give --expert-plan-window above 0")

@@ -32,6 +32,7 @@ class ParallelEngine(Engine):
         """`plan`: the one that ranks start with."""
         super().__init__(runner, tokenizer, spec, eos_token_ids)
         self.team = runner.team
+        self.expert_reports = runner.reports
         self.plan = plan
         """In force; see `place`."""
         self.num_placements = 0

@@ -18,6 +18,7 @@ from moe_serve.parallel.team import Team, TeamState
 
 if TYPE_CHECKING:
     from expert_cache.report import ExpertReport
+    from moe_serve.parallel.engine import ParallelEngine
     from moe_serve.parallel.expert_reports import TeamReports
 
 PREFIX = "moe_serve:ep_"
@@ -49,7 +50,8 @@ def install(app: FastAPI, engine: EngineLike, registry: CollectorRegistry) -> No
     team = team_of(engine)
     if team is None:
         return
-    reports: TeamReports = engine.runner.reports  # type: ignore[attr-defined]
+    over_ranks: ParallelEngine = engine  # type: ignore[assignment]
+    reports = over_ranks.expert_reports
 
     @app.get("/ranks")
     async def ranks() -> dict[str, Any]:
@@ -58,6 +60,7 @@ def install(app: FastAPI, engine: EngineLike, registry: CollectorRegistry) -> No
         layers = {rank: answer["layer_bytes"] for rank, answer in sorted(team.counted.items())}
         return {
             **team.describe(),
+            "placements": over_ranks.num_placements,
             "traffic": counted,
             "sent_bytes_by_layer": layers,
             "experts": {rank: _experts(report) for rank, report in reports.by_rank().items()},
