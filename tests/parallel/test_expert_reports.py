@@ -28,12 +28,8 @@ def test_a_report_survives_json() -> None:
     assert after.residency.num_slots == 2
     assert np.array_equal(after.tokens, before.tokens)
     assert after.counts["stall_s"].dtype == np.float64
-    assert (after.layers, after.expert_bytes, dict(after.shadow_hits), after.belady_gap_frac) == (
-        (2,),
-        90,
-        {"lru": 8},
-        0.5,
-    )
+    assert (after.layers, after.expert_bytes, after.belady_gap_frac) == ((2,), 90, 0.5)
+    assert after.shadow_hits == {"lru": 8}
 
 
 def test_reports_add_up() -> None:

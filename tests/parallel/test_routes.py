@@ -30,9 +30,8 @@ class Nothing:
 def plan() -> BatchPlan:
     """A prompt of 3, then two decoding sequences: in the batch these come first, the shorter context before."""
     seqs = [Sequence(Request(f"{n}", tuple(range(n)), SamplingParams()), 0, list(range(n)), 20) for n in (3, 9, 5)]
-    return BatchPlan(
-        (ScheduledSequence(seqs[0], 0, 3), ScheduledSequence(seqs[1], 8, 1), ScheduledSequence(seqs[2], 4, 1))
-    )
+    runs = ((0, 3), (8, 1), (4, 1))
+    return BatchPlan(tuple(ScheduledSequence(seq, *run) for seq, run in zip(seqs, runs, strict=True)))
 
 
 def chosen(token: int, layer: int) -> list[int]:
@@ -60,7 +59,7 @@ def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
     places = routes.spans(plan)
     answers = []
     for own, tokens in (([0], [0, 1, 2]), ([1, 2], [4, 3])):
-        tap = RouteTap(Nothing(), LAYERS, 8, lambda count=len(tokens): torch.arange(count))
+        tap = RouteTap(Nothing(), LAYERS, 8, lambda tokens=tokens: torch.arange(len(tokens)))
         tap.begin(routes.IDS_AND_WEIGHTS)
         for layer in LAYERS:
             call(tap, layer, tokens)
