@@ -102,6 +102,7 @@ class TeamReports:
         """`current`: the generation of the group, and each rank's last report as JSON."""
         self._current = current
         self._lock = threading.Lock()
+        self._known: dict[int, tuple[Mapping[str, Any], ExpertReport]] = {}
         self._generation = 0
         self._now: ExpertReport | None = None
         self._before: ExpertReport | None = None
@@ -110,7 +111,14 @@ class TeamReports:
     def by_rank(self) -> Reports:
         """Since the present group's start."""
         _, reports = self._current()
-        return {rank: report_from_json(report) for rank, report in sorted(reports.items())}
+        return {rank: self._parsed(rank, report) for rank, report in sorted(reports.items())}
+
+    def _parsed(self, rank: int, data: Mapping[str, Any]) -> ExpertReport:
+        """Parsed once, however often somebody looks."""
+        known = self._known.get(rank)
+        if known is None or known[0] is not data:
+            known = self._known[rank] = data, report_from_json(data)
+        return known[1]
 
     def total(self) -> ExpertReport | None:
         """None until a group of ranks has been ready."""
