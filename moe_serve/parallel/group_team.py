@@ -81,8 +81,9 @@ def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> Parall
     affinity = None if follow is None else follow(hosts_of(plan.layout, parallel.devices))
     shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
     runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity, follow), shape)
-    eos = frozenset(eos_token_ids(config.model))
-    return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos, plan)
+    tokenizer = Tokenizer.from_path(config.model)
+    eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
+    return ParallelEngine(runner, tokenizer, spec, eos, plan)
 
 
 def complete(engine: ParallelEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:

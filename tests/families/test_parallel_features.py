@@ -78,7 +78,6 @@ def test_over_ranks_as_on_one_device(checkpoint: Checkpoint, reference: Referenc
         assert result["tokens"] == alone["tokens"], label
         for ours, theirs in zip(result["logprobs"], alone["logprobs"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4), label
-        assert result["steps"] > 11
         if case.get("routes"):
             check_counts(case, result, alone)
         elif "grammar" in case["params"]:
@@ -87,6 +86,7 @@ def test_over_ranks_as_on_one_device(checkpoint: Checkpoint, reference: Referenc
 
 def check_counts(case: dict[str, Any], result: dict[str, Any], alone: dict[str, Any]) -> None:
     """Every token's routes came to the front, every choice was counted once, caches hold what their rank runs."""
+    assert result["steps"] > max(map(int, case["places"]))
     assert result["routes"] == alone["routes"]
     routes = np.array([token for request in result["routes"].values() for token in request])
     counts = [np.bincount(routes[:, i].ravel(), minlength=case["num_experts"]).tolist() for i in range(routes.shape[1])]

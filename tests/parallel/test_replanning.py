@@ -119,7 +119,7 @@ def test_a_given_plan_that_fits(in_force: PlacementPlan) -> None:
         ({"version": 9}, "plan.version"),
         ({"num_layers": 2}, "plan.device_of"),
         ({"num_layers": 0, "device_of": []}, "plan.device_of"),
-        ({"num_experts": 0, "device_of": [[]] * 4}, "plan"),
+        ({"num_experts": 0, "device_of": [[]] * 4}, "plan.device_of"),
         ({"device_of": [[0, 7] * 4] * 4}, "plan.device_of"),
         ({"device_of": [[0] * 8] * 4}, "plan.slots"),
         ({"device_of": "x"}, "plan.device_of"),
