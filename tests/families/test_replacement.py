@@ -139,7 +139,7 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
         computed = num_runs * sum(len(prompt) + NEW_TOKENS - 1 for prompt in prompts) * LAYERS * TOP_K
         ranks = await until(client, lambda found: pairs(found) == computed)
         assert all(sum(rank["tokens"]) > 0 for rank in ranks["experts"].values())
-        assert all(rank["num_slots"] and sum(rank["resident"]) for rank in ranks["experts"].values())
+        assert all(rank["num_slots"] for rank in ranks["experts"].values())
         values = await scrape(client)
         assert values["ep_expert_tokens_total"] == computed
         assert values["expert_cache_slots"] == sum(rank["num_slots"] for rank in ranks["experts"].values())
