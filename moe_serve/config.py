@@ -140,6 +140,12 @@ class EngineConfig(FromDict):
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
     )
+    moe_io: str = option(
+        "direct",
+        "How experts are read from an expert file. direct: by our own threads, past the page cache; deepspeed: through"
+        " DeepSpeed's asynchronous I/O, where it is built.",
+        ("direct", "deepspeed"),
+    )
     max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
     max_num_queued_tokens: int | None = option(
         None, "Waiting prompt tokens beyond which a new request is refused with 503."
@@ -184,6 +190,10 @@ class EngineConfig(FromDict):
         )
         if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
             raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
+        if self.moe_io == "deepspeed" and self.moe_expert_file is None:
+            raise ConfigError(
+                "--moe-io deepspeed does not notice failed reads; give --moe-expert-file, whose experts have checksums"
+            )
         if self.expert_aware_batching == "on" and self.max_num_batched_seqs is None:
             raise ConfigError("--expert-aware-batching on: there is nothing to choose without --max-num-batched-seqs")
         if self.max_num_queued_reqs < 0:

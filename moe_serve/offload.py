@@ -35,6 +35,7 @@ from expert_cache.quotas import quota_slots
 from expert_cache.resident import ResidentExperts
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
+from moe_serve import deepspeed_io
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
@@ -87,7 +88,7 @@ def expert_layers(
         slots,
         num_transit,
         policy,
-        _fetcher(device),
+        _fetcher(config, device),
         shadows=_shadows(config, store, slots),
         quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
     )
@@ -221,8 +222,10 @@ def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> 
     return arena(num_slots, store.slot_bytes, device)
 
 
-def _fetcher(device: torch.device) -> Fetcher:
+def _fetcher(config: EngineConfig, device: torch.device) -> Fetcher:
     """On a GPU the host's page cache is the tier below, so reads go through it; on a CPU it is the disk."""
+    if config.moe_io == "deepspeed":
+        return Fetcher(DISK_READERS, deepspeed_io.opener())
     if device.type == "cuda":
         return Fetcher(HOST_READERS, partial(DirectFile, direct=False))
     return Fetcher(DISK_READERS)
