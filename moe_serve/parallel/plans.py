@@ -21,6 +21,10 @@ from placement.topology import Ints, Topology
 
 Hosts = npt.NDArray[np.bool_]
 """[L, E, G] whether a rank holds an expert."""
+MAX_IMBALANCE = 1.25
+"""Limit on a rank's load over fair for plans made while serving without one. Without a limit a new plan saved 26 and 27 %
+of the hops of two real traces and loaded the busiest of 8 ranks with 1.77 and 2.08 times fair, where contiguous runs
+had 1.39 and 1.56; with this one it saves 23 and 19 % at 1.30 and 1.53 on traffic it was not made from."""
 
 
 def read_hosts(path: str | None, layers: Sequence[int], num_experts: int, num_ranks: int) -> Hosts:
@@ -72,7 +76,7 @@ def contiguous_plan(layers: Sequence[int], num_experts: int, num_ranks: int) -> 
         raise ConfigError(f"--devices {num_ranks}: the model has {num_experts} experts per layer; use at most as many")
     shape = (len(layers), num_experts)
     load, transitions = np.ones(shape), np.zeros((shape[0] - 1, num_experts, num_experts))
-    problem = PlacementProblem(load, transitions, Topology.even(num_ranks))
+    problem = PlacementProblem(load, transitions, Topology.even(num_ranks), max_imbalance=MAX_IMBALANCE)
     facts = {"solver": "contiguous", "seed": 0, "seconds": 0.0, "provenance": {"layer_ids": list(layers)}}
     return make_plan(problem, Layout(_contiguous_devices(*shape, num_ranks)), 0.0, "none", **facts)
 

@@ -132,7 +132,7 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
         assert not (await place(client, plan=start, margin_frac=0.9, time_limit_s=1))["adopted"]
         judged = await place(client, margin_frac=0.0, time_limit_s=1)
         assert judged["tokens"] > 100
-        assert judged["adopted"] == (judged["traffic_then"] < judged["traffic_now"])
+        assert judged["traffic_then"] < judged["traffic_now"] or not judged["adopted"]
 
     async def check_counts(client: httpx.AsyncClient, num_runs: int) -> None:
         """Metrics, dashboard and /ranks agree on what all ranks computed."""

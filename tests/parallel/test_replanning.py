@@ -31,11 +31,11 @@ def in_force() -> PlacementPlan:
 
 
 def traffic(structure: float, seed: int = 0) -> RoutingTrace:
-    """Sequences that stay with probability `structure` among the even experts, or among the odd ones."""
+    """Sequences, in pairs alike, that stay with probability `structure` among the even experts, or the odd ones."""
     rng = np.random.default_rng(seed)
     ids = np.empty((NUM_SEQUENCES, LENGTH, len(LAYERS), 2), np.int64)
     for s, t, layer in np.ndindex(ids.shape[:3]):
-        among = np.arange(s % 2, 8, 2) if rng.random() < structure else np.arange(8)
+        among = np.arange(s // 2 % 2, 8, 2) if rng.random() < structure else np.arange(8)
         ids[s, t, layer] = rng.choice(among, 2, replace=False)
     offsets = offsets_of([LENGTH] * NUM_SEQUENCES)
     return RoutingTrace(ids.reshape(-1, len(LAYERS), 2), offsets, np.array(LAYERS), 8)
