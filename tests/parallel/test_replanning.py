@@ -21,7 +21,7 @@ from predictors.trace import RoutingTrace, offsets_of
 
 LAYERS = (1, 2, 3, 5)
 SHAPE = RoutingShape(LAYERS, num_experts=8, top_k=2)
-TERMS = Terms(margin_frac=0.05, time_limit_s=5.0)
+TERMS = Terms(margin_frac=0.05, time_limit_s=60.0)
 NUM_SEQUENCES, LENGTH = 20, 40
 
 
