@@ -190,10 +190,6 @@ class EngineConfig(FromDict):
         )
         if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
             raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
-        if self.moe_io == "deepspeed" and self.moe_expert_file is None:
-            raise ConfigError(
-                "--moe-io deepspeed does not notice failed reads; give --moe-expert-file, whose experts have checksums"
-            )
         if self.expert_aware_batching == "on" and self.max_num_batched_seqs is None:
             raise ConfigError("--expert-aware-batching on: there is nothing to choose without --max-num-batched-seqs")
         if self.max_num_queued_reqs < 0:

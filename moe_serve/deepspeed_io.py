@@ -46,8 +46,12 @@ class DeepSpeedFile(DirectFile):
             raise ExpertReadError(f"{self.path}: DeepSpeed could not read at byte {offset}")
 
 
-def opener() -> Callable[[Path], DirectFile]:
+def opener(expert_file: str | None) -> Callable[[Path], DirectFile]:
     """What opens files for a Fetcher. ConfigError says what is missing."""
+    if expert_file is None:
+        raise ConfigError(
+            "--moe-io deepspeed does not notice failed reads; give --moe-expert-file, whose experts have checksums"
+        )
     handle = _library().aio_handle(BLOCK_BYTES, QUEUE_DEPTH, False, True, 1)
     return lambda path: DeepSpeedFile(path, handle)
 

@@ -225,7 +225,7 @@ def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> 
 def _fetcher(config: EngineConfig, device: torch.device) -> Fetcher:
     """On a GPU the host's page cache is the tier below, so reads go through it; on a CPU it is the disk."""
     if config.moe_io == "deepspeed":
-        return Fetcher(DISK_READERS, deepspeed_io.opener())
+        return Fetcher(DISK_READERS, deepspeed_io.opener(config.moe_expert_file))
     if device.type == "cuda":
         return Fetcher(HOST_READERS, partial(DirectFile, direct=False))
     return Fetcher(DISK_READERS)

@@ -15,7 +15,6 @@ import torch
 from expert_cache.direct_io import BLOCK_BYTES
 from expert_cache.errors import ExpertReadError
 from moe_serve import deepspeed_io
-from moe_serve.config import EngineConfig
 from moe_serve.deepspeed_io import DeepSpeedFile
 from moe_serve.errors import ConfigError
 
@@ -90,11 +89,10 @@ def test_where_it_is_not_built_a_sentence_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "deepspeed.ops", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", builders)
     with pytest.raises(ConfigError, match="--moe-io deepspeed") as refusal:
-        deepspeed_io.opener()
+        deepspeed_io.opener("experts")
     assert said in str(refusal.value)
 
 
 def test_without_checksums_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="--moe-expert-file"):
-        EngineConfig(moe_io="deepspeed")
-    EngineConfig(moe_io="deepspeed", moe_expert_file="experts")
+        deepspeed_io.opener(None)
