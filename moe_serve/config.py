@@ -225,9 +225,18 @@ class ServerConfig(FromDict):
     shutdown_timeout: float = option(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl+C.")
     log_format: str = option("text", "Format of log lines; json gives one object per line.", ("text", "json"))
     log_requests: bool = option(False, "Log prompts and sampling parameters. They are never logged otherwise.")
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of an OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318/v1/traces): every request"
+        " becomes a span there. Needs the extra moe-serve[otel]. Default: no tracing.",
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _require_positive(self, "max_body_mib", "read_timeout", "write_timeout")
+        if self.otlp_traces_endpoint is not None and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--otlp-traces-endpoint: {self.otlp_traces_endpoint!r} is not an http or https URL (OTLP over HTTP)"
+            )
         if self.shutdown_timeout < 0:
             raise ConfigError(f"--shutdown-timeout must not be negative, got {self.shutdown_timeout}")

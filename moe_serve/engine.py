@@ -28,7 +28,7 @@ from moe_serve.scheduler import Scheduler, SchedulerLimits
 from moe_serve.sequence import FinishReason, Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
 from moe_serve.stats import EngineLoad, StatsObserver
-from moe_serve.step_stats import StepRecorder
+from moe_serve.step_stats import StepRecorder, finished_stats
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -191,12 +191,13 @@ class Engine:
         result = self.runner.run(plan)
         now = time.monotonic()
         advanced = self.scheduler.update(plan, result)
+        recorder.stamp(advanced, now)
         if result.routes is not None:
             for listener in self._route_listeners:
                 listener.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
+        recorder.report(outputs)
         outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
-        recorder.applied(advanced, now)
         self._report_load()
         return outputs
 
@@ -259,4 +260,5 @@ def _output(seq: Sequence, text: str, num_new: int, error: str | None = None) ->
         num_cached_tokens=seq.num_cached,
         num_output_tokens=seq.num_generated,
         error=error,
+        stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from moe_serve.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from moe_serve.stats import FinishedStats
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -267,6 +271,8 @@ class SampleOutput:
     """Tokens sampled so far in this sample."""
     error: str | None = None
     """Set with FinishReason.ERROR: what went wrong, safe to show to the client."""
+    stats: FinishedStats | None = None
+    """With the last output: the sample's times."""
 
 
 @dataclass(slots=True)

@@ -49,6 +49,7 @@ from moe_serve.server.protocol import (
     TokenizeBody,
 )
 from moe_serve.server.stats_log import StatsLog
+from moe_serve.server.trace_requests import TraceRequests, Tracing
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -87,6 +88,7 @@ def create_app(
     with_dashboard: bool = True,
     recording_dir: str | None = None,
     recording_buffer_tokens: int = 65536,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
     pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
@@ -104,7 +106,9 @@ def create_app(
         template_of(tokenizer),
         log_requests,
     )
-    app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s))
+    app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s, tracing))
+    if tracing is not None:
+        app.add_middleware(TraceRequests, tracing=tracing, model_name=model_name)
     app.state.engine = engine
     http_errors.install(app)
     _add_generation(app, service)
@@ -123,10 +127,12 @@ def create_app(
 
 
 @asynccontextmanager
-async def _lifespan(engine: AsyncEngine, drain_timeout_s: float) -> AsyncIterator[None]:
+async def _lifespan(engine: AsyncEngine, drain_timeout_s: float, tracing: Tracing | None) -> AsyncIterator[None]:
     engine.start()
     yield
     await engine.shutdown(drain_timeout_s)
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -201,6 +207,7 @@ async def _stream_events(
     except MoEServeError as error:
         if not started:
             raise
+        merger.error_type = error.error_type
         yield sse.event(http_errors.error_body(error))
     else:
         if options is not None and options.include_usage:

@@ -18,6 +18,7 @@ from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import MoEServeError
 from moe_serve.mailbox import Mailbox
 from moe_serve.sequence import Completion, Request, SampleOutput
+from moe_serve.stats import FinishedStats
 
 T = TypeVar("T")
 
@@ -58,6 +59,10 @@ class Merger:
 
     requests: Sequence[Request]
     usage: Usage = field(default_factory=Usage)
+    ended: list[FinishedStats] = field(default_factory=list)
+    """Times of the samples that have ended."""
+    error_type: str = ""
+    """Of the error that came as an event, after the first byte of a stream."""
     _seen: set[str] = field(default_factory=set)
 
     def choice_index(self, position: int, output: SampleOutput) -> int:
@@ -68,6 +73,8 @@ class Merger:
             self._seen.add(output.request_id)
             self.usage.note_first(output)
         self.usage.completion_tokens += len(output.token_ids)
+        if output.stats is not None:
+            self.ended.append(output.stats)
 
 
 async def stream(engine: AsyncEngine, merger: Merger) -> AsyncGenerator[tuple[int, SampleOutput]]:
