@@ -98,11 +98,12 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"the prompt has {len(prompt)} tokens; this server takes at most {most}"
             )
-        wanted = len(prompt) + (params.max_tokens or 1)
+        wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
         if wanted > self.max_model_len:
             raise ContextTooLongError(
                 "prompt" if len(prompt) >= self.max_model_len else "max_tokens",
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens or 'not set'};"
+                f"the prompt has {len(prompt)} tokens and max_tokens is"
+                f" {'not set' if params.max_tokens is None else params.max_tokens};"
                 f" together they must not exceed the context of {self.max_model_len} tokens",
             )
         if params.grammar is not None:
@@ -203,6 +204,9 @@ class Engine:
 
     def _emit(self, seq: Sequence) -> SampleOutput:
         """Text of the newest token; may end the sequence at a stop string."""
+        if not seq.num_generated:  # only the prompt was wanted
+            self._forget(seq)
+            return _output(seq, "", 0)
         detokenizer = self._detokenizers[seq]
         text, stop = detokenizer.push(seq.token_ids[-1:])
         if stop is not None:
@@ -260,5 +264,6 @@ def _output(seq: Sequence, text: str, num_new: int, error: str | None = None) ->
         num_cached_tokens=seq.num_cached,
         num_output_tokens=seq.num_generated,
         error=error,
+        prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
         stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from expert_cache.cache import ExpertCache
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
-from moe_serve import forward_batch, offload, resolve, sampler
+from moe_serve import forward_batch, offload, prompt_logprobs, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
@@ -99,13 +99,20 @@ class ModelRunner:
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
         pending = self._masks.start(rows)
-        logits = self._forward(batch)
+        scored = forward_batch.scored_rows(plan)
+        logits, prompt_logits = self._forward(batch, scored).split([len(rows), len(scored)])
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
-        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors, self._routes(plan))
+        return StepResult(
+            tuple(t for _, t, _ in by_plan),
+            tuple(p for _, _, p in by_plan),
+            errors,
+            self._routes(plan),
+            prompt_logprobs.score(prompt_logits, plan) if scored else {},
+        )
 
     def _routes(self, plan: BatchPlan) -> StepRoutes | None:
         tap = self.expert_layers.tap
@@ -129,13 +136,14 @@ class ModelRunner:
         self.expert_layers.tap.is_on = wanted
         self.expert_layers.tap.keeps_weights = weights
 
-    def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
-        """Logits [rows to sample, V], in batch order."""
+    def _forward(self, batch: forward_batch.ForwardBatch, scored: list[int]) -> torch.Tensor:
+        """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
+        more = torch.tensor(scored, dtype=torch.int64, device=self.device)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             use_cache=False,
-            logits_to_keep=batch.sample_rows,
+            logits_to_keep=torch.cat([batch.sample_rows, more]) if scored else batch.sample_rows,
             forward_batch=batch,
             kv_cache=self.kv_cache,
         )

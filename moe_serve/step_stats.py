@@ -47,7 +47,7 @@ class StepRecorder:
     def stamp(self, advanced: list[Sequence], now: float) -> None:
         """Give the sequences that got a token at time `now` their times."""
         self._end = now
-        self._num_generated = len(advanced)
+        self._num_generated = sum(seq.num_generated > 0 for seq in advanced)
         self._gaps = tuple(now - s.last_token_s for s in advanced if s.last_token_s is not None)
         self._firsts = tuple(now - s.request.arrival_time_s for s in advanced if s.first_token_s is None)
         for seq in advanced:

@@ -30,10 +30,12 @@ class ParallelEngine(Engine):
         self._losses: dict[Sequence, int] = {}
 
     def check_request(self, request: Request) -> None:
-        """As Engine.check_request. Ranks sample, and have no grammars yet."""
+        """As Engine.check_request. Ranks sample, and have no grammars and no scores of prompts yet."""
         super().check_request(request)
         if request.params.grammar is not None:
             raise InvalidRequestError(request.params.grammar.param, "works on one device only so far")
+        if request.params.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs", "log-probabilities of prompts work on one device only so far")
 
     def add_request(self, request: Request) -> None:
         """All samples of a request live on one rank, so that they can share its prompt's pages."""

@@ -13,6 +13,7 @@ from moe_serve.sequence import Completion, FinishReason, GrammarSpec, Request, S
 from moe_serve.server import prompts
 from moe_serve.server.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
 from moe_serve.server.collect import Merger, Usage, json_logprob
+from moe_serve.server.prompt_scores import prompt_scores
 from moe_serve.server.protocol import ChatBody
 from moe_serve.server.tools import ToolPlan, plan_tools
 from moe_serve.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ def plan(
     max_model_len: int,
 ) -> ChatPlan:
     """Resolve a body; InvalidRequestError names what does not fit together."""
-    body.check_stream_options()
+    body.check_stream()
     tools = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     grammar = _grammar(body, tools)
     if tools.mode == "auto" and template is None:
@@ -106,7 +107,11 @@ class ChatShapes:
         """The answer of a request that is not streamed."""
         shaped = [self._whole_choice(c) for c in choices]
         usage = self._merger.usage.as_json()
-        return {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage} | self._prompt_ids()
+        answer = {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage} | self._prompt_ids()
+        if self._body.prompt_logprobs is not None:
+            request_id = self._merger.requests[0].request_id
+            answer["prompt_logprobs"] = prompt_scores(self._merger.scores_of(request_id), self._tokenizer)
+        return answer
 
     def _whole_choice(self, choice: Completion) -> dict[str, Any]:
         delta = self._read(choice.index, choice.text, True)

@@ -25,7 +25,6 @@ BOTH = MappingProxyType(
         "use_beam_search": Refusal("no beam search", (None, False)),
         "length_penalty": Refusal("belongs to beam search", (None, 1, 1.0)),
         "early_stopping": Refusal("belongs to beam search", (None, False)),
-        "prompt_logprobs": Refusal("log-probabilities of prompts", is_planned=True),
         "spaces_between_special_tokens": Refusal("spaces are the tokenizer's own", (None, True)),
         "return_tokens_as_token_ids": Refusal("use return_token_ids", (None, False)),
         "guided_decoding_backend": Refusal("the one backend is llguidance", (None, "auto", "guidance")),

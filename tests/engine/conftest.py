@@ -9,7 +9,7 @@ import pytest
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.kv_pages import PagePool
 from moe_serve.scheduler import Scheduler, SchedulerLimits
-from moe_serve.sequence import Request, SamplingParams
+from moe_serve.sequence import Request, SamplingParams, TokenLogprob
 from moe_serve.sequence import Sequence as Seq
 
 
@@ -30,7 +30,9 @@ class SchedulerDriver:
     def step(self) -> BatchPlan:
         plan = self.scheduler.schedule()
         sampled = [s for s in plan.scheduled if s.needs_sample]
-        result = StepResult(tuple(s.end + 1000 for s in sampled), tuple(None for _ in sampled))
+        scores = {s.seq: tuple(TokenLogprob(s.seq.token_ids[p + 1], -1.0) for p in s.scored) for s in plan.scheduled}
+        tokens = tuple(s.end + 1000 for s in sampled)
+        result = StepResult(tokens, tuple(None for _ in sampled), prompt_logprobs=scores)
         self.scheduler.update(plan, result)
         self.plans.append(plan)
         self.pool.check_integrity(s.page_ids for s in self.scheduler.live())

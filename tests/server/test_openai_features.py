@@ -84,7 +84,11 @@ def test_echo_and_logprobs(model: Model) -> None:
     chat = model.chat(logprobs=True, top_logprobs=3, max_tokens=4).logprobs.content
     assert [len(entry.top_logprobs) for entry in chat] == [3] * 4
     assert all(entry.logprob <= entry.top_logprobs[0].logprob for entry in chat)
-    assert refused_param(lambda: complete(model, echo=True, logprobs=1)) == "logprobs"
+    both = complete(model, echo=True, logprobs=1).choices[0]
+    assert both.text == text(model, echo=True)
+    assert "".join(both.logprobs.tokens).startswith("fox")
+    assert both.logprobs.token_logprobs[0] is None
+    assert all(p <= 0 for p in both.logprobs.token_logprobs[1:])
 
 
 def test_usage_counts_cached_tokens_whole_and_streamed(model: Model) -> None:
