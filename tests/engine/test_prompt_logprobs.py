@@ -28,12 +28,11 @@ def llm() -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[torch.Tensor]:
+def expected(llm: LLM) -> list[torch.Tensor]:
     """[T - 1, V] log-probabilities of each text, after each token but the last."""
     model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.float32)
-    tokenizer = LLM(default_model(), num_kv_pages=8, max_model_len=64).tokenizer
     with torch.inference_mode():
-        ids = [torch.tensor([tokenizer.encode(text)]) for text in TEXTS]
+        ids = [torch.tensor([llm.tokenizer.encode(text)]) for text in TEXTS]
         return [model(input_ids=i).logits[0, :-1].log_softmax(-1) for i in ids]
 
 
