@@ -54,3 +54,17 @@ CHAT = MappingProxyType(
         "documents": Refusal("put them into a message", (None, [])),
     }
 )
+RESPONSES = MappingProxyType(
+    {
+        "previous_response_id": Refusal("answers are not kept; send the whole conversation as input"),
+        "conversation": Refusal("conversations are not kept; send the whole of it as input"),
+        "store": Refusal("answers are not kept", (None, False)),
+        "background": Refusal("answers are not kept", (None, False)),
+        "prompt": Refusal("no stored prompts"),
+        "truncation": Refusal("a conversation that is too long is an error", (None, "disabled")),
+        "max_tool_calls": Refusal("no built-in tools"),
+        "context_management": Refusal("nothing is compacted"),
+        "stream_options": Refusal("no obfuscation of events", (None, {}, {"include_obfuscation": False})),
+        "service_tier": BOTH["service_tier"],
+    }
+)
