@@ -13,9 +13,7 @@ import openai
 import pydantic
 import pytest
 
-from moe_serve.errors import InvalidRequestError
 from moe_serve.server.responses_input import messages_of
-from moe_serve.tokenizer import Tokenizer
 from tests.server.scripted_model import PLAIN_TEMPLATE, Model, refused_param, start
 from tests.server.test_tools_and_grammars import CALL, HERMES, PARAMETERS, VERDICT
 
@@ -243,8 +241,3 @@ def test_a_turn_of_several_items_is_one_message() -> None:
         {"role": "assistant", "content": "Done."},
         {"role": "assistant", "content": "Really."},
     ]
-
-
-def test_an_empty_list_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InvalidRequestError):
-        messages_of([], "x")
