@@ -21,7 +21,7 @@ from moe_serve.detokenizer import IncrementalDetokenizer
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.grammar import Grammars
-from moe_serve.kv_pages import PagePool
+from moe_serve.kv_pages import PagePool, page_hash
 from moe_serve.model_runner import load_runner
 from moe_serve.route_recorder import RouteListener, RoutingShape
 from moe_serve.scheduler import Scheduler, SchedulerLimits
@@ -116,7 +116,10 @@ class Engine:
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(request.prompt_token_ids) + params.max_tokens)
-        sequences = [Sequence(request, i, list(request.prompt_token_ids), limit) for i in range(params.n)]
+        root = page_hash(b"", request.cache_salt.encode()) if request.cache_salt else b""
+        sequences = [
+            Sequence(request, i, list(request.prompt_token_ids), limit, prefix_root=root) for i in range(params.n)
+        ]
         self._sequences[request.request_id] = sequences
         for seq in sequences:
             if params.grammar is not None:

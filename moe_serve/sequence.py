@@ -168,6 +168,8 @@ class Request:
     """time.monotonic() when the request was accepted."""
     priority: int = 0
     """Among waiting requests, lower goes first; equals in order of arrival."""
+    cache_salt: str = ""
+    """Cached prefixes are shared only between requests of one salt (vLLM): no client can time what others asked."""
 
 
 @dataclass(frozen=True, slots=True)

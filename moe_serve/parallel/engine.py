@@ -44,7 +44,7 @@ class ParallelEngine(Engine):
         for seq in self._sequences[request.request_id]:
             seq.home_rank = home
             if self.team.parallel.ep_mode == "conventional":
-                seq.prefix_root = home.to_bytes(4, "big")  # another rank's pages are not here
+                seq.prefix_root += home.to_bytes(4, "big")  # another rank's pages are not here
 
     def _tokens_at_home(self) -> list[int]:
         """Tokens to compute or to attend to, by rank."""

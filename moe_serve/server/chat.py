@@ -57,7 +57,7 @@ def plan(
     if needed is not None:
         params = replace(params, skip_special_tokens=False)  # they may be what the template looks for
     new_parser = _parser_for(tools, needed, tokenizer.decode(prompt, skip_special_tokens=False))
-    request = Request(request_id, prompt, params, time.monotonic(), body.priority or 0)
+    request = Request(request_id, prompt, params, time.monotonic(), body.priority or 0, body.cache_salt or "")
     return ChatPlan(request, new_parser, tools.mode != "named")
 
 
@@ -194,8 +194,9 @@ class ChatShapes:
         return [self._token(token_id, value) for token_id, value in logprob.top]
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": json_logprob(logprob), "bytes": raw}
+        text = self._tokenizer.token_text(token_id)
+        shown = f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text
+        return {"token": shown, "logprob": json_logprob(logprob), "bytes": self._tokenizer.token_bytes(token_id)}
 
 
 def _as_json(delta: Delta) -> dict[str, Any]:

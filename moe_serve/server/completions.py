@@ -27,9 +27,9 @@ def requests_of(
     params = body.sampling_params(defaults, body.max_tokens, body.logprobs, grammar=body.grammar(), bad_words=words)
     if body.echo and params.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=params.logprobs)
-    now = time.monotonic()
+    now, priority, salt = time.monotonic(), body.priority or 0, body.cache_salt or ""
     return [
-        Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, body.priority or 0)
+        Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, priority, salt)
         for i, prompt in enumerate(_prompts_of(body, tokenizer, max_model_len))
     ]
 
@@ -132,7 +132,7 @@ class CompletionShapes:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
         return {
-            "tokens": texts,
+            "tokens": [self._shown(i) for i in ids],
             "token_logprobs": [None if p is None else json_logprob(p.logprob) for p in known],
             "top_logprobs": [None if p is None else self._top(p) for p in known] if self._body.logprobs else None,
             "text_offset": offsets,
@@ -142,5 +142,9 @@ class CompletionShapes:
         """The likeliest tokens by their text; where texts are equal, the likelier one's value."""
         found: dict[str, float] = {}
         for token_id, value in logprob.top:
-            found.setdefault(self._tokenizer.token_text(token_id), json_logprob(value))
+            found.setdefault(self._shown(token_id), json_logprob(value))
         return found
+
+    def _shown(self, token_id: int) -> str:
+        as_id = self._body.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if as_id else self._tokenizer.token_text(token_id)

@@ -114,12 +114,16 @@ class SamplingBody(Body, StructuredFields):
     """Keep the last so many tokens of the prompt; -1: as many as fit."""
     priority: Annotated[Int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower goes first among waiting requests; 0 by default."""
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=200)
+    """Share cached prefixes only with requests of the same salt."""
     stream: Flag | None = None
     """Server-sent events, ended by [DONE]."""
     stream_options: StreamOptions | None = None
     """include_usage, continuous_usage_stats."""
     return_token_ids: Flag | None = None
     """Adds token_ids to choices, and prompt_token_ids."""
+    return_tokens_as_token_ids: Flag | None = None
+    """In logprobs, write each token as token_id:ID, because texts of tokens may be equal."""
     request_id: str | None = Field(default=None, max_length=200, pattern=r"^[!-~]+$")
     """Printable ASCII, because it comes back in a header. The header X-Request-Id does the same."""
     user: str | None = None

@@ -36,6 +36,7 @@ SAME_FIELDS = (
     "parallel_tool_calls",
     "priority",
     "request_id",
+    "cache_salt",
     "stream",
     "chat_template_kwargs",
 )
@@ -140,7 +141,7 @@ class ResponsesBody(Body):
     top_p: Number | None = None
     """Above 0, at most 1."""
     top_k: Int | None = None
-    """As in a chat completion, like the fields to request_id."""
+    """As in a chat completion, like the fields to cache_salt."""
     min_p: Number | None = None
     """0 to 1."""
     presence_penalty: Number | None = None
@@ -159,6 +160,8 @@ class ResponsesBody(Body):
     """Lower goes first."""
     request_id: str | None = None
     """Printable ASCII."""
+    cache_salt: str | None = None
+    """Share cached prefixes only with requests of the same salt."""
     metadata: dict[str, str] | None = None
     """Comes back in the answer."""
     user: str | None = None
