@@ -116,7 +116,7 @@ class Engine:
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(request.prompt_token_ids) + params.max_tokens)
-        root = page_hash(b"", request.cache_salt.encode()) if request.cache_salt else b""
+        root = page_hash(b"", list(request.cache_salt.encode())) if request.cache_salt else b""
         sequences = [
             Sequence(request, i, list(request.prompt_token_ids), limit, prefix_root=root) for i in range(params.n)
         ]

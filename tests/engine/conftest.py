@@ -26,10 +26,13 @@ class SchedulerDriver:
         self.pool = PagePool(num_pages, page_size)
         self.scheduler = Scheduler(SchedulerLimits(**settings), self.pool, eos)  # type: ignore[arg-type]
         self.plans: list[BatchPlan] = []
+        self.scored: list[list[list[int]]] = []
+        """For each step, the scored positions of each scheduled sequence."""
 
     def step(self) -> BatchPlan:
         plan = self.scheduler.schedule()
         sampled = [s for s in plan.scheduled if s.needs_sample]
+        self.scored.append([list(s.scored) for s in plan.scheduled])
         scores = {s.seq: tuple(TokenLogprob(s.seq.token_ids[p + 1], -1.0) for p in s.scored) for s in plan.scheduled}
         tokens = tuple(s.end + 1000 for s in sampled)
         result = StepResult(tokens, tuple(None for _ in sampled), prompt_logprobs=scores)

@@ -16,8 +16,8 @@ def test_every_prompt_token_but_the_first_is_scored_once(make_driver, make_seq) 
     driver = make_driver(max_num_batched_tokens=8)
     seq = make_seq(range(10), max_tokens=2, prompt_logprobs=0)
     driver.scheduler.add(seq)
-    assert [list(driver.step().scheduled[0].scored) for _ in range(2)] == [[0, 1, 2, 3, 4, 5, 6, 7], [8]]
     driver.run()
+    assert driver.scored == [[[0, 1, 2, 3, 4, 5, 6, 7]], [[8]], [[]]]
     assert scored_tokens(seq) == list(range(1, 10))
 
 
@@ -41,14 +41,15 @@ def test_a_step_scores_only_so_many_tokens(make_driver, make_seq) -> None:
     for seq in [*seqs, make_seq(range(200, 210), max_tokens=1)]:
         driver.scheduler.add(seq)
     driver.run()
-    assert all(sum(len(item.scored) for item in plan.scheduled) <= 6 for plan in driver.plans)
+    assert all(sum(map(len, step)) <= 6 for step in driver.scored)
     assert [scored_tokens(seq) for seq in seqs] == [list(range(1, 10)), list(range(101, 110))]
 
 
 def test_without_chunked_prefill_a_prompt_is_scored_whole(make_driver, make_seq) -> None:
     driver = make_driver(max_scored_tokens=6, enable_chunked_prefill=False)
     driver.scheduler.add(make_seq(range(10), prompt_logprobs=0))
-    assert len(driver.step().scheduled[0].scored) == 9
+    driver.step()
+    assert driver.scored == [[list(range(9))]]
 
 
 def test_without_max_tokens_nothing_is_generated(make_driver, make_seq) -> None:

@@ -31,15 +31,15 @@ def bare(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
     yield from start(tokenizer_folder, tmp_path, PLAIN_TEMPLATE)
 
 
-def ask(model: Model, **body: Any) -> Any:
+def ask(served: Model, **body: Any) -> Any:
     extra = {"seed": 1, **body.pop("extra_body", {})}
-    return model.client.responses.create(**({"model": "tiny", "input": "The weather?"} | body), extra_body=extra)
+    return served.client.responses.create(**({"model": "tiny", "input": "The weather?"} | body), extra_body=extra)
 
 
-def streamed(model: Model, **body: Any) -> tuple[Any, list[Any]]:
+def streamed(served: Model, **body: Any) -> tuple[Any, list[Any]]:
     """(the response put together from the events by the client, the events)."""
     body = {"model": "tiny", "input": "The weather?", "extra_body": {"seed": 1}} | body
-    with model.client.responses.stream(**body) as events:
+    with served.client.responses.stream(**body) as events:
         seen = list(events)
     return seen[-1].response, seen
 
