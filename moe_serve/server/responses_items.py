@@ -21,13 +21,16 @@ class OutputItems:
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
         self._is_open = False
+        self._logprobs: list[dict[str, Any]] = []
+        """Of tokens that have not shown as text yet: what follows may turn them into a tag."""
 
     def feed(self, delta: Delta, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
-        """Further text, and the log-probabilities of its tokens if they were asked for."""
+        """Further text, and the log-probabilities of its tokens if they were asked for. A message shows them all."""
+        self._logprobs += logprobs
         if delta.reasoning:
-            yield from self._text("reasoning", "reasoning_text", delta.reasoning, [])
+            yield from self._text("reasoning", "reasoning_text", delta.reasoning)
         if delta.content and (delta.content.strip() or self._goes_on("message")):
-            yield from self._text("message", "output_text", delta.content, logprobs)
+            yield from self._text("message", "output_text", delta.content)
         for call in delta.calls:
             yield from self._call(call)
 
@@ -43,9 +46,10 @@ class OutputItems:
             yield self._event("response.function_call_arguments.done", **whole)
         else:
             part = item["content"][0]
-            logprobs = {"logprobs": part["logprobs"]} if part["type"] == "output_text" else {}
+            self._take_logprobs(part)
+            logprobs = {"logprobs": list(part["logprobs"])} if part["type"] == "output_text" else {}
             yield self._event(f"{PART_EVENTS[part['type']]}.done", content_index=0, text=part["text"], **logprobs)
-            yield self._event("response.content_part.done", content_index=0, part=dict(part))
+            yield self._event("response.content_part.done", content_index=0, part=_copy(part))
         yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": _copy(item)}
 
     @property
@@ -62,7 +66,15 @@ class OutputItems:
         self.items.append(item)
         yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": _copy(item)}
 
-    def _text(self, kind: str, part_kind: str, text: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
+    def _take_logprobs(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Give a text part what is there; for the event about it."""
+        if part["type"] != "output_text":
+            return {}
+        taken, self._logprobs = self._logprobs, []
+        part["logprobs"] += taken
+        return {"logprobs": taken}
+
+    def _text(self, kind: str, part_kind: str, text: str) -> Iterator[Event]:
         if not self._goes_on(kind):
             head = {"role": "assistant"} if kind == "message" else {"summary": []}
             yield from self._open({"id": _new_id(kind), "type": kind, "status": "in_progress", "content": [], **head})
@@ -73,11 +85,7 @@ class OutputItems:
             yield self._event("response.content_part.added", content_index=0, part=_copy(part))
         part = self.items[-1]["content"][0]
         part["text"] += text
-        more = {}
-        if part_kind == "output_text":
-            part["logprobs"] += logprobs
-            more = {"logprobs": logprobs}
-        yield self._event(f"{PART_EVENTS[part_kind]}.delta", content_index=0, delta=text, **more)
+        yield self._event(f"{PART_EVENTS[part_kind]}.delta", content_index=0, delta=text, **self._take_logprobs(part))
 
     def _call(self, call: CallDelta) -> Iterator[Event]:
         if call.name is not None:
