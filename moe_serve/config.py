@@ -234,9 +234,5 @@ class ServerConfig(FromDict):
     def __post_init__(self) -> None:
         _check_choices(self)
         _require_positive(self, "max_body_mib", "read_timeout", "write_timeout")
-        if self.otlp_traces_endpoint is not None and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"--otlp-traces-endpoint: {self.otlp_traces_endpoint!r} is not an http or https URL (OTLP over HTTP)"
-            )
         if self.shutdown_timeout < 0:
             raise ConfigError(f"--shutdown-timeout must not be negative, got {self.shutdown_timeout}")

@@ -85,14 +85,17 @@ def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
 
 def _tracing(config: ServerConfig) -> Tracing | None:
     """Where spans go, if they are wanted. OpenTelemetry is imported only then."""
-    if config.otlp_traces_endpoint is None:
+    endpoint = config.otlp_traces_endpoint
+    if endpoint is None:
         return None
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"{flag_name('otlp_traces_endpoint')}: {endpoint!r} is no URL of OTLP over HTTP")
     try:
         from moe_serve.server.otlp import OtlpTracing
     except ImportError as error:
         message = f"{flag_name('otlp_traces_endpoint')} needs OpenTelemetry's SDK ({error.name} is missing)"
         raise ConfigError(f"{message}: pip install 'moe-serve[otel]'") from error
-    return OtlpTracing.to(config.otlp_traces_endpoint)
+    return OtlpTracing.to(endpoint)
 
 
 def _load(

@@ -189,4 +189,4 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_only_http_is_spoken() -> None:
     with pytest.raises(ConfigError, match="otlp-traces-endpoint"):
-        ServerConfig(otlp_traces_endpoint="grpc://localhost:4317")
+        tracing_of(ServerConfig(otlp_traces_endpoint="grpc://localhost:4317"))
