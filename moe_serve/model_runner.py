@@ -100,7 +100,8 @@ class ModelRunner:
         rows = [seqs[i] for i in batch.sample_order]
         pending = self._masks.start(rows)
         scored = forward_batch.scored_rows(plan)
-        logits, prompt_logits = self._forward(batch, scored).split([len(rows), len(scored)])
+        logits = self._forward(batch, scored)
+        logits, prompt_logits = logits[: len(rows)], logits[len(rows) :]
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])

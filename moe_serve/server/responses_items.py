@@ -76,7 +76,7 @@ class OutputItems:
 
     def _text(self, kind: str, part_kind: str, text: str) -> Iterator[Event]:
         if not self._goes_on(kind):
-            head = {"role": "assistant"} if kind == "message" else {"summary": []}
+            head: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             yield from self._open({"id": _new_id(kind), "type": kind, "status": "in_progress", "content": [], **head})
             part: dict[str, Any] = {"type": part_kind, "text": ""}
             if part_kind == "output_text":
