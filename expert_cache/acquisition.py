@@ -21,6 +21,8 @@ class Acquisition:
     """Decoder layer."""
     is_pinned: bool = True
     """False where nothing can be evicted anyway."""
+    streams: bool = False
+    """Nearly all experts are wanted: they pass through in the order of the file (streaming.py)."""
     ready: dict[int, PreparedWeights] = field(default_factory=dict)
     """Experts that can run, pinned until released."""
     failed: dict[int, ExpertReadError] = field(default_factory=dict)
@@ -32,6 +34,11 @@ class Acquisition:
     and taken out by whoever runs it."""
     waiting: deque[int] = field(default_factory=deque)
     """Experts that get a slot when one is released: the overflow that runs in waves."""
+
+    def next_ready(self) -> list[int]:
+        """What to run now: everything, or of a stream the newest, whose slot the stream goes on through. Experts of the
+        pools, which came first, fill the time in which nothing arrives."""
+        return list(self.ready)[-1:] if self.streams else list(self.ready)
 
     @property
     def is_pending(self) -> bool:

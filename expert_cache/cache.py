@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ from expert_cache.report import Residency
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights
+from expert_cache.streaming import FEWEST_RING_SLOTS, Streaming
 from moe_serve_kernels.quantized import QuantizedRows
 
 WINDOW_STEPS = 256
@@ -70,6 +72,7 @@ class ExpertCache:
         self._most_transit = num_transit
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
+        self._streaming = Streaming(store)
         self.in_flight = InFlight(store, prepare, arena, self.table, fetcher, self.counters, start_early_bytes)
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
@@ -90,7 +93,7 @@ class ExpertCache:
                 return Acquisition(layer, False, ready)
         self._record(index, np.asarray(experts), np.asarray(counts))
         self._land_prefetches()
-        wanted = Acquisition(layer)
+        wanted = Acquisition(layer, streams=self._streaming.suits(len(experts)))
         for expert in experts:
             weights = self._weights.get((index, expert))
             if weights is None:
@@ -101,6 +104,8 @@ class ExpertCache:
         self.counters.misses[index] += len(wanted.waiting)
         self._window.add(index, np.asarray(experts), len(wanted.ready), self.table.slot_of >= 0)
         self._correct_prefetches(index, wanted)
+        if wanted.streams:
+            self._order_stream(index, wanted)
         self._start_waiting(wanted)
         return wanted
 
@@ -112,10 +117,9 @@ class ExpertCache:
         start = time.perf_counter()
         self.in_flight.wait((index, expert) for expert in wanted.in_flight)
         self.counters.stall_s[index] += time.perf_counter() - start
-        for expert in list(wanted.in_flight):
-            if self.in_flight.is_done((index, expert)):
-                self._arrive(wanted, expert)
-            elif (weights := self.in_flight.inputs((index, expert))) is not None:
+        self._collect(wanted)
+        for expert in wanted.in_flight:
+            if (weights := self.in_flight.inputs((index, expert))) is not None:
                 wanted.inputs[expert] = weights
         self._start_waiting(wanted)
 
@@ -128,11 +132,14 @@ class ExpertCache:
         self._unpin(key)
         if self.table.in_transit[key]:
             self._settle(key)
+        if wanted.streams:
+            self._collect(wanted)
         self._start_waiting(wanted)
 
     def abandon(self, wanted: Acquisition) -> None:
         """Give everything up: the step that acquired it has failed."""
         index = self._index[wanted.layer]
+        wanted.streams = False
         wanted.waiting.clear()
         for expert in list(wanted.ready):
             self.release(wanted, expert)
@@ -298,13 +305,35 @@ class ExpertCache:
     def _start_waiting(self, wanted: Acquisition) -> None:
         """Give slots to waiting experts as long as there are any."""
         index = self._index[wanted.layer]
-        while wanted.waiting and self._take_for_demand((index, wanted.waiting[0])):
+        while wanted.waiting and self._take_for_demand((index, wanted.waiting[0]), self._may_evict(wanted)):
             expert = wanted.waiting.popleft()
             self.table.pins[index, expert] += 1
             wanted.in_flight.add(expert)
             self.in_flight.start((index, expert), DEMAND)
+        if wanted.streams and not wanted.waiting:
+            self._read_ahead(index)
 
-    def _take_for_demand(self, key: Key) -> bool:
+    def _may_evict(self, wanted: Acquisition) -> bool:
+        """A stream stays in its ring, if there is one, as long as something in it moves."""
+        is_moving = bool(wanted.ready or wanted.in_flight)
+        return not (wanted.streams and is_moving and self.table.num_transit >= FEWEST_RING_SLOTS)
+
+    def _read_ahead(self, index: int) -> None:
+        """The stream goes on into the next layers, as far as there are slots."""
+        for distance, key in enumerate(self._streaming.ahead(index)):
+            if key in self._weights or key in self.in_flight:
+                continue
+            if not self._take_without_evicting(key):
+                return
+            self.in_flight.start(key, -float(distance))
+
+    def _order_stream(self, index: int, wanted: Acquisition) -> None:
+        """Whoever holds a slot of the ring comes last in `ready`: it is run first. The rest as the file has it."""
+        travels = self.table.in_transit[index]
+        wanted.ready = dict(sorted(wanted.ready.items(), key=lambda item: bool(travels[item[0]])))
+        wanted.waiting = deque(self._streaming.in_file_order(index, wanted.waiting))
+
+    def _take_for_demand(self, key: Key, may_evict: bool) -> bool:
         """A slot, if need be at the expense of others: of a prefetch under way, by eviction, of an unused prefetch."""
         if self._take_without_evicting(key):
             return True
@@ -312,7 +341,7 @@ class ExpertCache:
         if rivals:
             self.in_flight.cancel(self.in_flight.least_urgent(rivals))
             return self._take_without_evicting(key)
-        return self._take_by_evicting(key, spare_unused=True) or self._take_by_evicting(key, spare_unused=False)
+        return may_evict and any(self._take_by_evicting(key, spare_unused) for spare_unused in (True, False))
 
     def _take_without_evicting(self, key: Key) -> bool:
         """A slot that nobody owns, of the pool or in transit."""
@@ -355,6 +384,12 @@ class ExpertCache:
             self.counters.wasted_bytes[victim[0]] += self.store.expert_bytes
         del self._weights[victim]
         return self.table.evict(victim)
+
+    def _collect(self, wanted: Acquisition) -> None:
+        """Book what has arrived by now."""
+        for expert in list(wanted.in_flight):
+            if self.in_flight.is_done((self._index[wanted.layer], expert)):
+                self._arrive(wanted, expert)
 
     def _arrive(self, wanted: Acquisition, expert: int) -> None:
         """Book an expert that was in flight."""

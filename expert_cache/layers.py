@@ -109,7 +109,7 @@ class ExpertLayers:
         out = self.compute.result_like(hidden, len(groups.pairs))
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
-            if self.advisor is not None and (self.audit is None or self.audit.is_prefetching):
+            if self.advisor is not None and not wanted.streams and (self.audit is None or self.audit.is_prefetching):
                 self._follow(self.advisor, layer, groups.experts, hidden)
             self._run_as_they_come(wanted, hidden, groups, out)
         except BaseException:
@@ -134,11 +134,13 @@ class ExpertLayers:
         started: dict[int, StartedMLP] = {}
         while True:
             self._finish(wanted, started, out)
-            ready = list(wanted.ready)
+            ready = wanted.next_ready()
             segments = [groups.segments[e] for e in ready]
-            self.compute.run(hidden, groups.tokens, segments, list(wanted.ready.values()), out)
+            self.compute.run(hidden, groups.tokens, segments, [wanted.ready[e] for e in ready], out)
             for expert in ready:
                 self.experts.release(wanted, expert)
+            if wanted.ready:
+                continue
             if not wanted.is_pending:
                 return
             self.experts.wait(wanted)
