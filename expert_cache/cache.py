@@ -24,9 +24,10 @@ from expert_cache.belady_window import BeladyWindow
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import DEMAND, Fetcher
+from expert_cache.fetch import DEMAND, LATER, Fetcher
 from expert_cache.in_flight import START_EARLY_BYTES, InFlight
 from expert_cache.live_shadows import LiveShadows
+from expert_cache.miss_service import MissService
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.pools import resized
 from expert_cache.report import Residency
@@ -57,15 +58,17 @@ class ExpertCache:
         start_early_bytes: int = START_EARLY_BYTES,
         shadows: LiveShadows | None = None,
         quotas: AdaptiveQuotas | None = None,
+        misses: MissService | None = None,
     ) -> None:
         """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays. `quotas`: who
-        solves the layers' shares again, see `rebalance`.
+        solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host; None: nobody.
 
         `arena` has at least as many slots as the two together; more allow growing later.
         """
         num_layers = len(store.layers)
         self.shadows = shadows
         self.quotas = quotas
+        self.misses = misses
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
         self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, num_transit, policy)
         self.counters = CacheCounters(num_layers)
@@ -104,9 +107,13 @@ class ExpertCache:
         self.counters.misses[index] += len(wanted.waiting)
         self._window.add(index, np.asarray(experts), len(wanted.ready), self.table.slot_of >= 0)
         self._correct_prefetches(index, wanted)
+        if self.misses is not None and wanted.waiting:
+            self._leave_on_host(self.misses, wanted, dict(zip(experts, counts, strict=True)))
         if wanted.streams:
             self._order_stream(index, wanted)
         self._start_waiting(wanted)
+        for expert in wanted.on_host:
+            self._bring_later((index, expert))
         return wanted
 
     def wait(self, wanted: Acquisition) -> None:
@@ -157,11 +164,10 @@ class ExpertCache:
         self._land_prefetches()
         for expert, urgency in zip(experts, urgencies, strict=True):
             key = self._index[layer], expert
-            if key in self._weights or key in self.in_flight:
-                continue
-            if not self._take_without_evicting(key):
-                return
-            self.in_flight.start(key, urgency)
+            if self._is_of_use(key):
+                if not self._take_without_evicting(key):
+                    return
+                self.in_flight.start(key, urgency)
 
     def cancel_prefetches(self) -> None:
         """Drop every prefetch under way."""
@@ -302,6 +308,19 @@ class ExpertCache:
         for expert in np.flatnonzero(self.table.in_transit[index] & self.table.unused[index]):
             self._evict((index, int(expert)))
 
+    def _bring_later(self, key: Key) -> None:
+        """An expert computed on the host comes while the link is idle, if it is worth more than the least of its pool:
+        otherwise what is resident could never change."""
+        if not self._is_of_use(key):
+            return
+        if not self.table.has_room(key):
+            victim = self.table.victim(key[0], spare_unused=True)
+            if victim is None or self.table.value(key) <= victim[1]:
+                return
+            self._evict(victim[0])
+        self.table.take(key)
+        self.in_flight.start(key, LATER)
+
     def _start_waiting(self, wanted: Acquisition) -> None:
         """Give slots to waiting experts as long as there are any."""
         index = self._index[wanted.layer]
@@ -321,11 +340,24 @@ class ExpertCache:
     def _read_ahead(self, index: int) -> None:
         """The stream goes on into the next layers, as far as there are slots."""
         for distance, key in enumerate(self._streaming.ahead(index)):
-            if key in self._weights or key in self.in_flight:
-                continue
-            if not self._take_without_evicting(key):
-                return
-            self.in_flight.start(key, -float(distance))
+            if self._is_of_use(key):
+                if not self._take_without_evicting(key):
+                    return
+                self.in_flight.start(key, -float(distance))
+
+    def _is_of_use(self, key: Key) -> bool:
+        """Bringing this expert ahead of time can save reading it later."""
+        if key in self._weights or key in self.in_flight:
+            return False
+        return self.misses is None or not self.misses.stays(self.store.layers[key[0]], key[1])
+
+    def _leave_on_host(self, misses: MissService, wanted: Acquisition, count_of: dict[int, int]) -> None:
+        """Some of what waits for a slot is computed where it is."""
+        missing = list(wanted.waiting)
+        wanted.on_host = misses.on_host(wanted.layer, missing, [count_of[e] for e in missing], len(wanted.in_flight))
+        for expert in wanted.on_host:
+            wanted.waiting.remove(expert)
+        self.counters.host_runs[self._index[wanted.layer]] += len(wanted.on_host)
 
     def _order_stream(self, index: int, wanted: Acquisition) -> None:
         """Whoever holds a slot of the ring comes last in `ready`: it is run first. The rest as the file has it."""

@@ -47,7 +47,9 @@ class HostCopies:
             try:
                 self._files[read.file].check_unchanged()
             except ExpertReadError as error:
-                raise ExpertReadError(f"layer {layer} expert {expert}: {error.message} (tensors {read.names})") from None
+                raise ExpertReadError(
+                    f"layer {layer} expert {expert}: {error.message} (tensors {read.names})"
+                ) from None
         self._verify(layer, expert)
         if (layer, expert) not in self._weights:
             self._weights[layer, expert] = self._prepare(self._store.weights(layer, expert))

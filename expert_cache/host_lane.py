@@ -9,6 +9,7 @@ Shape alphabet: T tokens, H hidden, P (token, choice) pairs sorted by expert.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class HostLane:
         """`compute`: of the CPU. `beside_device`: on a thread of its own; otherwise at once, on the caller's."""
         self._copies, self._compute = copies, compute
         self._thread = ThreadPoolExecutor(1, "moe-serve-host-lane") if beside_device else None
+        self._close = weakref.finalize(self, _close, self._thread, copies)
 
     def start(self, layer: int, hidden: torch.Tensor, groups: Regrouped, experts: Sequence[int]) -> HostRun:
         """Begin with these experts; hidden [T, H] on any device."""
@@ -63,8 +65,11 @@ class HostLane:
     def run(
         self, layer: int, x: torch.Tensor, experts: Sequence[int], counts: Sequence[int]
     ) -> tuple[torch.Tensor, Failures]:
-        """x [P, H], `counts` rows of each expert in turn -> [P, H], float32 at least. One expert after the other, so
-        that no more than one adds to the memory of the process."""
+        """x [P, H], `counts` rows of each expert in turn -> [P, H], float32 at least.
+
+        One expert after the other. Without a device each is let go of at once, so that one at most adds to the memory of
+        the process; below a device, host memory is the tier in which they stay.
+        """
         out, failed, start = self._compute.result_like(x, len(x)), {}, 0
         tokens = torch.arange(len(x))
         for expert, count in zip(experts, counts, strict=True):
@@ -73,16 +78,20 @@ class HostLane:
                 self._compute.run(x, tokens, [(start, start + count)], [weights], out)
             except ExpertReadError as error:
                 failed[expert] = error
-            finally:
+            if self._thread is None:
                 self._copies.let_go(layer, expert)
             start += count
         return out, failed
 
     def close(self) -> None:
-        """End the thread."""
-        if self._thread:
-            self._thread.shutdown(cancel_futures=True)
-        self._copies.close()
+        """End the thread; more than once does no harm."""
+        self._close()
+
+
+def _close(thread: ThreadPoolExecutor | None, copies: HostCopies) -> None:
+    if thread:
+        thread.shutdown(cancel_futures=True)
+    copies.close()
 
 
 def _identity(value: tuple[torch.Tensor, Failures]) -> tuple[torch.Tensor, Failures]:

@@ -35,14 +35,17 @@ def tells_about(file: Path) -> bool:
 
 def is_cached(spans: Iterable[Span]) -> bool:
     """Every page of these is in memory. False also where the system does not say."""
-    return all(_is_cached(*span) for span in spans)
+    found = list(spans)
+    # The last page first: asking about 20 MB that are not there takes 0.3 ms, a page a microsecond.
+    ends = ((address + length - mmap.PAGESIZE, mmap.PAGESIZE) for address, length in found)
+    return all(_is_cached(*span) for span in (*ends, *found))
 
 
 def _is_cached(address: int, length: int) -> bool:
     pages = (ctypes.c_ubyte * (length // mmap.PAGESIZE))()
     if _libc("mincore")(address, length, pages) != 0:
         return False
-    return not any(value & 1 == 0 for value in set(bytes(pages)))
+    return all(value & 1 for value in set(bytes(pages)))
 
 
 def let_go(spans: Iterable[Span]) -> None:

@@ -84,7 +84,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
-        self.expert_layers.experts.close()
+        self.expert_layers.close()
         self._masks.close()
 
     @torch.inference_mode()

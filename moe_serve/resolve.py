@@ -66,6 +66,8 @@ def resolve(
 
     ConfigError when the settings contradict each other or the machine.
     """
+    if config.moe_cpu_misses and device.type == "cpu":
+        raise ConfigError("--moe-cpu-misses needs a GPU; without one the CPU computes everything anyway")
     max_model_len = _max_model_len(config, spec)
     free = free_bytes(device)
     num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.block_size, free)
