@@ -61,7 +61,7 @@ class ExpertCache:
         misses: MissService | None = None,
     ) -> None:
         """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays. `quotas`: who
-        solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host; None: nobody.
+        solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host, if anyone.
 
         `arena` has at least as many slots as the two together; more allow growing later.
         """

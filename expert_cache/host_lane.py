@@ -67,8 +67,8 @@ class HostLane:
     ) -> tuple[torch.Tensor, Failures]:
         """x [P, H], `counts` rows of each expert in turn -> [P, H], float32 at least.
 
-        One expert after the other. Without a device each is let go of at once, so that one at most adds to the memory of
-        the process; below a device, host memory is the tier in which they stay.
+        One expert after the other. Without a device each is let go of at once, so that one at most adds to the memory
+        of the process; below a device, host memory is the tier in which they stay.
         """
         out, failed, start = self._compute.result_like(x, len(x)), {}, 0
         tokens = torch.arange(len(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from expert_cache.calibration import measure
 from expert_cache.compute import ExpertCompute
 from expert_cache.errors import ExpertReadError
 from expert_cache.fetch import Fetcher
+from expert_cache.gpu_compute import GpuCompute
 from expert_cache.host_copies import HostCopies
 from expert_cache.host_lane import HostLane
 from expert_cache.miss_service import ByCrossover, MissService, WherePagesAre
@@ -29,7 +31,7 @@ def host_side(
 
     Experts that must be copied before the kernel can read them have no host copy to compute from.
     """
-    if torch.device(config.device).type == "cpu":
+    if torch.device(config.device).type == "cpu" and not isinstance(compute, GpuCompute):
         if not config.moe_page_cache or store.is_copied:
             return None, None
         copies = HostCopies(store, compute.prepare)
@@ -43,17 +45,22 @@ def host_side(
     return lane, _by_crossover(config, store, arena, fetcher, lane)
 
 
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _by_crossover(
     config: EngineConfig, store: ExpertStore, arena: SlotArena, fetcher: Fetcher, lane: HostLane
 ) -> ByCrossover:
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
     try:
-        costs = measure(store, arena, fetcher, lane, dtype, lambda: torch.cuda.synchronize(device))
+        costs = measure(store, arena, fetcher, lane, dtype, partial(_synchronize, device))
     except ExpertReadError as error:
         raise CheckpointError(error.message) from error
     log.info(
-        "an expert takes %.2f ms to the GPU and %.2f ms on the CPU for one token: the CPU computes missing experts of up"
-        " to %d tokens; a token's last bits depend on what was resident",
+        "an expert takes %.2f ms to the GPU and %.2f ms on the CPU for one token: the CPU computes missing experts of"
+        " up to %d tokens; a token's last bits depend on what was resident",
         1e3 * costs.copy_s,
         1e3 * costs.host(1),
         costs.crossover_tokens,

@@ -200,10 +200,9 @@ def _compute(
     config: EngineConfig, store: ExpertStore, activation: Activation, dtype: torch.dtype, device: torch.device
 ) -> ExpertCompute:
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
-    if device.type == "cpu":
-        return cpu_compute(activation, dtype)
     if not gpu_pool.is_available(device):
-        return ExpertCompute(activation, dtype, device, matrix_tokens=0)
+        on_cpu = device.type == "cpu"
+        return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
     slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
     pool = gpu_pool.SlotPool(store.weights(store.layers[0], 0), slots, dtype, device)
     return GpuCompute(activation, dtype, device, pool)
