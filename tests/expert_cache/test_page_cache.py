@@ -14,7 +14,6 @@ import torch
 from expert_cache import expert_file, page_cache
 from expert_cache.arena import HostArena
 from expert_cache.cache import ExpertCache
-from expert_cache.direct_io import DirectFile
 from expert_cache.errors import ExpertReadError
 from expert_cache.fetch import Fetcher
 from expert_cache.host_copies import HostCopies
@@ -22,11 +21,12 @@ from expert_cache.host_lane import HostLane
 from expert_cache.layers import ExpertLayers
 from expert_cache.miss_service import WherePagesAre
 from expert_cache.policies import find_policy
+from expert_cache.safetensors_file import stored_tensors
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 
 from .caches import compute_of, mapped_layers
-from .stores import LAYERS, SILU, STORES, E, routing, split_store
+from .stores import LAYERS, SILU, E, routing, split_store
 
 PAGE = mmap.PAGESIZE
 
@@ -87,8 +87,7 @@ def in_place_layers(
     store: ExpertStore, num_slots: int = 2, dtype: torch.dtype = torch.float32
 ) -> Iterator[ExpertLayers]:
     """A cache with the page cache in sight."""
-    activation = next(a for make, a in STORES.values() if make is split_store)
-    compute = compute_of(activation, dtype)
+    compute = compute_of(SILU, dtype)
     copies = HostCopies(store, compute.prepare)
     arena = HostArena(store.num_total, store.slot_bytes)
     keeper = find_policy("lru")(len(store.layers), store.num_experts)
@@ -132,8 +131,6 @@ def test_the_same_bits_from_the_page_cache_from_slots_and_mixed(dtype: torch.dty
 
 def split_store_again(folder: Path, files: list[Path]) -> ExpertStore:
     """The files as they are, mapped anew."""
-    from expert_cache.safetensors_file import stored_tensors
-
     tensors = {}
     for layer, file in zip(LAYERS, files, strict=True):
         found = list(stored_tensors(file, lambda name: True))
@@ -218,4 +215,3 @@ def test_unclosed_files_are_not_leaked(tmp_path: Path) -> None:
         every_expert(layers)
     layers.close()
     assert len(os.listdir("/proc/self/fd")) == before
-    assert DirectFile  # the files that were opened
