@@ -21,8 +21,6 @@ class Acquisition:
     """Decoder layer."""
     is_pinned: bool = True
     """False where nothing can be evicted anyway."""
-    streams: bool = False
-    """Nearly all experts are wanted: they pass through in the order of the file (streaming.py)."""
     ready: dict[int, PreparedWeights] = field(default_factory=dict)
     """Experts that can run, pinned until released."""
     failed: dict[int, ExpertReadError] = field(default_factory=dict)
@@ -36,6 +34,8 @@ class Acquisition:
     """Experts that will not come: whoever runs the others computes these from their host copies."""
     waiting: deque[int] = field(default_factory=deque)
     """Experts that get a slot when one is released: the overflow that runs in waves."""
+    streams: bool = False
+    """Nearly all experts are wanted: they pass through in the order of the file (streaming.py)."""
 
     def next_ready(self) -> list[int]:
         """What to run now: everything, or of a stream the newest, whose slot the stream goes on through. Experts of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def layers_of(store: ExpertStore, misses: MissService, num_slots: int, num_trans
     cache = ExpertCache(
         store,
         compute.prepare,
-        HostArena(store.num_total, store.slot_bytes),
+        HostArena(store.num_total + num_transit, store.slot_bytes),
         Slots.shared(num_slots),
         num_transit,
         find_policy("lru")(len(store.layers), store.num_experts),
@@ -74,7 +75,6 @@ def test_what_the_cpu_computed_comes_later_if_it_is_worth_a_slot(tmp_path: Path)
             if layers.experts.counters.num_hits:
                 break
         assert layers.experts.counters.num_hits > 0
-        assert layers.experts.counters.demand_bytes.sum() == 0
 
 
 class Never:
@@ -118,7 +118,7 @@ def test_calibration_on_a_damaged_file_says_so(tmp_path: Path) -> None:
     store, compute, fetcher = split_store(tmp_path), compute_of(SILU), Fetcher()
     lane = HostLane(HostCopies(store, compute.prepare), compute, beside_device=True)
     for file in tmp_path.glob("*.safetensors"):
-        file.open("r+b").truncate(200)
+        os.truncate(file, 200)
     with pytest.raises(ExpertReadError, match="truncated"):
         measure(store, HostArena(1, store.slot_bytes), fetcher, lane, torch.float32, lambda: None)
     fetcher.close()
