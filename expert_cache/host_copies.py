@@ -50,6 +50,8 @@ class HostCopies:
                 raise ExpertReadError(
                     f"layer {layer} expert {expert}: {error.message} (tensors {read.names})"
                 ) from None
+        if not page_cache.map_in(_span(read) for read in self._store.reads(layer, expert)):
+            raise ExpertReadError(self._describe(layer, expert, "cannot be read where it is mapped"))
         self._verify(layer, expert)
         if (layer, expert) not in self._weights:
             self._weights[layer, expert] = self._prepare(self._store.weights(layer, expert))
@@ -67,14 +69,15 @@ class HostCopies:
     def _verify(self, layer: int, expert: int) -> None:
         """Every time: the page may have come from the disk again since the last one."""
         checksum = self._store.checksums.get((layer, expert))
-        reads = self._store.reads(layer, expert)
-        if checksum is None or checksum == _checksum(reads):
+        if checksum is None or checksum == _checksum(self._store.reads(layer, expert)):
             return
+        what = "the checksum does not match, the data on disk is damaged; make the expert file again with"
+        raise ExpertReadError(self._describe(layer, expert, f"{what} `moe-serve pack`"))
+
+    def _describe(self, layer: int, expert: int, what: str) -> str:
+        reads = self._store.reads(layer, expert)
         where = "; ".join(f"{r.file} at byte {r.offset}, tensors {r.names}" for r in reads)
-        raise ExpertReadError(
-            f"layer {layer} expert {expert}: the checksum does not match, the data on disk is damaged ({where});"
-            " make the expert file again with `moe-serve pack`"
-        )
+        return f"layer {layer} expert {expert}: {what} ({where})"
 
 
 def _span(read: Read) -> page_cache.Span:

@@ -7,6 +7,7 @@ the process's resident size goes, until it is let go of; the cgroup it was charg
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+MADV_POPULATE_READ = 22
+"""Linux's value; Python has no name for it."""
 Span = tuple[int, int]
 """(address, length) of a part of a mapping, both multiples of the page."""
 
@@ -48,6 +51,15 @@ def _is_cached(address: int, length: int) -> bool:
     return all(value & 1 for value in set(bytes(pages)))
 
 
+def map_in(spans: Iterable[Span]) -> bool:
+    """Map all pages at once, which is ten times as fast as one fault after the other; what is absent is read. False:
+    some cannot be had, as those beyond the end of a file that was truncated. Before Linux 5.14: nothing, and True."""
+    for address, length in spans:
+        if _libc("madvise")(address, length, MADV_POPULATE_READ) != 0 and ctypes.get_errno() != errno.EINVAL:
+            return False
+    return True
+
+
 def let_go(spans: Iterable[Span]) -> None:
     """The pages leave this process; the page cache keeps them as long as it likes."""
     for address, length in spans:
@@ -56,7 +68,7 @@ def let_go(spans: Iterable[Span]) -> None:
 
 @functools.cache
 def _libc(name: str) -> Callable[..., int]:
-    function: Any = ctypes.CDLL(None)[name]
+    function: Any = ctypes.CDLL(None, use_errno=True)[name]
     last = ctypes.c_void_p if name == "mincore" else ctypes.c_int
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, last], ctypes.c_int
     return function  # type: ignore[no-any-return]

@@ -72,6 +72,22 @@ def test_pages_are_seen_coming_and_going(tmp_path: Path) -> None:
         del memory
 
 
+def test_pages_beyond_the_end_cannot_be_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(4 * PAGE))
+    with (
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as m,
+    ):
+        memory = torch.frombuffer(m, dtype=torch.uint8)
+        assert page_cache.map_in([(memory.data_ptr(), 4 * PAGE)])
+        page_cache.let_go([(memory.data_ptr(), 4 * PAGE)])
+        os.truncate(file, PAGE)
+        assert page_cache.map_in([(memory.data_ptr(), PAGE)])
+        assert not page_cache.map_in([(memory.data_ptr(), 4 * PAGE)])
+        del memory
+
+
 def test_another_users_file_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x")
