@@ -107,10 +107,10 @@ class ExpertCache:
         self.counters.misses[index] += len(wanted.waiting)
         self._window.add(index, np.asarray(experts), len(wanted.ready), self.table.slot_of >= 0)
         self._correct_prefetches(index, wanted)
-        if self.misses is not None and wanted.waiting:
-            self._leave_on_host(self.misses, wanted, dict(zip(experts, counts, strict=True)))
         if wanted.streams:
             self._order_stream(index, wanted)
+        elif self.misses is not None and wanted.waiting:
+            self._leave_on_host(self.misses, wanted, dict(zip(experts, counts, strict=True)))
         self._start_waiting(wanted)
         for expert in wanted.on_host:
             self._bring_later((index, expert))
@@ -340,10 +340,11 @@ class ExpertCache:
     def _read_ahead(self, index: int) -> None:
         """The stream goes on into the next layers, as far as there are slots."""
         for distance, key in enumerate(self._streaming.ahead(index)):
-            if self._is_of_use(key):
-                if not self._take_without_evicting(key):
-                    return
-                self.in_flight.start(key, -float(distance))
+            if key in self._weights or key in self.in_flight:
+                continue
+            if not self._take_without_evicting(key):
+                return
+            self.in_flight.start(key, -float(distance))
 
     def _is_of_use(self, key: Key) -> bool:
         """Bringing this expert ahead of time can save reading it later."""

@@ -1,7 +1,9 @@
 """MissService: how a layer's missing experts are served in this step: brought into slots, or computed on the host.
 
 On a CPU an expert can be computed straight from the mapped file, which pays exactly while the page cache holds it: no
-byte moves. Below a GPU it can be computed on the CPU, which pays for few tokens. Knows no slots and no arithmetic.
+byte moves. Below a GPU it can be computed on the CPU, which pays for few tokens. Steps that stream (streaming.py) are
+not asked about: their reads go on while they compute, and the CPU is what they are short of.
+Knows no slots and no arithmetic.
 """
 
 from __future__ import annotations
