@@ -5,8 +5,8 @@
 
 A prompt needs nearly all experts of every layer, so its time is at least the bytes of those that are not resident over
 the disk's rate, and at least the time it takes with all experts in memory: the larger of the two is the limit. Every
-round runs each prompt length in both ways in turn, in one process, and decodes some tokens after it: what they hit
-tells whether the prompt swept the cache. The last line is JSON.
+round runs each prompt length in both ways in turn, in one process, and decodes some tokens after it: what they hit,
+and what is still resident, tells whether the prompt swept the cache. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -80,12 +80,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+class KeptClock(Clock):
+    """Also notes what is resident after the first step."""
+
+    after_prompt: Any = None
+
+    def on_step(self, stats: Any) -> None:
+        if self.after_prompt is None:
+            self.after_prompt = self._cache.table.slot_of >= 0
+        super().on_step(stats)
+
+
 def run(llm: Any, cache: Any, prompt: list[int], num_tokens: int) -> dict[str, Any]:
     """A prompt and some tokens after it: times, bytes and hits."""
     from moe_serve import SamplingParams
 
-    resident = int((cache.table.slot_of >= 0).sum())
-    clock = Clock(cache)
+    resident = cache.table.slot_of >= 0
+    clock = KeptClock(cache)
     llm.engine.observer = clock
     before, start = cache.counters.totals(), time.perf_counter()
     llm.generate([prompt], SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True))
@@ -93,9 +104,10 @@ def run(llm: Any, cache: Any, prompt: list[int], num_tokens: int) -> dict[str, A
     decoding = clock.totals[-1].since(clock.totals[0])
     return {
         "prompt_s": clock.times[0] - start,
-        "resident": resident,
+        "resident": int(resident.sum()),
+        "kept_frac": float((resident & clock.after_prompt).sum() / max(1, resident.sum())),
         "read_bytes": at_prompt.demand_bytes + at_prompt.prefetch_bytes,
-        "missing_bytes": (cache.store.num_total - resident) * cache.store.expert_bytes,
+        "missing_bytes": (cache.store.num_total - int(resident.sum())) * cache.store.expert_bytes,
         "stall_s": at_prompt.stall_s,
         "decode_s": clock.times[-1] - clock.times[0],
         "decode_hit_frac": decoding.hits / max(1, decoding.hits + decoding.misses),
@@ -162,8 +174,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 f" | {read / 1e9:.2f} |"
             )
     for way in ("waves", "streaming"):
-        hits = [row["decode_hit_frac"] for row in rows if row["way"] == way]
-        print(f"decoding after a prompt, {way}: hits {median(hits):.3f}")
+        own = [row for row in rows if row["way"] == way]
+        kept, hits = (median([row[name] for row in own]) for name in ("kept_frac", "decode_hit_frac"))
+        print(f"{way}: of the resident experts {kept:.3f} outlive a prompt; decoding after it hits {hits:.3f}")
 
 
 if __name__ == "__main__":
