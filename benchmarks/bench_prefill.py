@@ -143,7 +143,6 @@ def open_model(args: argparse.Namespace, moe_cache_mib: int) -> Any:
         num_threads=args.threads,
         enable_prefix_caching=False,
         moe_cache_mib=moe_cache_mib,
-        moe_page_cache=False,
         moe_expert_file=args.expert_file,
     )
 

@@ -31,6 +31,7 @@ from expert_cache.miss_service import MissService
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.pools import resized
 from expert_cache.report import Residency
+from expert_cache.slot_claims import SlotClaims
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights
@@ -77,6 +78,7 @@ class ExpertCache:
         self._weights: dict[Key, PreparedWeights] = {}
         self._streaming = Streaming(store)
         self.in_flight = InFlight(store, prepare, arena, self.table, fetcher, self.counters, start_early_bytes)
+        self._claims = SlotClaims(self.table, self.in_flight, self._weights, self.counters, store.expert_bytes)
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
 
@@ -138,7 +140,7 @@ class ExpertCache:
         key = self._index[wanted.layer], expert
         self._unpin(key)
         if self.table.in_transit[key]:
-            self._settle(key)
+            self._claims.settle(key)
         if wanted.streams:
             self._collect(wanted)
         self._start_waiting(wanted)
@@ -165,7 +167,7 @@ class ExpertCache:
         for expert, urgency in zip(experts, urgencies, strict=True):
             key = self._index[layer], expert
             if self._is_of_use(key):
-                if not self._take_without_evicting(key):
+                if not self._claims.without_evicting(key):
                     return
                 self.in_flight.start(key, urgency)
 
@@ -199,11 +201,11 @@ class ExpertCache:
         if self.shadows is not None:
             self.shadows.resize(self.table.allowed)
         for index, expert in np.argwhere(self.table.in_transit):
-            self.arena.release(self._evict((int(index), int(expert))))
+            self.arena.release(self._claims.evict((int(index), int(expert))))
         while crowded := self.table.over_capacity():
             victim = self.table.victim(crowded[0], spare_unused=False)
             assert victim is not None, "resized while a step has experts pinned"
-            self.arena.release(self._evict(victim[0]))
+            self.arena.release(self._claims.evict(victim[0]))
 
     # ---- looking at it ----------------------------------------------------------------------------
 
@@ -306,25 +308,18 @@ class ExpertCache:
             else:
                 self.in_flight.cancel(key)
         for expert in np.flatnonzero(self.table.in_transit[index] & self.table.unused[index]):
-            self._evict((index, int(expert)))
+            self._claims.evict((index, int(expert)))
 
     def _bring_later(self, key: Key) -> None:
         """An expert computed on the host comes while the link is idle, if it is worth more than the least of its pool:
         otherwise what is resident could never change."""
-        if not self._is_of_use(key):
-            return
-        if not self.table.has_room(key):
-            victim = self.table.victim(key[0], spare_unused=True)
-            if victim is None or self.table.value(key) <= victim[1]:
-                return
-            self._evict(victim[0])
-        self.table.take(key)
-        self.in_flight.start(key, LATER)
+        if self._is_of_use(key) and self._claims.if_worth_it(key):
+            self.in_flight.start(key, LATER)
 
     def _start_waiting(self, wanted: Acquisition) -> None:
         """Give slots to waiting experts as long as there are any."""
         index = self._index[wanted.layer]
-        while wanted.waiting and self._take_for_demand((index, wanted.waiting[0]), self._may_evict(wanted)):
+        while wanted.waiting and self._claims.for_demand((index, wanted.waiting[0]), self._may_evict(wanted)):
             expert = wanted.waiting.popleft()
             self.table.pins[index, expert] += 1
             wanted.in_flight.add(expert)
@@ -342,7 +337,7 @@ class ExpertCache:
         for distance, key in enumerate(self._streaming.ahead(index)):
             if key in self._weights or key in self.in_flight:
                 continue
-            if not self._take_without_evicting(key):
+            if not self._claims.without_evicting(key):
                 return
             self.in_flight.start(key, -float(distance))
 
@@ -365,58 +360,6 @@ class ExpertCache:
         travels = self.table.in_transit[index]
         wanted.ready = dict(sorted(wanted.ready.items(), key=lambda item: bool(travels[item[0]])))
         wanted.waiting = deque(self._streaming.in_file_order(index, wanted.waiting))
-
-    def _take_for_demand(self, key: Key, may_evict: bool) -> bool:
-        """A slot, if need be at the expense of others: of a prefetch under way, by eviction, of an unused prefetch."""
-        if self._take_without_evicting(key):
-            return True
-        rivals = [k for k in self.in_flight.prefetches() if self._competes(k, key)]
-        if rivals:
-            self.in_flight.cancel(self.in_flight.least_urgent(rivals))
-            return self._take_without_evicting(key)
-        return may_evict and any(self._take_by_evicting(key, spare_unused) for spare_unused in (True, False))
-
-    def _take_without_evicting(self, key: Key) -> bool:
-        """A slot that nobody owns, of the pool or in transit."""
-        if self.table.has_room(key):
-            self.table.take(key)
-        elif self.table.has_transit:
-            self.table.take(key, transit=True)
-        else:
-            return False
-        return True
-
-    def _take_by_evicting(self, key: Key, spare_unused: bool) -> bool:
-        victim = self.table.victim(key[0], spare_unused)
-        if victim is None:
-            return False
-        self._evict(victim[0])
-        self.table.take(key)
-        return True
-
-    def _competes(self, prefetched: Key, key: Key) -> bool:
-        """Cancelling a prefetch would make a slot free for `key`."""
-        return bool(self.table.in_transit[prefetched]) or self.table.same_pool(prefetched[0], key[0])
-
-    def _settle(self, key: Key) -> None:
-        """An expert in transit has been used: it stays if it is worth more than the least of its pool."""
-        if self.table.pins[key] > 0:
-            return
-        if not self.table.has_room(key):
-            victim = self.table.victim(key[0], spare_unused=True)
-            if victim is None or self.table.value(key) <= victim[1]:
-                self._evict(key)
-                return
-            self._evict(victim[0])
-        self.table.admit(key)
-
-    def _evict(self, victim: Key) -> int:
-        """Free the slot of a ready expert; returns which."""
-        self.counters.evictions[victim[0]] += 1
-        if self.table.unused[victim]:
-            self.counters.wasted_bytes[victim[0]] += self.store.expert_bytes
-        del self._weights[victim]
-        return self.table.evict(victim)
 
     def _collect(self, wanted: Acquisition) -> None:
         """Book what has arrived by now."""

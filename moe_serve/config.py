@@ -138,9 +138,9 @@ class EngineConfig(FromDict):
         True, "Time steps with and without prefetching now and then, and leave it off where it does not pay."
     )
     moe_page_cache: bool = option(
-        True,
-        "On a CPU: compute an expert that is in no slot straight from the mapped file while the page cache happens to"
-        " hold all of it, instead of reading it from the disk.",
+        False,
+        "On a CPU: leave what the page cache holds of the model's files, and compute an expert that is in no slot"
+        " straight from there while it is, instead of reading it from the disk. For memory to spare beside the budget.",
     )
     moe_cpu_misses: bool = option(
         False,

@@ -28,7 +28,6 @@ SMALL_ENGINE: dict[str, Any] = {
     "max_model_len": POSITIONS,
     "max_num_seqs": 8,
     "num_kv_pages": 128,
-    "moe_page_cache": False,  # a file just written is in memory: nothing would ever be read into a slot
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
