@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,9 @@ def decode(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "wasted_bytes": done.wasted_bytes,
         "hit_frac": done.hits / (done.hits + done.misses),
         "stall_s": done.stall_s,
+    } | {
+        name: getattr(clock.usage[-1], name) - getattr(clock.usage[0], name)
+        for name in ("ru_utime", "ru_stime", "ru_majflt", "ru_minflt")
     }
 
 
@@ -79,11 +83,13 @@ class Clock:
 
     def __init__(self, cache: Any) -> None:
         self.times: list[float] = []
+        self.usage: list[resource.struct_rusage] = []
         self.totals: list[Any] = []
         self._cache = cache
 
     def on_step(self, stats: Any) -> None:
         self.times.append(time.perf_counter())
+        self.usage.append(resource.getrusage(resource.RUSAGE_SELF))
         self.totals.append(self._cache.counters.totals())
 
     def on_load(self, load: Any) -> None:
