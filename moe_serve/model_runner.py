@@ -85,7 +85,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
-        self.expert_layers.experts.close()
+        self.expert_layers.close()
         self._masks.close()
 
     @torch.inference_mode()
@@ -182,15 +182,16 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
     if resolved.moe_cache_mib and device.type == "cpu":
-        _leave_the_page_cache(config.model, loaded)
+        dense.copy_from_files(loaded.model)
+        if not config.moe_page_cache:
+            _leave_the_page_cache(config.model)
     try:
         return ModelRunner(resolved, loaded, spec, eos_token_ids), spec
     except ValueError as error:  # an activation we do not have
         raise CheckpointError(f"{config.model}/config.json: {error}") from error
 
 
-def _leave_the_page_cache(folder: str, loaded: LoadedModel) -> None:
+def _leave_the_page_cache(folder: str) -> None:
     """Where experts have a budget, nothing of the checkpoint's files stays in memory beside it."""
-    dense.copy_from_files(loaded.model)
     for file in safetensors_files(folder):
         drop_cached_pages(file)
