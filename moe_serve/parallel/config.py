@@ -22,6 +22,12 @@ class ParallelConfig(FromDict):
         " coherent: while decoding, a token stays where its expert ran, and every rank holds the whole KV cache.",
         ("conventional", "coherent"),
     )
+    ep_context: str = option(
+        "auto",
+        "With --ep-mode coherent, how ranks come by each other's part of the context. send: as keys and values."
+        " recompute: from hidden states, every rank computing every token. auto: what sends less.",
+        ("auto", "send", "recompute"),
+    )
     ep_predictor: str | None = option(
         None,
         "Table of the experts that each token id used (.npz): sequences and tokens start on the rank that is"
@@ -39,6 +45,8 @@ class ParallelConfig(FromDict):
             raise ConfigError(f"--devices must be at least 1, got {self.devices}")
         if self.ep_mode not in ("conventional", "coherent"):
             raise ConfigError(f"--ep-mode: {self.ep_mode!r} is not one of conventional, coherent")
+        if self.ep_context not in ("auto", "send", "recompute"):
+            raise ConfigError(f"--ep-context: {self.ep_context!r} is not one of auto, send, recompute")
         for name in ("rank_stall_s", "rank_step_s", "rank_start_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")

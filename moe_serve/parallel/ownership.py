@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from moe_serve.parallel.plans import Hosts
 
@@ -21,6 +22,7 @@ class Ownership:
     """The placement, and the choice among copies: here if there is one, else where the token goes anyway, else idle."""
 
     def __init__(self, hosts: Hosts, layers: Sequence[int], rank: int, device: torch.device) -> None:
+        self.hosts = hosts
         self.rank = rank
         self.num_ranks = hosts.shape[2]
         self._index = {layer: i for i, layer in enumerate(layers)}
@@ -31,13 +33,31 @@ class Ownership:
 
     def choose(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
         """ids [T, K] int64 of a decoder layer's experts -> ranks [T, K] int64 that run them."""
-        index = self._index[layer]
+        here = torch.full((len(ids),), self.rank, device=ids.device)
+        return self._choose(self._index[layer], ids, here)
+
+    def agree(self, layer: int, ids: torch.Tensor, homes: torch.Tensor | None) -> torch.Tensor:
+        """As `choose`, the same on every rank that asks for the same tokens. `homes` [T]: ranks to prefer, if any."""
+        return self._choose(self._index[layer], ids, homes)
+
+    def everywhere(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
+        """[T] whether every rank holds all of a token's experts."""
+        return self._hosts[self._index[layer]][ids].all(2).all(1)
+
+    def _choose(self, index: int, ids: torch.Tensor, here: torch.Tensor | None) -> torch.Tensor:
+        """Among several copies: the one here, else one where the token goes anyway, else where most of it can go."""
         if self._is_single[index]:
             return self._only[index][ids]
         held = self._hosts[index][ids]  # [T, K, G]
+        top_k = ids.shape[1]
+        rest = held
+        score = 1.0 / (1.0 + self._load).expand(len(ids), 1, -1)
+        if here is not None:
+            is_here = nn.functional.one_hot(here, self.num_ranks)[:, None].bool()
+            rest = held & ~(held & is_here).any(2, keepdim=True)
+            score = score + 4.0 * (top_k + 1) * is_here
         must = (held & (held.sum(2, keepdim=True) == 1)).any(1, keepdim=True)
-        score = 2.0 * must + 1.0 / (1.0 + self._load)
-        score[..., self.rank] = 4.0
+        score = score + 2.0 * (top_k + 1) * must + rest.sum(1, keepdim=True)
         ranks = torch.where(held, score, -1.0).argmax(2)
         self._load = FORGET * self._load + torch.bincount(ranks.flatten(), minlength=self.num_ranks)
         return ranks
