@@ -2,10 +2,11 @@
 
     deepspeed --num_gpus 2 benchmarks/bench_parallel.py --prompts TEXT_FILE        (or torchrun --nproc-per-node 2 ...)
 
-Rank 0 records the routes of half of the prompts on one rank, plans from them, and serves the other half on all
-ranks under every variant, interleaved. Only steps that do nothing but decode count. "forecast" is what the
-planning prompts' routes predict for a placement, "followed" what the served prompts' own routes do: the first
-tests the planner's knowledge of the traffic, the second the arithmetic. stdout: one line of JSON, from rank 0.
+Rank 0 records the routes of some prompts on one rank, plans from them, and serves others on all ranks under every
+variant, interleaved. Only steps that do nothing but decode count. "forecast" is what the planning prompts' routes
+predict for a placement, "followed" what the served prompts' own routes do: the first tests the planner's knowledge
+of the traffic, the second the arithmetic. Trips are waits for other ranks within a step, each a link's delay long.
+stdout: one line of JSON, from rank 0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,32 @@ from placement.problem import PlacementProblem
 from placement.solve import find_plan
 from placement.topology import Topology
 
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of serving."""
+
+    mode: str
+    plan: str
+    predicted: bool = False
+    """Whether tokens and sequences start where a predictor expects their experts."""
+    context: str = "auto"
+    groups: int = 1
+
+
 VARIANTS = (
-    ("conventional", "contiguous", False),
-    ("conventional", "planned", False),
-    ("coherent", "contiguous", False),
-    ("coherent", "planned", False),
-    ("coherent", "planned", True),
-    ("conventional", "replicas", False),
-    ("coherent", "replicas", True),
+    Variant("conventional", "contiguous"),
+    Variant("conventional", "planned"),
+    Variant("coherent", "contiguous"),
+    Variant("coherent", "planned"),
+    Variant("coherent", "planned", predicted=True),
+    Variant("conventional", "replicas"),
+    Variant("coherent", "replicas"),
+    Variant("coherent", "planned", context="send"),
+    Variant("coherent", "replicas", context="send", predicted=True),
+    Variant("coherent", "grouped", groups=2),
 )
-"""Mode, placement, and whether tokens and sequences start where a predictor expects their experts."""
+"""The last needs 4 ranks at least."""
 REPLICAS = 2
 """Further experts per rank and layer in "replicas"."""
 KINDS = ("dispatch", "combine", "context", "control")
@@ -67,6 +84,9 @@ class CountingTeam(GroupTeam):
         self.bytes = dict.fromkeys((*KINDS, "unmerged"), 0)
         self.tokens = 0
         self.seconds = 0.0
+        self.steps = 0
+        self.trips = 0
+        """Of all ranks together."""
         self.homes: dict[str, int] = {}
 
     def ask_all(self, message: dict[str, Any]) -> list[Any]:
@@ -76,21 +96,25 @@ class CountingTeam(GroupTeam):
         if all(item[2] == 1 for item in message["items"]):
             self.seconds += time.perf_counter() - start
             self.tokens += len(message["items"])
+            self.steps += 1
             after = self._sent()
+            self.trips += after["trips"] - before["trips"]
             for kind in self.bytes:
                 self.bytes[kind] += after[kind] - before[kind]
         return answers
 
     def _sent(self) -> dict[str, int]:
         totals = [answer["traffic"] for answer in self.counted.values()]
-        return {kind: sum(t[f"{kind}_bytes"] for t in totals) for kind in self.bytes}
+        sent = {kind: sum(t[f"{kind}_bytes"] for t in totals) for kind in self.bytes}
+        return {**sent, "trips": sum(t["trips"] for t in totals)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="text to cut prompts from")
     parser.add_argument("--model", default=default_model())
-    parser.add_argument("--count", type=int, default=16, help="prompts served, and as many to plan from")
+    parser.add_argument("--count", type=int, default=16, help="prompts served")
+    parser.add_argument("--plan-count", type=int, default=64, help="prompts to plan from")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--effort", type=int, default=4, help="of the planner")
@@ -114,24 +138,28 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
-    """On rank 0: routes of two halves of the prompts, and the plans made from the first."""
+    """On rank 0: routes of all prompts, and the plans made from those to plan from, which come first."""
     llm = LLM(**settings(args), num_threads=1)
     text = args.prompts.read_text()
     draw = random.Random(0)
-    starts = [draw.randrange(len(text) - 2000) for _ in range(2 * args.count)]
+    starts = [draw.randrange(len(text) - 2000) for _ in range(args.plan_count + args.count)]
     prompts = [llm.tokenizer.encode(text[s : s + 2000])[5 : 5 + args.length] for s in starts]
     routes = [record(llm, prompt, args.new_tokens) for prompt in prompts]
     folder = Path(tempfile.mkdtemp())
-    planning = np.concatenate([ids for _, ids in routes[: args.count]])
+    planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
     plans = {"contiguous": None}
-    for name, spare in (("planned", 0), ("replicas", REPLICAS)):
+    for name, devices, spare in (
+        ("planned", num_ranks, 0),
+        ("replicas", num_ranks, REPLICAS),
+        ("grouped", num_ranks // 2, 0),
+    ):
         problem = PlacementProblem.from_routes(
-            planning, llm.engine.spec.num_experts, Topology.even(num_ranks), "all", spare_slots=spare
+            planning, llm.engine.spec.num_experts, Topology.even(devices), "all", spare_slots=spare
         )
         save_plan(find_plan(problem, "auto", effort=args.effort, time_limit_s=20.0), folder / f"{name}.json")
         plans[name] = str(folder / f"{name}.json")
     print("planned", file=sys.stderr, flush=True)
-    tokens = np.concatenate([tokens for tokens, _ in routes[: args.count]])
+    tokens = np.concatenate([tokens for tokens, _ in routes[: args.plan_count]])
     uses = count_uses(tokens, planning.astype(np.int64), llm.engine.spec.vocab_size, llm.engine.spec.num_experts)
     llm.close()
     return {"prompts": prompts, "routes": routes, "plans": plans, "uses": uses}
@@ -159,10 +187,13 @@ def record(llm: LLM, prompt: list[int], new_tokens: int) -> tuple[np.ndarray, np
 
 def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     """Every variant in every round; rank 0 prints."""
-    chosen = [v for i, v in enumerate(VARIANTS) if not args.only or i in args.only]
+    chosen = [
+        v for i, v in enumerate(VARIANTS) if (not args.only or i in args.only) and place.world_size >= 2 * v.groups
+    ]
     workers = []
-    for mode, plan, _ in chosen:
-        parallel = ParallelConfig(devices=place.world_size, ep_mode=mode, expert_plan=job["plans"][plan])
+    for v in chosen:
+        settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan], "ep_context": v.context}
+        parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
         workers.append((parallel, Worker(place, EngineConfig(**settings(args), num_threads=1, device="cpu"), parallel)))
     teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
     tokens: list[Any] = []
@@ -174,37 +205,38 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
                 follow(worker)
     if place.is_first:
         rows = [report(args, team, worker, job, v) for (_, worker), team, v in zip(workers, teams, chosen, strict=True)]
-        alone = [known[args.length :].tolist() for known, _ in job["routes"][args.count :]]
+        alone = [known[args.length :].tolist() for known, _ in job["routes"][args.plan_count :]]
         same = all([sequence[:-1] for sequence in served] == alone for served in tokens)
         facts = {"ranks": place.world_size, "tokens_as_on_one_rank": same}
         print(json.dumps({**facts, "rows": rows}), flush=True)
 
 
-def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Any) -> Any:
-    engine = engine_over(team, worker, job["uses"] if variant[2] else None)
+def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Variant) -> Any:
+    engine = engine_over(team, worker, job["uses"] if variant.predicted else None)
     params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
-    tokens = complete(engine, job["prompts"][args.count :], params)
+    tokens = complete(engine, job["prompts"][args.plan_count :], params)
     team.stop()
     print(variant, f"{team.seconds:.1f} s", file=sys.stderr, flush=True)
     return tokens
 
 
-def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Any) -> Any:
-    """A row of the result; forecasts where the placement has no replicas and tokens begin at home."""
-    mode, plan, predicted = variant
+def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Variant) -> Any:
+    """A row of the result; forecasts where tokens begin at home."""
     sent = {kind: count / team.tokens for kind, count in team.bytes.items()}
-    total = sum(sent[kind] for kind in KINDS)
-    row = {"mode": mode, "plan": plan, "predictor": predicted, "bytes_per_token": total, "sent": sent}
+    row = {**asdict(variant), "way": worker.way, "bytes_per_token": sum(sent[kind] for kind in KINDS), "sent": sent}
+    row["trips_per_step"] = team.trips / team.num_ranks / team.steps
     row["tokens_per_s"] = team.tokens / team.seconds
-    if plan == "replicas" or predicted:
+    if variant.predicted:
         return row
-    spec = engine_over(team, worker).spec
-    hosts = read_hosts(job["plans"][plan], worker.layers, spec.num_experts, team.num_ranks)
-    sizes = RowBytes.of(mode, spec.hidden_size, spec.top_k, 4, *worker.kv_sizes)
-    for name, routes in (("forecast", job["routes"][: args.count]), ("followed", job["routes"][args.count :])):
+    spec, size = engine_over(team, worker).spec, team.num_ranks // variant.groups
+    hosts = read_hosts(job["plans"][variant.plan], worker.layers, spec.num_experts, size)
+    sizes = RowBytes.of(worker.way, spec.hidden_size, spec.top_k, 4, *worker.kv_sizes)
+    served = job["routes"][args.plan_count :]
+    for name, routes in (("forecast", job["routes"][: args.plan_count]), ("followed", served)):
         decoded = [ids[args.length :] for _, ids in routes]
-        homes = [np.full(len(ids), team.homes[str(i)]) for i, ids in enumerate(decoded)]
-        row[name] = asdict(forecast(mode, np.concatenate(decoded), hosts, np.concatenate(homes), sizes))
+        at = [team.homes[str(i)] if routes is served else i for i in range(len(decoded))]
+        homes = np.concatenate([np.full(len(ids), home % size) for ids, home in zip(decoded, at, strict=True)])
+        row[name] = asdict(forecast(worker.way, np.concatenate(decoded), hosts, homes, sizes))
     return row
 
 

@@ -18,11 +18,13 @@ from moe_serve.parallel.wire import LENGTH, Wire
 class Exchange:
     """One rank's side of all exchanges; every rank must make the same ones in the same order."""
 
-    def __init__(self, rank: int, num_ranks: int, traffic: Traffic, wire: Wire) -> None:
+    def __init__(self, rank: int, num_ranks: int, traffic: Traffic, wire: Wire, first_rank: int = 0) -> None:
+        """Rank `rank` of a group of `num_ranks`, which `wire` knows by numbers from `first_rank` on."""
         self.rank = rank
         self.num_ranks = num_ranks
         self.traffic = traffic
         self.wire = wire
+        self._first_rank = first_rank
         self.others = tuple(r for r in range(num_ranks) if r != rank)
 
     def trade(
@@ -34,7 +36,9 @@ class Exchange:
         """
         self.book(layer, "control", len(outgoing) * LENGTH.size)
         self.traffic.trips[layer] += bool(incoming)
-        return self.wire.trade(outgoing, incoming)
+        first = self._first_rank
+        raws = self.wire.trade({first + r: raw for r, raw in outgoing.items()}, [first + r for r in incoming])
+        return {rank - first: raw for rank, raw in raws.items()}
 
     def book(self, layer: int, kind: str, num_bytes: int) -> None:
         """Count payload on its way to other ranks."""

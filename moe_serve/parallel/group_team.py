@@ -80,9 +80,9 @@ def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> Parall
     spec = ModelSpec.from_hf(read_config(config.model))
     affinity = None
     if uses is not None:
-        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.devices)
+        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.ranks_per_group)
         affinity = TokenAffinity(uses, hosts)
-    runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity))
+    runner = TeamRunner(team, config, Prescheduler(parallel.ranks_per_group, affinity))
     eos = frozenset(eos_token_ids(config.model))
     return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos)
 

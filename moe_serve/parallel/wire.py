@@ -45,36 +45,16 @@ class RankGoneError(ConnectionError):
 
 
 class SocketWire:
-    """TCP connections to all other ranks. Needs a joined process group, over which the ranks learn their addresses."""
+    """TCP connections to all other ranks."""
 
-    def __init__(self, place: Place, timeout_s: float) -> None:
+    def __init__(self, peers: dict[int, socket.socket], timeout_s: float) -> None:
         """`timeout_s`: longest wait for a message."""
         self._timeout_s = timeout_s
-        self._peers: dict[int, socket.socket] = {}
-        with socket.create_server(("", 0), backlog=place.world_size) as listener:
-            listener.settimeout(CONNECT_S)
-            entry = (own_address(place), listener.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
-            entries = _tell_all(entry, place.world_size)
-            check_reachable([host for host, _, _ in entries])
-            for rank in range(place.rank):
-                self._peers[rank] = _call(place.rank, entries[rank])
-            while len(self._peers) < place.world_size - 1:
-                self._answer(listener, entry[2])
-        for peer in self._peers.values():
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._peers = peers
+        for peer in peers.values():
+            if peer.family == socket.AF_INET:
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer.setblocking(False)
-
-    def _answer(self, listener: socket.socket, token: bytes) -> None:
-        """Take the next rank in; a stranger, who does not know the token, is sent away."""
-        connected, _ = listener.accept()
-        connected.settimeout(CONNECT_S)
-        hello = bytearray()
-        while len(hello) < HELLO.size and (part := connected.recv(HELLO.size - len(hello))):
-            hello += part
-        if len(hello) == HELLO.size and secrets.compare_digest(HELLO.unpack(hello)[0], token):
-            self._peers[HELLO.unpack(hello)[1]] = connected
-        else:
-            connected.close()
 
     def trade(self, outgoing: Mapping[int, torch.Tensor], incoming: Collection[int]) -> dict[int, torch.Tensor]:
         """As Wire.trade. RankGoneError."""
@@ -170,6 +150,34 @@ class _Receiving:
                 raise RankGoneError("its connection has ended")
             self._missing = self._missing[count:]
         return True
+
+
+def connect_all(place: Place, timeout_s: float) -> SocketWire:
+    """A mesh of the ranks of the process group, over which they learn each other's addresses. ConfigError, OSError."""
+    peers: dict[int, socket.socket] = {}
+    with socket.create_server(("", 0), backlog=place.world_size) as listener:
+        listener.settimeout(CONNECT_S)
+        entry = (own_address(place), listener.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
+        entries = _tell_all(entry, place.world_size)
+        check_reachable([host for host, _, _ in entries])
+        for rank in range(place.rank):
+            peers[rank] = _call(place.rank, entries[rank])
+        while len(peers) < place.world_size - 1:
+            peers.update(_answer(listener, entry[2]))
+    return SocketWire(peers, timeout_s)
+
+
+def _answer(listener: socket.socket, token: bytes) -> dict[int, socket.socket]:
+    """The next rank that calls; a stranger, who does not know the token, is sent away."""
+    connected, _ = listener.accept()
+    connected.settimeout(CONNECT_S)
+    hello = bytearray()
+    while len(hello) < HELLO.size and (part := connected.recv(HELLO.size - len(hello))):
+        hello += part
+    if len(hello) == HELLO.size and secrets.compare_digest(HELLO.unpack(hello)[0], token):
+        return {HELLO.unpack(hello)[1]: connected}
+    connected.close()
+    return {}
 
 
 def _tell_all(entry: tuple[str, int, bytes], num_ranks: int) -> list[tuple[str, int, bytes]]:

@@ -17,6 +17,7 @@ from moe_serve.kv_cache import LayerKV
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place
+from moe_serve.parallel.grouping import GroupRunner
 from moe_serve.parallel.messages import PlanReader, result_to_json
 from moe_serve.parallel.modes import make_runner, way_of
 from moe_serve.parallel.wire import Wire
@@ -37,7 +38,9 @@ class Worker:
         """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
         self.way = way_of(parallel, self._shared, self.kv_sizes)
         """One of forecast.WAYS."""
-        self._mode = make_runner(self.way, self._runner, self._shared)
+        mode = make_runner(self.way, self._runner, self._shared)
+        size = parallel.ranks_per_group
+        self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
         self._reader = PlanReader()
 
     @property

@@ -1,0 +1,123 @@
+"""Messages between ranks, over socket pairs: no processes, no process group."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moe_serve.errors import ConfigError
+from moe_serve.parallel.addresses import INTERFACE, address_of, check_reachable, own_address
+from moe_serve.parallel.environment import Place
+from moe_serve.parallel.exchange import Exchange, pack, unpack
+from moe_serve.parallel.traffic import Traffic
+from moe_serve.parallel.wire import RankGoneError, SocketWire
+
+
+def mesh(size: int, timeout_s: float = 10.0) -> list[SocketWire]:
+    """Every rank's wire."""
+    peers: list[dict[int, socket.socket]] = [{} for _ in range(size)]
+    for low in range(size):
+        for high in range(low + 1, size):
+            peers[low][high], peers[high][low] = socket.socketpair()
+    return [SocketWire(each, timeout_s) for each in peers]
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Results of calls that wait for one another."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        results[i] = calls[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+def text(words: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(words.encode()), dtype=torch.uint8)
+
+
+def read(raw: torch.Tensor) -> str:
+    return raw.numpy().tobytes().decode()
+
+
+def test_only_those_named_take_part() -> None:
+    left, middle, right = mesh(3)
+    heard = at_once(
+        lambda: left.trade({2: text("to the right")}, [2]),
+        lambda: middle.trade({}, []),
+        lambda: right.trade({0: torch.empty(0, dtype=torch.uint8)}, [0]),
+    )
+    assert {rank: len(raw) for rank, raw in heard[0].items()} == {2: 0}
+    assert heard[1] == {}
+    assert read(heard[2][0]) == "to the right"
+
+
+def test_messages_larger_than_any_buffer_cross() -> None:
+    left, right = mesh(2)
+    data = torch.arange(16 << 20, dtype=torch.int32).view(torch.uint8)
+    heard = at_once(lambda: left.trade({1: data}, [1]), lambda: right.trade({0: data.flip(0)}, [0]))
+    assert torch.equal(heard[1][0], data)
+    assert torch.equal(heard[0][1], data.flip(0))
+
+
+def test_a_rank_may_be_a_turn_ahead() -> None:
+    left, right = mesh(2)
+    left.trade({1: text("one")}, [])
+    left.trade({1: text("two")}, [])
+    assert [read(right.trade({}, [0])[0]) for _ in range(2)] == ["one", "two"]
+
+
+def test_a_rank_that_left_or_is_silent_is_named() -> None:
+    left, right = mesh(2, timeout_s=0.05)
+    with pytest.raises(RankGoneError, match=r"\[1\] said nothing for 0.05 s"):
+        left.trade({}, [1])
+    right.close()
+    with pytest.raises(RankGoneError, match="rank 1"):
+        left.trade({}, [1])
+
+
+def test_exchange_books_waits_and_lengths() -> None:
+    wires = mesh(2)
+    left, right = (Exchange(rank, 2, Traffic(3), wire) for rank, wire in enumerate(wires))
+    at_once(lambda: left.trade(1, {1: text("abc")}, []), lambda: right.trade(1, {}, [0]))
+    assert [left.traffic.totals()["trips"], right.traffic.totals()["trips"]] == [0, 1]
+    assert left.traffic.by_layer() == [0, 8, 0]
+    assert right.traffic.by_layer() == [0, 0, 0]
+
+
+def test_a_group_counts_its_ranks_from_zero() -> None:
+    wires = mesh(4)
+    second = [Exchange(rank, 2, Traffic(1), wires[2 + rank], first_rank=2) for rank in range(2)]
+    heard = at_once(lambda: second[0].trade(0, {1: text("hi")}, []), lambda: second[1].trade(0, {}, [0]))
+    assert read(heard[1][0]) == "hi"
+
+
+def test_rows_survive_packing() -> None:
+    ids, hidden = torch.arange(6).view(3, 2).short(), torch.randn(3, 5)
+    found = unpack(pack(ids, hidden).flatten(), (2, torch.int16), (5, torch.float32))
+    assert torch.equal(found[0], ids)
+    assert torch.equal(found[1], hidden)
+    assert [
+        len(part) for part in unpack(pack(ids[:0], hidden[:0]).flatten(), (2, torch.int16), (5, torch.float32))
+    ] == [0, 0]
+
+
+def test_addresses() -> None:
+    place = Place(0, 2, 0, "127.0.0.1", 29500)
+    assert own_address(place, {}) == "127.0.0.1"
+    assert own_address(place, {INTERFACE: "lo"}) == address_of("lo") == "127.0.0.1"
+    with pytest.raises(ConfigError, match="no such interface"):
+        address_of("none0")
+    check_reachable(["127.0.0.1", "127.0.0.1"])
+    with pytest.raises(ConfigError, match=r"ranks \[0\] know themselves only as 127.0.1.1"):
+        check_reachable(["127.0.1.1", "10.0.0.2"])
