@@ -20,17 +20,18 @@ from dataclasses import dataclass
 import torch
 
 from expert_cache.cache import ExpertCache
-from moe_serve.errors import MoEServeError
 from moe_serve.parallel.exchange import pack, unpack
-from moe_serve.parallel.sharing import NOT_HERE, LossNotes, SharedLayers
+from moe_serve.parallel.sharing import LossNotes, SharedLayers, share_of
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
 CHECK_BYTES = 4
+NOBODY = -1
+"""Stands for the rank of a choice that need not be sent for: all run it, or none."""
 
 
-class RanksDivergedError(MoEServeError):
-    """Two ranks computed different routes for the same tokens."""
+class RanksDivergedError(RuntimeError):
+    """Two ranks computed different routes for the same tokens: the ranks start again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +75,26 @@ class RecomputingLayers:
         shared, me = self._shared, self._shared.exchange.rank
         is_last = layer == self._last_layer
         ranks = shared.ownership.agree(layer, ids, self._homes if is_last else None)
+        at_all = torch.zeros_like(self._sampled)
+        if self._runs_alone and not is_last:
+            at_all = shared.ownership.everywhere(layer, ids)
         mine = self._homes == me
-        visits, runs_here = self._visits(layer, ids, ranks, is_last)
-        shared.count(layer, torch.where(runs_here, me, ranks)[mine], me)
-        ours = torch.where(runs_here, ids, NOT_HERE)
-        partial = shared.run_share(layer, hidden, ours, weights.to(torch.float32), self._losses, num_own=0)
+        shared.count(layer, torch.where(at_all[:, None], me, ranks)[mine], me)
+        ranks = torch.where(at_all[:, None] | (is_last & ~self._sampled)[:, None], NOBODY, ranks)
+        weights = weights.to(torch.float32)
+        partial = shared.run_share(layer, hidden, share_of(ids, ranks, me), weights, self._losses, num_own=0)
         self._losses.note(torch.arange(len(partial), device=partial.device), partial, me)
-        return self._sum(layer, visits, partial, hidden.dtype, ids)
+        total = self._sum(layer, self._visits(ranks, is_last), partial, hidden.dtype, ids)
+        if at_all.any():  # by themselves, because results depend on what is computed beside them
+            total[at_all] = shared.run_share(layer, hidden[at_all], ids[at_all], weights[at_all], self._losses)
+        return total.to(hidden.dtype)
 
-    def _visits(self, layer: int, ids: torch.Tensor, ranks: torch.Tensor, is_last: bool) -> tuple[Visits, torch.Tensor]:
-        """And [T, K]: the choices that run here."""
-        exchange = self._shared.exchange
-        every_rank = torch.arange(exchange.num_ranks, device=ids.device)
+    def _visits(self, ranks: torch.Tensor, is_last: bool) -> Visits:
+        """`ranks` [T, K]: where choices run whose sums are sent."""
+        every_rank = torch.arange(self._shared.exchange.num_ranks, device=ranks.device)
         runs = (ranks[:, :, None] == every_rank).any(1)
-        needs = torch.ones_like(runs)
-        runs_here = ranks == exchange.rank
-        if is_last:
-            needs = self._sampled[:, None] & (self._homes[:, None] == every_rank)
-            runs &= self._sampled[:, None]
-            runs_here &= self._sampled[:, None]
-        elif self._runs_alone:
-            alone = self._shared.ownership.everywhere(layer, ids)
-            runs[alone] = False
-            runs_here |= alone[:, None]
-        return Visits(runs, needs), runs_here
+        needs = self._homes[:, None] == every_rank if is_last else torch.ones_like(runs)
+        return Visits(runs, needs)
 
     def _sum(
         self, layer: int, visits: Visits, partial: torch.Tensor, dtype: torch.dtype, ids: torch.Tensor
@@ -112,7 +109,7 @@ class RecomputingLayers:
                 rows, theirs = arrived[rank]
                 self._losses.note(rows, theirs, rank)
                 total.index_add_(0, rows, theirs)
-        return total.to(dtype)
+        return total
 
     def _trade(
         self, layer: int, visits: Visits, partial: torch.Tensor, dtype: torch.dtype, check: torch.Tensor
@@ -149,7 +146,7 @@ def _unpack(
     whole_bytes, part_bytes = len(rows[0]) * width * dtype.itemsize, len(rows[1]) * width * like.element_size()
     if len(raw) != CHECK_BYTES + whole_bytes + part_bytes or not torch.equal(raw[:CHECK_BYTES], check):
         raise RanksDivergedError(
-            f"rank {rank} chose other experts for the same tokens: the ranks' devices do not compute alike;"
+            f"rank {rank} chose other experts for the same tokens: the devices do not compute alike;"
             " use --ep-context send or --ep-mode conventional"
         )
     sections = torch.split(raw[CHECK_BYTES:], [whole_bytes, part_bytes])

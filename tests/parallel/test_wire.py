@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,31 +10,9 @@ from moe_serve.parallel.addresses import INTERFACE, address_of, check_reachable,
 from moe_serve.parallel.environment import Place
 from moe_serve.parallel.exchange import Exchange, pack, unpack
 from moe_serve.parallel.traffic import Traffic
-from moe_serve.parallel.wire import RankGoneError, SocketWire
+from moe_serve.parallel.wire import RankGoneError
 
-
-def mesh(size: int, timeout_s: float = 10.0) -> list[SocketWire]:
-    """Every rank's wire."""
-    peers: list[dict[int, socket.socket]] = [{} for _ in range(size)]
-    for low in range(size):
-        for high in range(low + 1, size):
-            peers[low][high], peers[high][low] = socket.socketpair()
-    return [SocketWire(each, timeout_s) for each in peers]
-
-
-def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """Results of calls that wait for one another."""
-    results: list[Any] = [None] * len(calls)
-
-    def run(i: int) -> None:
-        results[i] = calls[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return results
+from .meshes import at_once, mesh
 
 
 def text(words: str) -> torch.Tensor:
