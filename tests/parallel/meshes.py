@@ -1,15 +1,15 @@
-"""Ranks without processes: wires over socket pairs, and experts that multiply by their number."""
+"""Ranks without processes: threads, and experts that multiply by their number."""
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped
@@ -17,18 +17,9 @@ from moe_serve.parallel.exchange import Exchange
 from moe_serve.parallel.ownership import Ownership
 from moe_serve.parallel.sharing import SharedLayers
 from moe_serve.parallel.traffic import Traffic
-from moe_serve.parallel.wire import SocketWire
+from moe_serve.parallel.wire import Wire
 
 HIDDEN = 4
-
-
-def mesh(size: int, timeout_s: float = 10.0) -> list[SocketWire]:
-    """Every rank's wire."""
-    peers: list[dict[int, socket.socket]] = [{} for _ in range(size)]
-    for low in range(size):
-        for high in range(low + 1, size):
-            peers[low][high], peers[high][low] = socket.socketpair()
-    return [SocketWire(each, timeout_s) for each in peers]
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -76,11 +67,13 @@ class FakeExperts:
         return failed
 
 
-def shared_layers(hosts: np.ndarray, top_k: int, dtype: torch.dtype = torch.float32) -> list[SharedLayers]:
+def shared_layers(
+    wires: Sequence[Wire], hosts: NDArray[np.bool_], top_k: int, dtype: torch.dtype = torch.float32
+) -> list[SharedLayers]:
     """Every rank's; hosts [L, E, G]."""
     num_layers, num_experts, num_ranks = hosts.shape
     found = []
-    for rank, wire in enumerate(mesh(num_ranks)):
+    for rank, wire in enumerate(wires):
         local: Any = FakeExperts(num_layers, num_experts)
         ownership = Ownership(hosts, range(num_layers), rank, torch.device("cpu"))
         exchange = Exchange(rank, num_ranks, Traffic(num_layers), wire)

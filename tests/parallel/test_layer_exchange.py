@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from moe_serve.parallel.coherent import Meeting, Travellers, settle
 from moe_serve.parallel.conventional import ConventionalLayers
@@ -14,13 +15,14 @@ from moe_serve.parallel.forecast import RowBytes, forecast
 from moe_serve.parallel.recompute import RanksDivergedError, RecomputingLayers
 from moe_serve.parallel.sharing import LossNotes, SharedLayers
 
+from .conftest import Mesh
 from .meshes import HIDDEN, at_once, expected, shared_layers
 
 EXPERTS, TOP_K, TOKENS = 6, 2, 12
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def random_hosts(num_ranks: int, num_copies: int, num_layers: int = 1) -> np.ndarray:
+def random_hosts(num_ranks: int, num_copies: int, num_layers: int = 1) -> NDArray[np.bool_]:
     rng = np.random.default_rng(num_ranks + num_copies)
     order = rng.random((num_layers, EXPERTS, num_ranks)).argsort(2)
     copies = rng.integers(1, num_copies + 1, (num_layers, EXPERTS, 1))
@@ -58,14 +60,14 @@ def total(shared: list[SharedLayers], name: str) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_ranks", "num_copies"), [(2, 1), (3, 1), (3, 3)])
-def test_conventional(num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
-    shared = shared_layers(random_hosts(num_ranks, num_copies), TOP_K, dtype)
+def test_conventional(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
+    shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, num_copies), TOP_K, dtype)
     tokens = [random_tokens(dtype, rank) for rank in range(num_ranks)]
     layers = [ConventionalLayers(each) for each in shared]
     found = at_once(*(lambda each=each, t=t: each.run(0, *t) for each, t in zip(layers, tokens, strict=True)))
     for result, own in zip(found, tokens, strict=True):
         assert torch.equal(result, expected(*own))
-    assert total(shared, "trips") == 2 * num_ranks
+    assert total(shared, "trips") <= 2 * num_ranks
 
 
 def recompute(shared: list[SharedLayers], tokens: Any, homes: torch.Tensor, layer: int, last_layer: int) -> list[Any]:
@@ -80,9 +82,9 @@ def recompute(shared: list[SharedLayers], tokens: Any, homes: torch.Tensor, laye
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_ranks", "num_copies"), [(2, 1), (3, 1), (2, 2), (3, 3)])
-def test_recompute(num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
+def test_recompute(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
     hosts = random_hosts(num_ranks, num_copies, num_layers=2)
-    shared = shared_layers(hosts, TOP_K, dtype)
+    shared = shared_layers(mesh(num_ranks), hosts, TOP_K, dtype)
     tokens, homes = random_tokens(dtype), torch.arange(TOKENS) % num_ranks
     for result in recompute(shared, tokens, homes, layer=0, last_layer=1):
         assert torch.equal(result, expected(*tokens))
@@ -99,8 +101,8 @@ def test_recompute(num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
     assert total(shared, "combine_bytes") == pytest.approx(first + unsampled)
 
 
-def test_recompute_marks_what_could_not_be_read() -> None:
-    shared = shared_layers(random_hosts(2, 1, num_layers=2), TOP_K)
+def test_recompute_marks_what_could_not_be_read(mesh: Mesh) -> None:
+    shared = shared_layers(mesh(2), random_hosts(2, 1, num_layers=2), TOP_K)
     hidden, ids, weights = random_tokens(torch.float32)
     for each in shared:
         each.local.unreadable = 2  # type: ignore[attr-defined]
@@ -115,8 +117,8 @@ def test_recompute_marks_what_could_not_be_read() -> None:
     assert [sorted(note.take()) for note in notes] == [lost, lost]
 
 
-def test_ranks_that_do_not_compute_alike_are_found() -> None:
-    shared = shared_layers(random_hosts(2, 1, num_layers=2), TOP_K)
+def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
+    shared = shared_layers(mesh(2), random_hosts(2, 1, num_layers=2), TOP_K)
     hidden, ids, weights = random_tokens(torch.float32)
     calls = []
     for rank, each in enumerate(shared):
@@ -131,9 +133,9 @@ def test_ranks_that_do_not_compute_alike_are_found() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_ranks", "trips"), [(2, 1), (3, 2)])
-def test_tokens_that_move(num_ranks: int, trips: int, dtype: torch.dtype) -> None:
+def test_tokens_that_move(mesh: Mesh, num_ranks: int, trips: int, dtype: torch.dtype) -> None:
     """Every token ends on exactly one rank with its whole sum; prompts stay where they are."""
-    shared = shared_layers(random_hosts(num_ranks, 1), TOP_K, dtype)
+    shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, 1), TOP_K, dtype)
     hidden, ids, weights = random_tokens(dtype)
     starts, is_prompt = torch.arange(TOKENS) % num_ranks, torch.arange(TOKENS) >= TOKENS - 2
     if num_ranks == 2:

@@ -12,7 +12,8 @@ from moe_serve.parallel.exchange import Exchange, pack, unpack
 from moe_serve.parallel.traffic import Traffic
 from moe_serve.parallel.wire import RankGoneError
 
-from .meshes import at_once, mesh
+from .conftest import Mesh
+from .meshes import at_once
 
 
 def text(words: str) -> torch.Tensor:
@@ -23,7 +24,7 @@ def read(raw: torch.Tensor) -> str:
     return raw.numpy().tobytes().decode()
 
 
-def test_only_those_named_take_part() -> None:
+def test_only_those_named_take_part(mesh: Mesh) -> None:
     left, middle, right = mesh(3)
     heard = at_once(
         lambda: left.trade({2: text("to the right")}, [2]),
@@ -35,7 +36,7 @@ def test_only_those_named_take_part() -> None:
     assert read(heard[2][0]) == "to the right"
 
 
-def test_messages_larger_than_any_buffer_cross() -> None:
+def test_messages_larger_than_any_buffer_cross(mesh: Mesh) -> None:
     left, right = mesh(2)
     data = torch.arange(16 << 20, dtype=torch.int32).view(torch.uint8)
     heard = at_once(lambda: left.trade({1: data}, [1]), lambda: right.trade({0: data.flip(0)}, [0]))
@@ -43,14 +44,14 @@ def test_messages_larger_than_any_buffer_cross() -> None:
     assert torch.equal(heard[0][1], data.flip(0))
 
 
-def test_a_rank_may_be_a_turn_ahead() -> None:
+def test_a_rank_may_be_a_turn_ahead(mesh: Mesh) -> None:
     left, right = mesh(2)
     left.trade({1: text("one")}, [])
     left.trade({1: text("two")}, [])
     assert [read(right.trade({}, [0])[0]) for _ in range(2)] == ["one", "two"]
 
 
-def test_a_rank_that_left_or_is_silent_is_named() -> None:
+def test_a_rank_that_left_or_is_silent_is_named(mesh: Mesh) -> None:
     left, right = mesh(2, timeout_s=0.05)
     with pytest.raises(RankGoneError, match=r"\[1\] said nothing for 0.05 s"):
         left.trade({}, [1])
@@ -59,7 +60,7 @@ def test_a_rank_that_left_or_is_silent_is_named() -> None:
         left.trade({}, [1])
 
 
-def test_exchange_books_waits_and_lengths() -> None:
+def test_exchange_books_waits_and_lengths(mesh: Mesh) -> None:
     wires = mesh(2)
     left, right = (Exchange(rank, 2, Traffic(3), wire) for rank, wire in enumerate(wires))
     at_once(lambda: left.trade(1, {1: text("abc")}, []), lambda: right.trade(1, {}, [0]))
@@ -68,7 +69,7 @@ def test_exchange_books_waits_and_lengths() -> None:
     assert right.traffic.by_layer() == [0, 0, 0]
 
 
-def test_a_group_counts_its_ranks_from_zero() -> None:
+def test_a_group_counts_its_ranks_from_zero(mesh: Mesh) -> None:
     wires = mesh(4)
     second = [Exchange(rank, 2, Traffic(1), wires[2 + rank], first_rank=2) for rank in range(2)]
     heard = at_once(lambda: second[0].trade(0, {1: text("hi")}, []), lambda: second[1].trade(0, {}, [0]))
