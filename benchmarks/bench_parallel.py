@@ -84,17 +84,20 @@ class CountingTeam(GroupTeam):
         self.bytes = dict.fromkeys((*KINDS, "unmerged"), 0)
         self.tokens = 0
         self.seconds = 0.0
+        self.cpu_s = 0.0
+        """CPU time of this process, the ranks' first, in those steps."""
         self.steps = 0
         self.trips = 0
         """Of all ranks together."""
         self.homes: dict[str, int] = {}
 
     def ask_all(self, message: dict[str, Any]) -> list[Any]:
-        before, start = self._sent(), time.perf_counter()
+        before, start, cpu_start = self._sent(), time.perf_counter(), time.process_time()
         answers = super().ask_all(message)
         self.homes.update({entry["request_id"]: entry["home"] for entry in message["new"]})
         if all(item[2] == 1 for item in message["items"]):
             self.seconds += time.perf_counter() - start
+            self.cpu_s += time.process_time() - cpu_start
             self.tokens += len(message["items"])
             self.steps += 1
             after = self._sent()
@@ -226,6 +229,8 @@ def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: di
     row = {**asdict(variant), "way": worker.way, "bytes_per_token": sum(sent[kind] for kind in KINDS), "sent": sent}
     row["trips_per_step"] = team.trips / team.num_ranks / team.steps
     row["tokens_per_s"] = team.tokens / team.seconds
+    row["ms_per_step"] = 1e3 * team.seconds / team.steps
+    row["cpu_ms_per_step"] = 1e3 * team.cpu_s / team.steps
     if variant.predicted:
         return row
     spec, size = engine_over(team, worker).spec, team.num_ranks // variant.groups
