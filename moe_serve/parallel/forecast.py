@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moe_serve.parallel.copies import Bools, Ints, choose_copies, visits
 from moe_serve.parallel.plans import Hosts
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 WAYS = ("conventional", "send", "recompute")
 """conventional, and coherent with the context sent as keys and values or recomputed from hidden states."""
 GUESSED_TOKENS = 64
@@ -84,11 +83,11 @@ def _conventional(ids: Ints, hosts: Hosts, homes: Ints) -> Iterator[Counts]:
 def _moving(ids: Ints, hosts: Hosts, homes: Ints) -> Iterator[Counts]:
     here = homes
     for layer in range(ids.shape[1]):
-        visits, first = _visits(hosts[layer][ids[:, layer]], here)
-        others = _without(visits, here)
+        visited, first = _visits(hosts[layer][ids[:, layer]], here)
+        others = _without(visited, here)
         count = others.sum(1)
         here = np.where(count == 0, here, np.where(count == 1, others.argmax(1), first))
-        yield int(count.sum()), int(_without(visits, here).sum()), 0
+        yield int(count.sum()), int(_without(visited, here).sum()), 0
 
 
 def _everywhere(ids: Ints, hosts: Hosts, homes: Ints) -> Iterator[Counts]:
@@ -97,30 +96,22 @@ def _everywhere(ids: Ints, hosts: Hosts, homes: Ints) -> Iterator[Counts]:
     for layer in range(num_layers):
         held = hosts[layer][ids[:, layer]]
         is_last = layer == num_layers - 1
-        visits = _visits(held, homes if is_last else None)[0]
-        sent = _without(visits, homes) if is_last else visits & ~held.all((1, 2))[:, None]
-        is_whole = visits.sum(1) == 1
+        visited = _visits(held, homes if is_last else None)[0]
+        sent = _without(visited, homes) if is_last else visited & ~held.all((1, 2))[:, None]
+        is_whole = visited.sum(1) == 1
         times = 1 if is_last else num_ranks - 1
         yield 0, int(sent[~is_whole].sum()) * times, int(sent[is_whole].sum()) * times
 
 
 def _visits(held: Bools, here: Ints | None) -> tuple[Bools, Ints]:
-    """held [N, K, G] -> ranks visited [N, G] and that of the first choice [N], as Ownership chooses without load."""
-    num_ranks, top_k = held.shape[2], held.shape[1]
-    rest, score = held, np.zeros((len(held), 1, num_ranks))
-    if here is not None:
-        is_here = (here[:, None] == np.arange(num_ranks))[:, None]
-        rest = held & ~(held & is_here).any(2, keepdims=True)
-        score = 4.0 * (top_k + 1) * is_here
-    must = (held & (held.sum(2, keepdims=True) == 1)).any(1, keepdims=True)
-    score = score + 2.0 * (top_k + 1) * must + rest.sum(1, keepdims=True)
-    ranks = np.where(held, score, -1.0).argmax(2)
-    return (ranks[:, :, None] == np.arange(num_ranks)).any(1), ranks[:, 0]
+    """held [N, K, G] -> ranks visited [N, G] and that of the first choice [N]."""
+    ranks = choose_copies(held, np.zeros(held.shape[2]), here)
+    return visits(ranks, held.shape[2]), ranks[:, 0]
 
 
-def _without(visits: Bools, ranks: Ints) -> Bools:
-    """`visits` [N, G] but for one rank of each token."""
-    return visits & (ranks[:, None] != np.arange(visits.shape[1]))
+def _without(visited: Bools, ranks: Ints) -> Bools:
+    """`visited` [N, G] but for one rank of each token."""
+    return visited & (ranks[:, None] != np.arange(visited.shape[1]))
 
 
 def cheaper_context(hosts: Hosts, hidden: int, top_k: int, itemsize: int, kv_elements: int, num_layers: int) -> str:

@@ -38,7 +38,7 @@ def test_only_those_named_take_part(mesh: Mesh) -> None:
 
 def test_messages_larger_than_any_buffer_cross(mesh: Mesh) -> None:
     left, right = mesh(2)
-    data = torch.arange(16 << 20, dtype=torch.int32).view(torch.uint8)
+    data = torch.arange(1 << 20, dtype=torch.int32).view(torch.uint8)
     heard = at_once(lambda: left.trade({1: data}, [1]), lambda: right.trade({0: data.flip(0)}, [0]))
     assert torch.equal(heard[1][0], data)
     assert torch.equal(heard[0][1], data.flip(0))
