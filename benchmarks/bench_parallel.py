@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from expert_cache.layers import ExpertLayers
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig
@@ -40,6 +40,7 @@ from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, foll
 from moe_serve.parallel.plans import read_hosts
 from moe_serve.parallel.prescheduling import count_uses
 from moe_serve.parallel.worker import Worker
+from moe_serve.route_recorder import RouteRecorder
 from placement.plan import save_plan
 from placement.problem import PlacementProblem
 from placement.solve import find_plan
@@ -73,6 +74,8 @@ VARIANTS = (
 """The last needs 4 ranks at least."""
 REPLICAS = 2
 """Further experts per rank and layer in "replicas"."""
+PATIENCE_S = 3600.0
+"""The other ranks wait while the first records and plans."""
 KINDS = ("dispatch", "combine", "context", "control")
 
 
@@ -127,7 +130,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     place = read_place()
-    rank_model.join_group(place, ParallelConfig(devices=place.world_size), EngineConfig(device="cpu"))
+    rank_model.join_group(
+        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig(device="cpu")
+    )
     with torch.inference_mode():
         job = [prepare(args, place.world_size) if place.is_first else None]
         dist.broadcast_object_list(job)
@@ -147,7 +152,7 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     draw = random.Random(0)
     starts = [draw.randrange(len(text) - 2000) for _ in range(args.plan_count + args.count)]
     prompts = [llm.tokenizer.encode(text[s : s + 2000])[5 : 5 + args.length] for s in starts]
-    routes = [record(llm, prompt, args.new_tokens) for prompt in prompts]
+    routes = record(llm, prompts, args.new_tokens)
     folder = Path(tempfile.mkdtemp())
     planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
     plans = {"contiguous": None}
@@ -168,24 +173,18 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     return {"prompts": prompts, "routes": routes, "plans": plans, "uses": uses}
 
 
-def record(llm: LLM, prompt: list[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N] that were computed and the experts [N, L, K] they went to."""
-    seen: dict[int, list[torch.Tensor]] = {}
-    original = ExpertLayers.run
-
-    def watch(self: ExpertLayers, layer: int, hidden: Any, ids: torch.Tensor, weights: Any) -> torch.Tensor:
-        seen.setdefault(layer, []).append(ids.clone())
-        return original(self, layer, hidden, ids, weights)
-
-    ExpertLayers.run = watch  # type: ignore[method-assign]
-    try:
-        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        output = llm.generate([prompt], params)[0].completions[0].token_ids
-    finally:
-        ExpertLayers.run = original  # type: ignore[method-assign]
-    llm.engine.pool.clear_cache()
-    ids = torch.stack([torch.cat(parts) for _, parts in sorted(seen.items())], 1).numpy()
-    return np.array([*prompt, *output[:-1]]), ids
+def record(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each prompt the token ids [N] that were computed and the experts [N, L, K] they went to."""
+    size = sum(map(len, prompts)) + len(prompts) * new_tokens
+    recorder = RouteRecorder(llm.engine.routing_shape(), size, token_ids=True)
+    llm.engine.listen_to_routes(recorder)
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True))
+    llm.engine.listen_to_routes(recorder, wanted=False)
+    trace = recorder.trace({})
+    assert trace.token_ids is not None
+    routes = [(trace.token_ids[a:b], trace.ids[a:b]) for a, b in pairwise(trace.seq_offsets.tolist())]
+    assert [tokens[: len(prompt)].tolist() for (tokens, _), prompt in zip(routes, prompts, strict=True)] == prompts
+    return routes
 
 
 def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:

@@ -111,7 +111,8 @@ def _visits(held: Bools, here: Ints | None) -> tuple[Bools, Ints]:
 
 def _without(visited: Bools, ranks: Ints) -> Bools:
     """`visited` [N, G] but for one rank of each token."""
-    return visited & (ranks[:, None] != np.arange(visited.shape[1]))
+    left: Bools = visited & (ranks[:, None] != np.arange(visited.shape[1]))
+    return left
 
 
 def cheaper_context(hosts: Hosts, hidden: int, top_k: int, itemsize: int, kv_elements: int, num_layers: int) -> str:

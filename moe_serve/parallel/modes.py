@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moe_serve.model_runner import ModelRunner
 from moe_serve.parallel.coherent_runner import CoherentRunner
 from moe_serve.parallel.config import ParallelConfig
@@ -10,7 +12,11 @@ from moe_serve.parallel.rank_runner import ConventionalRunner, RankRunner
 from moe_serve.parallel.recompute_runner import RecomputingRunner
 from moe_serve.parallel.sharing import SharedLayers
 
-RUNNERS = {"conventional": ConventionalRunner, "send": CoherentRunner, "recompute": RecomputingRunner}
+RUNNERS: dict[str, Callable[[ModelRunner, SharedLayers], RankRunner]] = {
+    "conventional": ConventionalRunner,
+    "send": CoherentRunner,
+    "recompute": RecomputingRunner,
+}
 
 
 def way_of(parallel: ParallelConfig, shared: SharedLayers, kv_sizes: tuple[int, int]) -> str:

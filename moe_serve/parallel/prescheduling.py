@@ -43,7 +43,7 @@ class Prescheduler:
         if self._affinity is None:
             return int(np.argmin(tokens_at))
         expected = np.resize(self._affinity.of_sequence(prompt), len(tokens_at))  # every group alike
-        best = np.lexsort((tokens_at, -np.where(fit, expected, -1.0)))
+        best = np.lexsort((np.array(tokens_at), -np.where(fit, expected, -1.0)))
         return int(best[0])
 
     def starts(self, decoding: Iterable[Sequence]) -> dict[Sequence, int]:

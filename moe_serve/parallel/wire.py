@@ -105,7 +105,7 @@ class _Sending:
     def __init__(self, rank: int, peer: socket.socket, data: torch.Tensor) -> None:
         self.rank = rank
         self.peer = peer
-        self._views = [memoryview(LENGTH.pack(len(data))), memoryview(data.contiguous().numpy())]
+        self._views = [memoryview(LENGTH.pack(len(data))), data.contiguous().numpy().data]
 
     def advance(self) -> bool:
         """Send what the connection takes now; whether that was all."""
@@ -140,7 +140,7 @@ class _Receiving:
             if not len(self._missing):
                 self._in_length = False
                 self.data = torch.empty(LENGTH.unpack(self._length)[0], dtype=torch.uint8)
-                self._missing = memoryview(self.data.numpy())
+                self._missing = self.data.numpy().data
                 continue
             try:
                 count = self.peer.recv_into(self._missing)
