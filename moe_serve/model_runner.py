@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
+from expert_cache.direct_io import drop_cached_pages
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
 from moe_serve import forward_batch, offload, resolve, sampler
@@ -17,8 +18,8 @@ from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
-from moe_serve.hf import attention, experts, loading
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf import attention, dense, experts, loading
+from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.kv_cache import KVCache, LayerKVShape
@@ -171,7 +172,16 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    if resolved.moe_cache_mib and device.type == "cpu":
+        _leave_the_page_cache(config.model, loaded)
     try:
         return ModelRunner(resolved, loaded, spec, eos_token_ids), spec
     except ValueError as error:  # an activation we do not have
         raise CheckpointError(f"{config.model}/config.json: {error}") from error
+
+
+def _leave_the_page_cache(folder: str, loaded: LoadedModel) -> None:
+    """Where experts have a budget, nothing of the checkpoint's files stays in memory beside it."""
+    dense.copy_from_files(loaded.model)
+    for file in safetensors_files(folder):
+        drop_cached_pages(file)
