@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -86,10 +87,9 @@ class CountingTeam(GroupTeam):
         super().__init__(worker, parallel)
         self.bytes = dict.fromkeys((*KINDS, "unmerged"), 0)
         self.tokens = 0
-        self.seconds = 0.0
+        self.step_s: list[float] = []
         self.cpu_s = 0.0
         """CPU time of this process, the ranks' first, in those steps."""
-        self.steps = 0
         self.trips = 0
         """Of all ranks together."""
         self.homes: dict[str, int] = {}
@@ -99,10 +99,9 @@ class CountingTeam(GroupTeam):
         answers = super().ask_all(message)
         self.homes.update({entry["request_id"]: entry["home"] for entry in message["new"]})
         if all(item[2] == 1 for item in message["items"]):
-            self.seconds += time.perf_counter() - start
+            self.step_s.append(time.perf_counter() - start)
             self.cpu_s += time.process_time() - cpu_start
             self.tokens += len(message["items"])
-            self.steps += 1
             after = self._sent()
             self.trips += after["trips"] - before["trips"]
             for kind in self.bytes:
@@ -218,7 +217,7 @@ def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dic
     params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
     tokens = complete(engine, job["prompts"][args.plan_count :], params)
     team.stop()
-    print(variant, f"{team.seconds:.1f} s", file=sys.stderr, flush=True)
+    print(variant, f"{sum(team.step_s):.1f} s", file=sys.stderr, flush=True)
     return tokens
 
 
@@ -226,10 +225,11 @@ def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: di
     """A row of the result; forecasts where tokens begin at home."""
     sent = {kind: count / team.tokens for kind, count in team.bytes.items()}
     row = {**asdict(variant), "way": worker.way, "bytes_per_token": sum(sent[kind] for kind in KINDS), "sent": sent}
-    row["trips_per_step"] = team.trips / team.num_ranks / team.steps
-    row["tokens_per_s"] = team.tokens / team.seconds
-    row["ms_per_step"] = 1e3 * team.seconds / team.steps
-    row["cpu_ms_per_step"] = 1e3 * team.cpu_s / team.steps
+    steps = len(team.step_s)
+    row["trips_per_step"] = team.trips / team.num_ranks / steps
+    row["tokens_per_s"] = team.tokens / sum(team.step_s)
+    row["median_ms_per_step"] = 1e3 * statistics.median(team.step_s)
+    row["cpu_ms_per_step"] = 1e3 * team.cpu_s / steps
     if variant.predicted:
         return row
     spec, size = engine_over(team, worker).spec, team.num_ranks // variant.groups
