@@ -8,6 +8,7 @@ Knows bytes and ranks; knows no tokens.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import select
 import socket
@@ -27,6 +28,7 @@ TOKEN_BYTES = 16
 HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
 """The token of the one who is called and the rank of the caller."""
 CONNECT_S = 60.0
+HELLO_S = 5.0
 
 
 class Wire(Protocol):
@@ -155,25 +157,27 @@ class _Receiving:
 def connect_all(place: Place, timeout_s: float) -> SocketWire:
     """A mesh of the ranks of the process group, over which they learn each other's addresses. ConfigError, OSError."""
     peers: dict[int, socket.socket] = {}
-    with socket.create_server(("", 0), backlog=place.world_size) as listener:
+    address = own_address(place)
+    with socket.create_server((address, 0), backlog=place.world_size) as listener:
         listener.settimeout(CONNECT_S)
-        entry = (own_address(place), listener.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
+        entry = (address, listener.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
         entries = _tell_all(entry, place.world_size)
         check_reachable([host for host, _, _ in entries])
         for rank in range(place.rank):
             peers[rank] = _call(place.rank, entries[rank])
         while len(peers) < place.world_size - 1:
-            peers.update(_answer(listener, entry[2]))
+            peers.update(answer(listener, entry[2]))
     return SocketWire(peers, timeout_s)
 
 
-def _answer(listener: socket.socket, token: bytes) -> dict[int, socket.socket]:
+def answer(listener: socket.socket, token: bytes) -> dict[int, socket.socket]:
     """The next rank that calls; a stranger, who does not know the token, is sent away."""
     connected, _ = listener.accept()
-    connected.settimeout(CONNECT_S)
+    connected.settimeout(HELLO_S)
     hello = bytearray()
-    while len(hello) < HELLO.size and (part := connected.recv(HELLO.size - len(hello))):
-        hello += part
+    with contextlib.suppress(OSError):  # a stranger may be silent or hang up
+        while len(hello) < HELLO.size and (part := connected.recv(HELLO.size - len(hello))):
+            hello += part
     if len(hello) == HELLO.size and secrets.compare_digest(HELLO.unpack(hello)[0], token):
         return {HELLO.unpack(hello)[1]: connected}
     connected.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from moe_serve.parallel.addresses import INTERFACE, address_of, check_reachable,
 from moe_serve.parallel.environment import Place
 from moe_serve.parallel.exchange import Exchange, pack, unpack
 from moe_serve.parallel.traffic import Traffic
-from moe_serve.parallel.wire import RankGoneError
+from moe_serve.parallel.wire import HELLO, RankGoneError, answer
 
 from .conftest import Mesh
 from .meshes import at_once
@@ -58,6 +60,21 @@ def test_a_rank_that_left_or_is_silent_is_named(mesh: Mesh) -> None:
     right.close()
     with pytest.raises(RankGoneError, match="rank 1"):
         left.trade({}, [1])
+
+
+@pytest.mark.parametrize("hello", [b"", b"GET / HTTP/1.1 and more", HELLO.pack(b"?" * 16, 1)])
+def test_strangers_are_sent_away(hello: bytes) -> None:
+    token = b"0123456789abcdef"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as stranger:
+            stranger.sendall(hello)
+            stranger.shutdown(socket.SHUT_WR)
+            assert answer(listener, token) == {}
+        with socket.create_connection(listener.getsockname()) as rank:
+            rank.sendall(HELLO.pack(token, 3))
+            (taken,) = answer(listener, token).items()
+            assert taken[0] == 3
+            taken[1].close()
 
 
 def test_exchange_books_waits_and_lengths(mesh: Mesh) -> None:
