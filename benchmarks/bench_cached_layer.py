@@ -80,14 +80,14 @@ def measure(
 ) -> dict[str, float]:
     """Each replay chooses `misses` experts that were not chosen for long, and otherwise those of the last one."""
     following = ids.max() + 1
-    before = int(layers.state.counts[2])
+    before = int(layers.state.totals[1].sum())
     times = []
     for _ in range(3 * timing.REPLAYS):
         if misses:
             ids[0, :misses] = (following + torch.arange(misses, device="cuda")) % num_experts
             following += misses
         times.append(timing.once(graph.replay))
-    copies = (int(layers.state.counts[2]) - before) / len(times) / num_layers
+    copies = (int(layers.state.totals[1].sum()) - before) / len(times) / num_layers
     seconds = statistics.median(times) / num_layers
     return {
         "copies_per_layer": copies,

@@ -105,8 +105,8 @@ def _plan(num_slots: int) -> None:
 
 def _copy() -> None:
     state = residency.new_residency(4, EXPERTS, 32, META)
-    sources = _new(4 * EXPERTS, dtype=torch.int64)
-    residency.copy_experts(state, sources, _new(32, 1 << 20, dtype=torch.uint8))
+    tables = _new(2, 4 * EXPERTS, dtype=torch.int64), _new(2, dtype=torch.int64), _new(2, dtype=torch.int64)
+    residency.copy_experts(state, residency.Copies(*tables))
 
 
 def _combine() -> None:

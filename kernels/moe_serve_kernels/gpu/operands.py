@@ -10,6 +10,22 @@ import triton.language as tl
 
 
 @triton.jit
+def slot_of_choice(ids_ptr, slot_of_ptr, pair):
+    """The slot of a pair's expert, int64; -1 where it is in none, or where nobody chose (a negative id)."""
+    expert = tl.load(ids_ptr + pair)
+    return tl.load(slot_of_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
+
+
+@triton.jit
+def scales_of_slot(slot, num_outputs, num_inputs, FORMAT: tl.constexpr, GROUP: tl.constexpr):
+    """Where a slot's scales and zeros begin: one per output, in int4 one per output and group of inputs."""
+    if FORMAT == "int4":
+        return slot * (num_inputs // GROUP) * num_outputs
+    else:
+        return slot * num_outputs
+
+
+@triton.jit
 def to_float(w, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """Stored weights -> `dtype`. An e4m3 byte is taken apart by hand: the same on every GPU and in the interpreter."""
     if FORMAT == "fp8":
