@@ -33,9 +33,11 @@ from expert_cache.pools import global_pool, per_layer
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
 from expert_cache.resident import ResidentExperts
+from expert_cache.slot_layout import layout_of
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
+from moe_serve.device_cache import device_cache
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
 from moe_serve.live_predictor import LivePredictor
@@ -75,6 +77,8 @@ def expert_layers(
     compute = _compute(config, store, activation_of(hf_config), dtype, device)
     if isinstance(compute, GpuCompute) and compute.pool.num_free >= store.num_total:
         return ExpertLayers(ResidentExperts(store, compute, device), compute)
+    if (managed := device_cache(config, store, compute, device)) is not None:
+        return ExpertLayers(managed, compute)
     if not config.moe_cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
     profile = _profile(config, store)
@@ -208,7 +212,8 @@ def _compute(
     if not gpu_pool.is_available(device):
         return ExpertCompute(activation, dtype, device, _matrix_tokens(dtype, device))
     slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
-    pool = gpu_pool.SlotPool(store.weights(store.layers[0], 0), slots, dtype, device)
+    layout = layout_of(store.weights(store.layers[0], 0), dtype)
+    pool = gpu_pool.SlotPool(layout, slots, device)
     return GpuCompute(activation, dtype, device, pool)
 
 

@@ -21,8 +21,8 @@ from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
 from moe_serve_kernels.gpu.pool import Bank, ExpertPool
 from moe_serve_kernels.gpu.residency import Copies, copy_experts, new_residency, plan
 
-HostParts = Mapping[str, torch.Tensor]
-"""The parts of a Bank, each [L*E, ...] in pinned host memory, in the layout of the bank's slots."""
+HostParts = Mapping[str, Sequence[torch.Tensor]]
+"""Of each part of a Bank the L*E experts' own, in pinned host memory, in the layout of the bank's slots."""
 
 
 class CachedLayers:
@@ -85,12 +85,17 @@ def _copies(banks: Sequence[tuple[HostParts, Bank]], device: torch.device) -> Co
     sources, targets, sizes = [], [], []
     for host, bank in banks:
         for name, slots in bank.parts().items():
-            part, size = host[name], slots[0].nbytes
-            assert part.is_contiguous()
-            assert (part.dtype, part[0].nbytes) == (slots.dtype, size)
+            size = slots[0].nbytes
             if size % 16:
-                raise ValueError(f"{name}: {size} bytes per expert are no multiple of 16; keep these experts resident")
-            sources.append(torch.arange(len(part)) * size + part.data_ptr())
+                raise ValueError(f"{name}: {size} bytes per expert are no multiple of 16")
+            sources.append([_address(part, slots[0]) for part in host[name]])
             targets.append(slots.data_ptr())
             sizes.append(size)
-    return Copies(torch.stack(sources).to(device), *(torch.tensor(t, device=device) for t in (targets, sizes)))
+    return Copies(*(torch.tensor(table, dtype=torch.int64, device=device) for table in (sources, targets, sizes)))
+
+
+def _address(part: torch.Tensor, like: torch.Tensor) -> int:
+    assert part.is_contiguous()
+    assert (part.dtype, part.shape) == (like.dtype, like.shape)
+    assert part.data_ptr() % 16 == 0
+    return part.data_ptr()
