@@ -21,6 +21,8 @@ from moe_serve_kernels.gpu.pool import GROUP_SIZE, Bank, ExpertPool, Format, emp
 from moe_serve_kernels.quantized import QuantizedRows, scale_values
 
 GROUP_SIZES = (32, 64, 128)
+ROW_FORMATS: dict[tuple[str, int], Format] = {("int8", 0): "int8", ("uint8", 128): "int8", ("fp8", 0): "fp8"}
+"""By kind and zero point."""
 PLAIN: tuple[Format, int] = ("plain", GROUP_SIZE)
 Parts = Mapping[str, torch.Tensor]
 """A bank's tensors (Bank.parts) of one slot."""
@@ -65,9 +67,9 @@ def layout_of(like: ExpertWeights, dtype: torch.dtype) -> SlotLayout:
 def _format_of(matrix: Matrix) -> tuple[Format, int]:
     """(format, group size) that keeps a matrix's codes as they are; plain where no kernel reads them."""
     if isinstance(matrix, QuantizedRows):
-        per_row = matrix.num_groups == 1 and matrix.rows_per_scale in (1, matrix.shape[0])
-        if per_row and matrix.zeros is None and matrix.zero == 0 and matrix.kind in ("int8", "fp8"):
-            return ("int8" if matrix.kind == "int8" else "fp8"), GROUP_SIZE
+        per_row = matrix.num_groups == 1 and matrix.rows_per_scale in (1, matrix.shape[0]) and matrix.zeros is None
+        if per_row and (matrix.kind, matrix.zero) in ROW_FORMATS:
+            return ROW_FORMATS[matrix.kind, matrix.zero], GROUP_SIZE
         whole_groups = matrix.group in GROUP_SIZES and matrix.columns % matrix.group == 0
         if matrix.kind == "int4" and whole_groups and matrix.rows_per_scale == 1:
             return "int4", matrix.group
@@ -104,7 +106,8 @@ def _write_rows(matrix: Matrix, target: Parts) -> None:
         data.copy_(as_tensor(matrix, data.dtype), non_blocking=True)
         return
     assert isinstance(matrix, QuantizedRows)
-    data.view(torch.uint8).copy_(matrix.codes[:, : matrix.columns], non_blocking=True)
+    codes = matrix.codes[:, : matrix.columns]
+    data.view(torch.uint8).copy_(codes ^ 128 if matrix.kind == "uint8" else codes, non_blocking=True)
     target["scale"].copy_(scale_values(matrix.scales)[:, 0].expand(matrix.shape[0]), non_blocking=True)
 
 

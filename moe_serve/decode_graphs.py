@@ -95,7 +95,8 @@ class DecodeGraphs:
     ) -> None:
         """Captures all of them, the largest first, so that the others fit into its memory.
 
-        `sizes`: rows, ascending. `forward`: the model on a step -> logits [M, V], nothing in it may wait for the device. RuntimeError: it does.
+        `sizes`: rows, ascending. `forward`: the model on a step -> logits [M, V], waiting for the device nowhere.
+        RuntimeError: it does.
         """
         self._inputs = inputs
         self._forward = forward

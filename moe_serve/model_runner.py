@@ -6,6 +6,7 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from moe_serve.cuda_graph import Capture, CudaCapture
 from moe_serve.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
-from moe_serve.hf import attention, experts, loading
+from moe_serve.hf import attention, device_routers, experts, loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
@@ -63,6 +64,8 @@ class ModelRunner:
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         self._graphs: DecodeGraphs | None = None
         experts.connect(self.model, self.expert_layers)
+        if isinstance(self.expert_layers.experts, DeviceExperts):
+            device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
 
     def capture_decoding(self, capture: Capture) -> None:
         """From now on replay decoding steps as graphs. RuntimeError: a step cannot be captured; nothing has changed."""
@@ -110,6 +113,11 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
+        # A thread's own GPU is the first one, and kernels are launched on the thread's.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._run(plan)
+
+    def _run(self, plan: BatchPlan) -> StepResult:
         self.relieve_memory()
         self.rebalance()
         self.expert_layers.tap.clear()

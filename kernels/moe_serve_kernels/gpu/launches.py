@@ -15,6 +15,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.pool import FORMATS, Bank, Format, empty_bank
+from moe_serve_kernels.gpu.routings import Routing
 
 META = torch.device("meta")
 SLOTS, HIDDEN, INNER, TOP_K, EXPERTS = 64, 2048, 1024, 4, 64
@@ -77,8 +78,8 @@ def _around() -> Iterator[Launch]:
     for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
         yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
     yield Launch("", _combine)
-    yield Launch("top-k of 64", partial(routing.route, _new(8, 64), routing.Routing(8, "softmax")))
-    grouped_routing = routing.Routing(8, "sigmoid", True, 2.5, 8, 4)
+    yield Launch("top-k of 64", partial(routing.route, _new(8, 64), Routing(8, "softmax")))
+    grouped_routing = Routing(8, "sigmoid", True, 2.5, 8, 4)
     yield Launch("8 groups of 256", partial(_route, grouped_routing, 256))
     for head_dim in (64, 128, 192):
         yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
