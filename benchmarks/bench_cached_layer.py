@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_kernels import MODELS, SILU
-from measuring import hardware, versions
+from measuring import hardware, save_json, versions
 
 from moe_serve_kernels.gpu import timing
 from moe_serve_kernels.gpu.cached_layer import CachedLayers
@@ -32,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cached_layer needs a GPU, and torch sees none", file=sys.stderr)
@@ -50,7 +51,9 @@ def main() -> int:
         )
     print(f"one large pinned copy: {link / 1e9:.1f} GB/s")
     facts = {"gpu": torch.cuda.get_device_name(), "hardware": hardware(), "versions": versions()}
-    print(json.dumps(facts | {"model": args.model, "rows": rows, "pinned_bytes_per_s": link}))
+    report = facts | {"model": args.model, "rows": rows, "pinned_bytes_per_s": link}
+    save_json(args.json, report)
+    print(json.dumps(report))
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -72,4 +74,4 @@ def test_a_heap_gives_aligned_pieces_apart(monkeypatch) -> None:
     assert [len(piece) for piece in pieces] == sizes
     spans = sorted((piece.data_ptr(), piece.data_ptr() + len(piece)) for piece in pieces)
     assert all(start % 16 == 0 for start, _ in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
