@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from expert_cache.encoding import Matrix
-from expert_cache.store import ExpertWeights
+from expert_cache.store import ExpertStore, ExpertWeights
+from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from moe_serve_kernels.gpu.pool import GROUP_SIZE, Bank, ExpertPool, Format, empty_bank, pack_int4
 from moe_serve_kernels.quantized import QuantizedRows, scale_values
@@ -74,6 +75,14 @@ def _format_of(matrix: Matrix) -> tuple[Format, int]:
         if matrix.kind == "int4" and whole_groups and matrix.rows_per_scale == 1:
             return "int4", matrix.group
     return PLAIN
+
+
+def device_bytes(store: ExpertStore, dtype: torch.dtype, device: torch.device) -> int:
+    """Memory that an expert takes where it is computed: as it is stored, and on a GPU at least what its slot takes."""
+    if not gpu.is_available(device):
+        return store.slot_bytes
+    layout = layout_of(store.weights(store.layers[0], 0), dtype)
+    return max(store.slot_bytes, sum(layout.part_bytes()))
 
 
 def slot_of_bank(bank: Bank, slot: int) -> dict[str, torch.Tensor]:

@@ -83,9 +83,10 @@ class ModelRunner:
         cache = self.expert_layers.experts
         if not isinstance(cache, ExpertCache):
             raise InvalidRequestError("mib", "this server was started without an expert cache (--moe-cache-mib)")
-        slots = offload.num_slots(moe_cache_mib, cache.store)
+        slot_bytes = offload.slot_bytes_of(self.config, cache.store)
+        slots = offload.num_slots(moe_cache_mib, cache.store, slot_bytes)
         if slots < 1:
-            least = -(-cache.store.slot_bytes // resolve.MIB)
+            least = -(-slot_bytes // resolve.MIB)
             raise InvalidRequestError("mib", f"{moe_cache_mib} MiB do not hold a single expert; give at least {least}")
         cache.resize(slots)
         assert self._guard is not None

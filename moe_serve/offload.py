@@ -33,7 +33,7 @@ from expert_cache.pools import global_pool, per_layer
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
 from expert_cache.resident import ResidentExperts
-from expert_cache.slot_layout import layout_of
+from expert_cache.slot_layout import device_bytes, layout_of
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
@@ -132,9 +132,14 @@ def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy
     return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
 
 
-def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:
+def num_slots(moe_cache_mib: int, store: ExpertStore, slot_bytes: int) -> int:
     """Slots that a budget holds."""
-    return min(moe_cache_mib * MIB // store.slot_bytes, store.num_total)
+    return min(moe_cache_mib * MIB // slot_bytes, store.num_total)
+
+
+def slot_bytes_of(config: EngineConfig, store: ExpertStore) -> int:
+    """What a slot takes of the budget."""
+    return device_bytes(store, getattr(torch, config.dtype), torch.device(config.device))
 
 
 def _profile(config: EngineConfig, store: ExpertStore) -> RoutingTrace | None:
@@ -178,7 +183,8 @@ def slots_of(
 ) -> tuple[Slots, int]:
     """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
     assert config.moe_cache_mib is not None
-    slots, layers = num_slots(config.moe_cache_mib, store), len(store.layers)
+    slot_bytes = slot_bytes_of(config, store)
+    slots, layers = num_slots(config.moe_cache_mib, store, slot_bytes), len(store.layers)
     num_transit = min(top_k, slots // SLOTS_PER_TRANSIT) if slots < store.num_total else 0
     slots -= num_transit
     wanted = config.moe_cache_pool
@@ -189,7 +195,7 @@ def slots_of(
     if slots < layers:
         raise ConfigError(
             f"--moe-cache-pool {wanted}: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
-            f" the {layers} layers; give at least {-(-layers * store.slot_bytes // MIB)} or choose global"
+            f" the {layers} layers; give at least {-(-layers * slot_bytes // MIB)} or choose global"
         )
     if wanted == "quota":
         if profile is None:
@@ -211,7 +217,8 @@ def _compute(
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
     if not gpu_pool.is_available(device):
         return ExpertCompute(activation, dtype, device, _matrix_tokens(dtype, device))
-    slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
+    budget = config.moe_cache_mib
+    slots = num_slots(budget, store, slot_bytes_of(config, store)) if budget else store.num_total
     layout = layout_of(store.weights(store.layers[0], 0), dtype)
     pool = gpu_pool.SlotPool(layout, slots, device)
     return GpuCompute(activation, dtype, device, pool)

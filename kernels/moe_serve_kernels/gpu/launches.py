@@ -14,7 +14,7 @@ import torch
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
 from moe_serve_kernels.gpu.configs import Gemv, Tile
-from moe_serve_kernels.gpu.pool import FORMATS, Bank, Format, empty_bank
+from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
 from moe_serve_kernels.gpu.routings import Routing
 
 META = torch.device("meta")
@@ -39,6 +39,7 @@ class Launch:
 def launches(arch: int) -> Iterator[Launch]:
     """All of them for a compute capability, 80 or 90."""
     yield from _around()
+    yield from _small_groups(arch)
     for format in FORMATS:
         gemvs = configs.GEMV[format]
         yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
@@ -67,14 +68,21 @@ def _slot_of() -> torch.Tensor:
     return _new(EXPERTS, dtype=torch.int32)
 
 
-def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> Bank:
-    return empty_bank(SLOTS, shape, format, dtype, META, with_bias=with_bias)
+def _bank(
+    shape: tuple[int, ...],
+    format: Format,
+    with_bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    group_size: int = GROUP_SIZE,
+) -> Bank:
+    return empty_bank(SLOTS, shape, format, dtype, META, with_bias=with_bias, group_size=group_size)
 
 
 def _around() -> Iterator[Launch]:
     """Everything but the experts in bf16; exact products in float32 use no matrix instruction."""
-    yield Launch("float32", partial(_gate_up, "plain", SILU, configs.FLOAT32.gate_up, torch.float32))
-    yield Launch("float32", partial(_down, "plain", configs.FLOAT32.down, torch.float32))
+    for format in FORMATS:
+        yield Launch(f"float32 {format}", partial(_gate_up, format, SILU, configs.FLOAT32.gate_up, torch.float32))
+        yield Launch(f"float32 {format}", partial(_down, format, configs.FLOAT32.down, torch.float32))
     for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
         yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
     yield Launch("", _combine)
@@ -86,6 +94,19 @@ def _around() -> Iterator[Launch]:
     for num_slots in (32, 1024):
         yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
     yield Launch("", _copy)
+
+
+def _small_groups(arch: int) -> Iterator[Launch]:
+    """int4 in groups below 128: other checkpoints' choice, with shorter loop steps."""
+    gemvs = configs.GEMV["int4"]
+    for size in (32, 64):
+        yield Launch(f"int4 g{size}", partial(_gemv_gate_up, "int4", gemvs.gate_up, size))
+        yield Launch(f"int4 g{size}", partial(_gemv_down, "int4", gemvs.down, size))
+        for config in configs.steps_of(arch, "int4").values():
+            gate_up = partial(_gate_up, "int4", SILU, config.gate_up, group_size=size)
+            down = partial(_down, "int4", config.down, group_size=size)
+            yield Launch(f"int4 g{size} {_shape(config.gate_up)}", gate_up, {"gate_up_kernel": WGMMA})
+            yield Launch(f"int4 g{size} {_shape(config.down)}", down, {"down_kernel": WGMMA})
 
 
 def _route(routing_: routing.Routing, num_experts: int) -> None:
@@ -115,14 +136,14 @@ def _combine() -> None:
     combine.combine(outputs, _ids(32), weights, _slot_of(), _new(32, HIDDEN))
 
 
-def _gemv_gate_up(format: Format, config: Gemv) -> None:
-    bank = _bank((2, INNER, HIDDEN), format)
+def _gemv_gate_up(format: Format, config: Gemv, group_size: int = GROUP_SIZE) -> None:
+    bank = _bank((2, INNER, HIDDEN), format, group_size=group_size)
     gemv.gemv_gate_up(_new(4, HIDDEN), _ids(4), bank, _slot_of(), SILU, config)
 
 
-def _gemv_down(format: Format, config: Gemv) -> None:
+def _gemv_down(format: Format, config: Gemv, group_size: int = GROUP_SIZE) -> None:
     weights = _new(4, TOP_K, dtype=torch.float32)
-    bank = _bank((HIDDEN, INNER), format)
+    bank = _bank((HIDDEN, INNER), format, group_size=group_size)
     gemv.gemv_down(_new(4 * TOP_K, INNER), _ids(4), weights, bank, _slot_of(), _new(4, HIDDEN), config)
 
 
@@ -133,15 +154,21 @@ def _aligned(num_tokens: int, block_t: int) -> align.Aligned:
     return align.Aligned(*(_new(size, dtype=torch.int32) for size in sizes))
 
 
-def _gate_up(format: Format, activation: Activation, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
+def _gate_up(
+    format: Format,
+    activation: Activation,
+    tile: Tile,
+    dtype: torch.dtype = torch.bfloat16,
+    group_size: int = GROUP_SIZE,
+) -> None:
     """GPT-OSS has biases, the others have none."""
-    bank = _bank((2, INNER, HIDDEN), format, with_bias=activation is GPT_OSS, dtype=dtype)
+    bank = _bank((2, INNER, HIDDEN), format, activation is GPT_OSS, dtype, group_size)
     grouped.gate_up(
         _new(64, HIDDEN, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), TOP_K, activation, tile
     )
 
 
-def _down(format: Format, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
-    bank = _bank((HIDDEN, INNER), format, dtype=dtype)
+def _down(format: Format, tile: Tile, dtype: torch.dtype = torch.bfloat16, group_size: int = GROUP_SIZE) -> None:
+    bank = _bank((HIDDEN, INNER), format, dtype=dtype, group_size=group_size)
     outputs = _new(64 * TOP_K, HIDDEN, dtype=torch.float32)
     grouped.down(_new(64 * TOP_K, INNER, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), outputs, tile)
