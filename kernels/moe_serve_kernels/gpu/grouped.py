@@ -28,7 +28,15 @@ from moe_serve_kernels.gpu import is_interpreted
 from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.align import Aligned
 from moe_serve_kernels.gpu.configs import Tile
-from moe_serve_kernels.gpu.operands import load_int4, load_rows, multiply, scales_of_slot, zeros
+from moe_serve_kernels.gpu.operands import (
+    load_input_group,
+    load_inputs,
+    load_rows,
+    multiply,
+    multiply_group,
+    scales_of_slot,
+    zeros,
+)
 from moe_serve_kernels.gpu.pool import Bank
 
 
@@ -166,14 +174,16 @@ def gate_up_kernel(
     up = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
         for group in tl.range(0, hidden // GROUP):
-            x_low, x_high = _load_group(x_rows, group, row_ok, GROUP)
+            x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
             weights = w_ptr, scale_ptr, zero_ptr
-            gate = _add_group(gate, x_low, x_high, weights, f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST)
-            up = _add_group(up, x_low, x_high, weights, inner + f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST)
+            gate = multiply_group(gate, x_low, x_high, weights, f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST)
+            up = multiply_group(
+                up, x_low, x_high, weights, inner + f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST
+            )
     else:
         for first in tl.range(0, hidden, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            x = _load_x(x_rows, c, row_ok, hidden, EVEN)
+            x = load_inputs(x_rows, c, row_ok, hidden, EVEN)
             gate = multiply(load_rows(w_ptr, f, c, inner, hidden, dtype, FORMAT, EVEN), x, gate, SWAP, UPCAST)
             w_up = load_rows(w_ptr + inner * hidden, f, c, inner, hidden, dtype, FORMAT, EVEN)
             up = multiply(w_up, x, up, SWAP, UPCAST)
@@ -224,13 +234,13 @@ def down_kernel(
     acc = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
         for group in tl.range(0, inner // GROUP):
-            x_low, x_high = _load_group(x_rows, group, row_ok, GROUP)
+            x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
             weights = w_ptr, scale_ptr, zero_ptr
-            acc = _add_group(acc, x_low, x_high, weights, f, f_ok, group, hidden, dtype, GROUP, SWAP, UPCAST)
+            acc = multiply_group(acc, x_low, x_high, weights, f, f_ok, group, hidden, dtype, GROUP, SWAP, UPCAST)
     else:
         for first in tl.range(0, inner, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            x = _load_x(x_rows, c, row_ok, inner, EVEN)
+            x = load_inputs(x_rows, c, row_ok, inner, EVEN)
             acc = multiply(load_rows(w_ptr, f, c, hidden, inner, dtype, FORMAT, EVEN), x, acc, SWAP, UPCAST)
     acc = _finish(acc, scale_ptr, bias_ptr + slot * hidden, f, f_ok, FORMAT, HAS_BIAS, SWAP)
     pairs = tl.load(pairs_ptr + rows, mask=row_ok, other=0)
@@ -244,45 +254,6 @@ def _rows_of_tile(slot_of_ptr, ends_ptr, tile_expert_ptr, tile_start_ptr, BLOCK_
     slot = tl.load(slot_of_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
     rows = tl.load(tile_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_T)
     return slot, rows, rows < tl.load(ends_ptr + expert, mask=expert >= 0, other=0)
-
-
-@triton.jit
-def _load_x(x_rows, c, row_ok, num_inputs, EVEN: tl.constexpr):
-    """[N, C] of the activations."""
-    mask = row_ok[:, None]
-    if not EVEN:
-        mask = mask & (c < num_inputs)[None, :]
-    return tl.load(x_rows + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_group(x_rows, group, row_ok, GROUP: tl.constexpr):
-    """The halves [N, GROUP / 2] of one group of inputs."""
-    half: tl.constexpr = GROUP // 2
-    c = group * GROUP + tl.arange(0, half)
-    low = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
-    return low, tl.load(x_rows + half + c[None, :], mask=row_ok[:, None], other=0.0)
-
-
-@triton.jit
-def _add_group(
-    acc,
-    x_low,
-    x_high,
-    weights,
-    f,
-    f_ok,
-    group,
-    stride,
-    dtype: tl.constexpr,
-    GROUP: tl.constexpr,
-    SWAP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """acc plus one group of inputs times int4 weights (data, scale, zero)."""
-    low, high = load_int4(weights[0], weights[1], weights[2], f, group, stride, dtype, f_ok, GROUP // 2)
-    acc = multiply(tl.trans(low), x_low, acc, SWAP, UPCAST)
-    return multiply(tl.trans(high), x_high, acc, SWAP, UPCAST)
 
 
 @triton.jit
