@@ -12,10 +12,12 @@
 #   bench      all shapes, formats and peers                                                          9
 #   compile    machine code of all kernels                                                            5
 # SECONDS_PER_PART=...   longest time of a part (default: 540)
+# WHEELS=...   folder of wheels to use, for packages that the machine lacks and cannot fetch
 #
 # Written: log.txt with everything, summary.json with the status, time and last line of each part, and by bars, cached,
 # engine and bench a JSON file of their own as they go. A part that fails does not stop the others; the exit status says
-# whether all passed. `engine` needs the packages of pyproject.toml; where they are missing it says which.
+# whether all passed. `engine`, and the tests that run a whole model, need llguidance and the transformers of
+# constraints.txt; without them they fail and say so.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -23,6 +25,11 @@ out=${1:-${OUT:-gpu-results}}
 mkdir -p "$out"
 out=$(realpath "$out")
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+if [[ -n ${WHEELS:-} ]]; then
+    site=$(mktemp -d)
+    "$python" -m pip install -q --no-index --no-deps --target "$site" "$WHEELS"/*.whl || exit 2
+    PYTHONPATH="$PYTHONPATH:$site"
+fi
 failed=0
 rows=()
 

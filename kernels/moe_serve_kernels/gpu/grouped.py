@@ -173,9 +173,9 @@ def gate_up_kernel(
     gate = zeros(BLOCK_F, BLOCK_T, SWAP)
     up = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
+        weights = w_ptr, scale_ptr, zero_ptr
         for group in tl.range(0, hidden // GROUP):
             x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
-            weights = w_ptr, scale_ptr, zero_ptr
             gate = multiply_group(gate, x_low, x_high, weights, f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST)
             up = multiply_group(
                 up, x_low, x_high, weights, inner + f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST
@@ -233,9 +233,9 @@ def down_kernel(
     zero_ptr += scales
     acc = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
+        weights = w_ptr, scale_ptr, zero_ptr
         for group in tl.range(0, inner // GROUP):
             x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
-            weights = w_ptr, scale_ptr, zero_ptr
             acc = multiply_group(acc, x_low, x_high, weights, f, f_ok, group, hidden, dtype, GROUP, SWAP, UPCAST)
     else:
         for first in tl.range(0, inner, BLOCK_C):
