@@ -22,6 +22,8 @@ from moe_serve.forward_batch import DecodeGroup, ForwardBatch
 
 LARGEST = 512
 """Rows beyond which launching costs little beside the work."""
+SHORT_TOKENS = 4096
+"""Attention is launched for the longest context that a graph can take: short ones get graphs of their own."""
 
 Forward = Callable[[ForwardBatch], torch.Tensor]
 
@@ -31,6 +33,12 @@ def sizes_up_to(limit: int) -> list[int]:
     limit = min(limit, LARGEST)
     steps = [1, 2, 4, *range(8, 256, 8), *range(256, LARGEST + 1, 16)]
     return sorted({size for size in steps if size < limit} | {limit})
+
+
+def widths_up_to(max_model_len: int, page_size: int) -> list[int]:
+    """Pages of the longest context of each graph."""
+    longest, short = -(-max_model_len // page_size), -(-SHORT_TOKENS // page_size)
+    return [short, longest] if longest > 2 * short else [longest]
 
 
 class StepInputs:
@@ -66,11 +74,11 @@ class StepInputs:
         self._columns.copy_(self._host, non_blocking=True)
         self._table[:rows].copy_(self._host_table[:rows], non_blocking=True)
 
-    def batch(self, rows: int) -> ForwardBatch:
-        """The first rows as a step of so many sequences; its tensors are ours and never move."""
+    def batch(self, rows: int, width: int) -> ForwardBatch:
+        """The first rows as a step of so many sequences of at most `width` pages; its tensors are ours and stay."""
         ids, positions, slots, lengths = self._columns[:, :rows]
-        table = self._table[:rows]
-        group = DecodeGroup(0, table, lengths, table.shape[1] * self._page_size, even=False, single_run=None)
+        table = self._table[:rows, :width]
+        group = DecodeGroup(0, table, lengths, width * self._page_size, even=False, single_run=None)
         return ForwardBatch(
             input_ids=ids[None],
             positions=positions[None],
@@ -91,29 +99,36 @@ class DecodeGraphs:
     """The graphs of one model."""
 
     def __init__(
-        self, sizes: list[int], inputs: StepInputs, forward: Forward, experts: DeviceExperts, capture: Capture
+        self,
+        sizes: list[int],
+        widths: list[int],
+        inputs: StepInputs,
+        forward: Forward,
+        experts: DeviceExperts,
+        capture: Capture,
     ) -> None:
         """Captures all of them, the largest first, so that the others fit into its memory.
 
-        `sizes`: rows, ascending. `forward`: the model on a step -> logits [M, V], waiting for the device nowhere.
+        `sizes`: rows, ascending; `widths`: pages, ascending. `forward`: the model on a step -> logits [M, V], waiting for the device nowhere.
         RuntimeError: it does.
         """
         self._inputs = inputs
         self._forward = forward
         self._experts = experts
         self.sizes = sizes
+        self.widths = widths
         start = time.perf_counter()
         with torch.inference_mode():
-            self._graphs = {size: capture(work) for size, work in self._works(sizes)}
+            self._graphs = {key: capture(work) for key, work in self._works()}
         self.capture_s = time.perf_counter() - start
 
-    def _works(self, sizes: list[int]) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
-        smaller = [0, *sizes]
-        for i in reversed(range(len(sizes))):
-            yield sizes[i], self._step(sizes[i], may_be_padded=sizes[i] > smaller[i] + 1)
+    def _works(self) -> Iterator[tuple[tuple[int, int], Callable[[], torch.Tensor]]]:
+        for width in reversed(self.widths):
+            for rows, fewer in reversed(list(zip(self.sizes, [0, *self.sizes], strict=False))):
+                yield (rows, width), self._step(rows, width, may_be_padded=rows > fewer + 1)
 
-    def _step(self, rows: int, may_be_padded: bool) -> Callable[[], torch.Tensor]:
-        batch = self._inputs.batch(rows)
+    def _step(self, rows: int, width: int, may_be_padded: bool) -> Callable[[], torch.Tensor]:
+        batch = self._inputs.batch(rows, width)
 
         def work() -> torch.Tensor:
             self._experts.padding = self._inputs.is_padding(rows) if may_be_padded else None
@@ -131,8 +146,10 @@ class DecodeGraphs:
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [N, V], valid until the next step, of a plan that `takes` takes. `batch`: tensors on the CPU."""
-        size = next(size for size in self.sizes if size >= batch.num_tokens)
-        self._inputs.write(batch, size)
-        logits, replay = self._graphs[size]
+        rows = next(size for size in self.sizes if size >= batch.num_tokens)
+        pages = batch.decode_groups[0].page_table.shape[1]
+        width = next(width for width in self.widths if width >= pages)
+        self._inputs.write(batch, rows)
+        logits, replay = self._graphs[rows, width]
         replay()
         return logits[: batch.num_tokens]

@@ -20,7 +20,7 @@ from moe_serve import forward_batch, offload, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.cuda_graph import Capture, CudaCapture
-from moe_serve.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to
+from moe_serve.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
 from moe_serve.hf import attention, device_routers, experts, loading
@@ -74,9 +74,10 @@ class ModelRunner:
         assert config.max_model_len is not None
         assert isinstance(managed, DeviceExperts)
         sizes = sizes_up_to(config.max_num_batched_seqs or config.max_num_seqs)
-        width = -(-config.max_model_len // config.block_size)
-        inputs = StepInputs(sizes[-1], width, config.block_size, config.num_kv_pages, self.device)
-        self._graphs = DecodeGraphs(sizes, inputs, self._forward, managed, capture)
+        widths = widths_up_to(config.max_model_len, config.block_size)
+        inputs = StepInputs(sizes[-1], widths[-1], config.block_size, config.num_kv_pages, self.device)
+        self._graphs = DecodeGraphs(sizes, widths, inputs, self._forward, managed, capture)
+        log.info("captured %d decoding steps in %.1f s", len(sizes) * len(widths), self._graphs.capture_s)
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts, between steps. InvalidRequestError if it holds no expert."""

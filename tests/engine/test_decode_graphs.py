@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_serve.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to
+from moe_serve.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.forward_batch import DecodeGroup, ForwardBatch
 
 CPU = torch.device("cpu")
@@ -25,6 +25,12 @@ def test_sizes(limit, expected) -> None:
 def test_there_is_a_largest_size() -> None:
     assert sizes_up_to(10_000)[-1] == LARGEST
     assert sizes_up_to(256) == sorted(set(sizes_up_to(256)))
+
+
+def test_short_contexts_have_graphs_of_their_own_where_long_ones_can_be() -> None:
+    assert widths_up_to(4096, 16) == [256]
+    assert widths_up_to(8193, 16) == [256, 513]
+    assert widths_up_to(100, 16) == [7]
 
 
 def step(lengths: list[int], first_page: int = 0) -> ForwardBatch:
@@ -47,7 +53,7 @@ def step(lengths: list[int], first_page: int = 0) -> ForwardBatch:
 def test_rows_and_padding() -> None:
     """A long step first: nothing of it is left where the short one has padding."""
     inputs = StepInputs(4, WIDTH, PAGE, SPARE, CPU)
-    batch = inputs.batch(4)
+    batch = inputs.batch(4, WIDTH)
     inputs.write(step([12, 11, 10, 9]), 4)
     assert not bool(inputs.is_padding(4).any())
     short = step([6, 2])
@@ -60,14 +66,17 @@ def test_rows_and_padding() -> None:
     assert torch.equal(group.page_table[:2, :2], wanted.page_table)
     assert group.page_table[2:, 0].tolist() == [SPARE, SPARE]
     assert inputs.is_padding(4).tolist() == [[False], [False], [True], [True]]
-    assert all(t.is_contiguous() for t in (group.page_table, group.lengths, batch.kv_slots))
+    assert all(t.is_contiguous() for t in (group.lengths, batch.kv_slots))
+    assert inputs.batch(4, 2).decode_groups[0].page_table.shape == (4, 2)
 
 
 def test_the_smallest_graph_that_holds_a_step() -> None:
     """With a capture that only calls: which work it was asked for, and what comes back."""
     captured: list[int] = []
+    widths: list[int] = []
 
     def forward(batch: ForwardBatch) -> torch.Tensor:
+        widths.append(batch.decode_groups[0].page_table.shape[1])
         return batch.input_ids[0, :, None].float()
 
     def capture(work):
@@ -76,16 +85,20 @@ def test_the_smallest_graph_that_holds_a_step() -> None:
         return out, lambda: out.copy_(work())
 
     experts = SimpleNamespace(padding=None)
-    graphs = DecodeGraphs([1, 2, 4], StepInputs(4, WIDTH, PAGE, SPARE, CPU), forward, experts, capture)
-    assert captured == [4, 2, 1]
+    graphs = DecodeGraphs([1, 2, 4], [2, 3], StepInputs(4, WIDTH, PAGE, SPARE, CPU), forward, experts, capture)
+    assert captured == [4, 2, 1, 4, 2, 1]
+    assert widths == [3, 3, 3, 2, 2, 2]
     assert graphs.run(step([5, 6, 7])).tolist() == [[10.0], [11.0], [12.0]]
     assert graphs.run(step([5])).tolist() == [[10.0]]
+    assert graphs.run(step([9])).tolist() == [[10.0]]
+    assert widths[6:] == [2, 2, 3]
     assert experts.padding is None
 
 
 def test_which_plans_are_taken() -> None:
     graphs = DecodeGraphs(
         [2],
+        [WIDTH],
         StepInputs(2, WIDTH, PAGE, SPARE, CPU),
         lambda batch: batch.positions[0],
         SimpleNamespace(padding=None),
