@@ -109,8 +109,8 @@ class DecodeGraphs:
     ) -> None:
         """Captures all of them, the largest first, so that the others fit into its memory.
 
-        `sizes`: rows, ascending; `widths`: pages, ascending. `forward`: the model on a step -> logits [M, V], waiting for the device nowhere.
-        RuntimeError: it does.
+        `sizes`: rows, ascending; `widths`: pages, ascending. `forward`: the model on a step -> logits [M, V], waiting
+        for the device nowhere. RuntimeError: it does.
         """
         self._inputs = inputs
         self._forward = forward

@@ -49,8 +49,8 @@ def paged_decode(
     """Attention of one query token per sequence -> [N, Hk*G, Dv] of the query's dtype.
 
     query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64; lengths [N] int64,
-    each >= 1; sinks [Hk*G]. All on one GPU, and contiguous but for the rows of page_table, which may be the beginnings of
-    longer ones; query, keys and values of one dtype of DTYPES.
+    each >= 1; sinks [Hk*G]. All on one GPU, and contiguous but for the rows of page_table, which may be the beginnings
+    of longer ones; query, keys and values of one dtype of DTYPES.
     """
     assert all(t.is_contiguous() for t in (query, keys, values, lengths))
     assert page_table.stride(1) == 1
