@@ -32,24 +32,29 @@ def device_cache(
 
     ConfigError where the user insists on it and it cannot be.
     """
-    if not isinstance(compute, GpuCompute):
-        return _none(config, "there is no GPU with triton", is_news=False)
     if config.moe_cache_manager == "host":
         return None
+    found = _try(config, store, compute, device)
+    if isinstance(found, DeviceCache):
+        return found
+    if config.moe_cache_manager == "device":
+        raise ConfigError(f"--moe-cache-manager device: {found}; choose auto or host")
+    if isinstance(compute, GpuCompute):
+        log.warning("the host manages the expert cache, step by step: %s", found)
+    return None
+
+
+def _try(config: EngineConfig, store: ExpertStore, compute: ExpertCompute, device: torch.device) -> DeviceCache | str:
+    """The cache, or why there is none."""
+    if not isinstance(compute, GpuCompute):
+        return "there is no GPU with triton"
     reason = next(_hindrances(config, store, compute), None)
     if reason is not None:
-        return _none(config, reason)
+        return reason
     try:
         return DeviceCache(store, compute, device)
     except (ValueError, RuntimeError) as error:
-        return _none(config, str(error).splitlines()[0])
-
-
-def _none(config: EngineConfig, reason: str, is_news: bool = True) -> None:
-    if config.moe_cache_manager == "device":
-        raise ConfigError(f"--moe-cache-manager device: {reason}; choose auto or host")
-    if is_news:
-        log.warning("the host manages the expert cache, step by step: %s", reason)
+        return str(error).splitlines()[0]
 
 
 def _hindrances(config: EngineConfig, store: ExpertStore, compute: GpuCompute) -> Iterator[str]:

@@ -70,6 +70,7 @@ def test_rows_and_padding() -> None:
     assert inputs.batch(4, 2).decode_groups[0].page_table.shape == (4, 2)
 
 
+@torch.inference_mode()
 def test_the_smallest_graph_that_holds_a_step() -> None:
     """With a capture that only calls: which work it was asked for, and what comes back."""
     captured: list[int] = []

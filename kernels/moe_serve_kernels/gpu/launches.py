@@ -109,7 +109,7 @@ def _small_groups(arch: int) -> Iterator[Launch]:
             yield Launch(f"int4 g{size} {_shape(config.down)}", down, {"down_kernel": WGMMA})
 
 
-def _route(routing_: routing.Routing, num_experts: int) -> None:
+def _route(routing_: Routing, num_experts: int) -> None:
     routing.route(_new(8, num_experts), routing_, _new(num_experts, dtype=torch.float32))
 
 
