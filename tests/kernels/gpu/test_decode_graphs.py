@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from expert_cache.cache import ExpertCache
 from expert_cache.device_cache import DeviceCache
 from expert_cache.resident import ResidentExperts
 from moe_serve import LLM, SamplingParams
@@ -19,14 +21,20 @@ from moe_serve.hf.family import supported
 from moe_serve_kernels.cpu import paged_attention
 
 from ...families.tiny_checkpoints import write_checkpoint
-from ...families.tiny_configs import CASES, VOCAB
+from ...families.tiny_configs import CASES, VOCAB, TinyCase
 
 if not torch.cuda.is_available():
     from .taped_graph import TapedCapture
 
-LENGTHS = (5, 17, 9)
-NEW_TOKENS = 4
-GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 2}
+SMALL = {
+    "mixtral": TinyCase("mixtral", TINY | {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "gpt_oss": TinyCase("gpt_oss", dict(CASES["gpt_oss"].fields) | TINY),
+}
+"""Smaller than the smallest: a program of the interpreter takes ten milliseconds."""
+LENGTHS = (2, 5, 3)
+KIB = 80
+"""Of experts of 13 KiB and more."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory):
         return write_checkpoint(CASES[family], tmp_path_factory.mktemp(family))
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory):
+    @cache
+    def folder(family: str) -> Path:
+        return write_checkpoint(SMALL[family], tmp_path_factory.mktemp(family))
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache_memory_in_kib(monkeypatch) -> None:
+    """So that a budget can hold a part of these models."""
+    monkeypatch.setattr("moe_serve.resolve.MIB", 1 << 10)
+    monkeypatch.setattr("moe_serve.offload.MIB", 1 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -54,37 +78,39 @@ def capture(llm: LLM, device: torch.device):
     return capture
 
 
-def prompts(lengths=LENGTHS) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(0, VOCAB - 1, (n,), generator=generator).tolist() for n in lengths]
-
-
 def tokens(llm: LLM, lengths=LENGTHS) -> list[list[int]]:
-    results = llm.generate(prompts(lengths), GREEDY)
-    return [list(result.completions[0].token_ids) for result in results]
+    """Greedily, two tokens for the first prompt and one more for each other."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(0, VOCAB - 1, (n,), generator=generator).tolist() for n in lengths]
+    params = [SamplingParams(temperature=0, max_tokens=2 + i, ignore_eos=True) for i in range(len(lengths))]
+    return [list(result.completions[0].token_ids) for result in llm.generate(prompts, params)]
+
+
+@pytest.fixture
+def one_size(monkeypatch) -> None:
+    """Every batch is padded to four."""
+    monkeypatch.setattr("moe_serve.model_runner.sizes_up_to", lambda limit: [4])
 
 
 @pytest.mark.parametrize("room", ["for all", "for some"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_captured_steps_give_the_tokens_of_launched_ones(device, folders, family, room) -> None:
-    """Three sequences in a graph for four, then two, then one, the lengths growing meanwhile."""
-    settings = {} if room == "for all" else {"moe_cache_mib": 1}
+@pytest.mark.parametrize("family", SMALL)
+def test_captured_steps_give_the_tokens_of_launched_ones(device, small, one_size, family, room) -> None:
+    """Three sequences in a graph for four, then two, then one, the contexts growing meanwhile."""
+    settings = {} if room == "for all" else {"moe_cache_mib": KIB}
+    launched, captured = (load(small(family), device, **settings) for _ in range(2))
     kind = ResidentExperts if room == "for all" else DeviceCache
-    launched, captured = (load(folders(family), device, **settings) for _ in range(2))
     assert isinstance(captured.engine.runner.expert_layers.experts, kind)
     recorded = capture(captured, device)
     assert tokens(captured) == tokens(launched)
     if device.type == "cpu":
-        assert recorded.num_captures == 3
-        assert recorded.num_replays >= NEW_TOKENS - 1
+        assert (recorded.num_captures, recorded.num_replays) == (1, 3)
     launched.close()
     captured.close()
 
 
-def test_padding_touches_no_expert(device, folders, monkeypatch) -> None:
+def test_padding_touches_no_expert(device, small, one_size) -> None:
     """A sequence alone in a graph for four: the same hits, copies and evictions, and the same slots."""
-    monkeypatch.setattr("moe_serve.model_runner.sizes_up_to", lambda limit: [4])
-    launched, captured = (load(folders("mixtral"), device, moe_cache_mib=1) for _ in range(2))
+    launched, captured = (load(small("mixtral"), device, moe_cache_mib=KIB) for _ in range(2))
     capture(captured, device)
     assert tokens(captured, [5]) == tokens(launched, [5])
     sides = [llm.engine.runner.expert_layers.experts for llm in (launched, captured)]
@@ -99,10 +125,11 @@ def test_padding_touches_no_expert(device, folders, monkeypatch) -> None:
         llm.close()
 
 
-def test_cached_by_the_device_or_by_the_host(device, folders) -> None:
+def test_cached_by_the_device_or_by_the_host(device, small) -> None:
     by_device, by_host = (
-        load(folders("mixtral"), device, moe_cache_mib=1, moe_cache_manager=manager) for manager in ("device", "host")
+        load(small("mixtral"), device, moe_cache_mib=KIB, moe_cache_manager=manager) for manager in ("device", "host")
     )
+    assert isinstance(by_host.engine.runner.expert_layers.experts, ExpertCache)
     assert tokens(by_device) == tokens(by_host)
     by_device.close()
     by_host.close()
@@ -117,9 +144,9 @@ def test_every_family_can_be_captured(device, folders, family, monkeypatch) -> N
     llm.close()
 
 
-def test_routes_are_seen_although_steps_are_captured(device, folders) -> None:
+def test_routes_are_seen_although_steps_are_captured(device, small, one_size) -> None:
     """Recording runs steps one operation at a time for as long as it lasts."""
-    llm = load(folders("mixtral"), device)
+    llm = load(small("mixtral"), device)
     recorded = capture(llm, device)
     llm.engine.runner.watch_routes(True)
     found = tokens(llm, [5])
