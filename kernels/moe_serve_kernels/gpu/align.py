@@ -136,9 +136,14 @@ def _in_many_blocks(ids: torch.Tensor, aligned: Aligned, num_experts: int, block
 
 @triton.jit
 def _load_ids(ids_ptr, at, num_pairs, BLOCK_E: tl.constexpr):
-    """Beyond the end, and where nobody chose: BLOCK_E, larger than any expert."""
-    own = tl.load(ids_ptr + at, mask=at < num_pairs, other=BLOCK_E).to(tl.int32)
-    return tl.where(own < 0, BLOCK_E, own)
+    """Beyond the end: BLOCK_E, larger than any expert."""
+    return tl.load(ids_ptr + at, mask=at < num_pairs, other=BLOCK_E).to(tl.int32)
+
+
+@triton.jit
+def _nobody_last(ids, BLOCK_E: tl.constexpr):
+    """Nobody's choices as what is beyond the end."""
+    return tl.where(ids < 0, BLOCK_E, ids)
 
 
 @triton.jit
@@ -184,13 +189,13 @@ def align_one_block(
     """A pair's row is the number of pairs that come before it."""
     p = tl.arange(0, BLOCK_P)
     expert = tl.arange(0, BLOCK_E)
-    own = _load_ids(ids_ptr, p, num_pairs, BLOCK_E)
+    own = _nobody_last(_load_ids(ids_ptr, p, num_pairs, BLOCK_E), BLOCK_E)
     row = tl.zeros([BLOCK_P], tl.int32)
     ends = tl.zeros([BLOCK_E], tl.int32)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, BLOCK_P, CHUNK):
         q = first + tl.arange(0, CHUNK)
-        other = _load_ids(ids_ptr, q, num_pairs, BLOCK_E)
+        other = _nobody_last(_load_ids(ids_ptr, q, num_pairs, BLOCK_E), BLOCK_E)
         before = (other[None, :] < own[:, None]) | ((other[None, :] == own[:, None]) & (q[None, :] < p[:, None]))
         row += tl.sum(before.to(tl.int32), axis=1)
         ends += tl.sum((other[None, :] <= expert[:, None]).to(tl.int32), axis=1)
@@ -251,7 +256,7 @@ def align_place(
     """A pair's row is its expert's first in this block plus the equals before it."""
     block = tl.program_id(0)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    own = _load_ids(ids_ptr, p, num_pairs, BLOCK_E)
+    own = _nobody_last(_load_ids(ids_ptr, p, num_pairs, BLOCK_E), BLOCK_E)
     is_choice = own < BLOCK_E
     row = tl.load(first_rows_ptr + block * BLOCK_E + own, mask=is_choice, other=0)
     for first in range(0, BLOCK_P, CHUNK):

@@ -15,9 +15,11 @@ import torch
 from expert_cache.cache import ExpertCache
 from expert_cache.device_cache import DeviceCache
 from expert_cache.resident import ResidentExperts
+from expert_cache.slot_layout import PLAIN
 from moe_serve import LLM, SamplingParams
 from moe_serve.cuda_graph import CudaCapture
 from moe_serve.hf.family import supported
+from moe_serve.quantization.writing import write_quantized
 from moe_serve_kernels.cpu import paged_attention
 
 from ...families.tiny_checkpoints import write_checkpoint
@@ -69,7 +71,7 @@ def _attention_of_the_gpu(monkeypatch) -> None:
 
 def load(folder: Path, device: torch.device, **settings) -> LLM:
     fixed = {"dtype": "float32", "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16, "max_num_seqs": 4}
-    return LLM(str(folder), device=str(device), enforce_eager=True, **fixed, **settings)
+    return LLM(str(folder), device=str(device), enforce_eager=True, **fixed | settings)
 
 
 def capture(llm: LLM, device: torch.device):
@@ -86,14 +88,20 @@ def tokens(llm: LLM, lengths=LENGTHS) -> list[list[int]]:
     return [list(result.completions[0].token_ids) for result in llm.generate(prompts, params)]
 
 
+@pytest.fixture(autouse=True)
+def _few_programs(device, monkeypatch) -> None:
+    """A copy takes as long in the interpreter as it has programs."""
+    if device.type == "cpu":
+        monkeypatch.setattr("moe_serve_kernels.gpu.residency.COPY_PROGRAMS", 2)
+
+
 @pytest.fixture
 def one_size(monkeypatch) -> None:
     """Every batch is padded to four."""
     monkeypatch.setattr("moe_serve.model_runner.sizes_up_to", lambda limit: [4])
 
 
-@pytest.mark.parametrize("room", ["for all", "for some"])
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(("family", "room"), [("mixtral", "for all"), ("mixtral", "for some"), ("gpt_oss", "for some")])
 def test_captured_steps_give_the_tokens_of_launched_ones(device, small, one_size, family, room) -> None:
     """Three sequences in a graph for four, then two, then one, the contexts growing meanwhile."""
     settings = {} if room == "for all" else {"moe_cache_mib": KIB}
@@ -133,6 +141,22 @@ def test_cached_by_the_device_or_by_the_host(device, small) -> None:
     assert tokens(by_device) == tokens(by_host)
     by_device.close()
     by_host.close()
+
+
+@pytest.mark.parametrize(("bits", "group", "format"), [(4, 32, "int4"), (8, 0, "int8")])
+@pytest.mark.parametrize("room", ["for all", "for some"])
+def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch, bits, group, format, room) -> None:
+    """The tokens of the engine that makes them floats when it reads them."""
+    write_quantized(str(small("mixtral")), tmp_path / "quantized", bits, group, None, lambda: None)
+    settings = {"dtype": "float16", "moe_cache_mib": None if room == "for all" else 32}
+    kept = load(tmp_path / "quantized", device, **settings)
+    assert kept.engine.runner.expert_layers.compute.pool.layout.format == format
+    monkeypatch.setattr("expert_cache.slot_layout._format_of", lambda matrix: PLAIN)
+    floats = load(tmp_path / "quantized", device, **settings | {"moe_cache_mib": None})
+    assert floats.engine.runner.expert_layers.compute.pool.layout.format == "plain"
+    assert tokens(kept, [5]) == tokens(floats, [5])
+    kept.close()
+    floats.close()
 
 
 @pytest.mark.parametrize("family", supported())
