@@ -143,8 +143,7 @@ def test_cached_by_the_device_or_by_the_host(device, small) -> None:
     by_host.close()
 
 
-@pytest.mark.parametrize(("bits", "group", "format"), [(4, 32, "int4"), (8, 0, "int8")])
-@pytest.mark.parametrize("room", ["for all", "for some"])
+@pytest.mark.parametrize(("bits", "group", "format", "room"), [(4, 32, "int4", "for some"), (8, 0, "int8", "for all")])
 def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch, bits, group, format, room) -> None:
     """The tokens of the engine that makes them floats when it reads them."""
     write_quantized(str(small("mixtral")), tmp_path / "quantized", bits, group, None, lambda: None)
