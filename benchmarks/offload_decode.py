@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,7 @@ def decode(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "wasted_bytes": done.wasted_bytes,
         "hit_frac": done.hits / (done.hits + done.misses),
         "stall_s": done.stall_s,
+        "major_faults": clock.page_faults[-1] - clock.page_faults[0],
     }
 
 
@@ -79,11 +81,14 @@ class Clock:
 
     def __init__(self, cache: Any) -> None:
         self.times: list[float] = []
+        self.page_faults: list[int] = []
+        """From the disk, so far."""
         self.totals: list[Any] = []
         self._cache = cache
 
     def on_step(self, stats: Any) -> None:
         self.times.append(time.perf_counter())
+        self.page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_majflt)
         self.totals.append(self._cache.counters.totals())
 
     def on_load(self, load: Any) -> None:

@@ -90,3 +90,12 @@ def _open(path: Path) -> tuple[int, bool]:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+
+
+def drop_cached_pages(path: Path) -> None:
+    """Give back what the page cache holds of a file and nobody has mapped."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
 from expert_cache.device_experts import DeviceExperts
+from expert_cache.direct_io import drop_cached_pages
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
 from moe_serve import forward_batch, offload, resolve, sampler
@@ -23,8 +24,8 @@ from moe_serve.cuda_graph import Capture, CudaCapture
 from moe_serve.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
-from moe_serve.hf import attention, device_routers, experts, loading
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf import attention, dense, device_routers, experts, loading
+from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.kv_cache import KVCache, LayerKVShape
@@ -209,6 +210,8 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    if resolved.moe_cache_mib and device.type == "cpu":
+        _leave_the_page_cache(config.model, loaded)
     try:
         runner = ModelRunner(resolved, loaded, spec, eos_token_ids)
     except ValueError as error:  # an activation we do not have
@@ -236,3 +239,10 @@ def _why_no_graphs(runner: ModelRunner) -> str | None:
     if attention.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
         return f"no attention kernel reads {runner.config.dtype} pages in place"
     return None
+
+
+def _leave_the_page_cache(folder: str, loaded: LoadedModel) -> None:
+    """Where experts have a budget, nothing of the checkpoint's files stays in memory beside it."""
+    dense.copy_from_files(loaded.model)
+    for file in safetensors_files(folder):
+        drop_cached_pages(file)

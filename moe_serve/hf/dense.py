@@ -1,4 +1,4 @@
-"""Dense layers computed in float32 from bf16 weights as they are stored, and mapped.
+"""The dense part of a model in memory: bf16 as it is stored, mapped or copied.
 
 Widening a bf16 checkpoint to float32 would double its memory and the bytes that every token reads. Here the
 weights of linear layers and embeddings stay as they are, only their results are float32; what is small (norms,
@@ -24,15 +24,19 @@ class StoredLinear(nn.Linear):
 
     @staticmethod
     def of(layer: nn.Linear) -> StoredLinear:
-        """Shares the layer's parameters, which must stay where they are."""
+        """Shares the layer's parameters; `moved` must be called when these move in memory."""
         stored = StoredLinear.__new__(StoredLinear)
         nn.Module.__init__(stored)
         stored.in_features, stored.out_features = layer.in_features, layer.out_features
         stored.weight, stored.bias = layer.weight, layer.bias
-        stored._weights = LinearWeights(layer.weight, layer.bias)
+        stored.moved()
         return stored
 
     _weights: LinearWeights
+
+    def moved(self) -> None:
+        """The parameters are somewhere else now."""
+        self._weights = LinearWeights(self.weight, self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self._weights)
@@ -67,3 +71,13 @@ def compute_in_float32(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in kept and tensor.is_floating_point():
             tensor.data = tensor.data.float()
+
+
+def copy_from_files(model: nn.Module) -> None:
+    """Give every weight memory of its own. Slots for experts take all the memory there may be, and mapped pages
+    are what the kernel drops first then, to read them again with every token."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    for layer in model.modules():
+        if isinstance(layer, StoredLinear):
+            layer.moved()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_serve import LLM, SamplingParams, demo
 from moe_serve.hf.dense import StoredEmbedding, StoredLinear
 from moe_serve_kernels.cpu import library
 
@@ -48,3 +49,23 @@ def test_one_wider_tensor_and_everything_is_widened(case: str, checkpoint: Calla
     """Rounding it to bf16 would change results."""
     llm = load(checkpoint(case), dtype="float32")
     assert not any(isinstance(m, StoredLinear | StoredEmbedding) for m in runner_of(llm).model.modules())
+
+
+def test_beside_a_cache_of_experts_no_weight_is_mapped() -> None:
+    """Of mapped pages the kernel takes back what it likes when memory is short."""
+    folder = str(Path(demo.__file__).parent / "model")
+    prompt, greedy_32 = [[5, 6, 7, 8]], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    mapped, cached = (LLM(folder, dtype="float32", max_num_seqs=1, moe_cache_mib=n) for n in (0, 1))
+    assert any(_is_mapped(p) for p in runner_of(mapped).model.parameters())
+    assert not any(_is_mapped(p) for p in runner_of(cached).model.parameters())
+    outputs = [llm.generate(prompt, greedy_32)[0].completions[0].token_ids for llm in (mapped, cached)]
+    assert outputs[0] == outputs[1]
+
+
+def _is_mapped(tensor: torch.Tensor) -> bool:
+    """Its memory is a file's, by /proc/self/maps."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.endswith(".safetensors")
+    raise AssertionError("memory at no known address")
