@@ -52,8 +52,8 @@ class StepInputs:
         self._padding = torch.tensor([0, 0, spare_page * page_size, 1])[:, None]
         self._spare_page = spare_page
         self._page_size = page_size
-        self._columns = self._host.to(device)
-        self._table = self._host_table.to(device)
+        self._columns = torch.empty_like(self._host, device=device)
+        self._table = torch.zeros_like(self._host_table, device=device)
         self._arange = torch.arange(rows, device=device)
         self.write(None, rows)
 
