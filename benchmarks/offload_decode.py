@@ -72,7 +72,9 @@ def decode(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "wasted_bytes": done.wasted_bytes,
         "hit_frac": done.hits / (done.hits + done.misses),
         "stall_s": done.stall_s,
-        "major_faults": clock.page_faults[-1] - clock.page_faults[0],
+    } | {
+        name: getattr(clock.usage[-1], name) - getattr(clock.usage[0], name)
+        for name in ("ru_utime", "ru_stime", "ru_majflt", "ru_minflt")
     }
 
 
@@ -81,14 +83,13 @@ class Clock:
 
     def __init__(self, cache: Any) -> None:
         self.times: list[float] = []
-        self.page_faults: list[int] = []
-        """From the disk, so far."""
+        self.usage: list[resource.struct_rusage] = []
         self.totals: list[Any] = []
         self._cache = cache
 
     def on_step(self, stats: Any) -> None:
         self.times.append(time.perf_counter())
-        self.page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_majflt)
+        self.usage.append(resource.getrusage(resource.RUSAGE_SELF))
         self.totals.append(self._cache.counters.totals())
 
     def on_load(self, load: Any) -> None:

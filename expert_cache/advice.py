@@ -38,9 +38,12 @@ class Advisor(Protocol):
 
 
 class FromNextGate:
-    """Expects in the next layers as many experts as this one used: those their gates would choose now."""
+    """Expects in the next layers as many experts as this one used: those their gates would choose now.
 
-    def __init__(self, routers: Sequence[Router], lookahead: int = 1) -> None:
+    Two layers ahead, because what the next one needs is often resident, and the disk would be idle meanwhile.
+    """
+
+    def __init__(self, routers: Sequence[Router], lookahead: int = 2) -> None:
         """`lookahead`: how many layers ahead; nearer ones are more urgent."""
         self._gate = NextGate(routers)
         self._num_layers = len(routers)
