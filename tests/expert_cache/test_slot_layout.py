@@ -43,12 +43,20 @@ def test_quantised(form) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
     weights = ExpertWeights(*(make_matrix(form, *shape, generator) for shape in shapes))
-    layout, pool = written(weights, torch.float32)
-    assert layout.format == KEPT.get(str(form), "plain")
+    kept = KEPT.get(str(form), "plain")
+    layout, pool = written(weights, torch.float32 if kept == "plain" else torch.bfloat16)
+    assert layout.format == kept
     both = torch.cat([m.dequantized(torch.float64) for m in (weights.gate, weights.up)])
     torch.testing.assert_close(dequantize(pool.gate_up, 1), both, rtol=1e-6, atol=0)
     torch.testing.assert_close(dequantize(pool.down, 1), weights.down.dequantized(torch.float64), rtol=1e-6, atol=0)
     assert sum(layout.part_bytes()) == sum(t[1].nbytes for b in (pool.gate_up, pool.down) for t in b.parts().values())
+
+
+def test_int4_becomes_floats_for_float32() -> None:
+    """Whose products of int4 groups fit into no registers."""
+    form = next(form for form in FORMS if KEPT.get(str(form)) == "int4")
+    matrix = make_matrix(form, 128, 128, torch.Generator())
+    assert layout_of(ExpertWeights(matrix, matrix, matrix), torch.float32).format == "plain"
 
 
 @pytest.mark.parametrize("name", stores.STORES)
