@@ -62,7 +62,7 @@ def layout_of(like: ExpertWeights, dtype: torch.dtype) -> SlotLayout:
     inner, hidden = like.gate.shape
     formats = {_format_of(matrix) for matrix in (like.gate, like.up, like.down)}
     format, group_size = formats.pop() if len(formats) == 1 else PLAIN
-    if format == "int4" and dtype == torch.float32:  # exact products of groups do not fit in registers
+    if dtype == torch.float32:  # exact products of codes do not fit in registers
         format, group_size = PLAIN
     return SlotLayout(inner, hidden, format, dtype, like.gate_bias is not None, group_size)
 

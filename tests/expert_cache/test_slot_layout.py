@@ -52,9 +52,9 @@ def test_quantised(form) -> None:
     assert sum(layout.part_bytes()) == sum(t[1].nbytes for b in (pool.gate_up, pool.down) for t in b.parts().values())
 
 
-def test_int4_becomes_floats_for_float32() -> None:
-    """Whose products of int4 groups fit into no registers."""
-    form = next(form for form in FORMS if KEPT.get(str(form)) == "int4")
+@pytest.mark.parametrize("form", [form for form in FORMS if str(form) in KEPT], ids=str)
+def test_codes_become_floats_for_float32(form) -> None:
+    """Whose exact products of codes fit into no registers."""
     matrix = make_matrix(form, 128, 128, torch.Generator())
     assert layout_of(ExpertWeights(matrix, matrix, matrix), torch.float32).format == "plain"
 
