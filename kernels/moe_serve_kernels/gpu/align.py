@@ -256,8 +256,8 @@ def align_place(
     """A pair's row is its expert's first in this block plus the equals before it."""
     block = tl.program_id(0)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    own = _nobody_last(_load_ids(ids_ptr, p, num_pairs, BLOCK_E), BLOCK_E)
-    is_choice = own < BLOCK_E
+    own = _load_ids(ids_ptr, p, num_pairs, BLOCK_E)
+    is_choice = (own >= 0) & (own < BLOCK_E)
     row = tl.load(first_rows_ptr + block * BLOCK_E + own, mask=is_choice, other=0)
     for first in range(0, BLOCK_P, CHUNK):
         q = block * BLOCK_P + first + tl.arange(0, CHUNK)
