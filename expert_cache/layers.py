@@ -19,12 +19,12 @@ from expert_cache.acquisition import Acquisition
 from expert_cache.advice import Advisor
 from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
+from expert_cache.device_experts import DeviceExperts
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_lane import HostLane, HostRun
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
-from expert_cache.resident import ResidentExperts
 from expert_cache.routing_tap import RoutingTap
 from expert_cache.store import ExpertStore
 from expert_cache.usage import ExpertUsage
@@ -91,7 +91,7 @@ class ExpertLayers:
         """
         if self.tap.is_on:
             self.tap.add(ids, weights)
-        if isinstance(self.experts, ResidentExperts):
+        if isinstance(self.experts, DeviceExperts):
             return self.experts.run(layer, hidden, ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
         self.usage.use(layer, groups.experts, groups.counts)

@@ -108,7 +108,16 @@ class EngineConfig(FromDict):
         " when they are needed. 0: no cache, experts are used where the checkpoint is mapped (CPU only)."
         " Default: all experts, or 70 % of free memory if they do not fit.",
     )
-    moe_cache_policy: str = option("affinity", "Which experts the cache keeps.", tuple(policy_names()))
+    moe_cache_manager: str = option(
+        "auto",
+        "Who decides which experts are in the cache. device: the GPU itself, by least recent use in each layer, so that"
+        " a decoding step is one CUDA graph although experts are missing; takes pinned host memory for all experts."
+        " host: this program, with every policy, pool and way of prefetching. auto: device where that can be.",
+        ("auto", "device", "host"),
+    )
+    moe_cache_policy: str = option(
+        "affinity", "Which experts the cache keeps, where the host manages it.", tuple(policy_names())
+    )
     moe_cache_shadow: str | None = option(
         None, "Policies, separated by commas, whose hits on the live traffic are counted beside the real cache's."
     )
@@ -149,6 +158,9 @@ class EngineConfig(FromDict):
     )
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
+    )
+    enforce_eager: bool = option(
+        False, "On a GPU, launch the operations of every decoding step one by one instead of as a captured CUDA graph."
     )
     max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
     max_num_queued_tokens: int | None = option(

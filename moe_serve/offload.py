@@ -33,10 +33,12 @@ from expert_cache.pools import global_pool, per_layer
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
 from expert_cache.resident import ResidentExperts
+from expert_cache.slot_layout import device_bytes, layout_of
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.cpu_compute import cpu_compute
+from moe_serve.device_cache import device_cache
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
 from moe_serve.host_side import host_side
@@ -74,6 +76,8 @@ def expert_layers(
     compute = _compute(config, store, activation_of(hf_config), dtype, device)
     if isinstance(compute, GpuCompute) and compute.pool.num_free >= store.num_total:
         return ExpertLayers(ResidentExperts(store, compute, device), compute)
+    if (managed := device_cache(config, store, compute, device)) is not None:
+        return ExpertLayers(managed, compute)
     if not config.moe_cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
     profile = _profile(config, store)
@@ -130,9 +134,14 @@ def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy
     return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
 
 
-def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:
+def num_slots(moe_cache_mib: int, store: ExpertStore, slot_bytes: int) -> int:
     """Slots that a budget holds."""
-    return min(moe_cache_mib * MIB // store.slot_bytes, store.num_total)
+    return min(moe_cache_mib * MIB // slot_bytes, store.num_total)
+
+
+def slot_bytes_of(config: EngineConfig, store: ExpertStore) -> int:
+    """What a slot takes of the budget."""
+    return device_bytes(store, getattr(torch, config.dtype), torch.device(config.device))
 
 
 def _profile(config: EngineConfig, store: ExpertStore) -> RoutingTrace | None:
@@ -176,7 +185,8 @@ def slots_of(
 ) -> tuple[Slots, int]:
     """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
     assert config.moe_cache_mib is not None
-    slots, layers = num_slots(config.moe_cache_mib, store), len(store.layers)
+    slot_bytes = slot_bytes_of(config, store)
+    slots, layers = num_slots(config.moe_cache_mib, store, slot_bytes), len(store.layers)
     num_transit = min(top_k, slots // SLOTS_PER_TRANSIT) if slots < store.num_total else 0
     slots -= num_transit
     wanted = config.moe_cache_pool
@@ -187,7 +197,7 @@ def slots_of(
     if slots < layers:
         raise ConfigError(
             f"--moe-cache-pool {wanted}: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
-            f" the {layers} layers; give at least {-(-layers * store.slot_bytes // MIB)} or choose global"
+            f" the {layers} layers; give at least {-(-layers * slot_bytes // MIB)} or choose global"
         )
     if wanted == "quota":
         if profile is None:
@@ -203,8 +213,10 @@ def _compute(
     if not gpu_pool.is_available(device):
         on_cpu = device.type == "cpu"
         return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
-    slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
-    pool = gpu_pool.SlotPool(store.weights(store.layers[0], 0), slots, dtype, device)
+    budget = config.moe_cache_mib
+    slots = num_slots(budget, store, slot_bytes_of(config, store)) if budget else store.num_total
+    layout = layout_of(store.weights(store.layers[0], 0), dtype)
+    pool = gpu_pool.SlotPool(layout, slots, device)
     return GpuCompute(activation, dtype, device, pool)
 
 

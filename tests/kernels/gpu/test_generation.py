@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from expert_cache.cache import ExpertCache
 from expert_cache.crossover import MissCosts
+from expert_cache.device_cache import DeviceCache
 from expert_cache.gpu_compute import GpuCompute
 from expert_cache.miss_service import ByCrossover
 from expert_cache.resident import ResidentExperts
@@ -41,7 +42,7 @@ def expected(folder: Path, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("room", ["for all", "for some"])
+@pytest.mark.parametrize("room", ["for all", "for some, by the device", "for some, by the host"])
 def test_tokens_are_those_of_transformers(device, folders, family, room, monkeypatch) -> None:
     monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
     prompt = torch.randint(0, VOCAB - 1, (9,)).tolist()
@@ -53,10 +54,12 @@ def test_tokens_are_those_of_transformers(device, folders, family, room, monkeyp
         max_model_len=64,
         num_kv_pages=16,
         moe_cache_mib=None if room == "for all" else 1,
+        moe_cache_manager="host" if room.endswith("host") else "auto",
     )
     layers = llm.engine.runner.expert_layers
     assert isinstance(layers.compute, GpuCompute)
-    assert isinstance(layers.experts, ResidentExperts if room == "for all" else ExpertCache)
+    kinds = {"for all": ResidentExperts, "for some, by the device": DeviceCache, "for some, by the host": ExpertCache}
+    assert isinstance(layers.experts, kinds[room])
     result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
     assert list(result[0].completions[0].token_ids) == expected(folders(family), prompt)
     llm.close()
