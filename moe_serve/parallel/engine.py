@@ -7,7 +7,7 @@ client sees a pause. A request that sees MAX_LOSSES of them ends with an error: 
 from __future__ import annotations
 
 from moe_serve.engine import Engine
-from moe_serve.errors import EngineDeadError
+from moe_serve.errors import EngineDeadError, InvalidRequestError
 from moe_serve.parallel.team import RankLostError
 from moe_serve.parallel.team_runner import TeamRunner
 from moe_serve.sequence import Request, SampleOutput, Sequence
@@ -41,6 +41,12 @@ class ParallelEngine(Engine):
         self._generation = runner.team.generation
         self._losses: dict[Sequence, int] = {}
 
+    def check_request(self, request: Request) -> None:
+        """As Engine.check_request. Ranks send no scores of prompts: those have a row of logits per token."""
+        super().check_request(request)
+        if request.params.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs", "log-probabilities of prompts work on one device only so far")
+
     def place(self, plan: PlacementPlan) -> None:
         """Between two steps: experts live where `plan` says, on all ranks or, after an error, on none.
 
@@ -56,8 +62,12 @@ class ParallelEngine(Engine):
         super().add_request(request)
         for seq in self._sequences[request.request_id]:
             seq.home_rank = home
-            if self.team.parallel.ep_mode == "conventional":
-                seq.prefix_root = home.to_bytes(4, "big")  # another rank's pages are not here
+            seq.prefix_root += self._pages_known_to(home).to_bytes(4, "big")
+
+    def _pages_known_to(self, home: int) -> int:
+        """A number that sequences share whose ranks have each other's pages: the home, or its group."""
+        parallel = self.team.parallel
+        return home if parallel.ep_mode == "conventional" else parallel.group_of(home)
 
     def _tokens_at_home(self) -> list[int]:
         """Tokens to compute or to attend to, by rank."""

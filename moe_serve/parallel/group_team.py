@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
 from moe_serve.generation_defaults import eos_token_ids
 from moe_serve.hf.checkpoint import read_config
@@ -43,14 +43,15 @@ class GroupTeam:
         return self.generation
 
     def ask_all(self, message: Message) -> list[Message]:
-        """As JSON, because that is what ranks behind sockets would see."""
-        dist.broadcast_object_list([json.dumps(message)])
-        answers: list[Any] = [None] * self.num_ranks
-        dist.gather_object(json.dumps(self._worker.answer(message)), answers)
-        parsed = [json.loads(answer) for answer in answers]
-        if "traffic" in parsed[0]:
-            self.counted = dict(enumerate(parsed))
-        return parsed
+        """As JSON, because that is what ranks behind sockets would see, and as directly as they would get it."""
+        others = range(1, self.num_ranks)
+        self._worker.wire.trade(dict.fromkeys(others, _packed(message)), ())
+        own = json.loads(json.dumps(self._worker.answer(message)))
+        heard = self._worker.wire.trade({}, others)
+        answers = [own, *(_read(heard[rank]) for rank in others)]
+        if "traffic" in own:
+            self.counted = dict(enumerate(answers))
+        return answers
 
     def reports(self) -> tuple[int, dict[int, Message]]:
         """As Team.reports; here the ranks are asked, so not during a step."""
@@ -58,29 +59,38 @@ class GroupTeam:
 
     def stop(self) -> None:
         """The followers' loops end."""
-        dist.broadcast_object_list([json.dumps(None)])
+        self._worker.wire.trade(dict.fromkeys(range(1, self.num_ranks), _packed({"op": "stop"})), ())
 
 
 def follow(worker: Worker) -> None:
     """The steps of a rank that is not the first, until rank 0 stops."""
     while True:
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box)
-        message = json.loads(box[0])
-        if message is None:
+        message = _read(worker.wire.trade({}, [0])[0])
+        if message["op"] == "stop":
             return
-        dist.gather_object(json.dumps(worker.answer(message)))
+        worker.wire.trade({0: _packed(worker.answer(message))}, ())
+
+
+def _packed(message: Message) -> torch.Tensor:
+    """uint8 [n]."""
+    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+
+
+def _read(raw: torch.Tensor) -> Message:
+    message: Message = json.loads(raw.cpu().numpy().tobytes())
+    return message
 
 
 def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> ParallelEngine:
     """Rank 0's engine. `uses` [V, L, E]: the predictor's table (prescheduling)."""
     config, parallel = worker.config, team.parallel
     spec = ModelSpec.from_hf(read_config(config.model))
-    plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, parallel.devices)
+    size = parallel.ranks_per_group
+    plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, size)
     follow = None if uses is None else lambda hosts: TokenAffinity(uses, hosts)
-    affinity = None if follow is None else follow(hosts_of(plan.layout, parallel.devices))
+    affinity = None if follow is None else follow(hosts_of(plan.layout, size))
     shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
-    runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity, follow), shape)
+    runner = TeamRunner(team, config, Prescheduler(size, affinity, follow), shape)
     tokenizer = Tokenizer.from_path(config.model)
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
     return ParallelEngine(runner, tokenizer, spec, eos, plan)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moe_serve import forward_batch
 from moe_serve.batch_plan import BatchPlan, StepRoutes
 from moe_serve.hf.experts import RunsExperts
+from moe_serve.parallel.messages import RankStep
 from moe_serve.route_recorder import RoutingShape
 
 OFF, IDS, IDS_AND_WEIGHTS = 0, 1, 2
@@ -48,7 +49,8 @@ class RouteTap:
         self, inner: RunsExperts, layers: Items[int], num_experts: int, rows: Callable[[], torch.Tensor | None]
     ) -> None:
         """`layers`: decoder layers with experts. `rows`: which of the step's tokens, by their rows in the batch, the
-        layer is now called for; None: it is called for no router's choice."""
+        layer is now called for, or those of the whole batch that are this rank's to tell of; None: the layer is called
+        for no router's choice."""
         self.wanted = OFF
         self._inner = inner
         self._index = {layer: i for i, layer in enumerate(layers)}
@@ -65,14 +67,16 @@ class RouteTap:
         """As ExpertLayers.run."""
         if self.wanted:
             rows = self._rows()
-            if rows is not None:
+            if rows is not None and len(rows) < len(ids):
+                self._notes.append(Note(self._index[layer], rows, ids[rows], weights[rows]))
+            elif rows is not None:
                 self._notes.append(Note(self._index[layer], rows, ids, weights))
         return self._inner.run(layer, hidden, ids, weights)
 
     def take(self, numbers: Rows) -> list[dict[str, Any]]:
         """The step's pieces; `numbers` [rows of the batch]: see `plan_numbers`."""
         notes, self._notes = self._notes, []
-        return [self._piece(run, numbers) for run in _same_rows(notes)]
+        return [self._piece(run, numbers) for run in _same_rows(notes) if len(run[0].rows)]
 
     def _piece(self, run: list[Note], numbers: Rows) -> dict[str, Any]:
         rows = numbers[run[0].rows.cpu().numpy()].astype(np.int32)
@@ -101,6 +105,17 @@ def plan_numbers(plan: BatchPlan, places: Items[slice]) -> Rows:
     for span, place in zip(forward_batch.rows_of(plan), places, strict=True):
         numbers[span] = range(place.start, place.stop)
     return numbers
+
+
+def whole_step(tap: RouteTap, step: RankStep) -> list[dict[str, Any]]:
+    """The pieces of a rank whose batch is the whole step."""
+    return tap.take(plan_numbers(step.plan, spans(step.plan))) if step.routes else []
+
+
+def renumbered(pieces: Items[Mapping[str, Any]], places: Items[slice]) -> list[dict[str, Any]]:
+    """Pieces of a part of a plan as pieces of the whole; `places`: the numbers of each sequence there."""
+    numbers = np.concatenate([np.arange(place.start, place.stop, dtype=np.int32) for place in places])
+    return [{**piece, "rows": _pack(numbers[_unpack(piece["rows"], np.int32, -1)])} for piece in pieces]
 
 
 def spans(plan: BatchPlan) -> tuple[slice, ...]:

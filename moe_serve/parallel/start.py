@@ -36,8 +36,8 @@ def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
     team = _team(config, parallel)
     resolved = team.start()
     try:
-        plan = read_plan(parallel.expert_plan, team.layers, spec.num_experts, team.num_ranks)
-        prescheduler = _prescheduler(team, spec, hosts_of(plan.layout, team.num_ranks))
+        plan = read_plan(parallel.expert_plan, team.layers, spec.num_experts, parallel.ranks_per_group)
+        prescheduler = _prescheduler(team, spec, hosts_of(plan.layout, parallel.ranks_per_group))
     except BaseException:
         team.stop()
         raise
@@ -72,12 +72,12 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
 
 
 def _prescheduler(team: Team, spec: ModelSpec, hosts: Hosts) -> Prescheduler:
-    path = team.parallel.ep_predictor
+    path, size = team.parallel.ep_predictor, team.parallel.ranks_per_group
     if path is None:
-        return Prescheduler(team.num_ranks)
+        return Prescheduler(size)
 
     def follow(hosts: Hosts) -> TokenAffinity:
         """The table is read again for each placement: it may be large, and placements are rare."""
         return TokenAffinity(load_uses(path, spec.vocab_size, len(team.layers), spec.num_experts), hosts)
 
-    return Prescheduler(team.num_ranks, follow(hosts), follow)
+    return Prescheduler(size, follow(hosts), follow)

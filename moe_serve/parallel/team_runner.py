@@ -70,7 +70,7 @@ class TeamRunner:
     def place(self, layout: Layout) -> None:
         """Between two steps: every rank runs the experts that it has in `layout`. RankLostError."""
         self.team.ask_all({"op": "place", **layout_to_json(layout)})
-        self.prescheduler.place(hosts_of(layout, self.team.num_ranks))
+        self.prescheduler.place(hosts_of(layout, self.team.parallel.ranks_per_group))
 
     def run(self, plan: BatchPlan) -> StepResult:
         """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""

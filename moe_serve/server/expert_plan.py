@@ -77,7 +77,8 @@ def install(app: FastAPI, service: Service) -> None:
 
 
 async def _change(body: ExpertPlanBody, replacement: Replacement, engine: ParallelEngine) -> Decision:
-    candidate = None if body.plan is None else read_plan(body.plan, engine.routing_shape(), engine.team.num_ranks)
+    size = engine.team.parallel.ranks_per_group
+    candidate = None if body.plan is None else read_plan(body.plan, engine.routing_shape(), size)
     if candidate is not None and body.margin_frac is None:
         return await replacement.adopt(candidate)
     default = engine.team.parallel.expert_plan_margin

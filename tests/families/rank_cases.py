@@ -48,7 +48,7 @@ def change_place(engine: Engine, plan: str | None) -> None:
         return
     assert isinstance(engine, ParallelEngine)
     shape = engine.routing_shape()
-    engine.place(read_plan(plan, shape.layer_ids, shape.num_experts, engine.team.num_ranks))
+    engine.place(read_plan(plan, shape.layer_ids, shape.num_experts, engine.team.parallel.ranks_per_group))
 
 
 def by_request(recorder: RouteRecorder) -> dict[str, Any]:
