@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+
+import numpy as np
 import pytest
 
 from moe_serve.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.errors import ConfigError
+from moe_serve.parallel import routes
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.grouping import GroupRunner
 from moe_serve.parallel.messages import RankStep
@@ -17,7 +21,10 @@ class Echo:
     """Samples each item's start rank, and fails the second item."""
 
     def run(self, step: RankStep) -> Outcome:
-        return {i: (start, None) for i, start in enumerate(step.starts)}, {1: "lost"} if len(step.starts) > 1 else {}
+        errors = {1: "lost"} if len(step.starts) > 1 else {}
+        last_tokens = np.array([span.stop - 1 for span in routes.spans(step.plan)], np.int32)
+        piece = {"layer": 0, "rows": base64.b64encode(last_tokens.tobytes()).decode(), "ids": "unchanged"}
+        return Outcome({i: (start, None) for i, start in enumerate(step.starts)}, errors, [piece])
 
 
 def step_of(starts: list[int]) -> RankStep:
@@ -31,9 +38,17 @@ def step_of(starts: list[int]) -> RankStep:
 def test_a_group_runs_its_part() -> None:
     step = step_of([2, 0, 3, 1])
     first, second = (GroupRunner(Echo(), rank, 2).run(step) for rank in (0, 2))
-    assert first == ({1: (0, None), 3: (1, None)}, {3: "lost"})
-    assert second == ({0: (0, None), 2: (1, None)}, {2: "lost"})
-    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {})
+    assert first[:2] == ({1: (0, None), 3: (1, None)}, {3: "lost"})
+    assert second[:2] == ({0: (0, None), 2: (1, None)}, {2: "lost"})
+    assert [numbers(outcome) for outcome in (first, second)] == [[5, 11], [2, 8]]  # of the whole step's tokens
+    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {}, [])
+
+
+def numbers(outcome: Outcome) -> list[int]:
+    """Which tokens the only piece of an outcome is about."""
+    (piece,) = outcome.routes
+    found: list[int] = np.frombuffer(base64.b64decode(piece["rows"]), np.int32).tolist()
+    return found
 
 
 def test_groups_must_divide_the_ranks() -> None:
