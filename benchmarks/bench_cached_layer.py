@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_kernels import MODELS, SILU
-from measuring import hardware, versions
+from measuring import hardware, save_json, versions
 
 from moe_serve_kernels.gpu import timing
 from moe_serve_kernels.gpu.cached_layer import CachedLayers
@@ -32,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cached_layer needs a GPU, and torch sees none", file=sys.stderr)
@@ -50,7 +51,9 @@ def main() -> int:
         )
     print(f"one large pinned copy: {link / 1e9:.1f} GB/s")
     facts = {"gpu": torch.cuda.get_device_name(), "hardware": hardware(), "versions": versions()}
-    print(json.dumps(facts | {"model": args.model, "rows": rows, "pinned_bytes_per_s": link}))
+    report = facts | {"model": args.model, "rows": rows, "pinned_bytes_per_s": link}
+    save_json(args.json, report)
+    print(json.dumps(report))
     return 0
 
 
@@ -80,14 +83,14 @@ def measure(
 ) -> dict[str, float]:
     """Each replay chooses `misses` experts that were not chosen for long, and otherwise those of the last one."""
     following = ids.max() + 1
-    before = int(layers.state.counts[2])
+    before = int(layers.state.totals[1].sum())
     times = []
     for _ in range(3 * timing.REPLAYS):
         if misses:
             ids[0, :misses] = (following + torch.arange(misses, device="cuda")) % num_experts
             following += misses
         times.append(timing.once(graph.replay))
-    copies = (int(layers.state.counts[2]) - before) / len(times) / num_layers
+    copies = (int(layers.state.totals[1].sum()) - before) / len(times) / num_layers
     seconds = statistics.median(times) / num_layers
     return {
         "copies_per_layer": copies,

@@ -34,11 +34,21 @@ class RunResult:
 
 
 class MoEServe:
-    """Our engine with its default settings."""
+    """Our engine with its default settings, or others."""
 
-    def __init__(self, model: str, dtype: str, threads: int, max_len: int, max_seqs: int) -> None:
-        self._llm = LLM(model, dtype=dtype, num_threads=threads, max_model_len=max_len, max_num_seqs=max_seqs)
+    def __init__(self, model: str, dtype: str, threads: int, max_len: int, max_seqs: int, **settings: Any) -> None:
+        limits = {"max_model_len": max_len, "max_num_seqs": max_seqs}
+        self._llm = LLM(model, dtype=dtype, num_threads=threads, **limits, **settings)
         self._count = 0
+
+    @property
+    def experts(self) -> Any:
+        """What runs its experts, with counters."""
+        return self._llm.engine.runner.expert_layers.experts
+
+    def close(self) -> None:
+        """Stop its threads."""
+        self._llm.close()
 
     def run(self, prompts: Prompts, new_tokens: int) -> RunResult:
         engine = self._llm.engine

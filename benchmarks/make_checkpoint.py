@@ -88,11 +88,13 @@ SIZES: dict[str, Size | FineGrained] = {
     "mixtral-300m": Size(hidden=768, intermediate=1536, layers=10, kv_heads=4),
     "mixtral-1.4g": Size(hidden=1024, intermediate=3456, layers=8, kv_heads=4),
     "mixtral-4g": Size(hidden=1024, intermediate=3584, layers=24, kv_heads=4),
+    "mixtral-8x7b-4l": Size(hidden=4096, intermediate=14336, layers=4, kv_heads=8),
     "qwen3-moe-500m": FineGrained(hidden=512, intermediate=128, layers=10, experts=128, kv_heads=2),
     "qwen3-1b": FineGrained(hidden=1024, intermediate=256, layers=18, experts=64, kv_heads=4),
 }
 """mixtral-300m has 305 million parameters; the others are named for their bytes in bf16: mixtral-1.4g
-1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB. qwen3-1b has
+1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB. mixtral-8x7b-4l has four layers
+of the published Mixtral's shape, 11.6 GB in bf16, for a GPU. qwen3-1b has
 0.97 billion parameters, its experts 1.6 MB each; qwen3-moe-500m is 0.53 GB of experts of 0.4 MB."""
 
 

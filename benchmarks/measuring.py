@@ -5,6 +5,7 @@ Imports torch only inside functions: `fix_environment` must run before torch doe
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -92,6 +93,12 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(kib / 2**20, 1),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def save_json(file: Path | None, report: dict[str, Any]) -> None:
+    """Write what is known so far, so that a run which is cut short leaves it. None: nowhere."""
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1))
 
 
 def rss_mb(pid: int | str = "self") -> dict[str, float]:

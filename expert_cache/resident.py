@@ -1,7 +1,6 @@
 """ResidentExperts: every expert in the GPU's memory from the start, so that a layer runs without asking the host.
 
-The router's choice goes from its tensor to the kernels; nothing waits for the device, and a step can be captured in a
-CUDA graph. The counterpart of MappedExperts for GPUs.
+The counterpart of MappedExperts for GPUs.
 
 Shape alphabet: T tokens, H hidden, K choices, E experts.
 """
@@ -10,19 +9,20 @@ from __future__ import annotations
 
 import torch
 
+from expert_cache.device_experts import DeviceExperts
 from expert_cache.gpu_compute import GpuCompute
 from expert_cache.gpu_pool import PooledExpert
 from expert_cache.mapped import MappedExperts
 from expert_cache.store import ExpertStore
 
 
-class ResidentExperts(MappedExperts):
+class ResidentExperts(DeviceExperts, MappedExperts):
     """MappedExperts whose weights were all prepared into the pool when it was made."""
 
     def __init__(self, store: ExpertStore, compute: GpuCompute, device: torch.device) -> None:
         """Reads the whole checkpoint. The pool must have room for every expert."""
-        super().__init__(store, compute.prepare)
-        self._compute = compute
+        DeviceExperts.__init__(self, compute)
+        MappedExperts.__init__(self, store, compute.prepare)
         self._slot_of = {
             layer: torch.tensor([self._slot(layer, e) for e in range(store.num_experts)], dtype=torch.int32).to(device)
             for layer in store.layers
@@ -33,15 +33,8 @@ class ResidentExperts(MappedExperts):
         assert isinstance(weights, PooledExpert)
         return weights.slot
 
-    def run(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs: hidden [T, H], ids and weights [T, K] -> [T, H]."""
+    def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         from moe_serve_kernels.gpu.moe_layer import moe_layer  # needs triton, which machines without a GPU may lack
 
-        pool, activation = self._compute.pool.experts, self._compute.activation
+        pool, activation = self.compute.pool.experts, self.compute.activation
         return moe_layer(hidden, ids, weights, self._slot_of[layer], pool, activation)

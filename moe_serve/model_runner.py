@@ -5,20 +5,27 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from expert_cache.cache import ExpertCache
+from expert_cache.device_experts import DeviceExperts
 from expert_cache.direct_io import drop_cached_pages
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
-from moe_serve import forward_batch, offload, resolve, sampler
+from moe_serve import forward_batch, offload, prompt_logprobs, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
+from moe_serve.cuda_graph import Capture, CudaCapture
+from moe_serve.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.grammar import MaskThread
-from moe_serve.hf import attention, dense, experts, loading
+from moe_serve.hf import attention, dense, device_routers, experts, loading
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
@@ -27,6 +34,8 @@ from moe_serve.live_predictor import LivePredictor
 from moe_serve.memory import free_bytes
 from moe_serve.memory_guard import MemoryGuard
 from moe_serve.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 PADDING_LIMIT = 1.25
 L2_BYTES = 512 << 10
@@ -49,21 +58,38 @@ class ModelRunner:
         self.expert_layers = offload.expert_layers(
             config, loaded.store, spec, loaded.family.activation, loaded.hf_config, routers
         )
-        self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages, config.block_size, dtype, self.device)
+        # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
+        self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages + 1, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self._masks = MaskThread(spec.vocab_size)
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
+        self._graphs: DecodeGraphs | None = None
         experts.connect(self.model, self.expert_layers)
+        if isinstance(self.expert_layers.experts, DeviceExperts):
+            device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
+
+    def capture_decoding(self, capture: Capture) -> None:
+        """From now on replay decoding steps as graphs. RuntimeError: a step cannot be captured; nothing has changed."""
+        config, managed = self.config, self.expert_layers.experts
+        assert config.num_kv_pages is not None
+        assert config.max_model_len is not None
+        assert isinstance(managed, DeviceExperts)
+        sizes = sizes_up_to(config.max_num_batched_seqs or config.max_num_seqs)
+        widths = widths_up_to(config.max_model_len, config.block_size)
+        inputs = StepInputs(sizes[-1], widths[-1], config.block_size, config.num_kv_pages, self.device)
+        self._graphs = DecodeGraphs(sizes, widths, inputs, self._forward, managed, capture)
+        log.info("captured %d decoding steps in %.1f s", len(sizes) * len(widths), self._graphs.capture_s)
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts, between steps. InvalidRequestError if it holds no expert."""
         cache = self.expert_layers.experts
         if not isinstance(cache, ExpertCache):
             raise InvalidRequestError("mib", "this server was started without an expert cache (--moe-cache-mib)")
-        slots = offload.num_slots(moe_cache_mib, cache.store)
+        slot_bytes = offload.slot_bytes_of(self.config, cache.store)
+        slots = offload.num_slots(moe_cache_mib, cache.store, slot_bytes)
         if slots < 1:
-            least = -(-cache.store.slot_bytes // resolve.MIB)
+            least = -(-slot_bytes // resolve.MIB)
             raise InvalidRequestError("mib", f"{moe_cache_mib} MiB do not hold a single expert; give at least {least}")
         cache.resize(slots)
         assert self._guard is not None
@@ -85,28 +111,49 @@ class ModelRunner:
 
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
-        self.expert_layers.experts.close()
+        self.expert_layers.close()
         self._masks.close()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up."""
+        # A thread's own GPU is the first one, and kernels are launched on the thread's.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._run(plan)
+
+    def _run(self, plan: BatchPlan) -> StepResult:
         self.relieve_memory()
         self.rebalance()
         self.expert_layers.tap.clear()
         if isinstance(self.expert_layers.watcher, LivePredictor):
             self.expert_layers.watcher.begin_step(plan)
-        batch = forward_batch.make(plan, self.config.block_size, self.device, self._group_limits)
+        graphs = self._graphs_for(plan)
+        device = self.device if graphs is None else torch.device("cpu")
+        batch = forward_batch.make(plan, self.config.block_size, device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
         pending = self._masks.start(rows)
-        logits = self._forward(batch)
+        scored = forward_batch.scored_rows(plan)
+        logits = self._forward(batch, scored) if graphs is None else graphs.run(batch)
+        logits, prompt_logits = logits[: len(rows)], logits[len(rows) :]
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
-        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors, self._routes(plan))
+        return StepResult(
+            tuple(t for _, t, _ in by_plan),
+            tuple(p for _, _, p in by_plan),
+            errors,
+            self._routes(plan),
+            prompt_logprobs.score(prompt_logits, plan) if scored else {},
+        )
+
+    def _graphs_for(self, plan: BatchPlan) -> DecodeGraphs | None:
+        """The graphs, if they can run this plan. A graph does not tell the routes that somebody wants to see."""
+        if self._graphs is None or self.expert_layers.tap.is_on or not self._graphs.takes(plan):
+            return None
+        return self._graphs
 
     def _routes(self, plan: BatchPlan) -> StepRoutes | None:
         tap = self.expert_layers.tap
@@ -130,13 +177,16 @@ class ModelRunner:
         self.expert_layers.tap.is_on = wanted
         self.expert_layers.tap.keeps_weights = weights
 
-    def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
-        """Logits [rows to sample, V], in batch order."""
+    def _forward(self, batch: forward_batch.ForwardBatch, scored: Sequence[int] = ()) -> torch.Tensor:
+        """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
+        rows = batch.sample_rows
+        if scored:
+            rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             use_cache=False,
-            logits_to_keep=batch.sample_rows,
+            logits_to_keep=rows,
             forward_batch=batch,
             kv_cache=self.kv_cache,
         )
@@ -173,15 +223,39 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
     if resolved.moe_cache_mib and device.type == "cpu":
-        _leave_the_page_cache(config.model, loaded)
+        dense.copy_from_files(loaded.model)
+        if not config.moe_page_cache:
+            _leave_the_page_cache(config.model)
     try:
-        return ModelRunner(resolved, loaded, spec, eos_token_ids), spec
+        runner = ModelRunner(resolved, loaded, spec, eos_token_ids)
     except ValueError as error:  # an activation we do not have
         raise CheckpointError(f"{config.model}/config.json: {error}") from error
+    if device.type == "cuda" and not config.enforce_eager:
+        _capture(runner)
+    return runner, spec
 
 
-def _leave_the_page_cache(folder: str, loaded: LoadedModel) -> None:
+def _capture(runner: ModelRunner) -> None:
+    """Decoding as graphs where that is possible, and a line in the log either way."""
+    reason = _why_no_graphs(runner)
+    if reason is None:
+        try:
+            runner.capture_decoding(CudaCapture(runner.device))
+            return
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+    log.warning("decoding steps are launched one operation at a time, without CUDA graphs: %s", reason)
+
+
+def _why_no_graphs(runner: ModelRunner) -> str | None:
+    if not isinstance(runner.expert_layers.experts, DeviceExperts):
+        return "the host brings the experts of every layer"
+    if attention.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
+        return f"no attention kernel reads {runner.config.dtype} pages in place"
+    return None
+
+
+def _leave_the_page_cache(folder: str) -> None:
     """Where experts have a budget, nothing of the checkpoint's files stays in memory beside it."""
-    dense.copy_from_files(loaded.model)
     for file in safetensors_files(folder):
         drop_cached_pages(file)

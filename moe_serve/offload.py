@@ -33,13 +33,17 @@ from expert_cache.pools import global_pool, per_layer
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.quotas import quota_slots
 from expert_cache.resident import ResidentExperts
+from expert_cache.slot_layout import device_bytes, layout_of
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
+from moe_serve.cpu_compute import cpu_compute
+from moe_serve.device_cache import device_cache
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from moe_serve.host_side import host_side
 from moe_serve.live_predictor import LivePredictor
-from moe_serve.resolve import MIB, has_native_bf16
+from moe_serve.resolve import MIB
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from predictors import files as predictor_files
@@ -48,11 +52,8 @@ from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, TraceError
 from predictors.trace import load as load_trace
 
-NEVER = 1 << 60
 PROFILE_TOKENS = 8192
 """Of a profile, for quotas: more change nothing but the time it takes."""
-MATRIX_MIN_TOKENS = 32
-"""From here on a CPU with matrix instructions is faster in bf16 than our kernel in float32."""
 DISK_READERS = 2
 """One reads while the other verifies what it has read; a single reader left a disk of 1.5 GB/s idle meanwhile."""
 HOST_READERS = 4
@@ -75,28 +76,33 @@ def expert_layers(
     compute = _compute(config, store, activation_of(hf_config), dtype, device)
     if isinstance(compute, GpuCompute) and compute.pool.num_free >= store.num_total:
         return ExpertLayers(ResidentExperts(store, compute, device), compute)
+    if (managed := device_cache(config, store, compute, device)) is not None:
+        return ExpertLayers(managed, compute)
     if not config.moe_cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
     profile = _profile(config, store)
     slots, num_transit = slots_of(config, store, spec.top_k, profile)
     policy = _policy(config, store, profile)
+    arena, fetcher = _arena(store, device, compute), _fetcher(device)
+    host, misses = host_side(config, store, compute, arena, fetcher)
     cache = ExpertCache(
         store,
         compute.prepare,
-        _arena(store, device, compute),
+        arena,
         slots,
         num_transit,
         policy,
-        _fetcher(device),
+        fetcher,
         shadows=_shadows(config, store, slots),
         quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
+        misses=misses,
     )
     advisor = _advisor(config, store, routers)
     predictor = _predictor(config, store, spec, policy)
     if config.moe_prefetch == "predictor":
         advisor = predictor
     audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
-    layers = ExpertLayers(cache, compute, advisor, audit)
+    layers = ExpertLayers(cache, compute, advisor, audit, host)
     layers.watcher = predictor
     return layers
 
@@ -128,9 +134,14 @@ def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy
     return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
 
 
-def num_slots(moe_cache_mib: int, store: ExpertStore) -> int:
+def num_slots(moe_cache_mib: int, store: ExpertStore, slot_bytes: int) -> int:
     """Slots that a budget holds."""
-    return min(moe_cache_mib * MIB // store.slot_bytes, store.num_total)
+    return min(moe_cache_mib * MIB // slot_bytes, store.num_total)
+
+
+def slot_bytes_of(config: EngineConfig, store: ExpertStore) -> int:
+    """What a slot takes of the budget."""
+    return device_bytes(store, getattr(torch, config.dtype), torch.device(config.device))
 
 
 def _profile(config: EngineConfig, store: ExpertStore) -> RoutingTrace | None:
@@ -174,7 +185,8 @@ def slots_of(
 ) -> tuple[Slots, int]:
     """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
     assert config.moe_cache_mib is not None
-    slots, layers = num_slots(config.moe_cache_mib, store), len(store.layers)
+    slot_bytes = slot_bytes_of(config, store)
+    slots, layers = num_slots(config.moe_cache_mib, store, slot_bytes), len(store.layers)
     num_transit = min(top_k, slots // SLOTS_PER_TRANSIT) if slots < store.num_total else 0
     slots -= num_transit
     wanted = config.moe_cache_pool
@@ -185,7 +197,7 @@ def slots_of(
     if slots < layers:
         raise ConfigError(
             f"--moe-cache-pool {wanted}: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
-            f" the {layers} layers; give at least {-(-layers * store.slot_bytes // MIB)} or choose global"
+            f" the {layers} layers; give at least {-(-layers * slot_bytes // MIB)} or choose global"
         )
     if wanted == "quota":
         if profile is None:
@@ -194,21 +206,17 @@ def slots_of(
     return per_layer(layers, store.num_experts, slots), num_transit
 
 
-def _matrix_tokens(dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens per expert from which torch computes instead of our CPU kernel; 0: always."""
-    if device.type != "cpu" or dtype == torch.float16:
-        return 0
-    return MATRIX_MIN_TOKENS if dtype == torch.bfloat16 and has_native_bf16() else NEVER
-
-
 def _compute(
     config: EngineConfig, store: ExpertStore, activation: Activation, dtype: torch.dtype, device: torch.device
 ) -> ExpertCompute:
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
     if not gpu_pool.is_available(device):
-        return ExpertCompute(activation, dtype, device, _matrix_tokens(dtype, device))
-    slots = num_slots(config.moe_cache_mib, store) if config.moe_cache_mib else store.num_total
-    pool = gpu_pool.SlotPool(store.weights(store.layers[0], 0), slots, dtype, device)
+        on_cpu = device.type == "cpu"
+        return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
+    budget = config.moe_cache_mib
+    slots = num_slots(budget, store, slot_bytes_of(config, store)) if budget else store.num_total
+    layout = layout_of(store.weights(store.layers[0], 0), dtype)
+    pool = gpu_pool.SlotPool(layout, slots, device)
     return GpuCompute(activation, dtype, device, pool)
 
 

@@ -10,12 +10,14 @@ import os
 
 import torch
 
+from expert_cache.slot_layout import device_bytes
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
+from moe_serve_kernels import gpu
 
 MIB = 1 << 20
 KV_SHARE_OF_FREE = 0.25
@@ -66,6 +68,8 @@ def resolve(
 
     ConfigError when the settings contradict each other or the machine.
     """
+    if config.moe_cpu_misses and device.type == "cpu" and not gpu.is_available(device):
+        raise ConfigError("--moe-cpu-misses needs a GPU; without one the CPU computes everything anyway")
     max_model_len = _max_model_len(config, spec)
     free = free_bytes(device)
     num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.block_size, free)
@@ -77,7 +81,7 @@ def resolve(
         max_model_len=max_model_len,
         max_num_batched_tokens=_token_budget(config, max_model_len),
         num_kv_pages=num_pages,
-        moe_cache_mib=_moe_cache_mib(config, store, device, free),
+        moe_cache_mib=_moe_cache_mib(config, store.num_total, device_bytes(store, dtype, device), device, free),
         num_threads=num_threads_of(config),
     )
 
@@ -113,9 +117,9 @@ def _token_budget(config: EngineConfig, max_model_len: int) -> int:
     return max(config.max_num_batched_tokens, max_model_len)
 
 
-def _moe_cache_mib(config: EngineConfig, store: ExpertStore, device: torch.device, free: int) -> int:
+def _moe_cache_mib(config: EngineConfig, num_total: int, slot_bytes: int, device: torch.device, free: int) -> int:
     """On a CPU, experts that fit are best used where they are mapped: 0. See EngineConfig.moe_cache_mib."""
-    everything = -(-store.num_total * store.slot_bytes // MIB)
+    everything = -(-num_total * slot_bytes // MIB)
     fits = everything <= free * EXPERT_SHARE_OF_FREE / MIB
     budget = config.moe_cache_mib
     if budget is None:
@@ -124,8 +128,8 @@ def _moe_cache_mib(config: EngineConfig, store: ExpertStore, device: torch.devic
         budget = int(free * EXPERT_SHARE_OF_FREE / MIB)
     if device.type != "cpu" and budget == 0:
         raise ConfigError("--moe-cache-mib 0 works on a CPU only: a GPU cannot compute from the mapped checkpoint")
-    if 0 < budget * MIB < store.slot_bytes:
+    if 0 < budget * MIB < slot_bytes:
         raise ConfigError(
-            f"--moe-cache-mib {budget} does not hold a single expert; give at least {-(-store.slot_bytes // MIB)}"
+            f"--moe-cache-mib {budget} does not hold a single expert; give at least {-(-slot_bytes // MIB)}"
         )
     return min(budget, everything)

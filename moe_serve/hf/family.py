@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from expert_cache.activations import ActivationOf, gated
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf import families
+from moe_serve.hf.routings import RoutingOf, unknown
 
 PART_OF = {
     "w1": "gate",
@@ -59,6 +60,8 @@ class Family:
     """gate_up alternates gate and up columns instead of stacking them."""
     activation: ActivationOf = field(default=gated)
     """Made from the HF config: what joins gate and up into the down projection's input."""
+    routing: RoutingOf = field(default=unknown)
+    """Made from the HF config: how the router chooses, for our kernel; the default leaves the family's own router."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 

@@ -41,7 +41,9 @@ def load(config: EngineConfig, parallel: ParallelConfig, place: Place) -> tuple[
     """This rank's runner, whose pages are as many as the smallest rank has room for. ConfigError."""
     if config.moe_prefetch != "off":
         raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
-    config = dataclasses.replace(config, device=_device_of(config, place))
+    if config.moe_cache_manager == "device":
+        raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
+    config = dataclasses.replace(config, device=_device_of(config, place), moe_cache_manager="host", enforce_eager=True)
     eos = frozenset(eos_token_ids(config.model))
     runner, spec = load_runner(config, eos)
     local = runner.expert_layers

@@ -7,6 +7,7 @@
 Example, block_t = 2, ids = [[2, 0], [0, 1], [2, 1], [2, 3]]: pairs = [1, 2, 3, 5, 0, 4, 6, 7], ends = [2, 4, 7, 8],
 tiles (expert, start) = (0, 0), (1, 2), (2, 4), (2, 6), (3, 7), then surplus ones with expert -1.
 
+A negative id is nobody's choice (a row that only fills up a batch): its pair is in no tile and in none of `pairs`.
 Nothing is padded: a tile knows its end. The number of tiles is the most that any routing can need, so the grid does
 not depend on data (moe_align_block_size of vLLM pads instead). Up to ONE_BLOCK_PAIRS pairs a single program compares
 every pair with every other; beyond that, blocks count, one program adds up, and blocks place their pairs.
@@ -35,7 +36,7 @@ class Aligned:
     """All int32, on the device of the ids."""
 
     pairs: torch.Tensor
-    """[P] pair t * K + k of each sorted row."""
+    """[P] pair t * K + k of each sorted row; beyond the last choice, nothing."""
     ends: torch.Tensor
     """[E]"""
     tile_expert: torch.Tensor
@@ -54,7 +55,7 @@ def max_tiles(num_pairs: int, num_experts: int, block_t: int) -> int:
 
 
 def align(ids: torch.Tensor, num_experts: int, block_t: int) -> Aligned:
-    """ids [T, K] of any integer type, contiguous, each in 0..E-1; block_t: rows per tile."""
+    """ids [T, K] of any integer type, contiguous, each below E; block_t: rows per tile."""
     assert ids.is_contiguous()
     num_pairs = ids.numel()
     aligned = _empty(ids, num_experts, max_tiles(num_pairs, num_experts, block_t))
@@ -140,6 +141,12 @@ def _load_ids(ids_ptr, at, num_pairs, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
+def _nobody_last(ids, BLOCK_E: tl.constexpr):
+    """Nobody's choices as what is beyond the end."""
+    return tl.where(ids < 0, BLOCK_E, ids)
+
+
+@triton.jit
 def _write_tiles(
     counts,
     ends,
@@ -182,18 +189,18 @@ def align_one_block(
     """A pair's row is the number of pairs that come before it."""
     p = tl.arange(0, BLOCK_P)
     expert = tl.arange(0, BLOCK_E)
-    own = _load_ids(ids_ptr, p, num_pairs, BLOCK_E)
+    own = _nobody_last(_load_ids(ids_ptr, p, num_pairs, BLOCK_E), BLOCK_E)
     row = tl.zeros([BLOCK_P], tl.int32)
     ends = tl.zeros([BLOCK_E], tl.int32)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, BLOCK_P, CHUNK):
         q = first + tl.arange(0, CHUNK)
-        other = _load_ids(ids_ptr, q, num_pairs, BLOCK_E)
+        other = _nobody_last(_load_ids(ids_ptr, q, num_pairs, BLOCK_E), BLOCK_E)
         before = (other[None, :] < own[:, None]) | ((other[None, :] == own[:, None]) & (q[None, :] < p[:, None]))
         row += tl.sum(before.to(tl.int32), axis=1)
         ends += tl.sum((other[None, :] <= expert[:, None]).to(tl.int32), axis=1)
         counts += tl.sum((other[None, :] == expert[:, None]).to(tl.int32), axis=1)
-    tl.store(pairs_ptr + row, p, mask=p < num_pairs)
+    tl.store(pairs_ptr + row, p, mask=own < BLOCK_E)
     tl.store(ends_ptr + expert, ends, mask=expert < num_experts)
     _write_tiles(counts, ends, tile_expert_ptr, tile_start_ptr, num_tiles, BLOCK_T, BLOCK_E, CHUNK)
 
@@ -250,20 +257,21 @@ def align_place(
     block = tl.program_id(0)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     own = _load_ids(ids_ptr, p, num_pairs, BLOCK_E)
-    row = tl.load(first_rows_ptr + block * BLOCK_E + own, mask=p < num_pairs, other=0)
+    is_choice = (own >= 0) & (own < BLOCK_E)
+    row = tl.load(first_rows_ptr + block * BLOCK_E + own, mask=is_choice, other=0)
     for first in range(0, BLOCK_P, CHUNK):
         q = block * BLOCK_P + first + tl.arange(0, CHUNK)
         other = _load_ids(ids_ptr, q, num_pairs, BLOCK_E)
         row += tl.sum(((other[None, :] == own[:, None]) & (q[None, :] < p[:, None])).to(tl.int32), axis=1)
-    tl.store(pairs_ptr + row, p, mask=p < num_pairs)
+    tl.store(pairs_ptr + row, p, mask=is_choice)
 
 
 def align_reference(ids: torch.Tensor, num_experts: int, block_t: int) -> Aligned:
     """The same in torch; waits for the device."""
     flat = ids.flatten().long()
-    counts = torch.bincount(flat, minlength=num_experts)
+    counts = torch.bincount(flat[flat >= 0], minlength=num_experts)
     aligned = _empty(ids, num_experts, max_tiles(len(flat), num_experts, block_t))
-    aligned.pairs.copy_(flat.argsort(stable=True))
+    aligned.pairs.copy_(flat.argsort(stable=True).roll(-int((flat < 0).sum())))
     aligned.ends.copy_(counts.cumsum(0))
     tiles = [
         (expert, end - count + first)

@@ -19,10 +19,10 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
 from moe_serve_kernels.gpu.pool import Bank, ExpertPool
-from moe_serve_kernels.gpu.residency import copy_experts, new_residency, plan
+from moe_serve_kernels.gpu.residency import Copies, copy_experts, new_residency, plan
 
-HostParts = Mapping[str, torch.Tensor]
-"""The parts of a Bank, each [L*E, ...] in pinned host memory, in the layout of the bank's slots."""
+HostParts = Mapping[str, Sequence[torch.Tensor]]
+"""Of each part of a Bank the L*E experts' own, in pinned host memory, in the layout of the bank's slots."""
 
 
 class CachedLayers:
@@ -39,7 +39,7 @@ class CachedLayers:
         self.state = new_residency(len(slots), num_experts, pool.down.num_slots, device)
         self._pool, self._slots, self._num_experts = pool, slots, num_experts
         self._hosts = (gate_up, down)  # keeps alive what `sources` points to
-        self._copies = [*_copies(gate_up, pool.gate_up), *_copies(down, pool.down)]
+        self._copies = _copies([(gate_up, pool.gate_up), (down, pool.down)], device)
 
     def run(
         self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: Activation
@@ -54,8 +54,7 @@ class CachedLayers:
 
     def _bring(self, layer: int, ids: torch.Tensor) -> None:
         plan(self.state, layer, ids.contiguous(), self._slots[layer])
-        for sources, slots in self._copies:
-            copy_experts(self.state, sources, slots)
+        copy_experts(self.state, self._copies)
 
     def _in_waves(
         self,
@@ -82,16 +81,21 @@ class CachedLayers:
         return out
 
 
-def _copies(host: HostParts, bank: Bank) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(address of each expert's bytes [L*E] int64, the slots as bytes [S, bytes]) of each part of a bank."""
-    copies = []
-    for name, slots in bank.parts().items():
-        part = host[name]
-        assert part.is_contiguous()
-        assert part.dtype == slots.dtype
-        size = part[0].nbytes
-        if size % 16:
-            raise ValueError(f"{name}: {size} bytes per expert are no multiple of 16; keep these experts resident")
-        sources = torch.arange(len(part)) * size + part.data_ptr()
-        copies.append((sources.to(slots.device), slots.view(torch.uint8).view(len(slots), -1)))
-    return copies
+def _copies(banks: Sequence[tuple[HostParts, Bank]], device: torch.device) -> Copies:
+    sources, targets, sizes = [], [], []
+    for host, bank in banks:
+        for name, slots in bank.parts().items():
+            size = slots[0].nbytes
+            if size % 16:
+                raise ValueError(f"{name}: {size} bytes per expert are no multiple of 16")
+            sources.append([_address(part, slots[0]) for part in host[name]])
+            targets.append(slots.data_ptr())
+            sizes.append(size)
+    return Copies(*(torch.tensor(table, dtype=torch.int64, device=device) for table in (sources, targets, sizes)))
+
+
+def _address(part: torch.Tensor, like: torch.Tensor) -> int:
+    assert part.is_contiguous()
+    assert (part.dtype, part.shape) == (like.dtype, like.shape)
+    assert part.data_ptr() % 16 == 0
+    return part.data_ptr()

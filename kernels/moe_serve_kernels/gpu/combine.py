@@ -2,7 +2,7 @@
 
     out[t] = sum over k, in order, of weights[t, k] * outputs[t * K + k]
 
-Choices whose expert is in no slot are left out.
+Choices whose expert is in no slot are left out, as are negative ids: nobody's choices.
 No atomics: the order of the sum is the router's, so the result does not depend on which expert came first.
 
 Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden.
@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from moe_serve_kernels.gpu.operands import slot_of_choice
 
 BLOCK_F = 1024
 
@@ -48,7 +50,7 @@ def combine_kernel(
     total = tl.zeros([BLOCK_F], tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        length = tl.where(tl.load(slot_of_ptr + tl.load(ids_ptr + pair)) < 0, 0, hidden)
+        length = tl.where(slot_of_choice(ids_ptr, slot_of_ptr, pair) < 0, 0, hidden)
         one = tl.load(outputs_ptr + pair * hidden + f, mask=f < length, other=0.0).to(tl.float32)
         total += tl.load(weights_ptr + pair).to(tl.float32) * one
     tl.store(out_ptr + token * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f < hidden)
@@ -59,5 +61,5 @@ def combine_reference(
 ) -> None:
     """The same in torch."""
     rows = outputs.view(*ids.shape, -1).to(torch.promote_types(outputs.dtype, torch.float32))
-    here = (slot_of[ids.long()] >= 0)[..., None]
+    here = ((ids >= 0) & (slot_of[ids.clamp(min=0).long()] >= 0))[..., None]
     out.copy_((torch.where(here, rows, 0) * weights[..., None]).sum(1))

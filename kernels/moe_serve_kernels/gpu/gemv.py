@@ -22,7 +22,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.configs import Gemv
 from moe_serve_kernels.gpu.grouped import bank_arguments
-from moe_serve_kernels.gpu.operands import load_int4, load_rows
+from moe_serve_kernels.gpu.operands import load_int4, load_rows, scales_of_slot, slot_of_choice
 from moe_serve_kernels.gpu.pool import Bank
 
 
@@ -44,7 +44,7 @@ def gemv_gate_up(
 ) -> torch.Tensor:
     """x [T, H], ids [T, K] contiguous; slot_of [E] int32 -> [P, I] of x's dtype.
 
-    Rows of pairs whose expert is in no slot are not written.
+    Rows of pairs whose expert is in no slot, and of negative ids, are not written.
     """
     assert x.is_contiguous()
     assert ids.is_contiguous()
@@ -119,17 +119,17 @@ def gemv_gate_up_kernel(
 ):
     """Grid (P, cdiv(I, BLOCK_F))."""
     pair = tl.program_id(0)
-    slot = tl.load(slot_of_ptr + tl.load(ids_ptr + pair)).to(tl.int64)
+    slot = slot_of_choice(ids_ptr, slot_of_ptr, pair)
     if slot < 0:
         return
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     f_ok = f < inner
     x_ptr += (pair // top_k) * hidden
     w_ptr += slot * slot_stride
-    scales = slot * 2 * inner
+    scales = scales_of_slot(slot, 2 * inner, hidden, FORMAT, GROUP)
+    scale_ptr += scales
+    zero_ptr += scales
     if FORMAT == "int4":
-        scale_ptr += scales * (hidden // GROUP)
-        zero_ptr += scales * (hidden // GROUP)
         gate = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
         up = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
     else:
@@ -137,11 +137,11 @@ def gemv_gate_up_kernel(
         ups = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
         for first in tl.range(0, hidden, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            x = tl.load(x_ptr + c, mask=c < hidden, other=0.0).to(tl.float32)[None, :]
+            x = _load_x(x_ptr, c, hidden)
             gates += load_rows(w_ptr, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
             ups += load_rows(w_ptr + inner * hidden, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
-        gate = _scaled(tl.sum(gates, axis=1), scale_ptr + scales, f, f_ok, FORMAT)
-        up = _scaled(tl.sum(ups, axis=1), scale_ptr + scales + inner, f, f_ok, FORMAT)
+        gate = _scaled(tl.sum(gates, axis=1), scale_ptr, f, f_ok, FORMAT)
+        up = _scaled(tl.sum(ups, axis=1), scale_ptr, inner + f, f_ok, FORMAT)
     if HAS_BIAS:
         gate += tl.load(bias_ptr + slot * 2 * inner + f, mask=f_ok, other=0.0)
         up += tl.load(bias_ptr + (slot * 2 + 1) * inner + f, mask=f_ok, other=0.0)
@@ -178,12 +178,12 @@ def gemv_down_kernel(
     total = tl.zeros([BLOCK_F], tl.float32)
     for k in range(TOP_K):
         pair = token * TOP_K + k
-        slot = tl.load(slot_of_ptr + tl.load(ids_ptr + pair)).to(tl.int64)
+        slot = slot_of_choice(ids_ptr, slot_of_ptr, pair)
         if slot >= 0:
             x_ptr = act_ptr + pair * inner
             own = w_ptr + slot * slot_stride
+            scales = scales_of_slot(slot, hidden, inner, FORMAT, GROUP)
             if FORMAT == "int4":
-                scales = slot * (inner // GROUP) * hidden
                 one = _product_int4(
                     x_ptr, own, scale_ptr + scales, zero_ptr + scales, f, f_ok, hidden, inner, GROUP, BLOCK_F
                 )
@@ -191,13 +191,18 @@ def gemv_down_kernel(
                 sums = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
                 for first in tl.range(0, inner, BLOCK_C):
                     c = first + tl.arange(0, BLOCK_C)
-                    x = tl.load(x_ptr + c, mask=c < inner, other=0.0).to(tl.float32)[None, :]
-                    sums += load_rows(own, f, c, hidden, inner, tl.float32, FORMAT, EVEN) * x
-                one = _scaled(tl.sum(sums, axis=1), scale_ptr + slot * hidden, f, f_ok, FORMAT)
+                    sums += load_rows(own, f, c, hidden, inner, tl.float32, FORMAT, EVEN) * _load_x(x_ptr, c, inner)
+                one = _scaled(tl.sum(sums, axis=1), scale_ptr + scales, f, f_ok, FORMAT)
             if HAS_BIAS:
                 one += tl.load(bias_ptr + slot * hidden + f, mask=f_ok, other=0.0)
             total += tl.load(weights_ptr + pair).to(tl.float32) * one
     tl.store(out_ptr + token * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f_ok)
+
+
+@triton.jit
+def _load_x(x_ptr, c, num_inputs):
+    """[1, C] of one row."""
+    return tl.load(x_ptr + c, mask=c < num_inputs, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -28,7 +28,15 @@ from moe_serve_kernels.gpu import is_interpreted
 from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.align import Aligned
 from moe_serve_kernels.gpu.configs import Tile
-from moe_serve_kernels.gpu.operands import load_int4, load_rows, multiply, zeros
+from moe_serve_kernels.gpu.operands import (
+    load_input_group,
+    load_inputs,
+    load_rows,
+    multiply,
+    multiply_group,
+    scales_of_slot,
+    zeros,
+)
 from moe_serve_kernels.gpu.pool import Bank
 
 
@@ -149,48 +157,38 @@ def gate_up_kernel(
     UPCAST: tl.constexpr,
 ):
     """Grid (tiles, cdiv(I, BLOCK_F))."""
-    expert = tl.load(tile_expert_ptr + tl.program_id(0))
-    if expert < 0:
-        return
-    slot = tl.load(slot_of_ptr + expert).to(tl.int64)
+    slot, rows, row_ok = _rows_of_tile(slot_of_ptr, ends_ptr, tile_expert_ptr, tile_start_ptr, BLOCK_T)
     if slot < 0:
         return
-    rows = tl.load(tile_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_T)
-    row_ok = rows < tl.load(ends_ptr + expert)
     tokens = tl.load(pairs_ptr + rows, mask=row_ok, other=0) // top_k
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     f_ok = f < inner
     dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
-    w_ptr += slot * slot_stride
     x_rows = x_ptr + tokens.to(tl.int64)[:, None] * hidden
+    w_ptr += slot * slot_stride
+    scales = scales_of_slot(slot, 2 * inner, hidden, FORMAT, GROUP)
+    scale_ptr += scales
+    zero_ptr += scales
+    bias_ptr += slot * 2 * inner
     gate = zeros(BLOCK_F, BLOCK_T, SWAP)
     up = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
-        half: tl.constexpr = GROUP // 2
-        scale_ptr += slot * (hidden // GROUP) * (2 * inner)
-        zero_ptr += slot * (hidden // GROUP) * (2 * inner)
+        weights = w_ptr, scale_ptr, zero_ptr
         for group in tl.range(0, hidden // GROUP):
-            c = group * GROUP + tl.arange(0, half)
-            x_low = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
-            x_high = tl.load(x_rows + half + c[None, :], mask=row_ok[:, None], other=0.0)
-            low, high = load_int4(w_ptr, scale_ptr, zero_ptr, f, group, 2 * inner, dtype, f_ok, half)
-            gate = multiply(tl.trans(low), x_low, gate, SWAP, UPCAST)
-            gate = multiply(tl.trans(high), x_high, gate, SWAP, UPCAST)
-            low, high = load_int4(w_ptr, scale_ptr, zero_ptr, inner + f, group, 2 * inner, dtype, f_ok, half)
-            up = multiply(tl.trans(low), x_low, up, SWAP, UPCAST)
-            up = multiply(tl.trans(high), x_high, up, SWAP, UPCAST)
+            x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
+            gate = multiply_group(gate, x_low, x_high, weights, f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST)
+            up = multiply_group(
+                up, x_low, x_high, weights, inner + f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST
+            )
     else:
         for first in tl.range(0, hidden, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            if EVEN:
-                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
-            else:
-                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None] & (c < hidden)[None, :], other=0.0)
+            x = load_inputs(x_rows, c, row_ok, hidden, EVEN)
             gate = multiply(load_rows(w_ptr, f, c, inner, hidden, dtype, FORMAT, EVEN), x, gate, SWAP, UPCAST)
             w_up = load_rows(w_ptr + inner * hidden, f, c, inner, hidden, dtype, FORMAT, EVEN)
             up = multiply(w_up, x, up, SWAP, UPCAST)
-    gate = _finish(gate, scale_ptr, bias_ptr, slot * 2 * inner + f, f_ok, FORMAT, HAS_BIAS, SWAP)
-    up = _finish(up, scale_ptr, bias_ptr, (slot * 2 + 1) * inner + f, f_ok, FORMAT, HAS_BIAS, SWAP)
+    gate = _finish(gate, scale_ptr, bias_ptr, f, f_ok, FORMAT, HAS_BIAS, SWAP)
+    up = _finish(up, scale_ptr, bias_ptr, inner + f, f_ok, FORMAT, HAS_BIAS, SWAP)
     act = activate(gate, up, alpha, limit, KIND).to(act_ptr.dtype.element_ty)
     _store(act_ptr, act, rows, row_ok, f, f_ok, inner, SWAP)
 
@@ -222,52 +220,50 @@ def down_kernel(
     UPCAST: tl.constexpr,
 ):
     """Grid (tiles, cdiv(H, BLOCK_F))."""
-    expert = tl.load(tile_expert_ptr + tl.program_id(0))
-    if expert < 0:
-        return
-    slot = tl.load(slot_of_ptr + expert).to(tl.int64)
+    slot, rows, row_ok = _rows_of_tile(slot_of_ptr, ends_ptr, tile_expert_ptr, tile_start_ptr, BLOCK_T)
     if slot < 0:
         return
-    rows = tl.load(tile_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_T)
-    row_ok = rows < tl.load(ends_ptr + expert)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     f_ok = f < hidden
     dtype: tl.constexpr = tl.float32 if UPCAST else act_ptr.dtype.element_ty
-    w_ptr += slot * slot_stride
     x_rows = act_ptr + rows.to(tl.int64)[:, None] * inner
+    w_ptr += slot * slot_stride
+    scales = scales_of_slot(slot, hidden, inner, FORMAT, GROUP)
+    scale_ptr += scales
+    zero_ptr += scales
     acc = zeros(BLOCK_F, BLOCK_T, SWAP)
     if FORMAT == "int4":
-        half: tl.constexpr = GROUP // 2
-        scale_ptr += slot * (inner // GROUP) * hidden
-        zero_ptr += slot * (inner // GROUP) * hidden
+        weights = w_ptr, scale_ptr, zero_ptr
         for group in tl.range(0, inner // GROUP):
-            c = group * GROUP + tl.arange(0, half)
-            x_low = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
-            x_high = tl.load(x_rows + half + c[None, :], mask=row_ok[:, None], other=0.0)
-            low, high = load_int4(w_ptr, scale_ptr, zero_ptr, f, group, hidden, dtype, f_ok, half)
-            acc = multiply(tl.trans(low), x_low, acc, SWAP, UPCAST)
-            acc = multiply(tl.trans(high), x_high, acc, SWAP, UPCAST)
+            x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
+            acc = multiply_group(acc, x_low, x_high, weights, f, f_ok, group, hidden, dtype, GROUP, SWAP, UPCAST)
     else:
         for first in tl.range(0, inner, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            if EVEN:
-                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
-            else:
-                x = tl.load(x_rows + c[None, :], mask=row_ok[:, None] & (c < inner)[None, :], other=0.0)
+            x = load_inputs(x_rows, c, row_ok, inner, EVEN)
             acc = multiply(load_rows(w_ptr, f, c, hidden, inner, dtype, FORMAT, EVEN), x, acc, SWAP, UPCAST)
-    acc = _finish(acc, scale_ptr, bias_ptr, slot * hidden + f, f_ok, FORMAT, HAS_BIAS, SWAP)
+    acc = _finish(acc, scale_ptr, bias_ptr + slot * hidden, f, f_ok, FORMAT, HAS_BIAS, SWAP)
     pairs = tl.load(pairs_ptr + rows, mask=row_ok, other=0)
     _store(out_ptr, acc.to(out_ptr.dtype.element_ty), pairs, row_ok, f, f_ok, hidden, SWAP)
 
 
 @triton.jit
-def _finish(acc, scale_ptr, bias_ptr, at, f_ok, FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr):
-    """Scale per output, then bias; `at` [F] says where both lie."""
+def _rows_of_tile(slot_of_ptr, ends_ptr, tile_expert_ptr, tile_start_ptr, BLOCK_T: tl.constexpr):
+    """This program's slot (-1: nothing to do), its sorted rows [N], and which of them are the expert's."""
+    expert = tl.load(tile_expert_ptr + tl.program_id(0))
+    slot = tl.load(slot_of_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
+    rows = tl.load(tile_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_T)
+    return slot, rows, rows < tl.load(ends_ptr + expert, mask=expert >= 0, other=0)
+
+
+@triton.jit
+def _finish(acc, scale_ptr, bias_ptr, f, f_ok, FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr):
+    """Scale per output, then bias; both pointers are those of the slot."""
     axis: tl.constexpr = 1 if SWAP else 0
     if FORMAT == "int8" or FORMAT == "fp8":
-        acc *= tl.expand_dims(tl.load(scale_ptr + at, mask=f_ok, other=0.0), axis)
+        acc *= tl.expand_dims(tl.load(scale_ptr + f, mask=f_ok, other=0.0), axis)
     if HAS_BIAS:
-        acc += tl.expand_dims(tl.load(bias_ptr + at, mask=f_ok, other=0.0), axis)
+        acc += tl.expand_dims(tl.load(bias_ptr + f, mask=f_ok, other=0.0), axis)
     return acc
 
 

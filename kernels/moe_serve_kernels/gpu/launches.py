@@ -14,7 +14,8 @@ import torch
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
 from moe_serve_kernels.gpu.configs import Gemv, Tile
-from moe_serve_kernels.gpu.pool import FORMATS, Bank, Format, empty_bank
+from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
+from moe_serve_kernels.gpu.routings import Routing
 
 META = torch.device("meta")
 SLOTS, HIDDEN, INNER, TOP_K, EXPERTS = 64, 2048, 1024, 4, 64
@@ -38,6 +39,7 @@ class Launch:
 def launches(arch: int) -> Iterator[Launch]:
     """All of them for a compute capability, 80 or 90."""
     yield from _around()
+    yield from _small_groups(arch)
     for format in FORMATS:
         gemvs = configs.GEMV[format]
         yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
@@ -66,8 +68,14 @@ def _slot_of() -> torch.Tensor:
     return _new(EXPERTS, dtype=torch.int32)
 
 
-def _bank(shape: tuple[int, ...], format: Format, with_bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> Bank:
-    return empty_bank(SLOTS, shape, format, dtype, META, with_bias=with_bias)
+def _bank(
+    shape: tuple[int, ...],
+    format: Format,
+    with_bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    group_size: int = GROUP_SIZE,
+) -> Bank:
+    return empty_bank(SLOTS, shape, format, dtype, META, with_bias=with_bias, group_size=group_size)
 
 
 def _around() -> Iterator[Launch]:
@@ -77,8 +85,8 @@ def _around() -> Iterator[Launch]:
     for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
         yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
     yield Launch("", _combine)
-    yield Launch("top-k of 64", partial(routing.route, _new(8, 64), routing.Routing(8, "softmax")))
-    grouped_routing = routing.Routing(8, "sigmoid", True, 2.5, 8, 4)
+    yield Launch("top-k of 64", partial(routing.route, _new(8, 64), Routing(8, "softmax")))
+    grouped_routing = Routing(8, "sigmoid", True, 2.5, 8, 4)
     yield Launch("8 groups of 256", partial(_route, grouped_routing, 256))
     for head_dim in (64, 128, 192):
         yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
@@ -87,7 +95,20 @@ def _around() -> Iterator[Launch]:
     yield Launch("", _copy)
 
 
-def _route(routing_: routing.Routing, num_experts: int) -> None:
+def _small_groups(arch: int) -> Iterator[Launch]:
+    """int4 in groups below 128: other checkpoints' choice, with shorter loop steps."""
+    gemvs = configs.GEMV["int4"]
+    for size in (32, 64):
+        yield Launch(f"int4 g{size}", partial(_gemv_gate_up, "int4", gemvs.gate_up, size))
+        yield Launch(f"int4 g{size}", partial(_gemv_down, "int4", gemvs.down, size))
+        for config in configs.steps_of(arch, "int4").values():
+            gate_up = partial(_gate_up, "int4", SILU, config.gate_up, group_size=size)
+            down = partial(_down, "int4", config.down, group_size=size)
+            yield Launch(f"int4 g{size} {_shape(config.gate_up)}", gate_up, {"gate_up_kernel": WGMMA})
+            yield Launch(f"int4 g{size} {_shape(config.down)}", down, {"down_kernel": WGMMA})
+
+
+def _route(routing_: Routing, num_experts: int) -> None:
     routing.route(_new(8, num_experts), routing_, _new(num_experts, dtype=torch.float32))
 
 
@@ -105,8 +126,8 @@ def _plan(num_slots: int) -> None:
 
 def _copy() -> None:
     state = residency.new_residency(4, EXPERTS, 32, META)
-    sources = _new(4 * EXPERTS, dtype=torch.int64)
-    residency.copy_experts(state, sources, _new(32, 1 << 20, dtype=torch.uint8))
+    tables = _new(2, 4 * EXPERTS, dtype=torch.int64), _new(2, dtype=torch.int64), _new(2, dtype=torch.int64)
+    residency.copy_experts(state, residency.Copies(*tables))
 
 
 def _combine() -> None:
@@ -114,14 +135,14 @@ def _combine() -> None:
     combine.combine(outputs, _ids(32), weights, _slot_of(), _new(32, HIDDEN))
 
 
-def _gemv_gate_up(format: Format, config: Gemv) -> None:
-    bank = _bank((2, INNER, HIDDEN), format)
+def _gemv_gate_up(format: Format, config: Gemv, group_size: int = GROUP_SIZE) -> None:
+    bank = _bank((2, INNER, HIDDEN), format, group_size=group_size)
     gemv.gemv_gate_up(_new(4, HIDDEN), _ids(4), bank, _slot_of(), SILU, config)
 
 
-def _gemv_down(format: Format, config: Gemv) -> None:
+def _gemv_down(format: Format, config: Gemv, group_size: int = GROUP_SIZE) -> None:
     weights = _new(4, TOP_K, dtype=torch.float32)
-    bank = _bank((HIDDEN, INNER), format)
+    bank = _bank((HIDDEN, INNER), format, group_size=group_size)
     gemv.gemv_down(_new(4 * TOP_K, INNER), _ids(4), weights, bank, _slot_of(), _new(4, HIDDEN), config)
 
 
@@ -132,15 +153,21 @@ def _aligned(num_tokens: int, block_t: int) -> align.Aligned:
     return align.Aligned(*(_new(size, dtype=torch.int32) for size in sizes))
 
 
-def _gate_up(format: Format, activation: Activation, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
+def _gate_up(
+    format: Format,
+    activation: Activation,
+    tile: Tile,
+    dtype: torch.dtype = torch.bfloat16,
+    group_size: int = GROUP_SIZE,
+) -> None:
     """GPT-OSS has biases, the others have none."""
-    bank = _bank((2, INNER, HIDDEN), format, with_bias=activation is GPT_OSS, dtype=dtype)
+    bank = _bank((2, INNER, HIDDEN), format, activation is GPT_OSS, dtype, group_size)
     grouped.gate_up(
         _new(64, HIDDEN, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), TOP_K, activation, tile
     )
 
 
-def _down(format: Format, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
-    bank = _bank((HIDDEN, INNER), format, dtype=dtype)
+def _down(format: Format, tile: Tile, dtype: torch.dtype = torch.bfloat16, group_size: int = GROUP_SIZE) -> None:
+    bank = _bank((HIDDEN, INNER), format, dtype=dtype, group_size=group_size)
     outputs = _new(64 * TOP_K, HIDDEN, dtype=torch.float32)
     grouped.down(_new(64 * TOP_K, INNER, dtype=dtype), bank, _slot_of(), _aligned(64, tile.block_t), outputs, tile)

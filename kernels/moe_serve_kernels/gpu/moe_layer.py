@@ -36,7 +36,8 @@ def moe_layer(
     """Weighted sum of the chosen experts' outputs -> [T, H] of x's dtype.
 
     x [T, H] float32, float16 or bf16; ids [T, K] any integer type; weights [T, K] any float type; slot_of [E] int32.
-    Choices whose expert is in no slot add nothing. `config`: how; None: by shape, and by what was tuned.
+    Choices whose expert is in no slot add nothing, nor do negative ids: nobody's choices. `config`: how; None: by
+    shape, and by what was tuned.
     """
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     chosen = config or config_for(x, ids, slot_of.shape[0], pool)
@@ -157,7 +158,7 @@ def moe_layer_reference(
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for token, choices in enumerate(ids.tolist()):
         for choice, expert in enumerate(choices):
-            slot = int(slot_of[expert])
+            slot = int(slot_of[expert]) if expert >= 0 else -1
             if slot >= 0:
                 out[token] += weights[token, choice].double() * _expert(x[token].double(), slot, pool, activation)
     return out

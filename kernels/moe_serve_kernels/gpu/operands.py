@@ -10,6 +10,22 @@ import triton.language as tl
 
 
 @triton.jit
+def slot_of_choice(ids_ptr, slot_of_ptr, pair):
+    """The slot of a pair's expert, int64; -1 where it is in none, or where nobody chose (a negative id)."""
+    expert = tl.load(ids_ptr + pair)
+    return tl.load(slot_of_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
+
+
+@triton.jit
+def scales_of_slot(slot, num_outputs, num_inputs, FORMAT: tl.constexpr, GROUP: tl.constexpr):
+    """Where a slot's scales and zeros begin: one per output, in int4 one per output and group of inputs."""
+    if FORMAT == "int4":
+        return slot * (num_inputs // GROUP) * num_outputs
+    else:
+        return slot * num_outputs
+
+
+@triton.jit
 def to_float(w, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """Stored weights -> `dtype`. An e4m3 byte is taken apart by hand: the same on every GPU and in the interpreter."""
     if FORMAT == "fp8":
@@ -66,3 +82,42 @@ def load_int4(w_ptr, scale_ptr, zero_ptr, f, group, stride, dtype: tl.constexpr,
     low = ((packed & 15).to(tl.float32) - zero) * scale
     high = ((packed >> 4).to(tl.float32) - zero) * scale
     return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
+def load_inputs(x_rows, c, row_ok, num_inputs, EVEN: tl.constexpr):
+    """[N, C] of the activations."""
+    mask = row_ok[:, None]
+    if not EVEN:
+        mask = mask & (c < num_inputs)[None, :]
+    return tl.load(x_rows + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_input_group(x_rows, group, row_ok, GROUP: tl.constexpr):
+    """The halves [N, GROUP / 2] of one group of inputs."""
+    half: tl.constexpr = GROUP // 2
+    c = group * GROUP + tl.arange(0, half)
+    low = tl.load(x_rows + c[None, :], mask=row_ok[:, None], other=0.0)
+    return low, tl.load(x_rows + half + c[None, :], mask=row_ok[:, None], other=0.0)
+
+
+@triton.jit
+def multiply_group(
+    acc,
+    x_low,
+    x_high,
+    weights,
+    f,
+    f_ok,
+    group,
+    stride,
+    dtype: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc plus one group of inputs times int4 weights (data, scale, zero)."""
+    low, high = load_int4(weights[0], weights[1], weights[2], f, group, stride, dtype, f_ok, GROUP // 2)
+    acc = multiply(tl.trans(low), x_low, acc, SWAP, UPCAST)
+    return multiply(tl.trans(high), x_high, acc, SWAP, UPCAST)

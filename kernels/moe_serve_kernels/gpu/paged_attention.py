@@ -49,9 +49,11 @@ def paged_decode(
     """Attention of one query token per sequence -> [N, Hk*G, Dv] of the query's dtype.
 
     query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64; lengths [N] int64,
-    each >= 1; sinks [Hk*G]. All contiguous and on one GPU; query, keys and values of one dtype of DTYPES.
+    each >= 1; sinks [Hk*G]. All on one GPU, and contiguous but for the rows of page_table, which may be the beginnings
+    of longer ones; query, keys and values of one dtype of DTYPES.
     """
-    assert all(t.is_contiguous() for t in (query, keys, values, page_table, lengths))
+    assert all(t.is_contiguous() for t in (query, keys, values, lengths))
+    assert page_table.stride(1) == 1
     assert query.dtype == keys.dtype == values.dtype
     num_seqs, heads, key_dim = query.shape
     kv_heads, num_slots, value_dim = values.shape
@@ -74,7 +76,7 @@ def paged_decode(
         state[1],
         scale * LOG2_E,
         num_slots,
-        page_table.shape[1],
+        page_table.stride(0),
         window or 0,
         GROUPS=groups,
         KEY_DIM=key_dim,
@@ -121,7 +123,7 @@ def attend_split(
     sum_ptr,
     scale,
     num_slots,
-    table_width,
+    table_stride,
     window,
     GROUPS: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -162,7 +164,7 @@ def attend_split(
     for start in tl.range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         is_seen = (at >= begin) & (at < last)
-        page = tl.load(table_ptr + n * table_width + at // PAGE_SIZE, mask=at < last, other=0)
+        page = tl.load(table_ptr + n * table_stride + at // PAGE_SIZE, mask=at < last, other=0)
         slot = page * PAGE_SIZE + at % PAGE_SIZE
         k = tl.load(keys_ptr + slot[:, None] * KEY_DIM + d[None, :], mask=is_seen[:, None] & is_key, other=0.0)
         scores = _dot(q, tl.trans(k), UPCAST) * scale

@@ -9,7 +9,7 @@ stay without (slot -1) and are somebody else's work.
 
 All state is on the device: slot_of [L*E], owner_of [S] (layer * E + expert; -1: empty), used_at [S], clock [1].
 
-Shape alphabet: L layers, E experts per layer, S slots, P pairs of the step.
+Shape alphabet: L layers, E experts per layer, S slots, T tokens, K choices, P = T * K pairs of the step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ import triton.language as tl
 
 MOST_COMPARED = 8192
 """Comparisons of pairs with slots or experts at a time: more do not fit in registers."""
+MOST_PAIRS = 1024
+"""More are reduced to the experts among them beforehand: the one program of a plan looks at a few pairs at a time."""
 COPY_PROGRAMS = 32
 """Enough to fill a PCIe 5 link, few enough to leave the GPU to others."""
 COPY_WORDS = 2048
 """8-byte words that one program copies at a time."""
+NEVER_FREE = tl.constexpr(1 << 62)
+"""When what is no slot was used."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +42,15 @@ class Residency:
     owner_of: torch.Tensor
     """[S] int32"""
     used_at: torch.Tensor
-    """[S] int32: clock of the last use; -1: never."""
+    """[S] int64: clock of the last use; -1: never."""
     clock: torch.Tensor
-    """[1] int32"""
+    """[1] int64: one more with every plan, thousands of times a second."""
     wanted: torch.Tensor
     """[2, E] int32: layer * E + expert and slot of each copy of the last plan."""
     counts: torch.Tensor
-    """[3] int32: copies of the last plan, experts it found no slot for, and copies since the beginning."""
+    """[2] int32: copies of the last plan, and experts it found no slot for."""
+    totals: torch.Tensor
+    """[3, L] int64, since the beginning: chosen experts that had a slot, copies, and experts that lost theirs."""
 
     def of_layer(self, layer: int) -> torch.Tensor:
         """slot_of [E] of one layer, a view that stays right."""
@@ -54,25 +60,28 @@ class Residency:
 def new_residency(num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> Residency:
     """Empty slots."""
 
-    def full(*shape: int, value: int) -> torch.Tensor:
-        return torch.full(shape, value, dtype=torch.int32, device=device)
+    def full(*shape: int, value: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
 
     return Residency(
         num_experts,
         full(num_layers * num_experts, value=-1),
         full(num_slots, value=-1),
-        full(num_slots, value=-1),
-        full(1, value=0),
+        full(num_slots, value=-1, dtype=torch.int64),
+        full(1, value=0, dtype=torch.int64),
         full(2, num_experts, value=-1),
-        full(3, value=0),
+        full(2, value=0),
+        full(3, num_layers, value=0, dtype=torch.int64),
     )
 
 
 def plan(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
     """Make room for the experts in `ids` [T, K] of a layer, among the slots pool[0] .. pool[1] - 1.
 
-    Of slots used equally long ago the first is taken; of the experts, the smaller first.
+    Of slots used equally long ago the first is taken; of the experts, the smaller first. Negative ids are nobody's.
     """
+    if ids.numel() > MOST_PAIRS:
+        ids = _distinct(ids, state.num_experts)
     assert ids.is_contiguous()
     block_e = triton.next_power_of_2(state.num_experts)
     block_s = triton.next_power_of_2(pool[1] - pool[0])
@@ -84,7 +93,9 @@ def plan(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int])
         state.clock,
         state.wanted,
         state.counts,
+        state.totals[:, layer],
         ids.numel(),
+        state.totals.shape[1],
         layer * state.num_experts,
         state.num_experts,
         pool[0],
@@ -97,22 +108,37 @@ def plan(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int])
     )
 
 
-def copy_experts(state: Residency, sources: torch.Tensor, slots: torch.Tensor) -> None:
-    """Copy what the last plan wants.
+def _distinct(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[E]: each expert that is in `ids`, -1 in the places of the others."""
+    is_chosen = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)
+    is_chosen.index_fill_(0, ids.flatten().long(), True)  # -1 falls on the one beyond the experts
+    expert = torch.arange(num_experts, device=ids.device)
+    return torch.where(is_chosen[:num_experts], expert, -1)
 
-    sources [L*E] int64: address of each expert's bytes in pinned memory, 16-byte aligned; slots [S, bytes] uint8, the
-    bytes a multiple of 16.
-    """
-    num_bytes = slots.shape[1]
-    assert num_bytes % 16 == 0
-    assert slots.is_contiguous()
-    copy_kernel[(COPY_PROGRAMS,)](
-        sources,
-        slots.view(torch.int64),
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies:
+    """Where the parts of experts come from and go to. All int64, on the device."""
+
+    sources: torch.Tensor
+    """[R, L*E] address of each part of each expert, in pinned memory."""
+    targets: torch.Tensor
+    """[R] address of each part of slot 0."""
+    num_bytes: torch.Tensor
+    """[R] of one expert's part: a multiple of 16, as are the addresses."""
+
+
+def copy_experts(state: Residency, copies: Copies) -> None:
+    """Copy what the last plan wants, all parts in one launch."""
+    num_parts, num_keys = copies.sources.shape
+    copy_kernel[(COPY_PROGRAMS, num_parts)](
+        copies.sources,
+        copies.targets,
+        copies.num_bytes,
         state.wanted,
         state.counts,
+        num_keys,
         state.num_experts,
-        num_bytes // 8,
         BLOCK=COPY_WORDS,
         num_warps=8,
         enable_fp_fusion=True,
@@ -128,7 +154,9 @@ def plan_kernel(
     clock_ptr,
     wanted_ptr,
     counts_ptr,
+    totals_ptr,
     num_pairs,
+    num_layers,
     first_key,
     num_experts,
     first_slot,
@@ -143,7 +171,7 @@ def plan_kernel(
     is_slot = slot < num_slots
     now = tl.load(clock_ptr) + 1
     owner = tl.load(owner_of_ptr + first_slot + slot, mask=is_slot, other=-1)
-    used = tl.load(used_at_ptr + first_slot + slot, mask=is_slot, other=2147483647)
+    used = tl.load(used_at_ptr + first_slot + slot, mask=is_slot, other=NEVER_FREE)
     here = tl.load(slot_of_ptr + first_key + expert, mask=expert < num_experts, other=0)
     chosen = tl.zeros([BLOCK_E], tl.int32)
     hit = tl.zeros([BLOCK_S], tl.int32)
@@ -157,6 +185,7 @@ def plan_kernel(
     missing = tl.where((chosen == 1) & (here < 0), 1, 0)
     num_missing = tl.sum(missing, 0)
     num_copies = 0
+    num_evicted = 0
     for _ in range(0, num_missing):
         oldest = tl.min(used, 0)
         if oldest < now:
@@ -164,6 +193,7 @@ def plan_kernel(
             new = tl.min(tl.where(missing == 1, expert, BLOCK_E), 0)
             old_key = tl.max(tl.where(slot == victim, owner, -1), 0)
             tl.store(slot_of_ptr + old_key, -1, mask=old_key >= 0)
+            num_evicted += (old_key >= 0).to(tl.int32)
             tl.store(slot_of_ptr + first_key + new, first_slot + victim)
             tl.store(wanted_ptr + num_copies, first_key + new)
             tl.store(wanted_ptr + num_experts + num_copies, first_slot + victim)
@@ -176,21 +206,33 @@ def plan_kernel(
     tl.store(clock_ptr, now)
     tl.store(counts_ptr, num_copies)
     tl.store(counts_ptr + 1, num_missing - num_copies)
-    tl.store(counts_ptr + 2, tl.load(counts_ptr + 2) + num_copies)
+    _add(totals_ptr, tl.sum(chosen, 0) - num_missing)
+    _add(totals_ptr + num_layers, num_copies)
+    _add(totals_ptr + 2 * num_layers, num_evicted)
 
 
 @triton.jit
-def copy_kernel(sources_ptr, slots_ptr, wanted_ptr, counts_ptr, num_experts, num_words, BLOCK: tl.constexpr):
-    """Grid (programs,), each taking every so many blocks of every expert."""
+def _add(ptr, value):
+    tl.store(ptr, tl.load(ptr) + value)
+
+
+@triton.jit
+def copy_kernel(
+    sources_ptr, targets_ptr, bytes_ptr, wanted_ptr, counts_ptr, num_keys, num_experts, BLOCK: tl.constexpr
+):
+    """Grid (programs, R): each program takes every so many blocks of a part of every expert."""
+    part = tl.program_id(1)
+    num_bytes = tl.load(bytes_ptr + part)
+    num_words = tl.multiple_of(num_bytes // 8, 2)
     step = tl.num_programs(0) * BLOCK
     for i in range(0, tl.load(counts_ptr)):
-        key = tl.load(wanted_ptr + i)
-        source = tl.load(sources_ptr + key).to(tl.pointer_type(tl.int64))
-        target = slots_ptr + tl.load(wanted_ptr + num_experts + i).to(tl.int64) * num_words
+        source = tl.load(sources_ptr + part * num_keys + tl.load(wanted_ptr + i))
+        target = tl.load(targets_ptr + part) + tl.load(wanted_ptr + num_experts + i) * num_bytes
+        source = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
+        target = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
         for first in range(tl.program_id(0) * BLOCK, num_words, step):
             at = first + tl.arange(0, BLOCK)
-            words = tl.load(tl.multiple_of(source, 16) + at, mask=at < num_words)
-            tl.store(target + at, words, mask=at < num_words)
+            tl.store(target + at, tl.load(source + at, mask=at < num_words), mask=at < num_words)
 
 
 def plan_reference(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
@@ -199,21 +241,22 @@ def plan_reference(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[
     now = int(state.clock) + 1
     state.clock.fill_(now)
     slots = range(*pool)
-    chosen = sorted(set(ids.flatten().tolist()))
+    chosen = sorted({e for e in ids.flatten().tolist() if e >= 0})
     missing = [e for e in chosen if state.slot_of[first_key + e] < 0]
     for slot in slots:
         if int(state.owner_of[slot]) - first_key in chosen:
             state.used_at[slot] = now
-    copies = 0
+    copies = evicted = 0
     for expert in missing:
         victim = min(slots, key=lambda s: (int(state.used_at[s]), s))
         if state.used_at[victim] >= now:
             break
         if state.owner_of[victim] >= 0:
             state.slot_of[int(state.owner_of[victim])] = -1
+            evicted += 1
         state.slot_of[first_key + expert] = state.wanted[1, copies] = victim
         state.owner_of[victim] = state.wanted[0, copies] = first_key + expert
         state.used_at[victim] = now
         copies += 1
     state.counts[0], state.counts[1] = copies, len(missing) - copies
-    state.counts[2] += copies
+    state.totals[:, layer] += torch.tensor([len(chosen) - len(missing), copies, evicted], device=state.totals.device)

@@ -14,37 +14,21 @@ Shape alphabet: T tokens, K choices, E experts, G groups of E / G experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How a family chooses."""
-
-    top_k: int
-    score: Literal["softmax", "sigmoid", "softmax_of_chosen"]
-    renormalize: bool = False
-    """Divide the weights by their sum."""
-    scaling: float = 1.0
-    """Multiply the weights, last of all."""
-    num_groups: int = 1
-    top_groups: int = 1
-    """Only experts in the best groups can be chosen; a group is worth its two best experts (DeepSeek-V3)."""
+from moe_serve_kernels.gpu.routings import Routing
 
 
 def route(
     logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [T, E] any float type, bias [E] float32 -> ids [T, K] int32, weights [T, K] float32, best first."""
+    """logits [T, E] any float type, bias [E] float32 -> ids [T, K] int64, weights [T, K] float32, best first."""
     num_tokens, num_experts = logits.shape
     assert num_experts % routing.num_groups == 0
     assert routing.top_k <= num_experts // routing.num_groups * routing.top_groups
-    ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int32, device=logits.device)
+    ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(num_tokens, routing.top_k, dtype=torch.float32, device=logits.device)
     if num_tokens:
         route_kernel[(num_tokens,)](
@@ -163,4 +147,4 @@ def route_reference(
         weights = weights.softmax(-1)
     if routing.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids.to(torch.int32), weights * routing.scaling
+    return ids, weights * routing.scaling

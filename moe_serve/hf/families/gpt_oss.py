@@ -2,5 +2,12 @@
 
 from expert_cache.activations import clamped
 from moe_serve.hf.family import Family
+from moe_serve.hf.routings import softmax_of_chosen
 
-FAMILY = Family(experts_class="GptOssExperts", transposed=True, interleaved=True, activation=clamped)
+FAMILY = Family(
+    experts_class="GptOssExperts",
+    transposed=True,
+    interleaved=True,
+    activation=clamped,
+    routing=softmax_of_chosen,
+)

@@ -13,7 +13,9 @@ from .cases import make_ids
 
 def check(ids: torch.Tensor, num_experts: int, block_t: int) -> None:
     got, expected = align(ids, num_experts, block_t), align_reference(ids, num_experts, block_t)
-    for name in ("pairs", "ends", "tile_expert", "tile_start"):
+    chosen = int((ids >= 0).sum())
+    torch.testing.assert_close(got.pairs[:chosen], expected.pairs[:chosen], rtol=0, atol=0)
+    for name in ("ends", "tile_expert", "tile_start"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0, msg=name)
 
 
@@ -35,6 +37,17 @@ def test_more_blocks_than_the_sum_takes_at_once(device, monkeypatch) -> None:
     monkeypatch.setattr(module, "ONE_BLOCK_PAIRS", 0)
     monkeypatch.setattr(module, "BLOCK_PAIRS", 32)
     check(make_ids(600, 2, 4, "random").to(device), 4, 64)
+
+
+@pytest.mark.parametrize("one_block_pairs", [512, 0], ids=["one block", "many blocks"])
+def test_nobodys_choices_are_left_out(device, one_block_pairs, monkeypatch) -> None:
+    monkeypatch.setattr(module, "ONE_BLOCK_PAIRS", one_block_pairs)
+    monkeypatch.setattr(module, "BLOCK_PAIRS", 32)
+    ids = make_ids(40, 2, 5, "random")
+    ids[[0, 7, 39]] = -1
+    ids[12, 1] = -1
+    check(ids.to(device), 5, 16)
+    check(torch.full((3, 2), -1, device=device), 5, 16)
 
 
 def test_no_tokens(device) -> None:

@@ -16,6 +16,7 @@ from expert_cache.gpu_pool import PooledExpert, SlotPool
 from expert_cache.layers import ExpertLayers
 from expert_cache.policies import find_policy
 from expert_cache.resident import ResidentExperts
+from expert_cache.slot_layout import layout_of
 from expert_cache.slots import Slots
 from moe_serve.forward_batch import DecodeGroup
 from moe_serve.hf import attention
@@ -28,7 +29,7 @@ SILU, CLAMPED = stores.SILU, stores.CLAMPED
 
 
 def compute_of(store, device, num_slots, activation=SILU) -> GpuCompute:
-    pool = SlotPool(store.weights(store.layers[0], 0), num_slots, torch.float32, device)
+    pool = SlotPool(layout_of(store.weights(store.layers[0], 0), torch.float32), num_slots, device)
     return GpuCompute(activation, torch.float32, device, pool)
 
 
@@ -84,7 +85,7 @@ def test_biased_transposed_interleaved_experts(device, tmp_path) -> None:
 
 def test_a_slot_is_free_again_when_its_expert_is_gone(device, tmp_path) -> None:
     store = stores.split_store(tmp_path)
-    pool = SlotPool(store.weights(store.layers[0], 0), 2, torch.float32, device)
+    pool = SlotPool(layout_of(store.weights(store.layers[0], 0), torch.float32), 2, device)
     first, second = (pool.put(store.weights(store.layers[0], e)) for e in (0, 1))
     assert (first.slot, second.slot, pool.num_free) == (0, 1, 0)
     del first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -71,6 +73,22 @@ def test_odd_shapes(device, name, hidden, inner) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_more_tokens_than_a_tile(device, name) -> None:
     check(make_layer(21, 2, 3, 32, 32, device), CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nobodys_choices(device, name) -> None:
+    """Rows that choose nobody get zeros, and the others the bits that they have without them."""
+    layer = make_layer(6, 2, 4, 64, 32, device)
+    ids = layer.ids.clone()
+    ids[[1, 4]] = -1
+    ids[2, 0] = -1
+    check(dataclasses.replace(layer, ids=ids), CONFIGS[name])
+    arguments = (layer.weights, layer.slot_of, layer.pool, SILU)
+    padded = moe_layer(layer.x, ids, *arguments, CONFIGS[name])
+    assert not bool(padded[[1, 4]].any())
+    weights, *others = arguments
+    alone = moe_layer(layer.x[[0, 3, 5]], ids[[0, 3, 5]], weights[[0, 3, 5]], *others, CONFIGS[name])
+    assert torch.equal(padded[[0, 3, 5]], alone)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

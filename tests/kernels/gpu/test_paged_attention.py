@@ -82,6 +82,14 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device) -> None:
     assert torch.equal(together[1:2], alone)
 
 
+def test_a_table_that_is_the_beginning_of_a_longer_one(device) -> None:
+    query, keys, values, table, lengths = case(*SHAPES[0], device)
+    longer = torch.nn.functional.pad(table, (0, 7), value=10_000)
+    settings = {"page_size": 16, "scale": 0.2}
+    expected = paged_decode(query, keys, values, table, lengths, **settings)
+    assert torch.equal(paged_decode(query, keys, values, longer[:, : table.shape[1]], lengths, **settings), expected)
+
+
 def test_no_sequences(device) -> None:
     query, keys, values, table, lengths = case(*SHAPES[0], device)
     out = paged_decode(query[:0], keys, values, table[:0], lengths[:0], page_size=16, scale=1.0)

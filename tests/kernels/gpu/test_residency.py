@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from moe_serve_kernels.gpu.residency import Residency, copy_experts, new_residency, plan, plan_reference
+from moe_serve_kernels.gpu.residency import (
+    MOST_PAIRS,
+    Copies,
+    Residency,
+    copy_experts,
+    new_residency,
+    plan,
+    plan_reference,
+)
 
 LAYERS, EXPERTS = 2, 6
 
@@ -50,26 +58,45 @@ def test_no_tokens_change_nothing_but_the_clock(device) -> None:
     state = new_residency(LAYERS, EXPERTS, 4, device)
     plan(state, 0, torch.empty(0, 2, dtype=torch.int64, device=device), (0, 4))
     assert int(state.clock) == 1
-    assert state.counts.tolist() == [0, 0, 0]
+    assert state.counts.tolist() == [0, 0]
+    assert not bool(state.totals.any())
     assert bool((state.slot_of < 0).all())
 
 
-@pytest.mark.parametrize("num_bytes", [16, 48, 40_000])
+def test_nobody_and_many_pairs(device) -> None:
+    """Negative ids take no slot; more pairs than a plan looks at count as the experts among them."""
+    state = new_residency(LAYERS, EXPERTS, 4, device)
+    expected = clone(state)
+    many = torch.randint(2, 4, (MOST_PAIRS, 2))
+    many[::3] = -1
+    for ids in (torch.full((2, 2), -1), torch.tensor([[4, -1], [-1, 1]]), many, torch.full((MOST_PAIRS, 2), -1)):
+        plan(state, 1, ids.to(device), (0, 4))
+        plan_reference(expected, 1, ids.to(device), (0, 4))
+        assert_equal(state, expected)
+    assert state.of_layer(1).tolist() == [-1, 0, 2, 3, 1, -1]
+
+
+@pytest.mark.parametrize("num_bytes", [(16,), (48, 16), (40_000, 64)])
 def test_copies(device, num_bytes) -> None:
-    """What is wanted is copied from its address; every other slot keeps its bytes."""
-    hosts = torch.randint(0, 255, (LAYERS * EXPERTS, num_bytes), dtype=torch.uint8)
+    """Every part of what is wanted is copied from its address; every other slot keeps its bytes."""
+    hosts = [torch.randint(0, 255, (LAYERS * EXPERTS, size), dtype=torch.uint8) for size in num_bytes]
     if device.type == "cuda":
-        hosts = hosts.pin_memory()
-    sources = torch.tensor([row.data_ptr() for row in hosts], device=device)
-    slots = torch.full((4, num_bytes), 255, dtype=torch.uint8, device=device)
+        hosts = [host.pin_memory() for host in hosts]
+    slots = [torch.full((4, size), 255, dtype=torch.uint8, device=device) for size in num_bytes]
+    copies = Copies(
+        torch.tensor([[row.data_ptr() for row in host] for host in hosts], device=device),
+        torch.tensor([part.data_ptr() for part in slots], device=device),
+        torch.tensor(num_bytes, device=device),
+    )
     state = new_residency(LAYERS, EXPERTS, 4, device)
     plan(state, 1, torch.tensor([[3, 0]], device=device), (1, 4))
-    copy_experts(state, sources, slots)
-    for expert in (0, 3):
-        assert torch.equal(slots[int(state.of_layer(1)[expert])].cpu(), hosts[EXPERTS + expert])
-    assert bool((slots[0] == 255).all())
-    assert bool((slots[3] == 255).all())
+    copy_experts(state, copies)
+    for part, host in zip(slots, hosts, strict=True):
+        for expert in (0, 3):
+            assert torch.equal(part[int(state.of_layer(1)[expert])].cpu(), host[EXPERTS + expert])
+        assert bool((part[0] == 255).all())
+        assert bool((part[3] == 255).all())
+        part.fill_(7)
     plan(state, 1, torch.tensor([[3, 0]], device=device), (1, 4))
-    slots.fill_(7)
-    copy_experts(state, sources, slots)
-    assert bool((slots == 7).all()), "a hit was copied"
+    copy_experts(state, copies)
+    assert all(bool((part == 7).all()) for part in slots), "a hit was copied"

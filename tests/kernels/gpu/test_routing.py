@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_serve_kernels.gpu.routing import Routing, route, route_reference
+from moe_serve_kernels.gpu.routing import route, route_reference
+from moe_serve_kernels.gpu.routings import Routing
 
 ROUTINGS = {
     "mixtral": Routing(2, "softmax_of_chosen"),

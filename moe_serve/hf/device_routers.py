@@ -1,0 +1,74 @@
+"""DeviceRouter: stands where a family's router stood, and chooses in one launch of our kernel.
+
+A captured decoding step of a model with small experts is half a hundred launches per layer; softmax, top-k, sum and
+division one by one are five of them. Knows no experts and no cache.
+
+Shape alphabet: T tokens, H hidden, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_serve.hf.experts import SlottedExperts
+from moe_serve_kernels.gpu.routings import Routing
+
+CORRECTION = "e_score_correction_bias"
+"""What families call the bias that counts for the choice and not for the weights."""
+
+
+class DeviceRouter(nn.Module):
+    """The gate of `router`, with our top-k."""
+
+    def __init__(self, router: nn.Module, routing: Routing, logits_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router = router
+        self.routing = routing
+        weight, bias = router.weight, getattr(router, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        self._weight = weight.detach().to(logits_dtype)
+        self._bias = None if bias is None else bias.detach().to(logits_dtype)
+        self._correction = _correction_of(router)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden [.., H] -> logits [T, E], weights [T, K] float32, ids [T, K] int64: what the families' blocks take."""
+        from moe_serve_kernels.gpu.routing import route  # needs triton, which machines without a GPU may lack
+
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)
+        logits = nn.functional.linear(rows, self._weight, self._bias)
+        ids, weights = route(logits, self.routing, self._correction)
+        return logits, weights, ids
+
+
+def _correction_of(router: nn.Module) -> torch.Tensor | None:
+    named = [*router.named_buffers(), *router.named_parameters()]
+    found = [tensor for name, tensor in named if name.split(".")[-1] == CORRECTION]
+    return found[0].detach().float().flatten().contiguous() if found else None
+
+
+def install(model: nn.Module, routing: Routing | None, num_experts: int) -> None:
+    """Put a DeviceRouter in the place of the router beside every SlottedExperts; None: leave them all."""
+    if routing is None:
+        return
+    for block in list(model.modules()):
+        if any(isinstance(child, SlottedExperts) for child in block.children()):
+            for name, child in list(block.named_children()):
+                if _is_router(child, num_experts):
+                    setattr(block, name, DeviceRouter(child, routing, _logits_dtype(child)))
+
+
+def _is_router(module: nn.Module, num_experts: int) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    is_gate = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == num_experts
+    return is_gate and hasattr(module, "top_k")
+
+
+def _logits_dtype(router: nn.Module) -> torch.dtype:
+    """Families with a correction compute scores in float32, and so do those that keep their gate in it."""
+    weight = router.weight
+    assert isinstance(weight, torch.Tensor)
+    in_float32 = _correction_of(router) is not None or hasattr(router, "routed_scaling_factor")
+    return torch.float32 if in_float32 else weight.dtype

@@ -1,0 +1,53 @@
+"""How each family's router chooses, from its config: what our routing kernel is told. Knows no modules.
+
+None: in a way that the kernel does not know, and the family's own router stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_serve_kernels.gpu.routings import Routing
+
+RoutingOf = Callable[[Any], Routing | None]
+"""From the HF config."""
+
+
+def unknown(config: Any) -> Routing | None:
+    """Left to the family's own code."""
+    return None
+
+
+def softmax(config: Any) -> Routing | None:
+    """Probabilities over all experts, divided by their sum over the chosen ones where the config says so."""
+    return Routing(config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
+
+
+def renormalized(config: Any) -> Routing | None:
+    """The same, always divided."""
+    return Routing(config.num_experts_per_tok, "softmax", renormalize=True)
+
+
+def softmax_of_chosen(config: Any) -> Routing | None:
+    """Probabilities over the chosen experts alone."""
+    return Routing(config.num_experts_per_tok, "softmax_of_chosen")
+
+
+def greedy(config: Any) -> Routing | None:
+    """DeepSeek-V2's scaled probabilities; its groups are judged by another rule than the kernel's."""
+    if config.topk_method != "greedy":
+        return None
+    return Routing(config.num_experts_per_tok, "softmax", scaling=config.routed_scaling_factor)
+
+
+def sigmoid_in_groups(config: Any) -> Routing | None:
+    """DeepSeek-V3's scores, chosen by score and correction inside the best groups."""
+    return Routing(
+        config.num_experts_per_tok,
+        "sigmoid",
+        renormalize=config.norm_topk_prob,
+        scaling=config.routed_scaling_factor,
+        num_groups=config.n_group,
+        top_groups=config.topk_group,
+    )

@@ -1,0 +1,85 @@
+"""Experts of every stored form in a slot: the kernels' layout, and the numbers that the checkpoint means."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from expert_cache.host_heap import HostHeap
+from expert_cache.slot_layout import layout_of, slot_of_bank, write_slot
+from expert_cache.store import ExpertWeights
+from moe_serve_kernels.gpu.pool import dequantize
+
+from ..kernels.quantized_experts import FORMS, make_matrix
+from . import stores
+
+HIDDEN, INNER = 256, 128
+CPU = torch.device("cpu")
+KEPT = {
+    "int8-g0-float32-r1": "int8",
+    "uint8-g0-float16-r1": "int8",
+    "fp8-g0-bfloat16-r1": "fp8",
+    "fp8-g0-float32-r10000": "fp8",
+    "int4-g128-bfloat16-r1": "int4",
+    "int4-g128-float16-r1-zeros": "int4",
+    "int4-g32-float32-r1": "int4",
+    "int4-g64-float32-r1-zeros": "int4",
+}
+"""Forms that a kernel reads as they are; all others become floats."""
+
+
+def written(weights: ExpertWeights, dtype: torch.dtype):
+    """The expert in slot 1 of a pool of 3."""
+    layout = layout_of(weights, dtype)
+    pool = layout.pool(3, CPU)
+    write_slot(weights, layout, slot_of_bank(pool.gate_up, 1), slot_of_bank(pool.down, 1))
+    return layout, pool
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_quantised(form) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    weights = ExpertWeights(*(make_matrix(form, *shape, generator) for shape in shapes))
+    kept = KEPT.get(str(form), "plain")
+    layout, pool = written(weights, torch.float32 if kept == "plain" else torch.bfloat16)
+    assert layout.format == kept
+    both = torch.cat([m.dequantized(torch.float64) for m in (weights.gate, weights.up)])
+    torch.testing.assert_close(dequantize(pool.gate_up, 1), both, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dequantize(pool.down, 1), weights.down.dequantized(torch.float64), rtol=1e-6, atol=0)
+    assert sum(layout.part_bytes()) == sum(t[1].nbytes for b in (pool.gate_up, pool.down) for t in b.parts().values())
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if str(form) in KEPT], ids=str)
+def test_codes_become_floats_for_float32(form) -> None:
+    """Whose exact products of codes fit into no registers."""
+    matrix = make_matrix(form, 128, 128, torch.Generator())
+    assert layout_of(ExpertWeights(matrix, matrix, matrix), torch.float32).format == "plain"
+
+
+@pytest.mark.parametrize("name", stores.STORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats(tmp_path, name, dtype) -> None:
+    store = stores.STORES[name][0](tmp_path)
+    weights = store.weights(store.layers[1], 2)
+    layout, pool = written(weights, dtype)
+    assert layout.format == "plain"
+    assert torch.equal(pool.gate_up.data[1], torch.stack([weights.gate, weights.up]).to(dtype))
+    assert torch.equal(pool.down.data[1], weights.down.to(dtype))
+    assert layout.has_bias == (name == "gpt_oss")
+    if layout.has_bias:
+        assert torch.equal(pool.gate_up.bias[1], torch.stack([weights.gate_bias, weights.up_bias]).float())
+        assert torch.equal(pool.down.bias[1], weights.down_bias.float())
+
+
+def test_a_heap_gives_aligned_pieces_apart(monkeypatch) -> None:
+    monkeypatch.setattr("expert_cache.host_heap.CHUNK_BYTES", 256)
+    sizes = [100, 16, 300, 1, 77]
+    heap = HostHeap(sum(-(-size // 16) * 16 for size in sizes), pinned=False)
+    pieces = [heap.take(size) for size in sizes]
+    assert [len(piece) for piece in pieces] == sizes
+    spans = sorted((piece.data_ptr(), piece.data_ptr() + len(piece)) for piece in pieces)
+    assert all(start % 16 == 0 for start, _ in spans)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

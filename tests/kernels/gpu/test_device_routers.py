@@ -1,0 +1,40 @@
+"""Our routing kernel in the place of each family's router: the same experts and weights as transformers' code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_serve.hf import device_routers, family
+from moe_serve.hf.device_routers import DeviceRouter
+from moe_serve.hf.experts import SlottedExperts
+
+from ...families.tiny_checkpoints import random_model
+from ...families.tiny_configs import CASES
+
+OWN = {"phimoe", "phimoe_window", "deepseek_v2"}
+"""Ways of choosing that the kernel does not know; "deepseek_v2" chooses groups by their best expert."""
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_chooses_as_the_family_does(device, name) -> None:
+    case = CASES[name]
+    config = case.config()
+    found = family.find(config.model_type)
+    model = random_model(case).to(device)
+    for block in list(model.modules()):
+        if type(getattr(block, "experts", None)).__name__ == found.experts_class:
+            block.experts = SlottedExperts(config)
+    num_experts = getattr(config, "num_local_experts", None) or config.num_experts
+    device_routers.install(model, found.routing(config), num_experts)
+    routers = [module for module in model.modules() if isinstance(module, DeviceRouter)]
+    assert (not routers) == (name in OWN)
+    for module in routers:
+        hidden = torch.randn(5, config.hidden_size, device=device)
+        logits, weights, ids = module(hidden)
+        expected_logits, expected_weights, expected_ids = module.router(hidden)
+        torch.testing.assert_close(logits, expected_logits.to(logits.dtype))
+        order, expected_order = ids.argsort(1), expected_ids.argsort(1)
+        assert torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order))
+        torch.testing.assert_close(weights.gather(1, order), expected_weights.gather(1, expected_order).float())
