@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expert_cache.acquisition import Acquisition
 from expert_cache.adaptive_quotas import AdaptiveQuotas
@@ -184,6 +185,12 @@ class ExpertCache:
         self.table.num_transit = min(self._most_transit, num_slots // SLOTS_PER_TRANSIT)
         shape = len(self.store.layers), self.store.num_experts
         self._reallot(resized(self.table.allowed, *shape, num_slots - self.table.num_transit))
+
+    def keep_only(self, wanted: NDArray[np.bool_]) -> None:
+        """Between steps: free the slots of experts outside `wanted` [L, E], which will not be asked for any more."""
+        self.cancel_prefetches()
+        for index, expert in np.argwhere((self.table.slot_of >= 0) & ~wanted):
+            self._evict((int(index), int(expert)))
 
     def rebalance(self) -> None:
         """Between steps: give the layers other shares of the slots if recent traffic says that it saves misses."""

@@ -94,7 +94,6 @@ class ExpertLayers:
         if isinstance(self.experts, DeviceExperts):
             return self.experts.run(layer, hidden, ids, weights)
         groups = regroup(ids, self.experts.store.num_experts)
-        self.usage.use(layer, groups.experts, groups.counts)
         if self.audit is not None and layer == self.experts.store.layers[0]:
             self.audit.begin(len(hidden))
         if self.watcher is not None:
@@ -109,6 +108,7 @@ class ExpertLayers:
 
         Pairs whose expert cannot be read get zeros; see `run`.
         """
+        self.usage.use(layer, groups.experts, groups.counts)
         out = self.compute.result_like(hidden, len(groups.pairs))
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:

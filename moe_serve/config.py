@@ -159,6 +159,12 @@ class EngineConfig(FromDict):
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
     )
+    moe_io: str = option(
+        "direct",
+        "How experts are read from an expert file. direct: by our own threads, past the page cache; deepspeed: through"
+        " DeepSpeed's asynchronous I/O, where it is built.",
+        ("direct", "deepspeed"),
+    )
     enforce_eager: bool = option(
         False, "On a GPU, launch the operations of every decoding step one by one instead of as a captured CUDA graph."
     )

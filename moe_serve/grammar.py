@@ -13,6 +13,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,19 +45,22 @@ class GrammarError(Exception):
 class Matcher:
     """How far one sample has come in its grammar. Catches up with the sampled tokens by itself."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, begin: Callable[[], LLMatcher]) -> None:
+        """`begin`: the grammar before its first token; called when a mask is first wanted."""
+        self._begin = begin
+        self._matcher: LLMatcher | None = None
         self._num_consumed = 0
 
     def fill(self, seq: Sequence, row: NDArray[np.int32]) -> None:
         """Write the tokens that may follow into `row`, one bit per token id; GrammarError if that failed."""
+        matcher = self._matcher = self._matcher or self._begin()
         new = seq.token_ids[seq.num_prompt + self._num_consumed :]
         if new:
-            self._matcher.consume_tokens(new)
+            matcher.consume_tokens(new)
             self._num_consumed += len(new)
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._matcher.is_error():
-            raise GrammarError(self._matcher.get_error())
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
 
 
 class Grammars:
@@ -78,9 +82,24 @@ class Grammars:
 
     def start(self, spec: GrammarSpec) -> Matcher:
         """The grammar before its first token. Errors of `check` apply."""
+        fresh = self._copy(spec)
+        return Matcher(lambda: fresh)
+
+    def start_later(self, spec: GrammarSpec) -> Matcher:
+        """As `start`, compiled when the first mask is wanted: for a grammar that somebody else has checked."""
+
+        def begin() -> LLMatcher:
+            try:
+                return self._copy(spec)
+            except InvalidRequestError as error:
+                raise GrammarError(error.message) from error
+
+        return Matcher(begin)
+
+    def _copy(self, spec: GrammarSpec) -> LLMatcher:
         fresh = self._get(spec)
         with self._lock:
-            return Matcher(fresh.deep_copy())
+            return fresh.deep_copy()
 
     def _get(self, spec: GrammarSpec) -> LLMatcher:
         """Compiled without holding the lock: the engine must not wait for another request's grammar."""

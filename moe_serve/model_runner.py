@@ -62,7 +62,7 @@ class ModelRunner:
         self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages + 1, config.block_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
-        self._masks = MaskThread(spec.vocab_size)
+        self.masks = MaskThread(spec.vocab_size)
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         self._graphs: DecodeGraphs | None = None
         experts.connect(self.model, self.expert_layers)
@@ -112,7 +112,7 @@ class ModelRunner:
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
         self.expert_layers.close()
-        self._masks.close()
+        self.masks.close()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
@@ -132,7 +132,7 @@ class ModelRunner:
         batch = forward_batch.make(plan, self.config.block_size, device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
-        pending = self._masks.start(rows)
+        pending = self.masks.start(rows)
         scored = forward_batch.scored_rows(plan)
         logits = self._forward(batch, scored) if graphs is None else graphs.run(batch)
         logits, prompt_logits = logits[: len(rows)], logits[len(rows) :]

@@ -36,6 +36,7 @@ from expert_cache.resident import ResidentExperts
 from expert_cache.slot_layout import device_bytes, layout_of
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
+from moe_serve import deepspeed_io
 from moe_serve.config import EngineConfig
 from moe_serve.cpu_compute import cpu_compute
 from moe_serve.device_cache import device_cache
@@ -83,7 +84,7 @@ def expert_layers(
     profile = _profile(config, store)
     slots, num_transit = slots_of(config, store, spec.top_k, profile)
     policy = _policy(config, store, profile)
-    arena, fetcher = _arena(store, device, compute), _fetcher(device)
+    arena, fetcher = _arena(store, device, compute), _fetcher(config, device)
     host, misses = host_side(config, store, compute, arena, fetcher)
     cache = ExpertCache(
         store,
@@ -229,8 +230,10 @@ def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> 
     return arena(num_slots, store.slot_bytes, device)
 
 
-def _fetcher(device: torch.device) -> Fetcher:
+def _fetcher(config: EngineConfig, device: torch.device) -> Fetcher:
     """On a GPU the host's page cache is the tier below, so reads go through it; on a CPU it is the disk."""
+    if config.moe_io == "deepspeed":
+        return Fetcher(DISK_READERS, deepspeed_io.opener(config.moe_expert_file))
     if device.type == "cuda":
         return Fetcher(HOST_READERS, partial(DirectFile, direct=False))
     return Fetcher(DISK_READERS)

@@ -132,7 +132,7 @@ def _read(data: dict[str, Any], name: str, kind: type) -> Any:
     value = data.get(name)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or value != value:
         raise PlacementError(
             name, f"needs a {kind.__name__}, got {value!r:.40}; the file is damaged, make the plan again"
         )

@@ -83,6 +83,10 @@ class CoherentModel:
             step = _LayerStep(self, layer, index, moving, is_last=index == len(layers) - 1)
             layer.forward = step.forward
 
+    def choosing_rows(self) -> torch.Tensor | None:
+        """[n] rows for which a router has just chosen; None in the second half of a layer, which chooses again."""
+        return self.walk.rows if self.walk is not None and self.experts.given is None else None
+
 
 class _LayerStep:
     """Takes the place of one decoder layer's forward."""

@@ -13,11 +13,13 @@ from moe_serve import forward_batch
 from moe_serve.forward_batch import ForwardBatch, GroupLimits
 from moe_serve.hf import experts
 from moe_serve.model_runner import ModelRunner
+from moe_serve.parallel import routes
 from moe_serve.parallel.coherent import Meeting, numbers, read_numbers
 from moe_serve.parallel.coherent_layers import CoherentModel, Walk
 from moe_serve.parallel.context import ContextShare
 from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome
+from moe_serve.parallel.routes import RouteTap
 from moe_serve.parallel.sharing import LossNotes, SharedLayers
 from moe_serve.parallel.step_rows import errors_of, sample_rows, start_ranks
 
@@ -31,7 +33,9 @@ class CoherentRunner:
         self._losses = LossNotes()
         self._context = ContextShare(runner.kv_cache, shared.layers)
         self._model = CoherentModel(runner.model, shared, Meeting(shared, self._losses, self._context))
-        experts.connect(runner.model, self._model.experts)
+        num_experts = runner.expert_layers.experts.store.num_experts
+        self._tap = RouteTap(self._model.experts, shared.layers, num_experts, self._model.choosing_rows)
+        experts.connect(runner.model, self._tap)
 
     def run(self, step: RankStep) -> Outcome:
         self._runner.relieve_memory()
@@ -39,6 +43,7 @@ class CoherentRunner:
         batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
         walk = self._begin(step, batch)
         self._model.walk = walk
+        self._tap.begin(step.routes)
         self._context.begin(batch.kv_slots, walk.visited)
         logits = self._runner.model(
             input_ids=batch.input_ids,
@@ -49,8 +54,8 @@ class CoherentRunner:
             kv_cache=self._runner.kv_cache,
         ).logits[0]
         self._share_rest()
-        ended = sample_rows(self._runner, step, batch, walk.rows[walk.keep], logits)
-        return ended, errors_of(step, self._losses)
+        sampled, lost = sample_rows(self._runner, step, batch, walk.rows[walk.keep], logits)
+        return Outcome(sampled, errors_of(step, self._losses) | lost, routes.whole_step(self._tap, step))
 
     def _begin(self, step: RankStep, batch: ForwardBatch) -> Walk:
         device = self._runner.device

@@ -38,6 +38,15 @@ class ParallelConfig(FromDict):
         "Table of the experts that each token id used (.npz): sequences and tokens start on the rank that is"
         " expected to hold their experts.",
     )
+    expert_plan_interval: float | None = option(
+        None, "Seconds after which another placement is made from recent traffic, again and again. Default: never."
+    )
+    expert_plan_margin: float = option(
+        0.05, "Share of the traffic between ranks that another placement must save; one that saves less is not used."
+    )
+    expert_plan_window: int = option(
+        8192, "Tokens of recent traffic whose routes are kept to make another placement from. 0: none are kept."
+    )
     rank_stall_s: float = option(5.0, "A rank that gives no sign of life for so many seconds counts as lost.")
     rank_step_s: float = option(300.0, "Longest time in seconds that one step of the ranks may take.")
     rank_start_s: float = option(600.0, "Longest time in seconds for all ranks to load and connect.")
@@ -57,8 +66,22 @@ class ParallelConfig(FromDict):
         for name in ("rank_stall_s", "rank_step_s", "rank_start_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.devices == 1 and (self.expert_plan or self.ep_predictor):
-            raise ConfigError("--expert-plan and --ep-predictor divide work among ranks; give --devices above 1")
+        if self.devices == 1 and (self.expert_plan or self.ep_predictor or self.expert_plan_interval):
+            raise ConfigError(
+                "--expert-plan, --expert-plan-interval and --ep-predictor divide work among ranks;"
+                " give --devices above 1"
+            )
+        self._check_replacement()
+
+    def _check_replacement(self) -> None:
+        if self.expert_plan_interval is not None and self.expert_plan_interval <= 0:
+            raise ConfigError(f"--expert-plan-interval must be positive, got {self.expert_plan_interval}")
+        if not 0 <= self.expert_plan_margin < 1:
+            raise ConfigError(f"--expert-plan-margin must be at least 0 and below 1, got {self.expert_plan_margin}")
+        if self.expert_plan_window < 0:
+            raise ConfigError(f"--expert-plan-window must not be negative, got {self.expert_plan_window}")
+        if self.expert_plan_interval is not None and self.expert_plan_window == 0:
+            raise ConfigError("--expert-plan-interval plans from recent traffic; give --expert-plan-window above 0")
 
     @property
     def ranks_per_group(self) -> int:

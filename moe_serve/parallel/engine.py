@@ -13,6 +13,7 @@ from moe_serve.parallel.team_runner import TeamRunner
 from moe_serve.sequence import Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
 from moe_serve.tokenizer import Tokenizer
+from placement.plan import PlacementPlan
 
 MAX_LOSSES = 2
 
@@ -21,21 +22,39 @@ class ParallelEngine(Engine):
     """As Engine, with sequences on several ranks."""
 
     def __init__(
-        self, runner: TeamRunner, tokenizer: Tokenizer, spec: ModelSpec, eos_token_ids: frozenset[int]
+        self,
+        runner: TeamRunner,
+        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        eos_token_ids: frozenset[int],
+        plan: PlacementPlan,
     ) -> None:
+        """`plan`: the one that ranks start with."""
         super().__init__(runner, tokenizer, spec, eos_token_ids)
         self.team = runner.team
+        self.expert_reports = runner.reports
+        self.plan = plan
+        """In force; see `place`."""
+        self.num_placements = 0
+        """Times that another plan came into force."""
         self._team_runner = runner
         self._generation = runner.team.generation
         self._losses: dict[Sequence, int] = {}
 
     def check_request(self, request: Request) -> None:
-        """As Engine.check_request. Ranks sample, and have no grammars and no scores of prompts yet."""
+        """As Engine.check_request. Ranks send no scores of prompts: those have a row of logits per token."""
         super().check_request(request)
-        if request.params.grammar is not None:
-            raise InvalidRequestError(request.params.grammar.param, "works on one device only so far")
         if request.params.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs", "log-probabilities of prompts work on one device only so far")
+
+    def place(self, plan: PlacementPlan) -> None:
+        """Between two steps: experts live where `plan` says, on all ranks or, after an error, on none.
+
+        Requests go on and their tokens stay the same. `plan` must fit (plans.check_fit). RankLostError.
+        """
+        self._team_runner.place(plan.layout)
+        self.plan = plan
+        self.num_placements += 1
 
     def add_request(self, request: Request) -> None:
         """All samples of a request live on one rank, so that they can share its prompt's pages."""
@@ -70,10 +89,12 @@ class ParallelEngine(Engine):
             return self._count_loss(error)
 
     def _start_over(self, generation: int) -> None:
-        """The ranks are new: what they had computed is gone."""
+        """The ranks are new: what they had computed is gone, and they have the plan that they started with."""
         self._generation = generation
         self._team_runner.forget()
         self.scheduler.requeue_running()
+        if self.num_placements:
+            self._team_runner.place(self.plan.layout)
 
     def _count_loss(self, error: RankLostError) -> list[SampleOutput]:
         losses = {seq: self._losses.get(seq, 0) + 1 for seq in self.scheduler.running}

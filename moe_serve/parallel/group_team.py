@@ -17,13 +17,15 @@ from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.channel import Message
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.engine import ParallelEngine
-from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.plans import read_plan
 from moe_serve.parallel.prescheduling import Counts, Prescheduler, TokenAffinity
 from moe_serve.parallel.team_runner import TeamRunner
 from moe_serve.parallel.worker import Worker
+from moe_serve.route_recorder import RoutingShape
 from moe_serve.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
 from moe_serve.tokenizer import Tokenizer
+from placement.cost import hosts_of
 
 
 class GroupTeam:
@@ -44,11 +46,16 @@ class GroupTeam:
         """As JSON, because that is what ranks behind sockets would see, and as directly as they would get it."""
         others = range(1, self.num_ranks)
         self._worker.wire.trade(dict.fromkeys(others, _packed(message)), ())
-        own = json.loads(json.dumps(self._worker.step(message)))
+        own = json.loads(json.dumps(self._worker.answer(message)))
         heard = self._worker.wire.trade({}, others)
         answers = [own, *(_read(heard[rank]) for rank in others)]
-        self.counted = dict(enumerate(answers))
+        if "traffic" in own:
+            self.counted = dict(enumerate(answers))
         return answers
+
+    def reports(self) -> tuple[int, dict[int, Message]]:
+        """As Team.reports; here the ranks are asked, so not during a step."""
+        return self.generation, dict(enumerate(self.ask_all({"op": "report"})))
 
     def stop(self) -> None:
         """The followers' loops end."""
@@ -61,7 +68,7 @@ def follow(worker: Worker) -> None:
         message = _read(worker.wire.trade({}, [0])[0])
         if message["op"] == "stop":
             return
-        worker.wire.trade({0: _packed(worker.step(message))}, ())
+        worker.wire.trade({0: _packed(worker.answer(message))}, ())
 
 
 def _packed(message: Message) -> torch.Tensor:
@@ -78,13 +85,15 @@ def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> Parall
     """Rank 0's engine. `uses` [V, L, E]: the predictor's table (prescheduling)."""
     config, parallel = worker.config, team.parallel
     spec = ModelSpec.from_hf(read_config(config.model))
-    affinity = None
-    if uses is not None:
-        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.ranks_per_group)
-        affinity = TokenAffinity(uses, hosts)
-    runner = TeamRunner(team, config, Prescheduler(parallel.ranks_per_group, affinity))
-    eos = frozenset(eos_token_ids(config.model))
-    return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos)
+    size = parallel.ranks_per_group
+    plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, size)
+    follow = None if uses is None else lambda hosts: TokenAffinity(uses, hosts)
+    affinity = None if follow is None else follow(hosts_of(plan.layout, size))
+    shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
+    runner = TeamRunner(team, config, Prescheduler(size, affinity, follow), shape)
+    tokenizer = Tokenizer.from_path(config.model)
+    eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
+    return ParallelEngine(runner, tokenizer, spec, eos, plan)
 
 
 def complete(engine: ParallelEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:

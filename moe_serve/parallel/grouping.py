@@ -7,6 +7,7 @@ a group, ranks count from 0. Knows steps; knows no model.
 from __future__ import annotations
 
 from moe_serve.batch_plan import BatchPlan
+from moe_serve.parallel import routes
 from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome, RankRunner
 
@@ -24,8 +25,12 @@ class GroupRunner:
         last = self._first_rank + self._num_ranks
         chosen = [i for i, start in enumerate(step.starts) if self._first_rank <= start < last]
         if not chosen:
-            return {}, {}
+            return Outcome({}, {}, [])
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in chosen))
         starts = tuple(step.starts[i] - self._first_rank for i in chosen)
-        sampled, errors = self._inner.run(RankStep(plan, starts))
-        return {chosen[i]: s for i, s in sampled.items()}, {chosen[i]: error for i, error in errors.items()}
+        sampled, errors, pieces = self._inner.run(RankStep(plan, starts, step.routes))
+        return Outcome(
+            {chosen[i]: s for i, s in sampled.items()},
+            {chosen[i]: error for i, error in errors.items()},
+            routes.renumbered(pieces, [routes.spans(step.plan)[i] for i in chosen]),
+        )

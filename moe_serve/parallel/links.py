@@ -28,6 +28,8 @@ class Link:
     heard_s: float = field(default_factory=time.monotonic)
     """time.monotonic() of the last sign of life."""
     closed: bool = False
+    report: Message | None = None
+    """What the rank's experts have done, as of its last word about them."""
 
     def read_forever(self) -> None:
         """On a thread of its own."""
@@ -35,6 +37,7 @@ class Link:
             while True:
                 message = self.channel.receive()
                 self.heard_s = time.monotonic()
+                self.report = message.pop("report", self.report)
                 if message.get("op") != "alive":
                     self.answers.put(message)
         except ChannelClosed:

@@ -7,13 +7,13 @@ what was added since the step before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.batch_plan import BatchPlan, ScheduledSequence, StepResult
-from moe_serve.sequence import Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.sequence import GrammarKind, GrammarSpec, Request, SamplingParams, Sequence, TokenLogprob
 
 Sampled = tuple[int, TokenLogprob | None]
 
@@ -22,14 +22,22 @@ def params_to_json(params: SamplingParams) -> dict[str, Any]:
     """Fields that are not the default."""
     values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
     values["logit_bias"] = list(params.logit_bias.items())
+    values["grammar"] = params.grammar and dataclasses.asdict(params.grammar)
     default = SamplingParams()
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def params_from_json(data: Mapping[str, Any]) -> SamplingParams:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values = {name: _frozen(value) for name, value in data.items()}
     values["logit_bias"] = dict(data.get("logit_bias", ()))
+    if "grammar" in values:
+        values["grammar"] = GrammarSpec(**{**values["grammar"], "kind": GrammarKind(values["grammar"]["kind"])})
     return SamplingParams(**values)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, those within lists too: a bad word is a tuple of tokens."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 class PlanWriter:
@@ -40,10 +48,14 @@ class PlanWriter:
         self._known_tokens: dict[Sequence, int] = {}
         self._next_key = 0
 
-    def write(self, plan: BatchPlan, starts: Mapping[Sequence, int]) -> dict[str, Any]:
-        """`starts`: the rank on which a decoding sequence's token begins, where it is not its home."""
+    def write(self, plan: BatchPlan, starts: Mapping[Sequence, int], routes: int = 0) -> dict[str, Any]:
+        """`starts`: the rank on which a decoding sequence's token begins, where it is not its home.
+
+        `routes`: what is wanted of the step's routes, one of the constants in routes.py.
+        """
         gone = [seq for seq in self._keys if seq.is_finished]
         message = {
+            "routes": routes,
             "gone": [self._keys.pop(seq) for seq in gone],
             "new": [self._introduce(i.seq) for i in plan.scheduled if i.seq not in self._keys],
             "items": [self._item(i, starts.get(i.seq, i.seq.home_rank)) for i in plan.scheduled],
@@ -81,6 +93,8 @@ class RankStep:
     plan: BatchPlan
     starts: tuple[int, ...]
     """For each item of the plan, the rank where its tokens begin."""
+    routes: int = 0
+    """What the front wants to know of the routes."""
 
     def part_of(self, rank: int) -> list[int]:
         """Indices of the items that begin on a rank."""
@@ -91,13 +105,17 @@ class RankStep:
 class PlanReader:
     """A rank's side: messages as plans over mirrored sequences."""
 
+    start_grammar: Callable[[GrammarSpec], object]
+    """Makes the matcher of a sequence with a grammar."""
     _sequences: dict[int, Sequence] = field(default_factory=dict)
 
     def read(self, message: Mapping[str, Any]) -> RankStep:
         for key in message["gone"]:
             del self._sequences[key]
         for entry in message["new"]:
-            self._sequences[entry["key"]] = _mirror(entry)
+            seq = self._sequences[entry["key"]] = _mirror(entry)
+            if seq.params.grammar is not None:
+                seq.matcher = self.start_grammar(seq.params.grammar)
         scheduled, starts = [], []
         for key, start, count, start_rank, fresh, pages in message["items"]:
             seq = self._sequences[key]
@@ -106,7 +124,7 @@ class PlanReader:
             seq.num_computed = start
             scheduled.append(ScheduledSequence(seq, start, count))
             starts.append(start_rank)
-        return RankStep(BatchPlan(tuple(scheduled)), tuple(starts))
+        return RankStep(BatchPlan(tuple(scheduled)), tuple(starts), message["routes"])
 
 
 def _mirror(entry: Mapping[str, Any]) -> Sequence:
@@ -117,10 +135,12 @@ def _mirror(entry: Mapping[str, Any]) -> Sequence:
     return seq
 
 
-def result_to_json(sampled: Mapping[int, Sampled], errors: Mapping[int, str]) -> dict[str, Any]:
-    """By index of the plan's items."""
+def result_to_json(
+    sampled: Mapping[int, Sampled], errors: Mapping[int, str], routes: Items[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Tokens and errors by index of the plan's items; `routes`: see routes.py."""
     tokens = [[i, token, None if lp is None else [lp.logprob, lp.top]] for i, (token, lp) in sampled.items()]
-    return {"tokens": tokens, "errors": list(errors.items())}
+    return {"tokens": tokens, "errors": list(errors.items()), "routes": list(routes)}
 
 
 def merge_results(plan: BatchPlan, answers: Items[Mapping[str, Any]]) -> StepResult:

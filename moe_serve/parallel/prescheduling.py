@@ -10,7 +10,7 @@ Shape alphabet: V vocabulary, L MoE layers, E experts, G ranks.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,22 @@ Counts = npt.NDArray[np.int64]
 class Prescheduler:
     """Without a predictor: sequences go where the fewest tokens are, and tokens begin at home."""
 
-    def __init__(self, num_ranks: int, affinity: TokenAffinity | None = None) -> None:
-        """`num_ranks`: of a group, among which the affinity's experts are divided."""
+    def __init__(
+        self,
+        num_ranks: int,
+        affinity: TokenAffinity | None = None,
+        follow: Callable[[Hosts], TokenAffinity] | None = None,
+    ) -> None:
+        """`num_ranks`: of a group, among which the affinity's experts are divided. `follow`: the affinity under another
+        placement; None where there is no predictor."""
         self._num_ranks = num_ranks
         self._affinity = affinity
+        self._follow = follow
+
+    def place(self, hosts: Hosts) -> None:
+        """The experts live elsewhere from now on."""
+        if self._follow is not None:
+            self._affinity = self._follow(hosts)
 
     def home(self, prompt: Items[int], tokens_at: Items[int]) -> int:
         """The rank for a new sequence. `tokens_at`: tokens that each rank has already."""

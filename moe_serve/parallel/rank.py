@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from moe_serve.config import EngineConfig
@@ -36,10 +37,11 @@ def main() -> int:
     host, port = front_address(place)
     channel = connect(host, port, timeout_s=60)
     channel.send({"op": "hello", "rank": place.rank, "pid": os.getpid(), "secret": os.environ.get(SECRET, "")})
-    threading.Thread(target=_beat, args=(channel,), daemon=True).start()
+    heart = Heart(channel)
+    threading.Thread(target=heart.beat, daemon=True).start()
     try:
         settings = channel.receive(timeout_s=60)
-        _serve(channel, place, EngineConfig(**settings["engine"]), ParallelConfig(**settings["parallel"]))
+        _serve(channel, heart, place, EngineConfig(**settings["engine"]), ParallelConfig(**settings["parallel"]))
     except (ChannelClosed, TimeoutError):
         return 0
     except Exception as error:
@@ -48,14 +50,26 @@ def main() -> int:
     return 0
 
 
-def _beat(channel: Channel) -> None:
-    """Signs of life; a rank whose front has gone ends, even out of a collective."""
-    while True:
-        try:
-            channel.send({"op": "alive"})
-        except ChannelClosed:
-            os._exit(0)
-        time.sleep(BEAT_S)
+class Heart:
+    """Signs of life, with what the experts have done since the last one if they did anything."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._last: dict[str, Any] = {}
+        self.report: Callable[[], dict[str, Any]] = dict
+        """What to add; nothing until the model is loaded."""
+
+    def beat(self) -> None:
+        """On a thread of its own. A rank whose front has gone ends, even out of a collective."""
+        while True:
+            report = self.report()
+            news = {} if report == self._last else {"report": report}
+            self._last = report
+            try:
+                self._channel.send({"op": "alive", **news})
+            except ChannelClosed:
+                os._exit(0)
+            time.sleep(BEAT_S)
 
 
 def _report(channel: Channel, error: Exception) -> None:
@@ -66,17 +80,16 @@ def _report(channel: Channel, error: Exception) -> None:
         channel.send({"op": "failed", "kind": kind, "message": text})
 
 
-def _serve(channel: Channel, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
+def _serve(channel: Channel, heart: Heart, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
     worker = _load(place, config, parallel)
-    channel.send({"op": "ready", "engine": dataclasses.asdict(worker.config), "layers": worker.layers})
+    facts = {"engine": dataclasses.asdict(worker.config), "layers": worker.layers}
+    channel.send({"op": "ready", **facts, "report": worker.report()})
+    heart.report = worker.report
     while True:
         message = channel.receive()
         if message["op"] == "stop":
             return
-        if message["op"] == "resize":
-            channel.send({"op": "done", "n": message["n"], **worker.resize(message["mib"])})
-        else:
-            channel.send({"op": "done", "n": message["n"], **worker.step(message)})
+        channel.send({"op": "done", "n": message["n"], **worker.answer(message)})
 
 
 def _load(place: Place, config: EngineConfig, parallel: ParallelConfig) -> Any:

@@ -13,9 +13,11 @@ from moe_serve import forward_batch
 from moe_serve.forward_batch import GroupLimits
 from moe_serve.hf import experts
 from moe_serve.model_runner import ModelRunner
+from moe_serve.parallel import routes
 from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome
 from moe_serve.parallel.recompute import RecomputingLayers
+from moe_serve.parallel.routes import RouteTap
 from moe_serve.parallel.sharing import LossNotes, SharedLayers
 from moe_serve.parallel.step_rows import errors_of, sample_rows, start_ranks
 
@@ -28,7 +30,10 @@ class RecomputingRunner:
         self._rank = shared.exchange.rank
         self._losses = LossNotes()
         self._layers = RecomputingLayers(shared, self._losses, max(runner.kv_cache.layers))
-        experts.connect(runner.model, self._layers)
+        self._own = torch.empty(0, dtype=torch.int64)
+        num_experts = runner.expert_layers.experts.store.num_experts
+        self._tap = RouteTap(self._layers, shared.layers, num_experts, lambda: self._own)
+        experts.connect(runner.model, self._tap)
 
     def run(self, step: RankStep) -> Outcome:
         self._runner.relieve_memory()
@@ -36,6 +41,8 @@ class RecomputingRunner:
         batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
         homes = start_ranks(step, device)
         self._layers.begin(homes, batch.sample_rows)
+        self._own = (homes == self._rank).nonzero()[:, 0]
+        self._tap.begin(step.routes)
         rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
         logits: torch.Tensor = self._runner.model(
             input_ids=batch.input_ids,
@@ -45,4 +52,5 @@ class RecomputingRunner:
             forward_batch=batch,
             kv_cache=self._runner.kv_cache,
         ).logits[0]
-        return sample_rows(self._runner, step, batch, rows, logits), errors_of(step, self._losses)
+        sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
+        return Outcome(sampled, errors_of(step, self._losses) | lost, routes.whole_step(self._tap, step))

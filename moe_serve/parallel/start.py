@@ -16,13 +16,15 @@ from moe_serve.parallel import environment
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.engine import ParallelEngine
 from moe_serve.parallel.links import Listener
-from moe_serve.parallel.plans import read_hosts
+from moe_serve.parallel.plans import Hosts, read_plan
 from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, load_uses
 from moe_serve.parallel.spawner import Spawner
 from moe_serve.parallel.team import Team, new_secret
 from moe_serve.parallel.team_runner import TeamRunner
+from moe_serve.route_recorder import RoutingShape
 from moe_serve.spec import ModelSpec
 from moe_serve.tokenizer import Tokenizer
+from placement.cost import hosts_of
 
 
 def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
@@ -34,12 +36,14 @@ def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
     team = _team(config, parallel)
     resolved = team.start()
     try:
-        prescheduler = Prescheduler(parallel.ranks_per_group, _affinity(team, spec))
+        plan = read_plan(parallel.expert_plan, team.layers, spec.num_experts, parallel.ranks_per_group)
+        prescheduler = _prescheduler(team, spec, hosts_of(plan.layout, parallel.ranks_per_group))
     except BaseException:
         team.stop()
         raise
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
-    return ParallelEngine(TeamRunner(team, resolved, prescheduler), tokenizer, spec, eos)
+    shape = RoutingShape(team.layers, spec.num_experts, spec.top_k)
+    return ParallelEngine(TeamRunner(team, resolved, prescheduler, shape), tokenizer, spec, eos, plan)
 
 
 def _team(config: EngineConfig, parallel: ParallelConfig) -> Team:
@@ -67,11 +71,13 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
     return Team(config, parallel, listener, secret, None)
 
 
-def _affinity(team: Team, spec: ModelSpec) -> TokenAffinity | None:
-    parallel = team.parallel
-    if parallel.ep_predictor is None:
-        return None
-    counts = load_uses(parallel.ep_predictor, spec.vocab_size, len(team.layers), spec.num_experts)
-    return TokenAffinity(
-        counts, read_hosts(parallel.expert_plan, team.layers, spec.num_experts, parallel.ranks_per_group)
-    )
+def _prescheduler(team: Team, spec: ModelSpec, hosts: Hosts) -> Prescheduler:
+    path, size = team.parallel.ep_predictor, team.parallel.ranks_per_group
+    if path is None:
+        return Prescheduler(size)
+
+    def follow(hosts: Hosts) -> TokenAffinity:
+        """The table is read again for each placement: it may be large, and placements are rare."""
+        return TokenAffinity(load_uses(path, spec.vocab_size, len(team.layers), spec.num_experts), hosts)
+
+    return Prescheduler(size, follow(hosts), follow)

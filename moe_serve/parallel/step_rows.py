@@ -25,16 +25,24 @@ def start_ranks(step: RankStep, device: torch.device) -> torch.Tensor:
 
 def sample_rows(
     runner: ModelRunner, step: RankStep, batch: ForwardBatch, rows: torch.Tensor, logits: torch.Tensor
-) -> dict[int, Sampled]:
-    """Tokens by index of the step's items; logits [n, V] are those of `rows` [n], which the batch wants sampled."""
+) -> tuple[dict[int, Sampled], dict[int, str]]:
+    """Tokens, and errors of those whose grammar gave up, by index of the step's items.
+
+    Logits [n, V] are those of `rows` [n], which the batch wants sampled. Which rank samples what is known only after
+    the forward pass, so masks are not computed beside it.
+    """
     if not len(logits):
-        return {}
+        return {}, {}
     wanted = [i for i, item in enumerate(step.plan.scheduled) if item.needs_sample]
     of_row = dict(zip(batch.sample_rows.tolist(), batch.sample_order, strict=True))
     items = [wanted[of_row[row]] for row in rows.tolist()]
     seqs = [step.plan.scheduled[i].seq for i in items]
-    tokens, logprobs = sampler.sample(logits, seqs, runner.config.seed, runner.eos_token_ids)
-    return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True))
+    pending = runner.masks.start(seqs)
+    masks = pending.result() if pending is not None else None
+    tokens, logprobs = sampler.sample(logits, seqs, runner.config.seed, runner.eos_token_ids, masks)
+    errors = {} if masks is None else masks.errors
+    lost = {i: errors[seq] for i, seq in zip(items, seqs, strict=True) if seq in errors}
+    return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True)), lost
 
 
 def errors_of(step: RankStep, losses: LossNotes) -> dict[int, str]:

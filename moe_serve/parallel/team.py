@@ -278,6 +278,13 @@ class Team:
             self._spawner.stop()
         self._listener.close()
 
+    def reports(self) -> tuple[int, dict[int, Message]]:
+        """The generation, and what each rank's experts have done; nothing while ranks are lost. Any thread may ask."""
+        if self.state is not TeamState.READY:
+            return self.generation, {}
+        links = self._links.items()
+        return self.generation, {rank: link.report for rank, link in sorted(links) if link.report is not None}
+
     def describe(self) -> dict[str, Any]:
         """State and each rank's process and counts, for /health and metrics."""
         ranks = [

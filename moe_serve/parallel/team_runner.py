@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertReport
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
+from moe_serve.parallel import routes
+from moe_serve.parallel.expert_reports import TeamReports
 from moe_serve.parallel.messages import PlanWriter, merge_results
+from moe_serve.parallel.plans import layout_to_json
 from moe_serve.parallel.prescheduling import Prescheduler
 from moe_serve.parallel.team import Team
+from moe_serve.route_recorder import RoutingShape
+from placement.cost import Layout, hosts_of
 
 
 class TeamExperts:
@@ -47,16 +53,24 @@ def _plus(left: ExpertTotals, right: ExpertTotals) -> ExpertTotals:
 class TeamRunner:
     """A plan goes to all ranks; what each of them sampled comes back as one StepResult."""
 
-    def __init__(self, team: Team, config: EngineConfig, prescheduler: Prescheduler) -> None:
+    def __init__(self, team: Team, config: EngineConfig, prescheduler: Prescheduler, shape: RoutingShape) -> None:
         self.team = team
         self.config = config
         self.prescheduler = prescheduler
         self.expert_layers = TeamExperts(team)
+        self.reports = TeamReports(team.reports)
+        self._shape = shape
+        self._routes = routes.OFF
         self._writer = PlanWriter()
 
     def forget(self) -> None:
         """A new group of ranks knows no sequence."""
         self._writer = PlanWriter()
+
+    def place(self, layout: Layout) -> None:
+        """Between two steps: every rank runs the experts that it has in `layout`. RankLostError."""
+        self.team.ask_all({"op": "place", **layout_to_json(layout)})
+        self.prescheduler.place(hosts_of(layout, self.team.parallel.ranks_per_group))
 
     def run(self, plan: BatchPlan) -> StepResult:
         """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""
@@ -64,8 +78,10 @@ class TeamRunner:
         if self.team.parallel.ep_mode == "coherent":
             decoding = [item.seq for item in plan.scheduled if item.count == 1]
             starts = self.prescheduler.starts(decoding)
-        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, starts)})
-        return merge_results(plan, answers)
+        wanted = self._routes
+        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, starts, wanted)})
+        result = merge_results(plan, answers)
+        return replace(result, routes=routes.gather(plan, answers, self._shape, wanted)) if wanted else result
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Every rank gets this much. InvalidRequestError."""
@@ -74,17 +90,18 @@ class TeamRunner:
                 raise InvalidRequestError("mib", answer["refused"])
 
     def moe_layer_ids(self) -> tuple[int, ...]:
-        return tuple(self.team.layers)
+        return self._shape.layer_ids
 
     def resident_experts(self) -> None:
-        """Each rank has its own."""
+        """Each rank has its own, and they change faster than ranks tell."""
 
-    def expert_report(self) -> None:
-        """Ranks report what they send (`Team.counted`), not yet their experts by layer."""
+    def expert_report(self) -> ExpertReport | None:
+        """All ranks' together, of the last second or two."""
+        return self.reports.total()
 
     def watch_routes(self, wanted: bool, weights: bool = False) -> None:
-        if wanted:
-            raise InvalidRequestError("", "routes are not recorded over several devices yet; use one device for that")
+        """From the next step on, ranks add routes to their answers, or stop to."""
+        self._routes = (routes.IDS_AND_WEIGHTS if weights else routes.IDS) if wanted else routes.OFF
 
     def close(self) -> None:
         self.team.stop()

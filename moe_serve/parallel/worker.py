@@ -11,16 +11,22 @@ from typing import Any
 
 import torch
 
+from expert_cache.cache import ExpertCache
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
 from moe_serve.kv_cache import LayerKV
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place
+from moe_serve.parallel.expert_reports import report_to_json
 from moe_serve.parallel.grouping import GroupRunner
+from moe_serve.parallel.late_grammars import LateGrammars
 from moe_serve.parallel.messages import PlanReader, result_to_json
 from moe_serve.parallel.modes import make_runner, way_of
+from moe_serve.parallel.ownership import Ownership
+from moe_serve.parallel.plans import layout_from_json
 from moe_serve.parallel.wire import Wire
+from placement.cost import hosts_of
 
 
 class Worker:
@@ -41,7 +47,20 @@ class Worker:
         mode = make_runner(self.way, self._runner, self._shared)
         size = parallel.ranks_per_group
         self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
-        self._reader = PlanReader()
+        self._reader = PlanReader(LateGrammars(self.config).start)
+
+    def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank has to say to the front's message."""
+        match message["op"]:
+            case "step":
+                return self.step(message)
+            case "place":
+                return self.place(message)
+            case "resize":
+                return self.resize(message["mib"])
+            case "report":
+                return self.report()
+        raise AssertionError(f"a rank knows no {message['op']!r}")
 
     @property
     def wire(self) -> Wire:
@@ -51,8 +70,22 @@ class Worker:
     @torch.inference_mode()
     def step(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Run a step's share; the answer has this rank's tokens and what it counted so far."""
-        sampled, errors = self._mode.run(self._reader.read(message))
-        return {**result_to_json(sampled, errors), **self._counted()}
+        outcome = self._mode.run(self._reader.read(message))
+        return {**result_to_json(*outcome), **self._counted()}
+
+    def place(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Another placement from the next step on; experts that are no longer run here leave this rank's cache."""
+        shared = self._shared
+        hosts = hosts_of(layout_from_json(message), shared.exchange.num_ranks)
+        shared.ownership = Ownership(hosts, shared.layers, shared.exchange.rank, self._runner.device)
+        experts = self._runner.expert_layers.experts
+        if isinstance(experts, ExpertCache):
+            experts.keep_only(hosts[:, :, shared.exchange.rank])
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """What the experts here have done since the start. Any thread may ask."""
+        return report_to_json(self._runner.expert_report())
 
     def resize(self, moe_cache_mib: int) -> dict[str, Any]:
         """Change this rank's memory for experts; the answer says why not."""

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from moe_serve.server.expert_plan import ExpertPlanBody
 from moe_serve.server.parsing import Body
 from moe_serve.server.protocol import ChatBody, CompletionBody, DetokenizeBody, ExpertCacheBody, TokenizeBody
 from moe_serve.server.refusals import Refusal
@@ -22,6 +23,7 @@ ENDPOINTS: Mapping[str, type[Body]] = MappingProxyType(
         "POST /tokenize": TokenizeBody,
         "POST /detokenize": DetokenizeBody,
         "POST /moe_cache": ExpertCacheBody,
+        "POST /expert_plan": ExpertPlanBody,
     }
 )
 UNUSED = "Accepted and unused"

@@ -26,6 +26,7 @@ from moe_serve.server import (
     chat,
     completions,
     dashboard,
+    expert_plan,
     http_errors,
     openapi,
     operation,
@@ -122,6 +123,7 @@ def create_app(
         dashboard.install(app, service)
     operation.install(app, service)
     recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
+    expert_plan.install(app, service)
     openapi.install(app, [*ENDPOINTS.values(), recording.RecordingBody])
     return app
 

@@ -6,7 +6,7 @@ Knows teams of ranks; a server on one device has none, and then nothing here sho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -15,6 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from moe_serve.async_engine import EngineLike
 from moe_serve.errors import EngineDeadError
 from moe_serve.parallel.team import Team, TeamState
+
+if TYPE_CHECKING:
+    from expert_cache.report import ExpertReport
+    from moe_serve.parallel.engine import ParallelEngine
+    from moe_serve.parallel.expert_reports import TeamReports
 
 PREFIX = "moe_serve:ep_"
 
@@ -45,22 +50,46 @@ def install(app: FastAPI, engine: EngineLike, registry: CollectorRegistry) -> No
     team = team_of(engine)
     if team is None:
         return
+    over_ranks: ParallelEngine = engine  # type: ignore[assignment]
+    reports = over_ranks.expert_reports
 
     @app.get("/ranks")
     async def ranks() -> dict[str, Any]:
-        """Every rank's process, its last sign of life, and what it sent to others."""
+        """Every rank's process, its last sign of life, what it sent to others, and by layer what its experts did."""
         counted = {rank: answer["traffic"] for rank, answer in sorted(team.counted.items())}
         layers = {rank: answer["layer_bytes"] for rank, answer in sorted(team.counted.items())}
-        return {**team.describe(), "traffic": counted, "sent_bytes_by_layer": layers}
+        return {
+            **team.describe(),
+            "placements": over_ranks.num_placements,
+            "traffic": counted,
+            "sent_bytes_by_layer": layers,
+            "experts": {rank: _experts(report) for rank, report in reports.by_rank().items()},
+        }
 
-    registry.register(TeamCollector(team))
+    registry.register(TeamCollector(team, reports))
+
+
+def _experts(report: ExpertReport) -> dict[str, Any]:
+    """One rank's experts since it started."""
+    residency, counts = report.residency, report.counts
+    return {
+        "tokens": report.tokens.sum(axis=1).tolist(),
+        "resident": residency.ready.sum(axis=1).tolist(),
+        "num_slots": residency.num_slots,
+        "used_bytes": residency.used_bytes,
+        "hits": int(counts["hits"].sum()),
+        "misses": int(counts["misses"].sum()),
+        "stall_s": round(float(counts["stall_s"].sum()), 3),
+        "belady_gap_frac": report.belady_gap_frac,
+    }
 
 
 class TeamCollector:
     """Reads the team's counts when Prometheus asks."""
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Team, reports: TeamReports) -> None:
         self._team = team
+        self._reports = reports
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily(PREFIX + "ready", "1 while all ranks are there.")
@@ -86,4 +115,13 @@ class TeamCollector:
                     sent.add_metric([str(rank), name.removesuffix("_bytes")], amount)
             for layer, amount in zip(self._team.layers, answer["layer_bytes"], strict=True):
                 layers.add_metric([str(rank), str(layer)], amount)
-        yield from (sent, rows, trips, layers)
+        yield from (sent, rows, trips, layers, self._expert_tokens())
+
+    def _expert_tokens(self) -> Metric:
+        """By where they were computed: how evenly the placement loads the ranks."""
+        family = CounterMetricFamily(
+            PREFIX + "expert_tokens", "(token, choice) pairs computed by this rank's experts.", labels=["rank"]
+        )
+        for rank, report in self._reports.by_rank().items():
+            family.add_metric([str(rank)], int(report.tokens.sum()))
+        return family

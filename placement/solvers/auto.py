@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from placement.cost import Layout
+from placement.errors import PlacementError
 from placement.problem import PlacementProblem
 from placement.replicate import add_replicas
 from placement.run import Run
@@ -17,7 +18,7 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
     for simple in (round_robin, load_balance, chain):
         simple.solve(problem, run)
     if layer_states.fits(problem):
-        layer_states.solve(problem, run)
+        _solve_exactly(problem, run)
     else:
         if problem.balanced and staged.applies(problem):
             _start_in_stages(problem, run)
@@ -25,6 +26,15 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
     assert run.best is not None
     run.offer(add_replicas(problem, run.best), "replicas")
     return run.best
+
+
+def _solve_exactly(problem: PlacementProblem, run: Run) -> None:
+    """Where the time does not suffice for that, the best so far is the answer."""
+    try:
+        layer_states.solve(problem, run)
+    except PlacementError as error:
+        if error.field != "time_limit":
+            raise
 
 
 def _start_in_stages(problem: PlacementProblem, run: Run) -> None:

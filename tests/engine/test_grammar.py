@@ -145,7 +145,7 @@ def test_a_grammar_that_exhausts_its_limits_ends_its_own_request_only(engine: En
     engine.add_request(make_request("hard", SamplingParams(grammar=regex("a+"), max_tokens=5)))
     engine.add_request(make_request("easy", SamplingParams(max_tokens=5, ignore_eos=True)))
     (hard,) = (s for s in engine.scheduler.live() if s.request.request_id == "hard")
-    hard.matcher._matcher.consume_token(0)  # type: ignore[attr-defined]  # a wrong move, as limits would
+    hard.matcher._begin().consume_token(0)  # type: ignore[attr-defined]  # a wrong move, as limits would
     outputs = [o for _ in range(5) for o in engine.step()]
     assert [o.error is not None for o in outputs if o.request_id == "hard"] == [True]
     assert sum(o.request_id == "easy" for o in outputs) == 5

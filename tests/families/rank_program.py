@@ -15,25 +15,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_serve import SamplingParams
 from moe_serve.config import EngineConfig
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place, read_place
-from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, follow
+from moe_serve.parallel.group_team import GroupTeam, engine_over, follow
 from moe_serve.parallel.wire import GroupWire
 from moe_serve.parallel.worker import Worker
+from tests.families import rank_cases
 
 
 def lead(worker: Worker, parallel: ParallelConfig, case: dict[str, Any]) -> dict[str, Any]:
     """Complete the case's prompts together."""
     team = GroupTeam(worker, parallel)
     engine = engine_over(team, worker, random_uses(worker, case))
-    tokens = complete(engine, case["prompts"], SamplingParams(**case["params"]))
-    engine.check_integrity()
+    served = rank_cases.serve(engine, case)
+    report = rank_cases.report(engine)
     team.stop()
-    return {"tokens": tokens, "traffic": [answer["traffic"] for answer in team.counted.values()]}
+    return {**served, **report, "traffic": [answer["traffic"] for answer in team.counted.values()]}
 
 
 def random_uses(worker: Worker, case: dict[str, Any]) -> Any:

@@ -22,19 +22,27 @@ from moe_serve.parallel.messages import (
     params_to_json,
     result_to_json,
 )
-from moe_serve.sequence import FinishReason, Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.sequence import FinishReason, GrammarKind, GrammarSpec, Request, SamplingParams, Sequence, TokenLogprob
 
 
 def test_params_survive() -> None:
-    params = SamplingParams(temperature=0.5, logit_bias={7: -3.0}, stop=("a", "b"), seed=5, logprobs=2, n=3)
+    grammar = GrammarSpec(GrammarKind.REGEX, "[ab]+", "guided_regex")
+    params = SamplingParams(
+        temperature=0.5, logit_bias={7: -3.0}, stop=("a", "b"), seed=5, logprobs=2, n=3,
+        bad_words=((1, 2), (3,)), allowed_token_ids=(4, 5), grammar=grammar,
+    )  # fmt: skip
     again = params_from_json(json.loads(json.dumps(params_to_json(params))))
     for field in dataclasses.fields(params):
         assert getattr(again, field.name) == getattr(params, field.name), field.name
 
 
+def no_grammar(spec: GrammarSpec) -> object:
+    raise AssertionError("no sequence has a grammar")
+
+
 def test_mirrors_follow_the_front() -> None:
     seq = Sequence(Request("r", (1, 2, 3), SamplingParams(temperature=0)), 0, [1, 2, 3], 10, page_ids=[4])
-    writer, reader = PlanWriter(), PlanReader()
+    writer, reader = PlanWriter(), PlanReader(no_grammar)
     first = BatchPlan((ScheduledSequence(seq, 0, 3),))
     step = reader.read(json.loads(json.dumps(writer.write(first, {}))))
     assert step.plan.scheduled[0].needs_sample
@@ -46,6 +54,15 @@ def test_mirrors_follow_the_front() -> None:
     assert step.starts == (1,)
     seq.finish_reason = FinishReason.STOP
     assert writer.write(BatchPlan(()), {})["gone"] == [0]
+
+
+def test_a_mirror_has_a_matcher_of_its_own() -> None:
+    grammar = GrammarSpec(GrammarKind.REGEX, "a")
+    seq = Sequence(Request("r", (1,), SamplingParams(grammar=grammar)), 0, [1], 5, page_ids=[0])
+    message = PlanWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), {}, routes=1)
+    step = PlanReader(lambda spec: ("matcher of", spec)).read(json.loads(json.dumps(message)))
+    assert step.plan.scheduled[0].seq.matcher == ("matcher of", grammar)
+    assert step.routes == 1
 
 
 def test_results_of_several_ranks_merge_in_plan_order() -> None:

@@ -151,6 +151,12 @@ def test_local_search_finds_the_optimum_of_a_mixtral_sized_chain(devices: int) -
     assert find_plan(problem, "local_search", effort=10).cost.total <= 1.01 * exact.cost.total
 
 
+def test_auto_has_an_answer_when_there_is_no_time_for_the_exact_one() -> None:
+    plan = find_plan(random_problem(7, 4, 8, 2), "auto", time_limit_s=0.0)
+    assert not plan.complete
+    assert not plan.optimal
+
+
 @pytest.mark.parametrize("name", solver_names())
 def test_the_same_seed_gives_the_same_plan(name: str) -> None:
     problem = random_problem(11, 3, 6, 2)

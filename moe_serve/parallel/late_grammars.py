@@ -1,0 +1,36 @@
+"""LateGrammars: a rank's grammars, with a tokenizer of its own that is read when the first grammar comes.
+
+The front has checked every grammar; ranks compile it again, on the thread that computes masks, so that no step
+waits for it before its forward pass. Knows settings and grammars; knows no steps.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from moe_serve.config import EngineConfig
+from moe_serve.generation_defaults import eos_token_ids
+from moe_serve.grammar import Grammars, Matcher
+from moe_serve.hf.checkpoint import read_config
+from moe_serve.sequence import GrammarSpec
+from moe_serve.spec import ModelSpec
+from moe_serve.tokenizer import Tokenizer
+
+
+class LateGrammars:
+    """As Grammars, for one rank."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+
+    def start(self, spec: GrammarSpec) -> Matcher:
+        """The grammar before its first token."""
+        return self._grammars.start_later(spec)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        config = self._config
+        tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+        vocab_size = ModelSpec.from_hf(read_config(config.model)).vocab_size
+        eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
+        return Grammars(tokenizer, vocab_size, eos)
