@@ -2,10 +2,11 @@
 
     deepspeed --num_gpus 2 benchmarks/bench_parallel.py --prompts TEXT_FILE        (or torchrun --nproc-per-node 2 ...)
 
-Rank 0 records the routes of half of the prompts on one rank, plans from them, and serves the other half on all
-ranks under every variant, interleaved. Only steps that do nothing but decode count. "forecast" is what the
-planning prompts' routes predict for a placement, "followed" what the served prompts' own routes do: the first
-tests the planner's knowledge of the traffic, the second the arithmetic. stdout: one line of JSON, from rank 0.
+Rank 0 records the routes of some prompts on one rank, plans from them, and serves others on all ranks under every
+variant, interleaved. Only steps that do nothing but decode count. "forecast" is what the planning prompts' routes
+predict for a placement, "followed" what the served prompts' own routes do: the first tests the planner's knowledge
+of the traffic, the second the arithmetic. Trips are waits for other ranks within a step, each a link's delay long.
+stdout: one line of JSON, from rank 0.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from expert_cache.layers import ExpertLayers
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig
@@ -39,23 +41,42 @@ from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, foll
 from moe_serve.parallel.plans import read_hosts
 from moe_serve.parallel.prescheduling import count_uses
 from moe_serve.parallel.worker import Worker
+from moe_serve.route_recorder import RouteRecorder
 from placement.plan import save_plan
 from placement.problem import PlacementProblem
 from placement.solve import find_plan
 from placement.topology import Topology
 
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of serving."""
+
+    mode: str
+    plan: str
+    predicted: bool = False
+    """Whether tokens and sequences start where a predictor expects their experts."""
+    context: str = "auto"
+    groups: int = 1
+
+
 VARIANTS = (
-    ("conventional", "contiguous", False),
-    ("conventional", "planned", False),
-    ("coherent", "contiguous", False),
-    ("coherent", "planned", False),
-    ("coherent", "planned", True),
-    ("conventional", "replicas", False),
-    ("coherent", "replicas", True),
+    Variant("conventional", "contiguous"),
+    Variant("conventional", "planned"),
+    Variant("coherent", "contiguous"),
+    Variant("coherent", "planned"),
+    Variant("coherent", "planned", predicted=True),
+    Variant("conventional", "replicas"),
+    Variant("coherent", "replicas"),
+    Variant("coherent", "planned", context="send"),
+    Variant("coherent", "replicas", context="send", predicted=True),
+    Variant("coherent", "grouped", groups=2),
 )
-"""Mode, placement, and whether tokens and sequences start where a predictor expects their experts."""
+"""The last needs 4 ranks at least."""
 REPLICAS = 2
 """Further experts per rank and layer in "replicas"."""
+PATIENCE_S = 3600.0
+"""The other ranks wait while the first records and plans."""
 KINDS = ("dispatch", "combine", "context", "control")
 
 
@@ -66,31 +87,39 @@ class CountingTeam(GroupTeam):
         super().__init__(worker, parallel)
         self.bytes = dict.fromkeys((*KINDS, "unmerged"), 0)
         self.tokens = 0
-        self.seconds = 0.0
+        self.step_s: list[float] = []
+        self.cpu_s = 0.0
+        """CPU time of this process, the ranks' first, in those steps."""
+        self.trips = 0
+        """Of all ranks together."""
         self.homes: dict[str, int] = {}
 
     def ask_all(self, message: dict[str, Any]) -> list[Any]:
-        before, start = self._sent(), time.perf_counter()
+        before, start, cpu_start = self._sent(), time.perf_counter(), time.process_time()
         answers = super().ask_all(message)
         self.homes.update({entry["request_id"]: entry["home"] for entry in message["new"]})
         if all(item[2] == 1 for item in message["items"]):
-            self.seconds += time.perf_counter() - start
+            self.step_s.append(time.perf_counter() - start)
+            self.cpu_s += time.process_time() - cpu_start
             self.tokens += len(message["items"])
             after = self._sent()
+            self.trips += after["trips"] - before["trips"]
             for kind in self.bytes:
                 self.bytes[kind] += after[kind] - before[kind]
         return answers
 
     def _sent(self) -> dict[str, int]:
         totals = [answer["traffic"] for answer in self.counted.values()]
-        return {kind: sum(t[f"{kind}_bytes"] for t in totals) for kind in self.bytes}
+        sent = {kind: sum(t[f"{kind}_bytes"] for t in totals) for kind in self.bytes}
+        return {**sent, "trips": sum(t["trips"] for t in totals)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="text to cut prompts from")
     parser.add_argument("--model", default=default_model())
-    parser.add_argument("--count", type=int, default=16, help="prompts served, and as many to plan from")
+    parser.add_argument("--count", type=int, default=16, help="prompts served")
+    parser.add_argument("--plan-count", type=int, default=64, help="prompts to plan from")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--effort", type=int, default=4, help="of the planner")
@@ -100,7 +129,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     place = read_place()
-    rank_model.join_group(place, ParallelConfig(devices=place.world_size), EngineConfig(device="cpu"))
+    rank_model.join_group(
+        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig(device="cpu")
+    )
     with torch.inference_mode():
         job = [prepare(args, place.world_size) if place.is_first else None]
         dist.broadcast_object_list(job)
@@ -114,55 +145,56 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
-    """On rank 0: routes of two halves of the prompts, and the plans made from the first."""
+    """On rank 0: routes of all prompts, and the plans made from those to plan from, which come first."""
     llm = LLM(**settings(args), num_threads=1)
     text = args.prompts.read_text()
     draw = random.Random(0)
-    starts = [draw.randrange(len(text) - 2000) for _ in range(2 * args.count)]
+    starts = [draw.randrange(len(text) - 2000) for _ in range(args.plan_count + args.count)]
     prompts = [llm.tokenizer.encode(text[s : s + 2000])[5 : 5 + args.length] for s in starts]
-    routes = [record(llm, prompt, args.new_tokens) for prompt in prompts]
+    routes = record(llm, prompts, args.new_tokens)
     folder = Path(tempfile.mkdtemp())
-    planning = np.concatenate([ids for _, ids in routes[: args.count]])
+    planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
     plans = {"contiguous": None}
-    for name, spare in (("planned", 0), ("replicas", REPLICAS)):
+    for name, devices, spare in (
+        ("planned", num_ranks, 0),
+        ("replicas", num_ranks, REPLICAS),
+        ("grouped", num_ranks // 2, 0),
+    ):
         problem = PlacementProblem.from_routes(
-            planning, llm.engine.spec.num_experts, Topology.even(num_ranks), "all", spare_slots=spare
+            planning, llm.engine.spec.num_experts, Topology.even(devices), "all", spare_slots=spare
         )
         save_plan(find_plan(problem, "auto", effort=args.effort, time_limit_s=20.0), folder / f"{name}.json")
         plans[name] = str(folder / f"{name}.json")
     print("planned", file=sys.stderr, flush=True)
-    tokens = np.concatenate([tokens for tokens, _ in routes[: args.count]])
+    tokens = np.concatenate([tokens for tokens, _ in routes[: args.plan_count]])
     uses = count_uses(tokens, planning.astype(np.int64), llm.engine.spec.vocab_size, llm.engine.spec.num_experts)
     llm.close()
     return {"prompts": prompts, "routes": routes, "plans": plans, "uses": uses}
 
 
-def record(llm: LLM, prompt: list[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N] that were computed and the experts [N, L, K] they went to."""
-    seen: dict[int, list[torch.Tensor]] = {}
-    original = ExpertLayers.run
-
-    def watch(self: ExpertLayers, layer: int, hidden: Any, ids: torch.Tensor, weights: Any) -> torch.Tensor:
-        seen.setdefault(layer, []).append(ids.clone())
-        return original(self, layer, hidden, ids, weights)
-
-    ExpertLayers.run = watch  # type: ignore[method-assign]
-    try:
-        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        output = llm.generate([prompt], params)[0].completions[0].token_ids
-    finally:
-        ExpertLayers.run = original  # type: ignore[method-assign]
-    llm.engine.pool.clear_cache()
-    ids = torch.stack([torch.cat(parts) for _, parts in sorted(seen.items())], 1).numpy()
-    return np.array([*prompt, *output[:-1]]), ids
+def record(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each prompt the token ids [N] that were computed and the experts [N, L, K] they went to."""
+    size = sum(map(len, prompts)) + len(prompts) * new_tokens
+    recorder = RouteRecorder(llm.engine.routing_shape(), size, token_ids=True)
+    llm.engine.listen_to_routes(recorder)
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True))
+    llm.engine.listen_to_routes(recorder, wanted=False)
+    trace = recorder.trace({})
+    assert trace.token_ids is not None
+    routes = [(trace.token_ids[a:b], trace.ids[a:b]) for a, b in pairwise(trace.seq_offsets.tolist())]
+    assert [tokens[: len(prompt)].tolist() for (tokens, _), prompt in zip(routes, prompts, strict=True)] == prompts
+    return routes
 
 
 def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     """Every variant in every round; rank 0 prints."""
-    chosen = [v for i, v in enumerate(VARIANTS) if not args.only or i in args.only]
+    chosen = [
+        v for i, v in enumerate(VARIANTS) if (not args.only or i in args.only) and place.world_size >= 2 * v.groups
+    ]
     workers = []
-    for mode, plan, _ in chosen:
-        parallel = ParallelConfig(devices=place.world_size, ep_mode=mode, expert_plan=job["plans"][plan])
+    for v in chosen:
+        settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan], "ep_context": v.context}
+        parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
         workers.append((parallel, Worker(place, EngineConfig(**settings(args), num_threads=1, device="cpu"), parallel)))
     teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
     tokens: list[Any] = []
@@ -174,37 +206,41 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
                 follow(worker)
     if place.is_first:
         rows = [report(args, team, worker, job, v) for (_, worker), team, v in zip(workers, teams, chosen, strict=True)]
-        alone = [known[args.length :].tolist() for known, _ in job["routes"][args.count :]]
+        alone = [known[args.length :].tolist() for known, _ in job["routes"][args.plan_count :]]
         same = all([sequence[:-1] for sequence in served] == alone for served in tokens)
         facts = {"ranks": place.world_size, "tokens_as_on_one_rank": same}
         print(json.dumps({**facts, "rows": rows}), flush=True)
 
 
-def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Any) -> Any:
-    engine = engine_over(team, worker, job["uses"] if variant[2] else None)
+def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Variant) -> Any:
+    engine = engine_over(team, worker, job["uses"] if variant.predicted else None)
     params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
-    tokens = complete(engine, job["prompts"][args.count :], params)
+    tokens = complete(engine, job["prompts"][args.plan_count :], params)
     team.stop()
-    print(variant, f"{team.seconds:.1f} s", file=sys.stderr, flush=True)
+    print(variant, f"{sum(team.step_s):.1f} s", file=sys.stderr, flush=True)
     return tokens
 
 
-def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Any) -> Any:
-    """A row of the result; forecasts where the placement has no replicas and tokens begin at home."""
-    mode, plan, predicted = variant
+def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Variant) -> Any:
+    """A row of the result; forecasts where tokens begin at home."""
     sent = {kind: count / team.tokens for kind, count in team.bytes.items()}
-    total = sum(sent[kind] for kind in KINDS)
-    row = {"mode": mode, "plan": plan, "predictor": predicted, "bytes_per_token": total, "sent": sent}
-    row["tokens_per_s"] = team.tokens / team.seconds
-    if plan == "replicas" or predicted:
+    row = {**asdict(variant), "way": worker.way, "bytes_per_token": sum(sent[kind] for kind in KINDS), "sent": sent}
+    steps = len(team.step_s)
+    row["trips_per_step"] = team.trips / team.num_ranks / steps
+    row["tokens_per_s"] = team.tokens / sum(team.step_s)
+    row["median_ms_per_step"] = 1e3 * statistics.median(team.step_s)
+    row["cpu_ms_per_step"] = 1e3 * team.cpu_s / steps
+    if variant.predicted:
         return row
-    spec = engine_over(team, worker).spec
-    hosts = read_hosts(job["plans"][plan], worker.layers, spec.num_experts, team.num_ranks)
-    sizes = RowBytes.of(mode, spec.hidden_size, spec.top_k, 4, *worker.kv_sizes)
-    for name, routes in (("forecast", job["routes"][: args.count]), ("followed", job["routes"][args.count :])):
+    spec, size = engine_over(team, worker).spec, team.num_ranks // variant.groups
+    hosts = read_hosts(job["plans"][variant.plan], worker.layers, spec.num_experts, size)
+    sizes = RowBytes.of(worker.way, spec.hidden_size, spec.top_k, 4, *worker.kv_sizes)
+    served = job["routes"][args.plan_count :]
+    for name, routes in (("forecast", job["routes"][: args.plan_count]), ("followed", served)):
         decoded = [ids[args.length :] for _, ids in routes]
-        homes = [np.full(len(ids), team.homes[str(i)]) for i, ids in enumerate(decoded)]
-        row[name] = asdict(forecast(mode, np.concatenate(decoded), hosts, np.concatenate(homes), sizes))
+        at = [team.homes[str(i)] if routes is served else i for i in range(len(decoded))]
+        homes = np.concatenate([np.full(len(ids), home % size) for ids, home in zip(decoded, at, strict=True)])
+        row[name] = asdict(forecast(worker.way, np.concatenate(decoded), hosts, homes, sizes))
     return row
 
 

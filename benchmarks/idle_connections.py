@@ -32,6 +32,7 @@ BODY = {"prompt": "Once", "max_tokens": 16, "ignore_eos": True, "stream": True}
 ALLOWED_SLOWDOWN = 1.5
 ALLOWED_KB = 20.0
 BATCH = 200
+SETTLE_S = 2.0
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -69,7 +70,9 @@ async def run(args: argparse.Namespace, server: StartedServer) -> dict[str, Any]
     assert server.pid is not None
     port = int(server.url.rsplit(":", 1)[1])
     await probe(port, args.repeats)
-    before, before_mb, before_sockets = await probe(port, args.repeats), rss_mb(server.pid), num_sockets(server.pid)
+    before, before_mb = await probe(port, args.repeats), rss_mb(server.pid)
+    await asyncio.sleep(SETTLE_S)  # the last probe's connection is still being closed
+    before_sockets = num_sockets(server.pid)
     start_s = time.monotonic()
     idle = await open_idle(port, args.connections)
     opened_s = time.monotonic() - start_s
@@ -77,7 +80,7 @@ async def run(args: argparse.Namespace, server: StartedServer) -> dict[str, Any]
     still_open = sum(not reader.at_eof() for reader, _ in idle)
     for _, writer in idle:
         writer.transport.abort()
-    await asyncio.sleep(2)
+    await asyncio.sleep(SETTLE_S)
     after = await probe(port, args.repeats)
     return {
         "connections": args.connections,

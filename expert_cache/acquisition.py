@@ -11,7 +11,7 @@ from expert_cache.errors import ExpertReadError
 
 @dataclass(slots=True)
 class Acquisition:
-    """What a layer asked for. Every expert is ready, failed, in flight or waiting.
+    """What a layer asked for. Every expert is ready, failed, in flight, waiting or left on the host.
 
     Example: experts 1, 4, 6, 7 wanted, 4 resident, two slots to be had: ready = {4: ...},
     in_flight = {1, 6}, waiting = [7]. When 4 has run and is released, 7 moves to in_flight.
@@ -30,8 +30,17 @@ class Acquisition:
     inputs: dict[int, PreparedWeights] = field(default_factory=dict)
     """Of those in flight, the ones whose gate and up can be read while down is still coming; each is put here once
     and taken out by whoever runs it."""
+    on_host: list[int] = field(default_factory=list)
+    """Experts that will not come: whoever runs the others computes these from their host copies."""
     waiting: deque[int] = field(default_factory=deque)
     """Experts that get a slot when one is released: the overflow that runs in waves."""
+    streams: bool = False
+    """Nearly all experts are wanted: they pass through in the order of the file (streaming.py)."""
+
+    def next_ready(self) -> list[int]:
+        """What to run now: everything, or of a stream the newest, whose slot the stream goes on through. Experts of the
+        pools, which came first, fill the time in which nothing arrives."""
+        return list(self.ready)[-1:] if self.streams else list(self.ready)
 
     @property
     def is_pending(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,15 +24,18 @@ from expert_cache.belady_window import BeladyWindow
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import DEMAND, Fetcher
+from expert_cache.fetch import DEMAND, LATER, Fetcher
 from expert_cache.in_flight import START_EARLY_BYTES, InFlight
 from expert_cache.live_shadows import LiveShadows
+from expert_cache.miss_service import MissService
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.pools import resized
 from expert_cache.report import Residency
+from expert_cache.slot_claims import SlotClaims
 from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights
+from expert_cache.streaming import FEWEST_RING_SLOTS, Streaming
 from moe_serve_kernels.quantized import QuantizedRows
 
 WINDOW_STEPS = 256
@@ -55,22 +59,26 @@ class ExpertCache:
         start_early_bytes: int = START_EARLY_BYTES,
         shadows: LiveShadows | None = None,
         quotas: AdaptiveQuotas | None = None,
+        misses: MissService | None = None,
     ) -> None:
         """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays. `quotas`: who
-        solves the layers' shares again, see `rebalance`.
+        solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host, if anyone.
 
         `arena` has at least as many slots as the two together; more allow growing later.
         """
         num_layers = len(store.layers)
         self.shadows = shadows
         self.quotas = quotas
+        self.misses = misses
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
         self.table = SlotTable(num_layers, store.num_experts, arena.num_slots, slots, num_transit, policy)
         self.counters = CacheCounters(num_layers)
         self._most_transit = num_transit
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
+        self._streaming = Streaming(store)
         self.in_flight = InFlight(store, prepare, arena, self.table, fetcher, self.counters, start_early_bytes)
+        self._claims = SlotClaims(self.table, self.in_flight, self._weights, self.counters, store.expert_bytes)
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
         self._window = self._new_window(slots)
 
@@ -90,7 +98,7 @@ class ExpertCache:
                 return Acquisition(layer, False, ready)
         self._record(index, np.asarray(experts), np.asarray(counts))
         self._land_prefetches()
-        wanted = Acquisition(layer)
+        wanted = Acquisition(layer, streams=self._streaming.suits(len(experts)))
         for expert in experts:
             weights = self._weights.get((index, expert))
             if weights is None:
@@ -101,7 +109,13 @@ class ExpertCache:
         self.counters.misses[index] += len(wanted.waiting)
         self._window.add(index, np.asarray(experts), len(wanted.ready), self.table.slot_of >= 0)
         self._correct_prefetches(index, wanted)
+        if wanted.streams:
+            self._order_stream(index, wanted)
+        elif self.misses is not None and wanted.waiting:
+            self._leave_on_host(self.misses, wanted, dict(zip(experts, counts, strict=True)))
         self._start_waiting(wanted)
+        for expert in wanted.on_host:
+            self._bring_later((index, expert))
         return wanted
 
     def wait(self, wanted: Acquisition) -> None:
@@ -112,10 +126,9 @@ class ExpertCache:
         start = time.perf_counter()
         self.in_flight.wait((index, expert) for expert in wanted.in_flight)
         self.counters.stall_s[index] += time.perf_counter() - start
-        for expert in list(wanted.in_flight):
-            if self.in_flight.is_done((index, expert)):
-                self._arrive(wanted, expert)
-            elif (weights := self.in_flight.inputs((index, expert))) is not None:
+        self._collect(wanted)
+        for expert in wanted.in_flight:
+            if (weights := self.in_flight.inputs((index, expert))) is not None:
                 wanted.inputs[expert] = weights
         self._start_waiting(wanted)
 
@@ -127,12 +140,15 @@ class ExpertCache:
         key = self._index[wanted.layer], expert
         self._unpin(key)
         if self.table.in_transit[key]:
-            self._settle(key)
+            self._claims.settle(key)
+        if wanted.streams:
+            self._collect(wanted)
         self._start_waiting(wanted)
 
     def abandon(self, wanted: Acquisition) -> None:
         """Give everything up: the step that acquired it has failed."""
         index = self._index[wanted.layer]
+        wanted.streams = False
         wanted.waiting.clear()
         for expert in list(wanted.ready):
             self.release(wanted, expert)
@@ -150,11 +166,10 @@ class ExpertCache:
         self._land_prefetches()
         for expert, urgency in zip(experts, urgencies, strict=True):
             key = self._index[layer], expert
-            if key in self._weights or key in self.in_flight:
-                continue
-            if not self._take_without_evicting(key):
-                return
-            self.in_flight.start(key, urgency)
+            if self._is_of_use(key):
+                if not self._claims.without_evicting(key):
+                    return
+                self.in_flight.start(key, urgency)
 
     def cancel_prefetches(self) -> None:
         """Drop every prefetch under way."""
@@ -186,11 +201,11 @@ class ExpertCache:
         if self.shadows is not None:
             self.shadows.resize(self.table.allowed)
         for index, expert in np.argwhere(self.table.in_transit):
-            self.arena.release(self._evict((int(index), int(expert))))
+            self.arena.release(self._claims.evict((int(index), int(expert))))
         while crowded := self.table.over_capacity():
             victim = self.table.victim(crowded[0], spare_unused=False)
             assert victim is not None, "resized while a step has experts pinned"
-            self.arena.release(self._evict(victim[0]))
+            self.arena.release(self._claims.evict(victim[0]))
 
     # ---- looking at it ----------------------------------------------------------------------------
 
@@ -293,68 +308,64 @@ class ExpertCache:
             else:
                 self.in_flight.cancel(key)
         for expert in np.flatnonzero(self.table.in_transit[index] & self.table.unused[index]):
-            self._evict((index, int(expert)))
+            self._claims.evict((index, int(expert)))
+
+    def _bring_later(self, key: Key) -> None:
+        """An expert computed on the host comes while the link is idle, if it is worth more than the least of its pool:
+        otherwise what is resident could never change."""
+        if self._is_of_use(key) and self._claims.if_worth_it(key):
+            self.in_flight.start(key, LATER)
 
     def _start_waiting(self, wanted: Acquisition) -> None:
         """Give slots to waiting experts as long as there are any."""
         index = self._index[wanted.layer]
-        while wanted.waiting and self._take_for_demand((index, wanted.waiting[0])):
+        while wanted.waiting and self._claims.for_demand((index, wanted.waiting[0]), self._may_evict(wanted)):
             expert = wanted.waiting.popleft()
             self.table.pins[index, expert] += 1
             wanted.in_flight.add(expert)
             self.in_flight.start((index, expert), DEMAND)
+        if wanted.streams and not wanted.waiting:
+            self._read_ahead(index)
 
-    def _take_for_demand(self, key: Key) -> bool:
-        """A slot, if need be at the expense of others: of a prefetch under way, by eviction, of an unused prefetch."""
-        if self._take_without_evicting(key):
-            return True
-        rivals = [k for k in self.in_flight.prefetches() if self._competes(k, key)]
-        if rivals:
-            self.in_flight.cancel(self.in_flight.least_urgent(rivals))
-            return self._take_without_evicting(key)
-        return self._take_by_evicting(key, spare_unused=True) or self._take_by_evicting(key, spare_unused=False)
+    def _may_evict(self, wanted: Acquisition) -> bool:
+        """A stream stays in its ring, if there is one, as long as something in it moves."""
+        is_moving = bool(wanted.ready or wanted.in_flight)
+        return not (wanted.streams and is_moving and self.table.num_transit >= FEWEST_RING_SLOTS)
 
-    def _take_without_evicting(self, key: Key) -> bool:
-        """A slot that nobody owns, of the pool or in transit."""
-        if self.table.has_room(key):
-            self.table.take(key)
-        elif self.table.has_transit:
-            self.table.take(key, transit=True)
-        else:
-            return False
-        return True
-
-    def _take_by_evicting(self, key: Key, spare_unused: bool) -> bool:
-        victim = self.table.victim(key[0], spare_unused)
-        if victim is None:
-            return False
-        self._evict(victim[0])
-        self.table.take(key)
-        return True
-
-    def _competes(self, prefetched: Key, key: Key) -> bool:
-        """Cancelling a prefetch would make a slot free for `key`."""
-        return bool(self.table.in_transit[prefetched]) or self.table.same_pool(prefetched[0], key[0])
-
-    def _settle(self, key: Key) -> None:
-        """An expert in transit has been used: it stays if it is worth more than the least of its pool."""
-        if self.table.pins[key] > 0:
-            return
-        if not self.table.has_room(key):
-            victim = self.table.victim(key[0], spare_unused=True)
-            if victim is None or self.table.value(key) <= victim[1]:
-                self._evict(key)
+    def _read_ahead(self, index: int) -> None:
+        """The stream goes on into the next layers, as far as there are slots."""
+        for distance, key in enumerate(self._streaming.ahead(index)):
+            if key in self._weights or key in self.in_flight:
+                continue
+            if not self._claims.without_evicting(key):
                 return
-            self._evict(victim[0])
-        self.table.admit(key)
+            self.in_flight.start(key, -float(distance))
 
-    def _evict(self, victim: Key) -> int:
-        """Free the slot of a ready expert; returns which."""
-        self.counters.evictions[victim[0]] += 1
-        if self.table.unused[victim]:
-            self.counters.wasted_bytes[victim[0]] += self.store.expert_bytes
-        del self._weights[victim]
-        return self.table.evict(victim)
+    def _is_of_use(self, key: Key) -> bool:
+        """Bringing this expert ahead of time can save reading it later."""
+        if key in self._weights or key in self.in_flight:
+            return False
+        return self.misses is None or not self.misses.stays(self.store.layers[key[0]], key[1])
+
+    def _leave_on_host(self, misses: MissService, wanted: Acquisition, count_of: dict[int, int]) -> None:
+        """Some of what waits for a slot is computed where it is."""
+        missing = list(wanted.waiting)
+        wanted.on_host = misses.on_host(wanted.layer, missing, [count_of[e] for e in missing], len(wanted.in_flight))
+        for expert in wanted.on_host:
+            wanted.waiting.remove(expert)
+        self.counters.host_runs[self._index[wanted.layer]] += len(wanted.on_host)
+
+    def _order_stream(self, index: int, wanted: Acquisition) -> None:
+        """Whoever holds a slot of the ring comes last in `ready`: it is run first. The rest as the file has it."""
+        travels = self.table.in_transit[index]
+        wanted.ready = dict(sorted(wanted.ready.items(), key=lambda item: bool(travels[item[0]])))
+        wanted.waiting = deque(self._streaming.in_file_order(index, wanted.waiting))
+
+    def _collect(self, wanted: Acquisition) -> None:
+        """Book what has arrived by now."""
+        for expert in list(wanted.in_flight):
+            if self.in_flight.is_done((self._index[wanted.layer], expert)):
+                self._arrive(wanted, expert)
 
     def _arrive(self, wanted: Acquisition, expert: int) -> None:
         """Book an expert that was in flight."""

@@ -19,6 +19,7 @@ class ExpertTotals:
 
     hits: float = 0
     misses: float = 0
+    host_runs: float = 0
     prefetch_hits: float = 0
     late_prefetches: float = 0
     evictions: float = 0
@@ -40,7 +41,9 @@ class CacheCounters:
         self.hits: Counts = np.zeros(num_layers, np.int64)
         """(step, expert) uses whose expert was in a slot when the router asked."""
         self.misses: Counts = np.zeros(num_layers, np.int64)
-        """Uses that had to wait for bytes; a late prefetch is one of them."""
+        """Uses whose expert was not in a slot; a late prefetch is one of them."""
+        self.host_runs: Counts = np.zeros(num_layers, np.int64)
+        """Misses that were computed where the expert was, on the host, instead of bringing it."""
         self.prefetch_hits: Counts = np.zeros(num_layers, np.int64)
         """Hits that are owed to a prefetch: first use of an expert that was predicted."""
         self.late_prefetches: Counts = np.zeros(num_layers, np.int64)

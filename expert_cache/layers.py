@@ -21,6 +21,7 @@ from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.device_experts import DeviceExperts
 from expert_cache.errors import ExpertReadError
+from expert_cache.host_lane import HostLane, HostRun
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
@@ -67,14 +68,16 @@ class ExpertLayers:
         compute: ExpertCompute,
         advisor: Advisor | None = None,
         audit: PrefetchAudit | None = None,
+        host: HostLane | None = None,
     ) -> None:
         """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for.
-        `audit`: who decides whether that pays; None: always."""
+        `audit`: who decides whether that pays; None: always. `host`: who computes what `experts` leaves on the host."""
         self.experts = experts
         self.compute = compute
         self.advisor = advisor
         self.usage = ExpertUsage(experts.store.layers, experts.store.num_experts)
         self.audit = audit
+        self.host = host
         self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
         self.watcher: RouteWatcher | None = None
         """Who wants to see every layer's routes before anything is evicted for them."""
@@ -109,15 +112,24 @@ class ExpertLayers:
         out = self.compute.result_like(hidden, len(groups.pairs))
         wanted = self.experts.acquire(layer, groups.experts, groups.counts)
         try:
-            if self.advisor is not None and (self.audit is None or self.audit.is_prefetching):
+            if self.advisor is not None and not wanted.streams and (self.audit is None or self.audit.is_prefetching):
                 self._follow(self.advisor, layer, groups.experts, hidden)
+            on_host = self._start_on_host(wanted, hidden, groups)
             self._run_as_they_come(wanted, hidden, groups, out)
+            if on_host is not None:
+                wanted.failed |= on_host.finish(out)
         except BaseException:
             self.experts.abandon(wanted)
             raise
         for expert, error in wanted.failed.items():
             self._fail(groups, expert, error, out)
         return torch.empty_like(out).index_copy_(0, groups.pairs, out)
+
+    def _start_on_host(self, wanted: Acquisition, hidden: torch.Tensor, groups: Regrouped) -> HostRun | None:
+        if not wanted.on_host:
+            return None
+        assert self.host is not None
+        return self.host.start(wanted.layer, hidden, groups, wanted.on_host)
 
     def _follow(self, advisor: Advisor, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> None:
         layers = self.experts.store.layers
@@ -134,11 +146,13 @@ class ExpertLayers:
         started: dict[int, StartedMLP] = {}
         while True:
             self._finish(wanted, started, out)
-            ready = list(wanted.ready)
+            ready = wanted.next_ready()
             segments = [groups.segments[e] for e in ready]
-            self.compute.run(hidden, groups.tokens, segments, list(wanted.ready.values()), out)
+            self.compute.run(hidden, groups.tokens, segments, [wanted.ready[e] for e in ready], out)
             for expert in ready:
                 self.experts.release(wanted, expert)
+            if wanted.ready:
+                continue
             if not wanted.is_pending:
                 return
             self.experts.wait(wanted)
@@ -166,6 +180,12 @@ class ExpertLayers:
             shadow_hits=self.experts.shadow_hits,
             belady_gap_frac=self.experts.belady_gap_frac,
         )
+
+    def close(self) -> None:
+        """Stop all threads; more than once does no harm."""
+        self.experts.close()
+        if self.host is not None:
+            self.host.close()
 
     def take_failures(self) -> dict[int, ExpertReadError]:
         """Tokens of the steps since the last call whose results are worthless, by their row, and why."""

@@ -40,6 +40,13 @@ class ScheduledSequence:
         """True when this run reaches the last known token, so that a new one can be sampled."""
         return self.end == self.seq.num_tokens
 
+    @property
+    def scored(self) -> range:
+        """Positions of this run whose logits are wanted for the log-probability of the prompt token after them."""
+        if not self.seq.num_unscored:
+            return range(0)
+        return range(max(self.start, len(self.seq.prompt_logprobs)), min(self.end, self.seq.num_prompt - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
@@ -83,3 +90,5 @@ class StepResult:
     """Sequences whose results are worthless, and why: some of their weights could not be read."""
     routes: StepRoutes | None = None
     """Where the routers sent the tokens, if anyone wants to know."""
+    prompt_logprobs: Mapping[Sequence, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    """For each sequence with scored positions in this step: of the tokens after them."""

@@ -146,6 +146,16 @@ class EngineConfig(FromDict):
     moe_prefetch_audit: bool = option(
         True, "Time steps with and without prefetching now and then, and leave it off where it does not pay."
     )
+    moe_page_cache: bool = option(
+        False,
+        "On a CPU: leave what the page cache holds of the model's files, and compute an expert that is in no slot"
+        " straight from there while it is, instead of reading it from the disk. For memory to spare beside the budget.",
+    )
+    moe_cpu_misses: bool = option(
+        False,
+        "On a GPU: let the CPU compute missing experts of few tokens where that is faster than copying them, by times"
+        " measured at the start. A token's last bits then depend on what was resident.",
+    )
     moe_expert_file: str | None = option(
         None, "File that `moe-serve pack` made of this checkpoint: experts are read from it, whole and verified."
     )
@@ -237,6 +247,11 @@ class ServerConfig(FromDict):
     shutdown_timeout: float = option(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl+C.")
     log_format: str = option("text", "Format of log lines; json gives one object per line.", ("text", "json"))
     log_requests: bool = option(False, "Log prompts and sampling parameters. They are never logged otherwise.")
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of an OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318/v1/traces): every request"
+        " becomes a span there. Needs the extra moe-serve[otel]. Default: no tracing.",
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -21,14 +21,14 @@ from moe_serve.detokenizer import IncrementalDetokenizer
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.grammar import Grammars
-from moe_serve.kv_pages import PagePool
+from moe_serve.kv_pages import PagePool, page_hash
 from moe_serve.model_runner import load_runner
 from moe_serve.route_recorder import RouteListener, RoutingShape
 from moe_serve.scheduler import Scheduler, SchedulerLimits
 from moe_serve.sequence import FinishReason, Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
 from moe_serve.stats import EngineLoad, StatsObserver
-from moe_serve.step_stats import StepRecorder
+from moe_serve.step_stats import StepRecorder, finished_stats
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -98,11 +98,12 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"the prompt has {len(prompt)} tokens; this server takes at most {most}"
             )
-        wanted = len(prompt) + (params.max_tokens or 1)
+        wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
         if wanted > self.max_model_len:
             raise ContextTooLongError(
                 "prompt" if len(prompt) >= self.max_model_len else "max_tokens",
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens or 'not set'};"
+                f"the prompt has {len(prompt)} tokens and max_tokens is"
+                f" {'not set' if params.max_tokens is None else params.max_tokens};"
                 f" together they must not exceed the context of {self.max_model_len} tokens",
             )
         if params.grammar is not None:
@@ -115,7 +116,10 @@ class Engine:
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(request.prompt_token_ids) + params.max_tokens)
-        sequences = [Sequence(request, i, list(request.prompt_token_ids), limit) for i in range(params.n)]
+        root = page_hash(b"", list(request.cache_salt.encode())) if request.cache_salt else b""
+        sequences = [
+            Sequence(request, i, list(request.prompt_token_ids), limit, prefix_root=root) for i in range(params.n)
+        ]
         self._sequences[request.request_id] = sequences
         for seq in sequences:
             if params.grammar is not None:
@@ -191,17 +195,21 @@ class Engine:
         result = self.runner.run(plan)
         now = time.monotonic()
         advanced = self.scheduler.update(plan, result)
+        recorder.stamp(advanced, now)
         if result.routes is not None:
             for listener in self._route_listeners:
                 listener.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
+        recorder.report(outputs)
         outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
-        recorder.applied(advanced, now)
         self._report_load()
         return outputs
 
     def _emit(self, seq: Sequence) -> SampleOutput:
         """Text of the newest token; may end the sequence at a stop string."""
+        if not seq.num_generated:  # only the prompt was wanted
+            self._forget(seq)
+            return _output(seq, "", 0)
         detokenizer = self._detokenizers[seq]
         text, stop = detokenizer.push(seq.token_ids[-1:])
         if stop is not None:
@@ -259,4 +267,6 @@ def _output(seq: Sequence, text: str, num_new: int, error: str | None = None) ->
         num_cached_tokens=seq.num_cached,
         num_output_tokens=seq.num_generated,
         error=error,
+        prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
+        stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

@@ -138,6 +138,14 @@ def rows_of(plan: BatchPlan) -> tuple[slice, ...]:
     return tuple(found[id(item)] for item in plan.scheduled)
 
 
+def scored_rows(plan: BatchPlan) -> list[int]:
+    """Rows whose logits tell log-probabilities of prompt tokens, in plan order."""
+    if not any(item.seq.num_unscored for item in plan.scheduled):
+        return []
+    spans = zip(plan.scheduled, rows_of(plan), strict=True)
+    return [span.start + position - item.start for item, span in spans for position in item.scored]
+
+
 def by_sequence(plan: BatchPlan, rows: Mapping[int, Value]) -> dict[Sequence, Value]:
     """For each sequence of the plan with a token in `rows` (token row -> value), the first such value."""
     found: dict[Sequence, Value] = {}

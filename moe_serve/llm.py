@@ -17,7 +17,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.start import make_engine
-from moe_serve.sequence import Completion, Request, SampleOutput, SamplingParams
+from moe_serve.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
 
 Prompt = str | Sequence[int]
 
@@ -30,11 +30,14 @@ class RequestResult:
     prompt_token_ids: tuple[int, ...]
     completions: list[Completion]
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt but its first token, where SamplingParams.prompt_logprobs asked for them."""
 
     def _apply(self, output: SampleOutput) -> None:
         self.completions[output.index].add(output)
         if output.index == 0:
             self.num_cached_tokens = output.num_cached_tokens
+            self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
 
 
 class LLM:

@@ -6,6 +6,7 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -17,7 +18,7 @@ from expert_cache.device_experts import DeviceExperts
 from expert_cache.direct_io import drop_cached_pages
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
-from moe_serve import forward_batch, offload, resolve, sampler
+from moe_serve import forward_batch, offload, prompt_logprobs, resolve, sampler
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.cuda_graph import Capture, CudaCapture
@@ -110,7 +111,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
-        self.expert_layers.experts.close()
+        self.expert_layers.close()
         self._masks.close()
 
     @torch.inference_mode()
@@ -132,13 +133,21 @@ class ModelRunner:
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
         pending = self._masks.start(rows)
-        logits = self._forward(batch) if graphs is None else graphs.run(batch)
+        scored = forward_batch.scored_rows(plan)
+        logits = self._forward(batch, scored) if graphs is None else graphs.run(batch)
+        logits, prompt_logits = logits[: len(rows)], logits[len(rows) :]
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
         errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
-        return StepResult(tuple(t for _, t, _ in by_plan), tuple(p for _, _, p in by_plan), errors, self._routes(plan))
+        return StepResult(
+            tuple(t for _, t, _ in by_plan),
+            tuple(p for _, _, p in by_plan),
+            errors,
+            self._routes(plan),
+            prompt_logprobs.score(prompt_logits, plan) if scored else {},
+        )
 
     def _graphs_for(self, plan: BatchPlan) -> DecodeGraphs | None:
         """The graphs, if they can run this plan. A graph does not tell the routes that somebody wants to see."""
@@ -168,13 +177,16 @@ class ModelRunner:
         self.expert_layers.tap.is_on = wanted
         self.expert_layers.tap.keeps_weights = weights
 
-    def _forward(self, batch: forward_batch.ForwardBatch) -> torch.Tensor:
-        """Logits [rows to sample, V], in batch order."""
+    def _forward(self, batch: forward_batch.ForwardBatch, scored: Sequence[int] = ()) -> torch.Tensor:
+        """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
+        rows = batch.sample_rows
+        if scored:
+            rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             use_cache=False,
-            logits_to_keep=batch.sample_rows,
+            logits_to_keep=rows,
             forward_batch=batch,
             kv_cache=self.kv_cache,
         )
@@ -211,7 +223,9 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
     if resolved.moe_cache_mib and device.type == "cpu":
-        _leave_the_page_cache(config.model, loaded)
+        dense.copy_from_files(loaded.model)
+        if not config.moe_page_cache:
+            _leave_the_page_cache(config.model)
     try:
         runner = ModelRunner(resolved, loaded, spec, eos_token_ids)
     except ValueError as error:  # an activation we do not have
@@ -241,8 +255,7 @@ def _why_no_graphs(runner: ModelRunner) -> str | None:
     return None
 
 
-def _leave_the_page_cache(folder: str, loaded: LoadedModel) -> None:
+def _leave_the_page_cache(folder: str) -> None:
     """Where experts have a budget, nothing of the checkpoint's files stays in memory beside it."""
-    dense.copy_from_files(loaded.model)
     for file in safetensors_files(folder):
         drop_cached_pages(file)

@@ -37,11 +37,13 @@ from expert_cache.slot_layout import device_bytes, layout_of
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
+from moe_serve.cpu_compute import cpu_compute
 from moe_serve.device_cache import device_cache
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from moe_serve.host_side import host_side
 from moe_serve.live_predictor import LivePredictor
-from moe_serve.resolve import MIB, has_native_bf16
+from moe_serve.resolve import MIB
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from predictors import files as predictor_files
@@ -50,11 +52,8 @@ from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, TraceError
 from predictors.trace import load as load_trace
 
-NEVER = 1 << 60
 PROFILE_TOKENS = 8192
 """Of a profile, for quotas: more change nothing but the time it takes."""
-MATRIX_MIN_TOKENS = 32
-"""From here on a CPU with matrix instructions is faster in bf16 than our kernel in float32."""
 DISK_READERS = 2
 """One reads while the other verifies what it has read; a single reader left a disk of 1.5 GB/s idle meanwhile."""
 HOST_READERS = 4
@@ -84,23 +83,26 @@ def expert_layers(
     profile = _profile(config, store)
     slots, num_transit = slots_of(config, store, spec.top_k, profile)
     policy = _policy(config, store, profile)
+    arena, fetcher = _arena(store, device, compute), _fetcher(device)
+    host, misses = host_side(config, store, compute, arena, fetcher)
     cache = ExpertCache(
         store,
         compute.prepare,
-        _arena(store, device, compute),
+        arena,
         slots,
         num_transit,
         policy,
-        _fetcher(device),
+        fetcher,
         shadows=_shadows(config, store, slots),
         quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
+        misses=misses,
     )
     advisor = _advisor(config, store, routers)
     predictor = _predictor(config, store, spec, policy)
     if config.moe_prefetch == "predictor":
         advisor = predictor
     audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
-    layers = ExpertLayers(cache, compute, advisor, audit)
+    layers = ExpertLayers(cache, compute, advisor, audit, host)
     layers.watcher = predictor
     return layers
 
@@ -204,19 +206,13 @@ def slots_of(
     return per_layer(layers, store.num_experts, slots), num_transit
 
 
-def _matrix_tokens(dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens per expert from which torch computes instead of our CPU kernel; 0: always."""
-    if device.type != "cpu" or dtype == torch.float16:
-        return 0
-    return MATRIX_MIN_TOKENS if dtype == torch.bfloat16 and has_native_bf16() else NEVER
-
-
 def _compute(
     config: EngineConfig, store: ExpertStore, activation: Activation, dtype: torch.dtype, device: torch.device
 ) -> ExpertCompute:
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
     if not gpu_pool.is_available(device):
-        return ExpertCompute(activation, dtype, device, _matrix_tokens(dtype, device))
+        on_cpu = device.type == "cpu"
+        return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
     budget = config.moe_cache_mib
     slots = num_slots(budget, store, slot_bytes_of(config, store)) if budget else store.num_total
     layout = layout_of(store.weights(store.layers[0], 0), dtype)

@@ -17,6 +17,7 @@ from moe_serve.errors import ConfigError
 from moe_serve.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
+from moe_serve_kernels import gpu
 
 MIB = 1 << 20
 KV_SHARE_OF_FREE = 0.25
@@ -67,6 +68,8 @@ def resolve(
 
     ConfigError when the settings contradict each other or the machine.
     """
+    if config.moe_cpu_misses and device.type == "cpu" and not gpu.is_available(device):
+        raise ConfigError("--moe-cpu-misses needs a GPU; without one the CPU computes everything anyway")
     max_model_len = _max_model_len(config, spec)
     free = free_bytes(device)
     num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.block_size, free)

@@ -7,6 +7,7 @@ one whose chat template writes calls in the Hermes form (Qwen, Hermes and many o
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_serve.tokenizer import Tokenizer
 Template = Mapping[str, Any]
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names that response templates use for it."""
+HERMES_TAGS = ("<tool_call>", "</tool_call>")
 
 
 def template_of(tokenizer: Tokenizer) -> Template | None:
@@ -34,6 +36,15 @@ def without_fields(template: Template, names: Collection[str]) -> Template | Non
     return {**template, "fields": fields} if set(fields) - {"content"} else None
 
 
+def call_tags(template: Template) -> tuple[str, str] | None:
+    """What a model writes before and after a call, where it writes each as one JSON object between two tags."""
+    calls = template["fields"].get("tool_calls", {})
+    opens, closes = HERMES_TAGS
+    is_hermes = calls.get("content") == "json" and calls.get("close") == closes
+    written = calls.get("open_pattern") or re.escape(calls.get("open", ""))
+    return HERMES_TAGS if is_hermes and re.fullmatch(written, opens) else None
+
+
 def start_parser(template: Template, prompt: str, tools: list[dict[str, Any]]) -> ResponseParser:
     """A parser that has read the start of the answer in the prompt, which may have opened the reasoning already."""
     spec = load_response_template(copy.deepcopy(dict(template)))
@@ -42,7 +53,7 @@ def start_parser(template: Template, prompt: str, tools: list[dict[str, Any]]) -
 
 
 def _writes_hermes_calls(chat_template: str) -> bool:
-    return "<tool_call>" in chat_template and "</tool_call>" in chat_template and "<function=" not in chat_template
+    return all(tag in chat_template for tag in HERMES_TAGS) and "<function=" not in chat_template
 
 
 def _hermes() -> dict[str, Any]:

@@ -30,21 +30,27 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     max_num_batched_seqs: int | None = None
     """Sequences that decode in one step; None: all that run."""
+    max_scored_tokens: int = 512
+    """Prompt tokens of one step whose log-probabilities are computed: each needs a row of logits, the vocabulary's
+    size. Without chunked prefill a prompt is scored whole."""
 
 
 class _StepDraft:
     """A BatchPlan in the making: the budget left and what was decided so far."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.budget = limits.max_num_batched_tokens
+        self.score_budget = limits.max_scored_tokens
         self.scheduled: list[ScheduledSequence] = []
         self.preempted: list[Sequence] = []
         self.queried = 0
         self.hits = 0
 
     def add(self, seq: Sequence, count: int) -> None:
-        self.scheduled.append(ScheduledSequence(seq, seq.num_computed, count))
+        item = ScheduledSequence(seq, seq.num_computed, count)
+        self.scheduled.append(item)
         self.budget -= count
+        self.score_budget -= len(item.scored)
 
     def drop(self, seq: Sequence) -> None:
         """Take a just-scheduled sequence out again, because it was preempted."""
@@ -52,6 +58,7 @@ class _StepDraft:
             if item.seq is seq:
                 self.scheduled.remove(item)
                 self.budget += item.count
+                self.score_budget += len(item.scored)
                 return
 
     def finish(self) -> BatchPlan:
@@ -110,7 +117,7 @@ class Scheduler:
         Admission comes last, and not at all in a step that had to preempt: a sequence admitted
         then would take the pages that the preempted one is waiting for.
         """
-        draft = _StepDraft(self.limits.max_num_batched_tokens)
+        draft = _StepDraft(self.limits)
         for seq in self._chosen([s for s in self.running if s.num_tokens - s.num_computed == 1]):
             self._schedule_running(seq, draft)
         for seq in [s for s in self.running if s.num_tokens - s.num_computed > 1]:
@@ -129,7 +136,7 @@ class Scheduler:
     def _schedule_running(self, seq: Sequence, draft: _StepDraft) -> None:
         if not seq.page_ids:
             return  # preempted by one scheduled before it
-        count = self._affordable(seq, draft.budget)
+        count = self._affordable(seq, draft)
         if count == 0:
             return
         while not self._grow(seq, seq.num_computed + count):
@@ -139,12 +146,14 @@ class Scheduler:
                 return
         draft.add(seq, count)
 
-    def _affordable(self, seq: Sequence, budget: int) -> int:
-        """Tokens of `seq` that fit the budget: all that are missing, a chunk of them, or none."""
+    def _affordable(self, seq: Sequence, draft: _StepDraft) -> int:
+        """Tokens of `seq` that fit the budgets: all that are missing, a chunk of them, or none."""
         missing = seq.num_tokens - seq.num_computed
-        if missing <= budget:
-            return missing
-        return budget if self.limits.enable_chunked_prefill else 0
+        if not self.limits.enable_chunked_prefill:
+            return missing if missing <= draft.budget else 0
+        if seq.num_unscored > draft.score_budget:
+            missing = min(missing, len(seq.prompt_logprobs) + draft.score_budget - seq.num_computed)
+        return min(missing, draft.budget)
 
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` pages for `num_tokens` tokens; False, and nothing changed, if there are too few."""
@@ -183,8 +192,8 @@ class Scheduler:
             self.running.append(seq)
 
     def _awaits_leader(self, seq: Sequence) -> bool:
-        """True for samples 2..n of a request while the first computes the prompt they will share."""
-        if seq.index == 0 or not self.limits.enable_prefix_caching:
+        """True for samples 2..n of a request while the first computes the prompt they will share, or scores it."""
+        if seq.index == 0 or not (self.limits.enable_prefix_caching or seq.params.prompt_logprobs is not None):
             return False
         return any(s.request is seq.request and s.num_computed < s.num_prompt for s in self.running)
 
@@ -193,7 +202,7 @@ class Scheduler:
         cached = self._cached_prefix(seq)
         num_cached = len(cached) * self.pool.page_size
         seq.num_computed = num_cached
-        count = self._affordable(seq, draft.budget)
+        count = self._affordable(seq, draft)
         needed = self.pool.pages_for(num_cached + count) - len(cached)
         if count == 0 or needed + self.pool.num_evictable(cached) > self.pool.num_free:
             seq.num_computed = 0
@@ -211,11 +220,12 @@ class Scheduler:
         return True
 
     def _cached_prefix(self, seq: Sequence) -> list[int]:
-        """Pages of the longest cached prefix; the last token is always left to compute."""
+        """Pages of the longest cached prefix; the last token, and what has to be scored, is left to compute."""
         if not self.limits.enable_prefix_caching:
             return []
         self._extend_hashes(seq, seq.num_tokens)
-        usable = (seq.num_tokens - 1) // self.pool.page_size
+        end = len(seq.prompt_logprobs) if seq.num_unscored else seq.num_tokens - 1
+        usable = end // self.pool.page_size
         return self.pool.match(seq.page_hashes[:usable])
 
     def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
@@ -230,10 +240,10 @@ class Scheduler:
     def update(self, plan: BatchPlan, result: StepResult) -> list[Sequence]:
         """Book the step: computed counts, published pages, sampled tokens, finished sequences.
 
-        Returns the sequences that got a token, in plan order. Sequences that were aborted while
-        the step ran, or whose results are errors, are skipped. Example: plan with a decode
-        (needs_sample), a prompt chunk (does not) and a prompt end (needs_sample) has
-        result.token_ids of length 2.
+        Returns the sequences that got a token, or ended without one (max_tokens 0), in plan order.
+        Sequences that were aborted while the step ran, or whose results are errors, are skipped.
+        Example: plan with a decode (needs_sample), a prompt chunk (does not) and a prompt end
+        (needs_sample) has result.token_ids of length 2.
         """
         advanced = []
         sampled = iter(zip(result.token_ids, result.logprobs, strict=True))
@@ -243,14 +253,18 @@ class Scheduler:
             if seq.is_finished or seq in result.errors:
                 continue
             seq.num_computed = item.end
+            seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
             self._publish_pages(seq, item)
             if token is None:
+                continue
+            advanced.append(seq)
+            if seq.params.max_tokens == 0:
+                self.finish(seq, FinishReason.LENGTH)
                 continue
             seq.token_ids.append(token[0])
             if token[1] is not None:
                 seq.logprobs.append(token[1])
             self._check_finished(seq)
-            advanced.append(seq)
         return advanced
 
     def _publish_pages(self, seq: Sequence, item: ScheduledSequence) -> None:

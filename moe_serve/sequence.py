@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from moe_serve.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from moe_serve.stats import FinishedStats
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -61,7 +65,8 @@ class SamplingParams:
 
     n: int = 1
     max_tokens: int | None = None
-    """Completion length limit in tokens; None means up to the end of the context window."""
+    """Completion length limit in tokens; None means up to the end of the context window, 0 that only the prompt is
+    computed."""
     min_tokens: int = 0
     """No end-of-sequence or stop token is sampled before this many tokens."""
     temperature: float = 1.0
@@ -91,12 +96,12 @@ class SamplingParams:
     """Token sequences whose last token is never sampled after the others."""
     logprobs: int | None = None
     """None: none. k >= 0: the sampled token's log-probability and the k most likely beside it."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens; such a prompt is computed whole, whatever prefix is cached."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.n <= 128, "n", f"must be between 1 and 128, got {self.n}")
-        _require(
-            self.max_tokens is None or self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}"
-        )
+        _require((self.max_tokens or 0) >= 0, "max_tokens", f"must not be negative, got {self.max_tokens}")
         _require(self.min_tokens >= 0, "min_tokens", f"must not be negative, got {self.min_tokens}")
         _require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -127,11 +132,9 @@ class SamplingParams:
             f"must be above 0, got {self.repetition_penalty}",
         )
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit a signed 64-bit integer")
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= 20,
-            "logprobs",
-            f"must be between 0 and 20, got {self.logprobs}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _require(count is None or 0 <= count <= 20, name, f"must be between 0 and 20, got {count}")
         for token_id, bias in self.logit_bias.items():
             _require(
                 token_id >= 0 and math.isfinite(bias) and -100 <= bias <= 100,
@@ -165,16 +168,20 @@ class Request:
     """time.monotonic() when the request was accepted."""
     priority: int = 0
     """Among waiting requests, lower goes first; equals in order of arrival."""
+    cache_salt: str = ""
+    """Cached prefixes are shared only between requests of one salt (vLLM): no client can time what others asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability (natural log, from the model's raw logits) of one sampled token."""
+    """Log-probability (natural log, from the model's raw logits) of one token."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """The most likely (token id, logprob) pairs, best first."""
+    rank: int = 0
+    """1 for the likeliest token; only known of prompt tokens."""
 
 
 @dataclass(eq=False, slots=True)
@@ -202,6 +209,8 @@ class Sequence:
     page_hashes: list[bytes] = field(default_factory=list)
     """Prefix hash of each full page of token_ids known so far, in order."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of prompt tokens 1, 2, ... (nothing comes before token 0), as far as they are computed; sample 0 has them."""
     matcher: object | None = None
     """A moe_serve.grammar.Matcher when the request has a grammar."""
     finish_reason: FinishReason | None = None
@@ -231,6 +240,13 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose log-probability is wanted and not there yet."""
+        if self.params.prompt_logprobs is None or self.index > 0:
+            return 0
+        return self.num_prompt - 1 - len(self.prompt_logprobs)
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -267,6 +283,10 @@ class SampleOutput:
     """Tokens sampled so far in this sample."""
     error: str | None = None
     """Set with FinishReason.ERROR: what went wrong, safe to show to the client."""
+    stats: FinishedStats | None = None
+    """With the last output: the sample's times."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With sample 0's first output when SamplingParams.prompt_logprobs is set: of the prompt but its first token."""
 
 
 @dataclass(slots=True)

@@ -63,6 +63,10 @@ class FinishedStats:
     decode_s: float
     """First to last token."""
 
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.queue_s + self.prefill_s
+
 
 class StatsObserver(Protocol):
     """Whatever wants to hear about steps; called on the engine thread, so it must be quick."""

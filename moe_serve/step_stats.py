@@ -10,21 +10,24 @@ from typing import Any
 
 from expert_cache.counters import ExpertTotals
 from moe_serve.batch_plan import BatchPlan
-from moe_serve.sequence import Sequence
+from moe_serve.sequence import SampleOutput, Sequence
 from moe_serve.stats import FinishedStats, StatsObserver, StepStats
 
 
 class StepRecorder:
-    """Lives for one step: `planned` before the model runs, `applied` after its result is booked."""
+    """Lives for one step: `planned` before the model runs, `stamp` when its result is booked, `report` at the end."""
 
     def __init__(self, runner: Any, observer: StatsObserver | None) -> None:
-        self._start = time.monotonic()
+        self._start = self._end = time.monotonic()
+        self._num_generated = 0
         layers = getattr(runner, "expert_layers", None)
         self._experts = layers.experts if layers is not None else None
         self._observer = observer
         self._plan = BatchPlan(())
         self._num_prompt_tokens = 0
         self._experts_before = self._expert_totals()
+        self._gaps: tuple[float, ...] = ()
+        self._firsts: tuple[float, ...] = ()
 
     def _expert_totals(self) -> ExpertTotals:
         """So far; zeros for runners without experts, or when nobody wants to know."""
@@ -41,32 +44,35 @@ class StepRecorder:
                 item.seq.first_scheduled_s = self._start
         self._num_prompt_tokens = sum(i.count for i in plan.scheduled if i.start < i.seq.num_prompt)
 
-    def applied(self, advanced: list[Sequence], now: float) -> None:
-        """Stamp the sequences that got a token at time `now` and report."""
-        gaps = tuple(now - s.last_token_s for s in advanced if s.last_token_s is not None)
-        firsts = [s for s in advanced if s.first_token_s is None]
+    def stamp(self, advanced: list[Sequence], now: float) -> None:
+        """Give the sequences that got a token at time `now` their times."""
+        self._end = now
+        self._num_generated = sum(seq.num_generated > 0 for seq in advanced)
+        self._gaps = tuple(now - s.last_token_s for s in advanced if s.last_token_s is not None)
+        self._firsts = tuple(now - s.request.arrival_time_s for s in advanced if s.first_token_s is None)
         for seq in advanced:
             seq.first_token_s = seq.first_token_s or now
             seq.last_token_s = now
+
+    def report(self, outputs: list[SampleOutput]) -> None:
+        """Tell the observer about the step and the samples that it ended."""
         if self._observer is None:
             return
-        self._observer.on_step(self._step_stats(now, advanced, gaps, firsts))
-        for seq in advanced:
-            if seq.is_finished:
-                self._observer.on_finished(finished_stats(seq, now))
+        self._observer.on_step(self._step_stats())
+        for output in outputs:
+            if output.stats is not None:
+                self._observer.on_finished(output.stats)
 
-    def _step_stats(
-        self, now: float, advanced: list[Sequence], gaps: tuple[float, ...], firsts: list[Sequence]
-    ) -> StepStats:
+    def _step_stats(self) -> StepStats:
         return StepStats(
-            duration_s=now - self._start,
+            duration_s=self._end - self._start,
             num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=len(advanced),
+            num_generated_tokens=self._num_generated,
             num_preemptions=len(self._plan.preempted),
             prefix_queried_tokens=self._plan.prefix_queried_tokens,
             prefix_hit_tokens=self._plan.prefix_hit_tokens,
-            inter_token_s=gaps,
-            time_to_first_token_s=tuple(now - s.request.arrival_time_s for s in firsts),
+            inter_token_s=self._gaps,
+            time_to_first_token_s=self._firsts,
             experts=self._expert_totals().since(self._experts_before),
         )
 

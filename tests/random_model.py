@@ -14,7 +14,8 @@ from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.engine import Engine
 from moe_serve.grammar import MaskThread
-from moe_serve.sequence import Request, SamplingParams, Sequence
+from moe_serve.prompt_logprobs import score
+from moe_serve.sequence import Request, SamplingParams, Sequence, TokenLogprob
 from moe_serve.spec import ModelSpec
 from moe_serve.tokenizer import Tokenizer
 
@@ -35,11 +36,20 @@ class RandomRunner:
         logits = torch.stack([self._logits(s) for s in seqs]) if seqs else torch.zeros(0, self._vocab_size)
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, seqs, self.config.seed, self._eos, masks)
-        return StepResult(tuple(tokens), tuple(logprobs), masks.errors if masks is not None else {})
+        errors = masks.errors if masks is not None else {}
+        return StepResult(tuple(tokens), tuple(logprobs), errors, prompt_logprobs=self._scores(plan))
+
+    def _scores(self, plan: BatchPlan) -> dict[Sequence, tuple[TokenLogprob, ...]]:
+        rows = [self.noise(i.seq.token_ids[: p + 1]) for i in plan.scheduled for p in i.scored]
+        return score(torch.stack(rows), plan) if rows else {}
+
+    def noise(self, token_ids: list[int]) -> torch.Tensor:
+        """Logits [V] after these tokens."""
+        seed = zlib.crc32(repr(token_ids).encode())
+        return torch.randn(self._vocab_size, generator=torch.Generator().manual_seed(seed))
 
     def _logits(self, seq: Sequence) -> torch.Tensor:
-        seed = zlib.crc32(repr(seq.token_ids).encode())
-        logits = torch.randn(self._vocab_size, generator=torch.Generator().manual_seed(seed))
+        logits = self.noise(seq.token_ids)
         if seq.num_generated < len(self.script):
             logits[self.script[seq.num_generated]] += 50.0
         return logits

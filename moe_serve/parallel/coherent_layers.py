@@ -21,7 +21,7 @@ from torch import nn
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.hf.experts import SlottedExperts, find_experts
-from moe_serve.parallel.coherent import Meeting, Travellers
+from moe_serve.parallel.coherent import Meeting, Travellers, settle
 from moe_serve.parallel.sharing import SharedLayers
 
 BLOCK_NORM = "post_attention_layernorm"
@@ -147,7 +147,7 @@ class _LayerStep:
         shared = self._owner.shared
         if not len(walk.rows):
             none, ids, weights = shared.no_tokens()
-            return Travellers(none, ids, ids, weights, walk.rows, walk.rows)
+            return Travellers(none, ids, ids, weights, walk.rows, walk.rows, walk.rows)
         try:
             self._forward(hidden, *arguments, **settings)
         except AtExperts as chosen:
@@ -157,9 +157,9 @@ class _LayerStep:
         self._caught = None
         ranks = shared.ownership.choose(self._index, ids)
         me = shared.exchange.rank
-        homes = torch.where(walk.is_pinned[walk.rows], me, ranks[:, 0])
+        homes = torch.where(walk.is_pinned[walk.rows], me, settle(ranks, me, shared.exchange.num_ranks))
         shared.count(self._index, ranks, me)
-        return Travellers(before, ids, ranks, weights, walk.rows, homes)
+        return Travellers(before, ids, ranks, weights, walk.rows, homes, torch.full_like(homes, me))
 
 
 def _answer_zero(hidden_states: torch.Tensor, *arguments: Any, **settings: Any) -> tuple[torch.Tensor, None]:

@@ -2,34 +2,35 @@
 
 Knows plans, the model and its KV cache; knows no sockets.
 
-Shape alphabet: T tokens of the step, L decoder layers, G ranks.
+Shape alphabet: T tokens of the step.
 """
 
 from __future__ import annotations
 
 import torch
 
-from moe_serve import forward_batch, sampler
+from moe_serve import forward_batch
 from moe_serve.forward_batch import ForwardBatch, GroupLimits
 from moe_serve.hf import experts
-from moe_serve.kv_cache import LayerKV
 from moe_serve.model_runner import ModelRunner
-from moe_serve.parallel.coherent import Meeting
+from moe_serve.parallel.coherent import Meeting, numbers, read_numbers
 from moe_serve.parallel.coherent_layers import CoherentModel, Walk
-from moe_serve.parallel.exchange import pack, unpack
-from moe_serve.parallel.messages import RankStep, Sampled
+from moe_serve.parallel.context import ContextShare
+from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome
 from moe_serve.parallel.sharing import LossNotes, SharedLayers
+from moe_serve.parallel.step_rows import errors_of, sample_rows, start_ranks
 
 
 class CoherentRunner:
-    """Decoding tokens end a layer where their first choice ran; sampling happens where a token ends up."""
+    """Decoding tokens end a layer where their experts ran; sampling happens where a token ends up."""
 
     def __init__(self, runner: ModelRunner, shared: SharedLayers) -> None:
         self._runner = runner
         self._exchange = shared.exchange
         self._losses = LossNotes()
-        self._model = CoherentModel(runner.model, shared, Meeting(shared, self._losses))
+        self._context = ContextShare(runner.kv_cache, shared.layers)
+        self._model = CoherentModel(runner.model, shared, Meeting(shared, self._losses, self._context))
         experts.connect(runner.model, self._model.experts)
 
     def run(self, step: RankStep) -> Outcome:
@@ -38,6 +39,7 @@ class CoherentRunner:
         batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
         walk = self._begin(step, batch)
         self._model.walk = walk
+        self._context.begin(batch.kv_slots, walk.visited)
         logits = self._runner.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -46,66 +48,26 @@ class CoherentRunner:
             forward_batch=batch,
             kv_cache=self._runner.kv_cache,
         ).logits[0]
-        self._share_context(walk)
-        return self._sample(step, walk, logits), self._errors(step)
+        self._share_rest()
+        ended = sample_rows(self._runner, step, batch, walk.rows[walk.keep], logits)
+        return ended, errors_of(step, self._losses)
 
     def _begin(self, step: RankStep, batch: ForwardBatch) -> Walk:
-        starts: list[int] = []
-        pinned: list[bool] = []
-        begins = {id(item): start for item, start in zip(step.plan.scheduled, step.starts, strict=True)}
-        for item in forward_batch.order_for_batch(step.plan):
-            starts += [begins[id(item)]] * item.count
-            pinned += [item.count > 1] * item.count
         device = self._runner.device
-        rows = (torch.tensor(starts, device=device) == self._exchange.rank).nonzero()[:, 0]
+        pinned = [item.count > 1 for item in forward_batch.order_for_batch(step.plan) for _ in range(item.count)]
+        rows = (start_ranks(step, device) == self._exchange.rank).nonzero()[:, 0]
         return Walk(batch, rows, torch.tensor(pinned, device=device), torch.empty(0, dtype=torch.int64, device=device))
 
-    def _sample(self, step: RankStep, walk: Walk, logits: torch.Tensor) -> dict[int, Sampled]:
-        """Tokens of the sequences whose last row is here, by index of the step's items."""
-        if not len(logits):
-            return {}
-        wanted = [i for i, item in enumerate(step.plan.scheduled) if item.needs_sample]
-        of_row = dict(zip(walk.batch.sample_rows.tolist(), walk.batch.sample_order, strict=True))
-        items = [wanted[of_row[row]] for row in walk.rows[walk.keep].tolist()]
-        seqs = [step.plan.scheduled[i].seq for i in items]
-        tokens, logprobs = sampler.sample(logits, seqs, self._runner.config.seed, self._runner.eos_token_ids)
-        return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True))
-
-    def _errors(self, step: RankStep) -> dict[int, str]:
-        failed = forward_batch.by_sequence(step.plan, self._losses.take())
-        return {i: failed[item.seq].message for i, item in enumerate(step.plan.scheduled) if item.seq in failed}
-
-    def _share_context(self, walk: Walk) -> None:
-        """Give every other rank the keys and values that were computed here, all layers in one collective."""
-        exchange, layers = self._exchange, self._runner.kv_cache.layers
-        slots, widths = walk.batch.kv_slots, [_row_bytes(layer) for layer in layers.values()]
-        sent = torch.cat([_read(layer, walk.visited[i], slots).flatten() for i, layer in layers.items()])[:, None]
-        numbers = exchange.counts(0, [len(walk.visited[i]) for i in layers])
-        numbers[exchange.rank] = [0] * len(layers)
-        parts = [sent] * exchange.num_ranks
-        parts[exchange.rank] = sent[:0]
-        pieces = [[n * w for n, w in zip(row, widths, strict=True)] for row in numbers]
-        received = exchange.swap(0, "context", parts, [sum(sizes) for sizes in pieces])
-        for raw, sizes in zip(received, pieces, strict=True):
-            for layer, width, piece in zip(layers.values(), widths, torch.split(raw[:, 0], sizes), strict=True):
-                if len(piece):
-                    _write(layer, piece.view(-1, width), slots)
-
-
-def _row_bytes(layer: LayerKV) -> int:
-    heads, _, key_dim = layer.keys.shape
-    return 4 + heads * (key_dim + layer.values.shape[2]) * layer.keys.element_size()
-
-
-def _read(layer: LayerKV, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Packed row numbers, keys and values of `rows` [n]: [n, W]."""
-    keys, values = (data[:, slots[rows]].transpose(0, 1).flatten(1) for data in (layer.keys, layer.values))
-    return pack(rows.int(), keys, values)
-
-
-def _write(layer: LayerKV, raw: torch.Tensor, slots: torch.Tensor) -> None:
-    heads, _, key_dim = layer.keys.shape
-    value_dim, dtype = layer.values.shape[2], layer.keys.dtype
-    rows, keys, values = unpack(raw, (1, torch.int32), (heads * key_dim, dtype), (heads * value_dim, dtype))
-    by_head = (part.view(len(raw), heads, -1).transpose(0, 1) for part in (keys, values))
-    layer.write(slots[rows[:, 0].long()], *by_head)
+    def _share_rest(self) -> None:
+        """Keys and values of dense layers after the last with experts, where a model has such."""
+        layers = self._context.due(None)
+        if not layers:
+            return
+        exchange = self._exchange
+        context = self._context.packed(layers)
+        header = numbers(self._context.counts(layers), context.device)
+        exchange.book(0, "context", len(context) * len(exchange.others))
+        exchange.book(0, "control", len(header) * len(exchange.others))
+        message = torch.cat([header, context])
+        for raw in exchange.trade(0, dict.fromkeys(exchange.others, message), exchange.others).values():
+            self._context.take(layers, read_numbers(raw[: len(header)]), raw[len(header) :])

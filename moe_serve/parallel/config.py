@@ -22,6 +22,17 @@ class ParallelConfig(FromDict):
         " coherent: while decoding, a token stays where its expert ran, and every rank holds the whole KV cache.",
         ("conventional", "coherent"),
     )
+    ep_context: str = option(
+        "auto",
+        "With --ep-mode coherent, how ranks come by each other's part of the context. send: as keys and values."
+        " recompute: from hidden states, every rank computing every token. auto: what sends less.",
+        ("auto", "send", "recompute"),
+    )
+    ep_groups: int = option(
+        1,
+        "Divide the ranks into so many groups, each with all experts among its ranks: sequences stay in one group."
+        " The plan is then one for as many devices as a group has ranks.",
+    )
     ep_predictor: str | None = option(
         None,
         "Table of the experts that each token id used (.npz): sequences and tokens start on the rank that is"
@@ -39,8 +50,20 @@ class ParallelConfig(FromDict):
             raise ConfigError(f"--devices must be at least 1, got {self.devices}")
         if self.ep_mode not in ("conventional", "coherent"):
             raise ConfigError(f"--ep-mode: {self.ep_mode!r} is not one of conventional, coherent")
+        if self.ep_context not in ("auto", "send", "recompute"):
+            raise ConfigError(f"--ep-context: {self.ep_context!r} is not one of auto, send, recompute")
+        if self.ep_groups < 1 or self.devices % self.ep_groups:
+            raise ConfigError(f"--ep-groups {self.ep_groups} does not divide --devices {self.devices}")
         for name in ("rank_stall_s", "rank_step_s", "rank_start_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         if self.devices == 1 and (self.expert_plan or self.ep_predictor):
             raise ConfigError("--expert-plan and --ep-predictor divide work among ranks; give --devices above 1")
+
+    @property
+    def ranks_per_group(self) -> int:
+        """Among how many ranks the experts are divided."""
+        return self.devices // self.ep_groups
+
+    def group_of(self, rank: int) -> int:
+        return rank // self.ranks_per_group

@@ -8,6 +8,8 @@ Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from expert_cache.errors import ExpertReadError
@@ -34,45 +36,41 @@ class ConventionalLayers:
         weights = weights.to(torch.float32)
         ranks = shared.ownership.choose(layer, ids)
         shared.count(layer, ranks, exchange.rank)
-        rows_for = [(ranks == r).any(1).nonzero()[:, 0] for r in range(exchange.num_ranks)]
-        rows_for[exchange.rank] = rows_for[exchange.rank][:0]
+        ours = hidden, share_of(ids, ranks, exchange.rank), weights
+        rows_for = {r: (ranks == r).any(1).nonzero()[:, 0] for r in exchange.others}
+        leaving = {
+            r: pack(hidden[n], share_of(ids, ranks, r)[n].short(), weights[n]).flatten() for r, n in rows_for.items()
+        }
         index = shared.index(layer)
-        counts = exchange.counts(index, [len(rows) for rows in rows_for])
-        is_quiet = not any(map(sum, counts))
-        ours = share_of(ids, ranks, exchange.rank)
-        if is_quiet:
-            total = shared.run_share(layer, hidden, ours, weights, self._losses)
-        else:
-            parts = [pack(hidden[n], share_of(ids, ranks, r)[n].short(), weights[n]) for r, n in enumerate(rows_for)]
-            incoming = [row[exchange.rank] for row in counts]
-            visitors = exchange.swap(index, "dispatch", parts, incoming)
-            total = self._with_visitors(layer, (hidden, ours, weights), visitors, rows_for)
-        return total.to(hidden.dtype)
+        exchange.book(index, "dispatch", sum(map(len, leaving.values())))
+        visitors = exchange.trade(index, leaving, exchange.others)
+        partial, answers = self._answer(layer, ours, visitors)
+        exchange.book(index, "combine", sum(map(len, answers.values())))
+        back = exchange.trade(index, answers, [r for r, rows in rows_for.items() if len(rows)])
+        return self._sum(partial, rows_for, back).to(hidden.dtype)
 
-    def _with_visitors(
-        self,
-        layer: int,
-        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        visitors: list[torch.Tensor],
-        rows_for: list[torch.Tensor],
-    ) -> torch.Tensor:
-        """Own and visiting tokens through this rank's experts, then the partial sums where they belong: [T, H]."""
-        shared, num_own = self.shared, len(own[0])
+    def _answer(
+        self, layer: int, own: tuple[torch.Tensor, torch.Tensor, torch.Tensor], visitors: Mapping[int, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Own and visiting tokens through this rank's experts: partial sums of the own, and messages for the others."""
         top_k = own[1].shape[1]
-        hidden, ids, weights = unpack(
-            torch.cat(visitors), (own[0].shape[1], own[0].dtype), (top_k, torch.int16), (top_k, torch.float32)
-        )
-        everyone = [torch.cat(pair) for pair in zip(own, (hidden, ids.long(), weights), strict=True)]
-        partial = shared.run_share(layer, everyone[0], everyone[1], everyone[2], self._losses, num_own)
-        answers = torch.split(partial[num_own:], [len(part) for part in visitors])
-        back = shared.exchange.swap(
-            shared.index(layer), "combine", [pack(part) for part in answers], [len(rows) for rows in rows_for]
-        )
-        total = partial[:num_own]
-        for rank, (rows, raw) in enumerate(zip(rows_for, back, strict=True)):
+        columns = (own[0].shape[1], own[0].dtype), (top_k, torch.int16), (top_k, torch.float32)
+        unpacked = {r: unpack(raw, *columns) for r, raw in visitors.items() if len(raw)}
+        theirs = [(hidden, ids.long(), weights) for hidden, ids, weights in unpacked.values()]
+        everyone = [torch.cat(column) for column in zip(own, *theirs, strict=True)]
+        num_own = len(own[0])
+        partial = self.shared.run_share(layer, everyone[0], everyone[1], everyone[2], self._losses, num_own)
+        answers = torch.split(partial[num_own:], [len(hidden) for hidden, _, _ in theirs])
+        return partial[:num_own], {r: pack(part).flatten() for r, part in zip(unpacked, answers, strict=True)}
+
+    def _sum(
+        self, total: torch.Tensor, rows_for: Mapping[int, torch.Tensor], back: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Own partial sums [T, H] and those that came back."""
+        for rank, raw in sorted(back.items()):
             (theirs,) = unpack(raw, (total.shape[1], total.dtype))
-            self._losses.note(rows, theirs, rank)
-            total = total.index_add(0, rows, theirs)
+            self._losses.note(rows_for[rank], theirs, rank)
+            total = total.index_add(0, rows_for[rank], theirs)
         return total
 
     def take_failures(self) -> dict[int, ExpertReadError]:

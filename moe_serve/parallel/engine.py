@@ -30,10 +30,12 @@ class ParallelEngine(Engine):
         self._losses: dict[Sequence, int] = {}
 
     def check_request(self, request: Request) -> None:
-        """As Engine.check_request. Ranks sample, and have no grammars yet."""
+        """As Engine.check_request. Ranks sample, and have no grammars and no scores of prompts yet."""
         super().check_request(request)
         if request.params.grammar is not None:
             raise InvalidRequestError(request.params.grammar.param, "works on one device only so far")
+        if request.params.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs", "log-probabilities of prompts work on one device only so far")
 
     def add_request(self, request: Request) -> None:
         """All samples of a request live on one rank, so that they can share its prompt's pages."""
@@ -41,8 +43,12 @@ class ParallelEngine(Engine):
         super().add_request(request)
         for seq in self._sequences[request.request_id]:
             seq.home_rank = home
-            if self.team.parallel.ep_mode == "conventional":
-                seq.prefix_root = home.to_bytes(4, "big")  # another rank's pages are not here
+            seq.prefix_root += self._pages_known_to(home).to_bytes(4, "big")
+
+    def _pages_known_to(self, home: int) -> int:
+        """A number that sequences share whose ranks have each other's pages: the home, or its group."""
+        parallel = self.team.parallel
+        return home if parallel.ep_mode == "conventional" else parallel.group_of(home)
 
     def _tokens_at_home(self) -> list[int]:
         """Tokens to compute or to attend to, by rank."""

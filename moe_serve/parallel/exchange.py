@@ -1,56 +1,48 @@
-"""Exchange: rows of bytes between ranks. Counts first, so that what nobody needs is never sent; then one all-to-all.
+"""Exchange: messages between ranks and their booking. A message says how long it is, so nobody counts first.
 
-What a rank has for itself never enters a collective. Knows torch.distributed and bytes; knows no tokens.
+What a rank has for itself never travels. Knows wires and bytes; knows no tokens.
 
-Shape alphabet: G ranks, W bytes in a row.
+Shape alphabet: W bytes in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 
 import torch
-import torch.distributed as dist
 
 from moe_serve.parallel.traffic import Traffic
+from moe_serve.parallel.wire import LENGTH, Wire
 
 
 class Exchange:
-    """The collectives of one rank; every rank must call the same ones in the same order."""
+    """One rank's side of all exchanges; every rank must make the same ones in the same order."""
 
-    def __init__(self, rank: int, num_ranks: int, traffic: Traffic, device: torch.device) -> None:
+    def __init__(self, rank: int, num_ranks: int, traffic: Traffic, wire: Wire, first_rank: int = 0) -> None:
+        """Rank `rank` of a group of `num_ranks`, which `wire` knows by numbers from `first_rank` on."""
         self.rank = rank
         self.num_ranks = num_ranks
         self.traffic = traffic
-        self.device = device
+        self.wire = wire
+        self._first_rank = first_rank
+        self.others = tuple(r for r in range(num_ranks) if r != rank)
 
-    def counts(self, layer: int, mine: Sequence[int]) -> list[list[int]]:
-        """Every rank's numbers, by rank: all give equally many. `layer`: where the traffic is booked."""
-        sent = torch.tensor(mine, dtype=torch.int32, device=self.device)
-        received = [torch.empty_like(sent) for _ in range(self.num_ranks)]
-        dist.all_gather(received, sent)
-        self._book(layer, "control", sent.nbytes * (self.num_ranks - 1))
-        numbers: list[list[int]] = torch.stack(received).tolist()
-        return numbers
+    def trade(
+        self, layer: int, outgoing: Mapping[int, torch.Tensor], incoming: Collection[int]
+    ) -> dict[int, torch.Tensor]:
+        """As Wire.trade; books lengths and the wait, not the contents (`book`).
 
-    def swap(
-        self, layer: int, kind: str, parts: Sequence[torch.Tensor], num_incoming: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """parts[r] [n_r, W] uint8 goes to rank r; returns what came, [num_incoming[r], W] from rank r.
-
-        The own part must be empty: it does not travel.
+        `layer`: index of the MoE layer.
         """
-        assert not len(parts[self.rank])
-        width = parts[0].shape[1]
-        sent = torch.cat(list(parts))
-        received = torch.empty(sum(num_incoming), width, dtype=torch.uint8, device=self.device)
-        dist.all_to_all_single(received, sent, list(num_incoming), [len(part) for part in parts])
-        self._book(layer, kind, sent.nbytes)
-        return list(torch.split(received, list(num_incoming)))
+        self.book(layer, "control", len(outgoing) * LENGTH.size)
+        self.traffic.trips[layer] += bool(incoming)
+        first = self._first_rank
+        raws = self.wire.trade({first + r: raw for r, raw in outgoing.items()}, [first + r for r in incoming])
+        return {rank - first: raw for rank, raw in raws.items()}
 
-    def _book(self, layer: int, kind: str, num_bytes: int) -> None:
+    def book(self, layer: int, kind: str, num_bytes: int) -> None:
+        """Count payload on its way to other ranks."""
         self.traffic.sent_bytes[kind][layer] += num_bytes
-        self.traffic.collectives[layer] += 1
 
 
 def pack(*columns: torch.Tensor) -> torch.Tensor:
@@ -59,8 +51,9 @@ def pack(*columns: torch.Tensor) -> torch.Tensor:
     return torch.cat([column.contiguous().view(torch.uint8) for column in wide], dim=1)
 
 
-def unpack(rows: torch.Tensor, *kinds: tuple[int, torch.dtype]) -> list[torch.Tensor]:
-    """The columns of packed rows [n, W]: for each (width, dtype) a tensor [n, width]."""
+def unpack(raw: torch.Tensor, *kinds: tuple[int, torch.dtype]) -> list[torch.Tensor]:
+    """The columns of packed rows [n * W]: for each (width, dtype) a tensor [n, width]."""
+    rows = raw.view(-1, sum(width * dtype.itemsize for width, dtype in kinds))
     columns, start = [], 0
     for width, dtype in kinds:
         end = start + width * dtype.itemsize

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
 from moe_serve.generation_defaults import eos_token_ids
 from moe_serve.hf.checkpoint import read_config
@@ -41,28 +41,37 @@ class GroupTeam:
         return self.generation
 
     def ask_all(self, message: Message) -> list[Message]:
-        """As JSON, because that is what ranks behind sockets would see."""
-        dist.broadcast_object_list([json.dumps(message)])
-        answers: list[Any] = [None] * self.num_ranks
-        dist.gather_object(json.dumps(self._worker.step(message)), answers)
-        parsed = [json.loads(answer) for answer in answers]
-        self.counted = dict(enumerate(parsed))
-        return parsed
+        """As JSON, because that is what ranks behind sockets would see, and as directly as they would get it."""
+        others = range(1, self.num_ranks)
+        self._worker.wire.trade(dict.fromkeys(others, _packed(message)), ())
+        own = json.loads(json.dumps(self._worker.step(message)))
+        heard = self._worker.wire.trade({}, others)
+        answers = [own, *(_read(heard[rank]) for rank in others)]
+        self.counted = dict(enumerate(answers))
+        return answers
 
     def stop(self) -> None:
         """The followers' loops end."""
-        dist.broadcast_object_list([json.dumps(None)])
+        self._worker.wire.trade(dict.fromkeys(range(1, self.num_ranks), _packed({"op": "stop"})), ())
 
 
 def follow(worker: Worker) -> None:
     """The steps of a rank that is not the first, until rank 0 stops."""
     while True:
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box)
-        message = json.loads(box[0])
-        if message is None:
+        message = _read(worker.wire.trade({}, [0])[0])
+        if message["op"] == "stop":
             return
-        dist.gather_object(json.dumps(worker.step(message)))
+        worker.wire.trade({0: _packed(worker.step(message))}, ())
+
+
+def _packed(message: Message) -> torch.Tensor:
+    """uint8 [n]."""
+    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+
+
+def _read(raw: torch.Tensor) -> Message:
+    message: Message = json.loads(raw.cpu().numpy().tobytes())
+    return message
 
 
 def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> ParallelEngine:
@@ -71,9 +80,9 @@ def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> Parall
     spec = ModelSpec.from_hf(read_config(config.model))
     affinity = None
     if uses is not None:
-        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.devices)
+        hosts = read_hosts(parallel.expert_plan, worker.layers, spec.num_experts, parallel.ranks_per_group)
         affinity = TokenAffinity(uses, hosts)
-    runner = TeamRunner(team, config, Prescheduler(parallel.devices, affinity))
+    runner = TeamRunner(team, config, Prescheduler(parallel.ranks_per_group, affinity))
     eos = frozenset(eos_token_ids(config.model))
     return ParallelEngine(runner, Tokenizer.from_path(config.model), spec, eos)
 

@@ -32,6 +32,7 @@ class Prescheduler:
     """Without a predictor: sequences go where the fewest tokens are, and tokens begin at home."""
 
     def __init__(self, num_ranks: int, affinity: TokenAffinity | None = None) -> None:
+        """`num_ranks`: of a group, among which the affinity's experts are divided."""
         self._num_ranks = num_ranks
         self._affinity = affinity
 
@@ -41,14 +42,16 @@ class Prescheduler:
         fit = np.array([tokens <= lightest + BALANCE_TOKENS for tokens in tokens_at])
         if self._affinity is None:
             return int(np.argmin(tokens_at))
-        expected = self._affinity.of_sequence(prompt)
-        return int(np.argmax(np.where(fit, expected, -1.0)))
+        expected = np.resize(self._affinity.of_sequence(prompt), len(tokens_at))  # every group alike
+        best = np.lexsort((np.array(tokens_at), -np.where(fit, expected, -1.0)))
+        return int(best[0])
 
     def starts(self, decoding: Iterable[Sequence]) -> dict[Sequence, int]:
-        """For each sequence about to decode, the rank where its newest token should begin."""
+        """For each sequence about to decode, the rank where its newest token should begin: one of its home's group."""
         if self._affinity is None:
             return {}
-        return {seq: self._affinity.first_rank(seq.token_ids[-1]) for seq in decoding}
+        size, first_rank = self._num_ranks, self._affinity.first_rank
+        return {seq: seq.home_rank // size * size + first_rank(seq.token_ids[-1]) for seq in decoding}
 
 
 class TokenAffinity:

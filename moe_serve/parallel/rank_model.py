@@ -22,6 +22,7 @@ from moe_serve.parallel.ownership import Ownership
 from moe_serve.parallel.plans import read_hosts
 from moe_serve.parallel.sharing import SharedLayers
 from moe_serve.parallel.traffic import Traffic
+from moe_serve.parallel.wire import GroupWire, connect_all
 
 
 def join_group(place: Place, parallel: ParallelConfig, config: EngineConfig) -> None:
@@ -47,11 +48,14 @@ def load(config: EngineConfig, parallel: ParallelConfig, place: Place) -> tuple[
     runner, spec = load_runner(config, eos)
     local = runner.expert_layers
     store = local.experts.store
-    hosts = read_hosts(parallel.expert_plan, store.layers, store.num_experts, place.world_size)
+    size = parallel.ranks_per_group
+    first_rank = parallel.group_of(place.rank) * size
+    hosts = read_hosts(parallel.expert_plan, store.layers, store.num_experts, size)
     device = runner.device
-    exchange = Exchange(place.rank, place.world_size, Traffic(len(store.layers)), device)
+    wire = connect_all(place, parallel.rank_step_s) if device.type == "cpu" else GroupWire(device)
+    exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
     like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=device)
-    ownership = Ownership(hosts, store.layers, place.rank, device)
+    ownership = Ownership(hosts, store.layers, exchange.rank, device)
     return runner, SharedLayers(local, ownership, exchange, spec.top_k, like)
 
 

@@ -34,7 +34,7 @@ def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
     team = _team(config, parallel)
     resolved = team.start()
     try:
-        prescheduler = Prescheduler(team.num_ranks, _affinity(team, spec))
+        prescheduler = Prescheduler(parallel.ranks_per_group, _affinity(team, spec))
     except BaseException:
         team.stop()
         raise
@@ -72,4 +72,6 @@ def _affinity(team: Team, spec: ModelSpec) -> TokenAffinity | None:
     if parallel.ep_predictor is None:
         return None
     counts = load_uses(parallel.ep_predictor, spec.vocab_size, len(team.layers), spec.num_experts)
-    return TokenAffinity(counts, read_hosts(parallel.expert_plan, team.layers, spec.num_experts, team.num_ranks))
+    return TokenAffinity(
+        counts, read_hosts(parallel.expert_plan, team.layers, spec.num_experts, parallel.ranks_per_group)
+    )

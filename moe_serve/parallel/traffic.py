@@ -1,6 +1,6 @@
-"""Traffic: what this rank has sent through collectives, by layer and kind. Monotone; readers take differences.
+"""Traffic: what this rank has sent to others, by layer and kind. Monotone; readers take differences.
 
-Counted where our code hands the bytes over: payload for other ranks, without the transport's own headers.
+Counted where our code hands the bytes over: messages with their lengths, without the transport's own headers.
 
 Shape alphabet: L MoE layers by dense index.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 KINDS = ("dispatch", "combine", "context", "control")
-"""Tokens to experts; results to tokens; keys and values for ranks that may need them; counts."""
+"""Tokens to experts; results to tokens; keys and values for ranks that may need them; lengths and checks."""
 
 
 class Traffic:
@@ -22,7 +22,8 @@ class Traffic:
         self.unmerged_bytes = np.zeros(num_layers, np.int64)
         """What dispatch and combine would be with a row of hidden states out and one back for each of a token's
         choices on another rank than its home's, as in GShard and DeepSpeed-MoE."""
-        self.collectives = np.zeros(num_layers, np.int64)
+        self.trips = np.zeros(num_layers, np.int64)
+        """How often this rank waited for messages that were sent when its own were: a link's delay each."""
         self.local_rows = 0
         """(token, choice) pairs that ran on the rank where the token was."""
         self.remote_rows = 0
@@ -32,12 +33,12 @@ class Traffic:
         return {
             **{f"{kind}_bytes": int(counts.sum()) for kind, counts in self.sent_bytes.items()},
             "unmerged_bytes": int(self.unmerged_bytes.sum()),
-            "collectives": int(self.collectives.sum()),
+            "trips": int(self.trips.sum()),
             "local_rows": self.local_rows,
             "remote_rows": self.remote_rows,
         }
 
     def by_layer(self) -> list[int]:
         """Bytes sent per MoE layer, all kinds."""
-        layers: list[int] = sum(self.sent_bytes.values(), np.zeros_like(self.collectives)).tolist()
+        layers: list[int] = sum(self.sent_bytes.values(), np.zeros_like(self.trips)).tolist()
         return layers

@@ -15,11 +15,12 @@ from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
 from moe_serve.kv_cache import LayerKV
 from moe_serve.parallel import rank_model
-from moe_serve.parallel.coherent_runner import CoherentRunner
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place
+from moe_serve.parallel.grouping import GroupRunner
 from moe_serve.parallel.messages import PlanReader, result_to_json
-from moe_serve.parallel.rank_runner import ConventionalRunner, RankRunner
+from moe_serve.parallel.modes import make_runner, way_of
+from moe_serve.parallel.wire import Wire
 
 
 class Worker:
@@ -35,9 +36,17 @@ class Worker:
         layers = self._runner.kv_cache.layers.values()
         self.kv_sizes = sum(_kv_elements(layer) for layer in layers), len(layers)
         """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
-        mode = CoherentRunner if parallel.ep_mode == "coherent" else ConventionalRunner
-        self._mode: RankRunner = mode(self._runner, self._shared)
+        self.way = way_of(parallel, self._shared, self.kv_sizes)
+        """One of forecast.WAYS."""
+        mode = make_runner(self.way, self._runner, self._shared)
+        size = parallel.ranks_per_group
+        self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
         self._reader = PlanReader()
+
+    @property
+    def wire(self) -> Wire:
+        """The way to the other ranks."""
+        return self._shared.exchange.wire
 
     @torch.inference_mode()
     def step(self, message: Mapping[str, Any]) -> dict[str, Any]:

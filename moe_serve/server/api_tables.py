@@ -12,11 +12,13 @@ from types import MappingProxyType
 from moe_serve.server.parsing import Body
 from moe_serve.server.protocol import ChatBody, CompletionBody, DetokenizeBody, ExpertCacheBody, TokenizeBody
 from moe_serve.server.refusals import Refusal
+from moe_serve.server.responses_body import ResponsesBody
 
 ENDPOINTS: Mapping[str, type[Body]] = MappingProxyType(
     {
         "POST /v1/chat/completions": ChatBody,
         "POST /v1/completions": CompletionBody,
+        "POST /v1/responses": ResponsesBody,
         "POST /tokenize": TokenizeBody,
         "POST /detokenize": DetokenizeBody,
         "POST /moe_cache": ExpertCacheBody,

@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 
 from moe_serve.async_engine import AsyncEngine
-from moe_serve.errors import EngineDeadError, InvalidRequestError, ModelNotFoundError, MoEServeError, OverloadedError
+from moe_serve.errors import InvalidRequestError, ModelNotFoundError
 from moe_serve.response_templates import Template, template_of
 from moe_serve.server import (
+    answering,
     chat,
     completions,
     dashboard,
@@ -31,12 +32,12 @@ from moe_serve.server import (
     prompts,
     ranks,
     recording,
-    request_log,
-    sse,
+    responses,
 )
 from moe_serve.server.access_log import given_id
+from moe_serve.server.api_tables import ENDPOINTS
 from moe_serve.server.chat import ChatShapes
-from moe_serve.server.collect import Merger, collect, stream, unless_disconnected
+from moe_serve.server.collect import Merger
 from moe_serve.server.completions import CompletionShapes
 from moe_serve.server.metrics import Metrics
 from moe_serve.server.parsing import parse
@@ -49,6 +50,7 @@ from moe_serve.server.protocol import (
     TokenizeBody,
 )
 from moe_serve.server.stats_log import StatsLog
+from moe_serve.server.trace_requests import TraceRequests, Tracing
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -87,6 +89,7 @@ def create_app(
     with_dashboard: bool = True,
     recording_dir: str | None = None,
     recording_buffer_tokens: int = 65536,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
     pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
@@ -104,10 +107,13 @@ def create_app(
         template_of(tokenizer),
         log_requests,
     )
-    app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s))
+    app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s, tracing))
+    if tracing is not None:
+        app.add_middleware(TraceRequests, tracing=tracing, model_name=model_name)
     app.state.engine = engine
     http_errors.install(app)
     _add_generation(app, service)
+    responses.install(app, service)
     _add_tokenization(app, service)
     _add_operation(app, service)
     _add_information(app, service)
@@ -116,17 +122,17 @@ def create_app(
         dashboard.install(app, service)
     operation.install(app, service)
     recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
-    openapi.install(
-        app, [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ExpertCacheBody, recording.RecordingBody]
-    )
+    openapi.install(app, [*ENDPOINTS.values(), recording.RecordingBody])
     return app
 
 
 @asynccontextmanager
-async def _lifespan(engine: AsyncEngine, drain_timeout_s: float) -> AsyncIterator[None]:
+async def _lifespan(engine: AsyncEngine, drain_timeout_s: float, tracing: Tracing | None) -> AsyncIterator[None]:
     engine.start()
     yield
     await engine.shutdown(drain_timeout_s)
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -138,7 +144,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         limit = service.engine.engine.max_model_len
         merger = Merger(completions.requests_of(body, request_id, service.tokenizer, service.sampling_defaults, limit))
         shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
-        return await _answer(service, http, body, merger, shapes)
+        events = answering.chunks(service, body, merger, shapes) if body.stream else None
+        return await answering.answer(service, http, merger, shapes.whole, events)
 
     @app.post("/v1/chat/completions", openapi_extra=openapi.takes(ChatBody, streams=True))
     async def create_chat_completion(http: HttpRequest) -> Response:
@@ -150,62 +157,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         plan = chat.plan(body, request_id, service.tokenizer, template, defaults, limit)
         merger = Merger([plan.request])
         shapes = ChatShapes(body, plan, request_id, service.model_name, service.tokenizer, merger)
-        return await _answer(service, http, body, merger, shapes)
+        events = answering.chunks(service, body, merger, shapes) if body.stream else None
+        return await answering.answer(service, http, merger, shapes.whole, events)
 
 
 def _request_id(prefix: str, body: SamplingBody, http: HttpRequest) -> str:
     return f"{prefix}-{body.request_id or given_id(http.headers) or uuid.uuid4().hex}"
-
-
-async def _answer(
-    service: Service, http: HttpRequest, body: SamplingBody, merger: Merger, shapes: CompletionShapes | ChatShapes
-) -> Response:
-    for request in merger.requests:  # refuse the whole body before any part of it runs
-        if request.params.grammar is None:
-            service.engine.engine.check_request(request)
-        else:  # compiling may take a while, and the others must not wait
-            await asyncio.to_thread(service.engine.engine.check_request, request)
-    request_log.note(http, merger, service)
-    headers = {"X-Request-Id": merger.requests[0].request_id}
-    try:
-        if not body.stream:
-            choices = await unless_disconnected(http, collect(service.engine, merger))
-            return JSONResponse(shapes.whole(choices), headers=headers)
-        events = _stream_events(service, body, merger, shapes)
-        # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
-        first = await unless_disconnected(http, anext(events))
-    except (OverloadedError, EngineDeadError) as error:
-        service.metrics.on_rejected(error.error_type.removesuffix("_error"))
-        raise
-    return sse.EventStream(first, events, headers)
-
-
-async def _stream_events(
-    service: Service, body: SamplingBody, merger: Merger, shapes: CompletionShapes | ChatShapes
-) -> AsyncGenerator[bytes]:
-    """SSE bytes of one answer. Errors before the first output raise; later ones become an event."""
-    options = body.stream_options
-    started = False
-    try:
-        async with aclosing(stream(service.engine, merger)) as outputs:
-            async for index, output in outputs:
-                if output.error is not None:
-                    raise MoEServeError(output.error)
-                head = [] if started else shapes.first_chunks()
-                started = True
-                chunk = shapes.chunk(index, output)
-                if chunk is not None and options is not None and options.continuous_usage_stats:
-                    chunk["usage"] = merger.usage.as_json()
-                if head or chunk is not None:
-                    yield sse.events([*head, *([] if chunk is None else [chunk])])
-    except MoEServeError as error:
-        if not started:
-            raise
-        yield sse.event(http_errors.error_body(error))
-    else:
-        if options is not None and options.include_usage:
-            yield sse.event(shapes.usage_chunk(merger.usage))
-    yield sse.DONE
 
 
 def _add_tokenization(app: FastAPI, service: Service) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.response_templates import Template, start_parser, without_fields
+from moe_serve.response_templates import Template, call_tags, start_parser, without_fields
 from moe_serve.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
 from moe_serve.server import prompts
 from moe_serve.server.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
 from moe_serve.server.collect import Merger, Usage, json_logprob
+from moe_serve.server.prompt_scores import prompt_scores
 from moe_serve.server.protocol import ChatBody
-from moe_serve.server.tools import ToolPlan, plan_tools
+from moe_serve.server.tools import ToolPlan, calls_or_answer, plan_tools
 from moe_serve.tokenizer import Tokenizer
 
 
@@ -37,9 +39,9 @@ def plan(
     max_model_len: int,
 ) -> ChatPlan:
     """Resolve a body; InvalidRequestError names what does not fit together."""
-    body.check_stream_options()
+    body.check_stream()
     tools = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    grammar = _grammar(body, tools)
+    grammar = _grammar(body, tools, template, tokenizer)
     if tools.mode == "auto" and template is None:
         raise InvalidRequestError(
             "tool_choice",
@@ -51,22 +53,26 @@ def plan(
     )
     rendered = prompts.render(body, body.messages, tools.shown, tokenizer)
     prompt = prompts.truncated(rendered, body, limit, max_model_len)
-    needed = _template_for(tools, template) if grammar is None else None
+    needed = _template_for(tools, template) if grammar is None or tools.mode == "auto" else None
     if needed is not None:
         params = replace(params, skip_special_tokens=False)  # they may be what the template looks for
     new_parser = _parser_for(tools, needed, tokenizer.decode(prompt, skip_special_tokens=False))
-    request = Request(request_id, prompt, params, time.monotonic(), body.priority or 0)
+    request = Request(request_id, prompt, params, time.monotonic(), body.priority or 0, body.cache_salt or "")
     return ChatPlan(request, new_parser, tools.mode != "named")
 
 
-def _grammar(body: ChatBody, tools: ToolPlan) -> GrammarSpec | None:
-    """What constrains the answer: the request's own grammar, or a forced call."""
-    grammar = body.grammar()
-    if grammar is not None and tools.mode != "none":
+def _grammar(body: ChatBody, tools: ToolPlan, template: Template | None, tokenizer: Tokenizer) -> GrammarSpec | None:
+    """What constrains the answer: a forced call, which leaves no content to constrain, or the request's own grammar."""
+    own = body.grammar()
+    if own is None or tools.grammar is not None or tools.mode == "none":
+        return tools.grammar or own
+    tags = call_tags(template) if template is not None else None
+    if tags is None:
         raise InvalidRequestError(
-            grammar.param, f"{grammar.param} cannot be combined with tools, but for tool_choice none"
+            own.param, f"{own.param}: with tools and tool_choice auto only where the model writes calls as tagged JSON"
         )
-    return grammar or tools.grammar
+    first, last = (tag if tag in tokenizer.hf.all_special_tokens else json.dumps(tag) for tag in tags)
+    return calls_or_answer(tools, own, (first, last))
 
 
 def _template_for(tools: ToolPlan, template: Template | None) -> Template | None:
@@ -106,7 +112,11 @@ class ChatShapes:
         """The answer of a request that is not streamed."""
         shaped = [self._whole_choice(c) for c in choices]
         usage = self._merger.usage.as_json()
-        return {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage} | self._prompt_ids()
+        answer = {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage} | self._prompt_ids()
+        if self._body.prompt_logprobs is not None:
+            request_id = self._merger.requests[0].request_id
+            answer["prompt_logprobs"] = prompt_scores(self._merger.scores_of(request_id), self._tokenizer)
+        return answer
 
     def _whole_choice(self, choice: Completion) -> dict[str, Any]:
         delta = self._read(choice.index, choice.text, True)
@@ -184,8 +194,9 @@ class ChatShapes:
         return [self._token(token_id, value) for token_id, value in logprob.top]
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": json_logprob(logprob), "bytes": raw}
+        text = self._tokenizer.token_text(token_id)
+        shown = f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text
+        return {"token": shown, "logprob": json_logprob(logprob), "bytes": self._tokenizer.token_bytes(token_id)}
 
 
 def _as_json(delta: Delta) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.errors import MoEServeError
 from moe_serve.mailbox import Mailbox
-from moe_serve.sequence import Completion, Request, SampleOutput
+from moe_serve.sequence import Completion, Request, SampleOutput, TokenLogprob
+from moe_serve.stats import FinishedStats
 
 T = TypeVar("T")
 
@@ -58,16 +59,30 @@ class Merger:
 
     requests: Sequence[Request]
     usage: Usage = field(default_factory=Usage)
+    ended: list[FinishedStats] = field(default_factory=list)
+    """Times of the samples that have ended."""
+    prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    """By request id, for requests that asked for them: of their prompt but its first token."""
+    error_type: str = ""
+    """Of the error that came as an event, after the first byte of a stream."""
     _seen: set[str] = field(default_factory=set)
 
     def choice_index(self, position: int, output: SampleOutput) -> int:
         return position * self.requests[position].params.n + output.index
+
+    def scores_of(self, request_id: str) -> tuple[TokenLogprob, ...]:
+        """What the model thought of a request's prompt; empty for a prompt of one token, which follows nothing."""
+        return self.prompt_logprobs.get(request_id, ())
 
     def count(self, output: SampleOutput) -> None:
         if output.request_id not in self._seen:
             self._seen.add(output.request_id)
             self.usage.note_first(output)
         self.usage.completion_tokens += len(output.token_ids)
+        if output.prompt_logprobs:
+            self.prompt_logprobs[output.request_id] = output.prompt_logprobs
+        if output.stats is not None:
+            self.ended.append(output.stats)
 
 
 async def stream(engine: AsyncEngine, merger: Merger) -> AsyncGenerator[tuple[int, SampleOutput]]:

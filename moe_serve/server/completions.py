@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
+from moe_serve.errors import InvalidRequestError
 from moe_serve.sequence import Completion, Request, SampleOutput, TokenLogprob
 from moe_serve.server import prompts
 from moe_serve.server.collect import Merger, Usage, json_logprob
+from moe_serve.server.prompt_scores import prompt_scores
 from moe_serve.server.protocol import CompletionBody
 from moe_serve.tokenizer import Tokenizer
 
@@ -20,14 +22,14 @@ def requests_of(
     body: CompletionBody, request_id: str, tokenizer: Tokenizer, defaults: Mapping[str, Any], max_model_len: int
 ) -> list[Request]:
     """One request for each prompt of the body."""
-    body.check_stream_options()
-    if body.echo and body.logprobs is not None:
-        raise UnsupportedFieldError("logprobs", "logprobs of an echoed prompt are not supported; drop echo or logprobs")
+    body.check_stream()
     words = prompts.bad_words(body.bad_words, tokenizer)
     params = body.sampling_params(defaults, body.max_tokens, body.logprobs, grammar=body.grammar(), bad_words=words)
-    now = time.monotonic()
+    if body.echo and params.prompt_logprobs is None:
+        params = replace(params, prompt_logprobs=params.logprobs)
+    now, priority, salt = time.monotonic(), body.priority or 0, body.cache_salt or ""
     return [
-        Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, body.priority or 0)
+        Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, priority, salt)
         for i, prompt in enumerate(_prompts_of(body, tokenizer, max_model_len))
     ]
 
@@ -91,10 +93,12 @@ class CompletionShapes:
         choice = {
             "index": index,
             "text": self._echo(index) + text if is_first else text,
-            "logprobs": self._logprobs(index, logprobs) if self._body.logprobs is not None else None,
+            "logprobs": self._logprobs(index, logprobs, is_first) if self._body.logprobs is not None else None,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_scores(self._scores(index), self._tokenizer)
         if self._body.return_token_ids:
             choice["token_ids"] = list(token_ids)
             if is_first:
@@ -105,22 +109,42 @@ class CompletionShapes:
         """The prompt's text, when the request asked for it."""
         return self._tokenizer.decode(self._prompt(index)) if self._body.echo else ""
 
-    def _prompt(self, index: int) -> tuple[int, ...]:
-        return self._merger.requests[index // self._merger.requests[0].params.n].prompt_token_ids
+    def _request(self, index: int) -> Request:
+        return self._merger.requests[index // self._merger.requests[0].params.n]
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """OpenAI's legacy shape: parallel lists over tokens."""
-        texts = [self._tokenizer.token_text(p.token_id) for p in logprobs]
+    def _prompt(self, index: int) -> tuple[int, ...]:
+        return self._request(index).prompt_token_ids
+
+    def _scores(self, index: int) -> tuple[TokenLogprob, ...]:
+        """Of the choice's prompt but its first token."""
+        return self._merger.scores_of(self._request(index).request_id)
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob], is_first: bool) -> dict[str, Any]:
+        """OpenAI's legacy shape: parallel lists over tokens, those of an echoed prompt first."""
+        ids = [p.token_id for p in logprobs]
+        known: list[TokenLogprob | None] = list(logprobs)
+        if is_first and self._body.echo:
+            ids = [*self._prompt(index), *ids]
+            known = [None, *self._scores(index), *known]
+        texts = [self._tokenizer.token_text(i) for i in ids]
         offsets = []
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
         return {
-            "tokens": texts,
-            "token_logprobs": [json_logprob(p.logprob) for p in logprobs],
-            "top_logprobs": [self._top(p) for p in logprobs] if self._body.logprobs else None,
+            "tokens": [self._shown(i) for i in ids],
+            "token_logprobs": [None if p is None else json_logprob(p.logprob) for p in known],
+            "top_logprobs": [None if p is None else self._top(p) for p in known] if self._body.logprobs else None,
             "text_offset": offsets,
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        return {self._tokenizer.token_text(token_id): json_logprob(value) for token_id, value in logprob.top}
+        """The likeliest tokens by their text; where texts are equal, the likelier one's value."""
+        found: dict[str, float] = {}
+        for token_id, value in logprob.top:
+            found.setdefault(self._shown(token_id), json_logprob(value))
+        return found
+
+    def _shown(self, token_id: int) -> str:
+        as_id = self._body.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if as_id else self._tokenizer.token_text(token_id)

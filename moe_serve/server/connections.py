@@ -90,6 +90,19 @@ class _Connection(HTTPProtocol):
         self._stop("_stall_timer")
         super().resume_writing()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_closing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_closing()
+
+    def _watch_closing(self) -> None:
+        """A closing connection stays until the client has taken what is buffered; it has the same time for that."""
+        if self.transport.is_closing() and self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(self._write_timeout_s, self._cut_off)
+
     def _watch_headers(self) -> None:
         """Have the timer run while the headers of a request are due; uvicorn's own watches the pauses between."""
         in_request = self.cycle is not None and not self.cycle.response_complete
@@ -102,6 +115,7 @@ class _Connection(HTTPProtocol):
         self._header_timer = None
         if not self.transport.is_closing():
             self.transport.close()
+            self._watch_closing()
 
     def _cut_off(self) -> None:
         """Abort rather than close: closing would wait until the client has taken what is buffered."""

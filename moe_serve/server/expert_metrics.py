@@ -33,6 +33,7 @@ COUNTERS = {
     "expert_cache_hits": Family(LAYER, "Of those, the ones whose expert was there when the router asked."),
     "expert_cache_prefetch_hits": Family(LAYER, "Of the hits, the first uses of experts brought ahead of time."),
     "expert_cache_late_prefetches": Family(LAYER, "Uses whose expert was on its way when the router asked."),
+    "expert_cache_host_runs": Family(LAYER, "Uses computed from the host's copy instead of bringing the expert."),
     "expert_cache_evictions": Family(LAYER, "Experts that lost their slot."),
     "expert_used_bytes": Family(("layer", "tier"), "Bytes of the experts used, by the tier they were in just before."),
     "expert_load_bytes": Family(("layer", "tier"), "Bytes read because the router asked, by the tier they came from."),
@@ -101,6 +102,7 @@ def counter_samples(report: ExpertReport, predictor: str) -> dict[str, Samples]:
         samples |= {
             "expert_cache_prefetch_hits": _by_layer(layers, counts["prefetch_hits"]),
             "expert_cache_late_prefetches": _by_layer(layers, counts["late_prefetches"]),
+            "expert_cache_host_runs": _by_layer(layers, counts["host_runs"]),
             "expert_cache_evictions": _by_layer(layers, counts["evictions"]),
             "expert_load_bytes": _by_layer(layers, counts["demand_bytes"], tier),
             "expert_prefetch_bytes": _by_layer(layers, counts["prefetch_bytes"], tier),

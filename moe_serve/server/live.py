@@ -78,7 +78,7 @@ class LiveStats:
     def on_step(self, stats: StepStats) -> None:
         """Add a step to the totals."""
         old, is_decode = self._totals, stats.num_prompt_tokens == 0
-        arriving = stats.experts.misses + stats.experts.prefetch_hits
+        arriving = stats.experts.misses - stats.experts.host_runs + stats.experts.prefetch_hits
         totals = Totals(
             old.prompt_tokens + stats.num_prompt_tokens,
             old.generated_tokens + stats.num_generated_tokens,

@@ -108,16 +108,22 @@ class SamplingBody(Body, StructuredFields):
     """Nothing else is sampled."""
     bad_words: Annotated[list[str], Field(max_length=1000)] | None = None
     """Words that are not said."""
+    prompt_logprobs: Int | None = _range(0, 20)
+    """Log-probability of each prompt token and 0 to 20 alternatives; not with stream. Cached prefixes are not used."""
     truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None
     """Keep the last so many tokens of the prompt; -1: as many as fit."""
     priority: Annotated[Int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower goes first among waiting requests; 0 by default."""
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=200)
+    """Share cached prefixes only with requests of the same salt."""
     stream: Flag | None = None
     """Server-sent events, ended by [DONE]."""
     stream_options: StreamOptions | None = None
     """include_usage, continuous_usage_stats."""
     return_token_ids: Flag | None = None
     """Adds token_ids to choices, and prompt_token_ids."""
+    return_tokens_as_token_ids: Flag | None = None
+    """In logprobs, write each token as token_id:ID, because texts of tokens may be equal."""
     request_id: str | None = Field(default=None, max_length=200, pattern=r"^[!-~]+$")
     """Printable ASCII, because it comes back in a header. The header X-Request-Id does the same."""
     user: str | None = None
@@ -129,9 +135,12 @@ class SamplingBody(Body, StructuredFields):
     metadata: dict[str, str] | None = None
     """Accepted and unused: tags for stored answers, and none are stored."""
 
-    def check_stream_options(self) -> None:
+    def check_stream(self) -> None:
+        """Refuse what does not go with, or without, a stream."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options", "stream_options needs stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs", "prompt_logprobs cannot be streamed")
 
     def sampling_params(
         self,
@@ -147,6 +156,7 @@ class SamplingBody(Body, StructuredFields):
             values["max_tokens"] = max_tokens
         values |= {
             "logprobs": logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "allowed_token_ids": tuple(self.allowed_token_ids or ()),
@@ -168,11 +178,11 @@ class CompletionBody(SamplingBody):
     prompt: str | list[str] | list[Int] | list[list[Int]]
     """Text, token ids, or up to 128 of either."""
     max_tokens: Int | None = 16
-    """16, as in the OpenAI API; null: to the end of the context."""
+    """16, as in the OpenAI API; null: to the end of the context; 0: only the prompt is computed."""
     logprobs: Int | None = _range(0, 20)
     """0 to 20 alternatives for each token."""
     echo: Flag | None = None
-    """Repeat the prompt's text; not with logprobs."""
+    """Repeat the prompt's text; with logprobs, also say how likely each of its tokens was."""
     add_special_tokens: Flag = True
     """Let the tokenizer add its start token."""
 
@@ -191,7 +201,7 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: Flag | None = None
     """false: at most one call."""
     max_tokens: Int | None = _range(1)
-    """Default: to the end of the context."""
+    """At least 1. Default: to the end of the context."""
     max_completion_tokens: Int | None = _range(1)
     """The newer name of max_tokens, and goes before it."""
     logprobs: Flag | None = None
@@ -213,8 +223,9 @@ class ChatBody(SamplingBody):
 
     def completion_limit(self) -> int | None:
         """max_completion_tokens, or the older max_tokens."""
-        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
-            raise InvalidRequestError("max_completion_tokens", "max_completion_tokens must be at least 1")
+        for name in ("max_completion_tokens", "max_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise InvalidRequestError(name, f"{name} must be at least 1, got {limit}")
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def num_logprobs(self) -> int | None:

@@ -76,7 +76,9 @@ class TeamCollector:
         layers = CounterMetricFamily(
             PREFIX + "layer_sent_bytes", "Payload sent to other ranks, by MoE layer.", labels=["rank", "layer"]
         )
+        trips = CounterMetricFamily(PREFIX + "trips", "Waits for other ranks, a link's delay each.", labels=["rank"])
         for rank, answer in sorted(self._team.counted.items()):
+            trips.add_metric([str(rank)], answer["traffic"]["trips"])
             for name, amount in answer["traffic"].items():
                 if name in ("local_rows", "remote_rows"):
                     rows.add_metric([str(rank), name.removesuffix("_rows")], amount)
@@ -84,4 +86,4 @@ class TeamCollector:
                     sent.add_metric([str(rank), name.removesuffix("_bytes")], amount)
             for layer, amount in zip(self._team.layers, answer["layer_bytes"], strict=True):
                 layers.add_metric([str(rank), str(layer)], amount)
-        yield from (sent, rows, layers)
+        yield from (sent, rows, trips, layers)

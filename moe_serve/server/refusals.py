@@ -25,13 +25,10 @@ BOTH = MappingProxyType(
         "use_beam_search": Refusal("no beam search", (None, False)),
         "length_penalty": Refusal("belongs to beam search", (None, 1, 1.0)),
         "early_stopping": Refusal("belongs to beam search", (None, False)),
-        "prompt_logprobs": Refusal("log-probabilities of prompts", is_planned=True),
         "spaces_between_special_tokens": Refusal("spaces are the tokenizer's own", (None, True)),
-        "return_tokens_as_token_ids": Refusal("use return_token_ids", (None, False)),
         "guided_decoding_backend": Refusal("the one backend is llguidance", (None, "auto", "guidance")),
         "guided_whitespace_pattern": Refusal("white space is bounded by the server"),
         "lora_request": Refusal("no LoRA adapters"),
-        "cache_salt": Refusal("prefixes are shared between all clients", is_planned=True),
         "kv_transfer_params": Refusal("no disaggregated prefill"),
         "logits_processors": Refusal("a client must not bring code"),
         "service_tier": Refusal("one tier; use priority", (None, "auto", "default")),
@@ -53,5 +50,19 @@ CHAT = MappingProxyType(
         "echo": Refusal("no echo of a conversation", (None, False)),
         "chat_template": Refusal("a client must not bring code; start with --chat-template"),
         "documents": Refusal("put them into a message", (None, [])),
+    }
+)
+RESPONSES = MappingProxyType(
+    {
+        "previous_response_id": Refusal("answers are not kept; send the whole conversation as input"),
+        "conversation": Refusal("conversations are not kept; send the whole of it as input"),
+        "store": Refusal("answers are not kept", (None, False)),
+        "background": Refusal("answers are not kept", (None, False)),
+        "prompt": Refusal("no stored prompts"),
+        "truncation": Refusal("a conversation that is too long is an error", (None, "disabled")),
+        "max_tool_calls": Refusal("no built-in tools"),
+        "context_management": Refusal("nothing is compacted"),
+        "stream_options": Refusal("no obfuscation of events", (None, {}, {"include_obfuscation": False})),
+        "service_tier": BOTH["service_tier"],
     }
 )

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def note(http: HttpRequest, merger: Merger, service: Service) -> None:
-    """Have the access log show token counts; with --log-requests, log each prompt as the model sees it."""
+    """Let access log and tracing know the request; with --log-requests, log each prompt as the model sees it."""
+    http.state.merger = merger
     http.state.logged = lambda: _counts(merger)
     if service.log_requests:
         for request in merger.requests:

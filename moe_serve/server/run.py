@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from moe_serve.engine import Engine
+    from moe_serve.server.trace_requests import Tracing
 
 log = logging.getLogger("moe_serve")
 
@@ -43,9 +44,11 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     logs.set_up(server_config.log_format)
     keys = read_keys(server_config)
     operation.warn_if_open(server_config, keys)
+    tracing = _tracing(server_config)
     bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
     door = FrontDoor(
-        partial(_load, server_config, engine_config, parallel_config, bound.getsockname()[1]), lambda: _end(server)
+        partial(_load, server_config, engine_config, parallel_config, bound.getsockname()[1], tracing),
+        lambda: _end(server),
     )
     server = DrainingServer(
         _uvicorn_config(operation.guard(door, server_config, keys), server_config),
@@ -80,8 +83,27 @@ def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     )
 
 
+def _tracing(config: ServerConfig) -> Tracing | None:
+    """Where spans go, if they are wanted. OpenTelemetry is imported only then."""
+    endpoint = config.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"{flag_name('otlp_traces_endpoint')}: {endpoint!r} is no URL of OTLP over HTTP")
+    try:
+        from moe_serve.server.otlp import OtlpTracing
+    except ImportError as error:
+        message = f"{flag_name('otlp_traces_endpoint')} needs OpenTelemetry's SDK ({error.name} is missing)"
+        raise ConfigError(f"{message}: pip install 'moe-serve[otel]'") from error
+    return OtlpTracing.to(endpoint)
+
+
 def _load(
-    server_config: ServerConfig, engine_config: EngineConfig, parallel_config: ParallelConfig, port: int
+    server_config: ServerConfig,
+    engine_config: EngineConfig,
+    parallel_config: ParallelConfig,
+    port: int,
+    tracing: Tracing | None,
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.async_engine import AsyncEngine
@@ -106,6 +128,7 @@ def _load(
         with_dashboard=server_config.dashboard,
         recording_dir=server_config.recording_dir,
         recording_buffer_tokens=server_config.recording_buffer_tokens,
+        tracing=tracing,
     )
     _announce(server_config, port, name)
     return app

@@ -25,6 +25,11 @@ def events(items: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(map(event, items))
 
 
+def named_events(items: Iterable[dict[str, Any]]) -> bytes:
+    """Several events in one write, each under the name that is its `type`."""
+    return b"".join(b"event: " + item["type"].encode() + b"\n" + event(item) for item in items)
+
+
 class EventStream(StreamingResponse):
     """A response of events. Closes its generator when the client leaves, instead of leaving that to the GC."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -76,6 +76,8 @@ class ToolPlan:
     """The function of mode "named"."""
     grammar: GrammarSpec | None = None
     """Forces the call, for "required" and "named"."""
+    functions: Mapping[str, Function] = field(default_factory=dict)
+    """What may be called, for mode "auto"."""
 
 
 def plan_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolPlan:
@@ -95,7 +97,7 @@ def plan_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel
         return _named(choice.function.name, functions, shown)
     if choice == "required":
         return ToolPlan("required", shown, is_parallel, grammar=_list_of_calls(functions, is_parallel))
-    return ToolPlan("auto", shown, is_parallel)
+    return ToolPlan("auto", shown, is_parallel, functions=functions)
 
 
 def _named(name: str, functions: Mapping[str, Function], shown: tuple[Mapping[str, Any], ...]) -> ToolPlan:
@@ -109,11 +111,36 @@ def _parameters(function: Function) -> dict[str, Any]:
 
 
 def _list_of_calls(functions: Mapping[str, Function], is_parallel: bool) -> GrammarSpec:
-    """`[{"name": "f", "parameters": {...}}, ...]`; each schema stays a document of its own, so its $refs hold."""
+    """`[{"name": "f", "parameters": {...}}, ...]`."""
     more = ' (", " call)*' if is_parallel else ""
-    lines = [f'start: "[" call{more} "]"', "call: " + " | ".join(f"f{i}" for i in range(len(functions)))]
-    for i, (name, function) in enumerate(functions.items()):
-        schema = {**_parameters(function), "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
-        head = json.dumps(f'{{"name": "{name}", "parameters": ')
-        lines += [f'f{i}: {head} p{i} "}}"', f"p{i}: %json {json.dumps(schema)}"]
+    lines = [f'start: "[" call{more} "]"', *_call_rules(functions, "parameters")]
     return GrammarSpec(GrammarKind.LARK, "\n".join(lines), "tools")
+
+
+def calls_or_answer(plan: ToolPlan, answer: GrammarSpec, tags: tuple[str, str]) -> GrammarSpec:
+    """For mode "auto": calls as the model writes them, or else an answer within a grammar. `tags`: Lark terms."""
+    if answer.kind is GrammarKind.JSON_SCHEMA:
+        rule = _json_rule(json.loads(answer.text))
+    elif answer.kind is GrammarKind.REGEX:
+        rule = "/" + answer.text.replace("/", r"\/") + "/"
+    else:
+        raise InvalidRequestError(
+            answer.param, f"{answer.param}: beside tools an answer may follow a JSON schema or a regular expression"
+        )
+    more = r' ("\n" tagged)*' if plan.is_parallel else ""
+    lines = [f"start: tagged{more} | answer", rf'tagged: {tags[0]} "\n" call "\n" {tags[1]}', f"answer: {rule}"]
+    lines += _call_rules(plan.functions, "arguments")
+    return GrammarSpec(GrammarKind.LARK, "\n".join(lines), answer.param)
+
+
+def _call_rules(functions: Mapping[str, Function], key: str) -> list[str]:
+    """Lark rules for `call`: {"name": ..., key: {...}}. Each schema stays a document of its own, so its $refs hold."""
+    lines = ["call: " + " | ".join(f"f{i}" for i in range(len(functions)))]
+    for i, (name, function) in enumerate(functions.items()):
+        head = json.dumps(f'{{"name": "{name}", "{key}": ')
+        lines += [f'f{i}: {head} p{i} "}}"', f"p{i}: {_json_rule(_parameters(function))}"]
+    return lines
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})

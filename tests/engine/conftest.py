@@ -9,7 +9,7 @@ import pytest
 from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.kv_pages import PagePool
 from moe_serve.scheduler import Scheduler, SchedulerLimits
-from moe_serve.sequence import Request, SamplingParams
+from moe_serve.sequence import Request, SamplingParams, TokenLogprob
 from moe_serve.sequence import Sequence as Seq
 
 
@@ -26,11 +26,16 @@ class SchedulerDriver:
         self.pool = PagePool(num_pages, page_size)
         self.scheduler = Scheduler(SchedulerLimits(**settings), self.pool, eos)  # type: ignore[arg-type]
         self.plans: list[BatchPlan] = []
+        self.scored: list[list[list[int]]] = []
+        """For each step, the scored positions of each scheduled sequence."""
 
     def step(self) -> BatchPlan:
         plan = self.scheduler.schedule()
         sampled = [s for s in plan.scheduled if s.needs_sample]
-        result = StepResult(tuple(s.end + 1000 for s in sampled), tuple(None for _ in sampled))
+        self.scored.append([list(s.scored) for s in plan.scheduled])
+        scores = {s.seq: tuple(TokenLogprob(s.seq.token_ids[p + 1], -1.0) for p in s.scored) for s in plan.scheduled}
+        tokens = tuple(s.end + 1000 for s in sampled)
+        result = StepResult(tokens, tuple(None for _ in sampled), prompt_logprobs=scores)
         self.scheduler.update(plan, result)
         self.plans.append(plan)
         self.pool.check_integrity(s.page_ids for s in self.scheduler.live())

@@ -10,6 +10,7 @@ import random
 import shutil
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ class FlakyFile(DirectFile):
         super().read(memory, offset, needed)
 
 
+class LeavesOnHost:
+    """A MissService that leaves some missing experts, and says of some that they need not be brought."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
+        return list(missing[:: self._step])
+
+    def stays(self, layer: int, expert: int) -> bool:
+        return (layer + expert) % 3 == 0
+
+
 class CacheMachine(RuleBasedStateMachine):
     """One cache over a real file; at most one acquisition at a time, as in the engine."""
 
@@ -61,14 +75,24 @@ class CacheMachine(RuleBasedStateMachine):
         self.wanted: Acquisition | None = None
         FlakyFile.broken.clear()
 
-    @initialize(slots=SLOTS, policy=st.sampled_from(policy_names()), num_transit=st.integers(0, 3))
-    def build(self, slots: Slots, policy: str, num_transit: int) -> None:
+    @initialize(
+        slots=SLOTS, policy=st.sampled_from(policy_names()), num_transit=st.integers(0, 3), leaves=st.integers(0, 2)
+    )
+    def build(self, slots: Slots, policy: str, num_transit: int, leaves: int) -> None:
         self.store = split_store(self.folder)
         arena = HostArena(self.store.num_total + num_transit, self.store.slot_bytes)
         keeper = find_policy(policy)(len(LAYERS), E)
         self.fetcher = SteppedFetcher(FlakyFile)
         self.cache = ExpertCache(
-            self.store, lambda w: w, arena, slots, num_transit, keeper, self.fetcher, start_early_bytes=0
+            self.store,
+            lambda w: w,
+            arena,
+            slots,
+            num_transit,
+            keeper,
+            self.fetcher,
+            start_early_bytes=0,
+            misses=LeavesOnHost(leaves) if leaves else None,
         )
         self.asked = self.answered = 0
 
@@ -76,7 +100,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
     def acquire(self, layer: int, experts: list[int]) -> None:
         self.wanted = self.cache.acquire(layer, experts, [1] * len(experts))
-        self.asked = len(experts)
+        self.asked = len(experts) - len(self.wanted.on_host)
+        self._skip_if_all_on_host()
         self.answered = 0
 
     @precondition(lambda self: self.wanted is not None and self.wanted.ready)
@@ -127,6 +152,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(broken=st.booleans())
     def break_disk(self, broken: bool) -> None:
         (FlakyFile.broken.set if broken else FlakyFile.broken.clear)()
+
+    def _skip_if_all_on_host(self) -> None:
+        if not self.asked:
+            self.wanted = None
 
     def _finish(self) -> None:
         """Every expert asked for is either run or failed, none twice, none forgotten."""

@@ -20,8 +20,9 @@ from moe_serve.config import EngineConfig
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.environment import read_place
+from moe_serve.parallel.environment import Place, read_place
 from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, follow
+from moe_serve.parallel.wire import GroupWire
 from moe_serve.parallel.worker import Worker
 
 
@@ -44,11 +45,20 @@ def random_uses(worker: Worker, case: dict[str, Any]) -> Any:
     return torch.randint(0, 50, (vocab, len(worker.layers), case["num_experts"]), generator=generator).numpy()
 
 
+def check_group_wire(place: Place) -> None:
+    """What GPUs trade over, here over gloo: messages of any length, also none."""
+    others = [rank for rank in range(place.world_size) if rank != place.rank]
+    outgoing = {rank: torch.full((5 * place.rank,), rank, dtype=torch.uint8) for rank in others}
+    for rank, raw in GroupWire(torch.device("cpu")).trade(outgoing, others).items():
+        assert raw.tolist() == [place.rank] * (5 * rank)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(next(arg for arg in sys.argv[1:] if arg.endswith(".json"))).read_text())
     place = read_place()
     rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig(device="cpu"))
+    check_group_wire(place)
     results = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from moe_serve.async_engine import AsyncEngine
 from moe_serve.demo import evaluate
 from moe_serve.server.app import create_app
+from moe_serve.server.connections import KEEP_ALIVE_S
 from moe_serve.tokenizer import Tokenizer
 from tests.random_model import random_engine
 
@@ -38,7 +39,11 @@ def random_app() -> FastAPI:
 @contextmanager
 def served(app: FastAPI) -> Iterator[str]:
     """A real uvicorn on a free port; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, ws="none", log_level="critical", timeout_graceful_shutdown=2, timeout_keep_alive=KEEP_ALIVE_S
+        )
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.forecast import RowBytes, forecast
+from moe_serve.parallel.forecast import RowBytes, cheaper_context, forecast
 from moe_serve.parallel.ownership import Ownership
 from moe_serve.parallel.plans import contiguous, read_hosts
 from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, count_uses, load_uses, save_uses
@@ -97,8 +97,45 @@ def test_forecast_counts_what_travels() -> None:
     """One token at home on rank 0, two layers, two choices; experts 0 and 1 on rank 0, 2 and 3 on rank 1."""
     hosts, homes = contiguous(2, 4, 2), np.array([0])
     ids = np.array([[[2, 3], [2, 0]]])
-    sizes = RowBytes(dispatch=100, combine=10, context=7)
+    sizes = RowBytes(dispatch=100, combine=10, whole=5, context=7)
     sent = forecast("conventional", ids, hosts, homes, sizes)
     assert (sent.dispatch_rows, sent.combine_rows, sent.bytes_per_token) == (2, 2, 220)
-    moved = forecast("coherent", ids, hosts, homes, sizes)  # goes to rank 1 and stays; expert 0 is asked from there
+    moved = forecast("send", ids, hosts, homes, sizes)  # moves to rank 1, and back to rank 0 with a part of its sum
     assert (moved.dispatch_rows, moved.combine_rows, moved.bytes_per_token) == (2, 1, 217)
+    shared = forecast("recompute", ids, hosts, homes, sizes)  # rank 1 has it whole; then its part goes home
+    assert (shared.whole_rows, shared.combine_rows, shared.bytes_per_token) == (1, 1, 15)
+
+
+def test_what_every_rank_holds_is_not_sent_when_all_recompute() -> None:
+    hosts = contiguous(2, 4, 2)
+    hosts[:, 3] = True
+    ids = np.array([[[3], [3]], [[0], [3]]])
+    sizes = RowBytes(dispatch=100, combine=10, whole=5, context=7)
+    assert forecast("recompute", ids, hosts, np.array([0, 1]), sizes).whole_rows == 0.5
+
+
+def test_context_is_sent_where_keys_and_values_are_small() -> None:
+    wide, narrow, sizes = 4 * 256, 4 * 16, {"hidden": 256, "top_k": 2, "num_layers": 4}
+    two, four = contiguous(4, 8, 2), contiguous(4, 8, 4)
+    assert cheaper_context(four, **sizes, itemsize=4, kv_elements=wide) == "recompute"
+    assert cheaper_context(four, **sizes, itemsize=4, kv_elements=narrow) == "send"
+    assert cheaper_context(two, **sizes, itemsize=4, kv_elements=narrow) == "recompute"
+    assert cheaper_context(two, **sizes, itemsize=2, kv_elements=narrow) == "send"  # sums are twice as wide
+
+
+def test_ranks_agree_whoever_asks() -> None:
+    """Expert 0 is on ranks 0 and 1, expert 1 on 1 and 2: together they are on rank 1."""
+    hosts = np.zeros((1, 2, 3), bool)
+    hosts[0, 0, [0, 1]] = hosts[0, 1, [1, 2]] = True
+    ids = np.array([[0, 1], [1, 0], [0, 0]])
+    found = [Ownership(hosts, (5,), rank, torch.device("cpu")).agree(5, ids, None).tolist() for rank in range(3)]
+    assert found[0][:2] == [[1, 1], [1, 1]]
+    assert found[1:] == found[:1] * 2
+    at_home = Ownership(hosts, (5,), 0, torch.device("cpu")).agree(5, ids[:2], np.array([0, 2]))
+    assert at_home.tolist() == [[0, 1], [2, 0]]
+
+
+def test_groups_are_alike_for_the_prescheduler() -> None:
+    counts = count_uses(np.array([7, 9]), np.array([[[0]], [[3]]]), 10, 4)
+    scheduler = Prescheduler(2, TokenAffinity(counts, contiguous(1, 4, 2)))
+    assert [scheduler.home([9], [0, 0, 0, 0]), scheduler.home([9], [0, 8, 0, 0])] == [1, 3]

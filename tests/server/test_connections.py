@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -16,8 +16,10 @@ import uvicorn
 
 from moe_serve.server.connections import connection_class
 
-READ_S, WRITE_S, LIMIT = 0.3, 0.5, 8
+READ_S, WRITE_S, KEEP_ALIVE_S, LIMIT = 0.3, 0.5, 1, 8
 CHUNK = b"x" * 65536
+MEDIUM_BYTES = 60_000
+"""Below the 64 KiB from which on a connection counts as stalled, above what small socket buffers hold."""
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
 
 
@@ -31,8 +33,9 @@ class Firehose:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            if scope["path"] == "/small":
-                await send({"type": "http.response.body", "body": b"ok"})
+            if scope["path"] != "/":
+                body = {"/small": b"ok", "/medium": CHUNK[:MEDIUM_BYTES]}[scope["path"]]
+                await send({"type": "http.response.body", "body": body})
                 return
             leaving = asyncio.create_task(self._until_left(receive))
             while not leaving.done():
@@ -40,7 +43,7 @@ class Firehose:
                 self.sent_bytes += len(CHUNK)
                 await asyncio.sleep(0)  # send itself does not yield while the client keeps up
         finally:
-            if scope["path"] != "/small":
+            if scope["path"] == "/":
                 self.ended.set()
 
     async def _until_left(self, receive: Any) -> None:
@@ -49,10 +52,13 @@ class Firehose:
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[tuple[str, int]]:
+def serving(app: Any, small_buffers: bool = False) -> Iterator[tuple[str, int]]:
     settings = {"http": connection_class(READ_S, WRITE_S, LIMIT), "ws": "none", "lifespan": "off"}
+    settings |= {"timeout_keep_alive": KEEP_ALIVE_S} if small_buffers else {}
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, **settings))
     with socket.socket() as listener:
+        if small_buffers:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.bind(("127.0.0.1", 0))
         address = listener.getsockname()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -76,6 +82,18 @@ def seconds_until_closed(sock: socket.socket) -> float:
     except ConnectionResetError:
         pass
     return time.monotonic() - start
+
+
+def take(sock: socket.socket, slow_s: float) -> int:
+    """Bytes of an answer that came: one now and then for `slow_s`, then what there is until the end."""
+    stop, taken = time.monotonic() + slow_s, 0
+    with suppress(ConnectionResetError):
+        while time.monotonic() < stop:
+            taken += len(sock.recv(1))
+            time.sleep(0.02)
+        while data := sock.recv(65536):
+            taken += len(data)
+    return taken
 
 
 def read_answer(sock: socket.socket) -> bytes:
@@ -138,6 +156,17 @@ def test_who_takes_nothing_is_cut_off_and_costs_little_memory() -> None:
             time.sleep(0.05)
         assert app.ended.is_set()
         assert app.sent_bytes < 16 << 20
+
+
+@pytest.mark.parametrize("ending", ["Connection: close", "Connection: keep-alive"])
+def test_a_whole_answer_taken_byte_by_byte_does_not_keep_the_connection(ending: str) -> None:
+    """The application has long finished; what is left lies in the server's buffer."""
+    with serving(Firehose(), small_buffers=True) as address, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(address)
+        sock.settimeout(2)
+        sock.sendall(f"GET /medium HTTP/1.1\r\nHost: h\r\n{ending}\r\n\r\n".encode())
+        assert take(sock, KEEP_ALIVE_S + WRITE_S + 0.5) < MEDIUM_BYTES
 
 
 def test_who_reads_on_is_not() -> None:

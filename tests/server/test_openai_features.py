@@ -84,7 +84,29 @@ def test_echo_and_logprobs(model: Model) -> None:
     chat = model.chat(logprobs=True, top_logprobs=3, max_tokens=4).logprobs.content
     assert [len(entry.top_logprobs) for entry in chat] == [3] * 4
     assert all(entry.logprob <= entry.top_logprobs[0].logprob for entry in chat)
-    assert refused_param(lambda: complete(model, echo=True, logprobs=1)) == "logprobs"
+    both = complete(model, echo=True, logprobs=1).choices[0]
+    assert both.text == text(model, echo=True)
+    assert "".join(both.logprobs.tokens).startswith("fox")
+    assert both.logprobs.token_logprobs[0] is None
+    assert all(p <= 0 for p in both.logprobs.token_logprobs[1:])
+
+
+def test_tokens_as_ids(model: Model) -> None:
+    body: Any = {"logprobs": 2, "extra_body": {"return_tokens_as_token_ids": True, "return_token_ids": True}}
+    choice = complete(model, **body).choices[0]
+    assert choice.logprobs.tokens == [f"token_id:{i}" for i in choice.token_ids]
+    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs), "no two ids are equal"
+    chat = model.chat(logprobs=True, max_tokens=2, extra_body={"return_tokens_as_token_ids": True}).logprobs.content
+    assert all(entry.token.startswith("token_id:") for entry in chat)
+
+
+def test_prefixes_are_shared_within_a_salt(model: Model) -> None:
+    def cached(salt: str | None) -> int:
+        body = {"cache_salt": salt} if salt else {}
+        usage = complete(model, prompt=list(range(5, 45)), extra_body=body).usage
+        return int(usage.prompt_tokens_details.cached_tokens)
+
+    assert [cached(salt) for salt in (None, "a", "b", None, "a", "b")] == [0, 0, 0, 32, 32, 32]
 
 
 def test_usage_counts_cached_tokens_whole_and_streamed(model: Model) -> None:

@@ -34,6 +34,18 @@ PARAMETERS = {
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 CLOCK: Any = {"type": "function", "function": {"name": "clock", "description": "The time."}}
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+VERDICT: Any = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "verdict",
+        "schema": {
+            "type": "object",
+            "properties": {"rain": {"type": "boolean"}},
+            "required": ["rain"],
+            "additionalProperties": False,
+        },
+    },
+}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
 
 
@@ -188,8 +200,48 @@ def test_tools_that_cannot_work_are_refused(hermes: Model, bare: Model) -> None:
     assert refused_param(lambda: hermes.chat(tools=[WEATHER, WEATHER])) == "tools"
     broken: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "objct"}}}
     assert refused_param(lambda: hermes.chat(tools=[broken], tool_choice="required")) == "tools"
-    json_object: Any = {"type": "json_object"}
-    assert refused_param(lambda: hermes.chat(tools=[WEATHER], response_format=json_object)) == "response_format"
+    lark = {"guided_grammar": 'start: "a" | "b"'}
+    assert refused_param(lambda: hermes.chat(tools=[WEATHER], extra_body=lark)) == "guided_grammar"
+
+
+def test_a_response_format_beside_tools_constrains_answers_not_calls(hermes: Model) -> None:
+    made = {"calls": 0, "answers": 0}
+    for seed in range(12):
+        body: Any = {"tools": [WEATHER, CLOCK], "response_format": VERDICT, "seed": seed}
+        whole, streamed = hermes.chat(**body), hermes.stream(**body)[0]
+        assert whole.message.content == streamed.message.content or not whole.message.content
+        if whole.message.tool_calls:
+            made["calls"] += 1
+            assert whole.finish_reason == streamed.finish_reason == "tool_calls"
+            calls = [c for choice in (whole, streamed) for c in choice.message.tool_calls]
+            for call in calls:
+                schema = PARAMETERS if call.function.name == "weather" else {"type": "object", "maxProperties": 0}
+                jsonschema.validate(json.loads(call.function.arguments), schema)
+        else:
+            made["answers"] += 1
+            jsonschema.validate(json.loads(whole.message.content), VERDICT["json_schema"]["schema"])
+    assert min(made.values()) > 0, made
+
+
+def test_a_response_format_lets_the_model_call_or_answer(hermes: Model) -> None:
+    body: Any = {"tools": [WEATHER], "response_format": VERDICT}
+    hermes.says(CALL)
+    (call,) = hermes.chat(**body).message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Oslo", "days": 2}
+    hermes.says('{"rain": true}')
+    assert json.loads(hermes.chat(**body).message.content) == {"rain": True}
+
+
+def test_a_forced_call_goes_before_a_response_format(hermes: Model) -> None:
+    for choice in (NAMED, "required"):
+        (call,) = hermes.chat(tools=[WEATHER], tool_choice=choice, response_format=VERDICT).message.tool_calls[:1]
+        jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+
+
+def test_a_regular_expression_goes_with_tools_too(hermes: Model) -> None:
+    hermes.says("yes/no")
+    answer = hermes.chat(tools=[WEATHER], extra_body={"guided_regex": "yes/(no|maybe)"})
+    assert re.fullmatch("yes/(no|maybe)", answer.message.content)
 
 
 def test_a_tokenizers_own_response_template_is_used(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from expert_cache.cache import ExpertCache
+from expert_cache.crossover import MissCosts
 from expert_cache.device_cache import DeviceCache
 from expert_cache.gpu_compute import GpuCompute
+from expert_cache.miss_service import ByCrossover
 from expert_cache.resident import ResidentExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
@@ -60,4 +62,20 @@ def test_tokens_are_those_of_transformers(device, folders, family, room, monkeyp
     assert isinstance(layers.experts, kinds[room])
     result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
     assert list(result[0].completions[0].token_ids) == expected(folders(family), prompt)
+    llm.close()
+
+
+def test_the_cpu_computes_misses_beside_the_gpu(device, folders, monkeypatch) -> None:
+    """Calibrated at the start, then told that the CPU takes no time: all misses of steps that do not stream."""
+    monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
+    prompt = torch.randint(0, VOCAB - 1, (3,)).tolist()
+    settings = {"dtype": "float32", "device": str(device), "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16}
+    llm = LLM(str(folders("mixtral")), moe_cache_mib=1, moe_cpu_misses=True, **settings)
+    layers = llm.engine.runner.expert_layers
+    assert isinstance(layers.experts.misses, ByCrossover)
+    assert layers.experts.misses.costs.copy_s > 0
+    layers.experts.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))
+    result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
+    assert layers.experts.counters.host_runs.sum() > 0
+    assert list(result[0].completions[0].token_ids) == expected(folders("mixtral"), prompt)
     llm.close()

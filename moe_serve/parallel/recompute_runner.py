@@ -1,0 +1,48 @@
+"""RecomputingRunner: a rank's part of a step that every rank computes whole, but for the experts of others.
+
+Knows plans and the model; knows no sockets.
+
+Shape alphabet: T tokens of the step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_serve import forward_batch
+from moe_serve.forward_batch import GroupLimits
+from moe_serve.hf import experts
+from moe_serve.model_runner import ModelRunner
+from moe_serve.parallel.messages import RankStep
+from moe_serve.parallel.rank_runner import Outcome
+from moe_serve.parallel.recompute import RecomputingLayers
+from moe_serve.parallel.sharing import LossNotes, SharedLayers
+from moe_serve.parallel.step_rows import errors_of, sample_rows, start_ranks
+
+
+class RecomputingRunner:
+    """All ranks walk through all tokens; a token is sampled where it began."""
+
+    def __init__(self, runner: ModelRunner, shared: SharedLayers) -> None:
+        self._runner = runner
+        self._rank = shared.exchange.rank
+        self._losses = LossNotes()
+        self._layers = RecomputingLayers(shared, self._losses, max(runner.kv_cache.layers))
+        experts.connect(runner.model, self._layers)
+
+    def run(self, step: RankStep) -> Outcome:
+        self._runner.relieve_memory()
+        config, device = self._runner.config, self._runner.device
+        batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
+        homes = start_ranks(step, device)
+        self._layers.begin(homes, batch.sample_rows)
+        rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
+        logits: torch.Tensor = self._runner.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=rows,
+            forward_batch=batch,
+            kv_cache=self._runner.kv_cache,
+        ).logits[0]
+        return sample_rows(self._runner, step, batch, rows, logits), errors_of(step, self._losses)

@@ -1,0 +1,86 @@
+"""Ranks without processes: threads, and experts that multiply by their number."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from expert_cache.errors import ExpertReadError
+from expert_cache.regroup import Regrouped
+from moe_serve.parallel.exchange import Exchange
+from moe_serve.parallel.ownership import Ownership
+from moe_serve.parallel.sharing import SharedLayers
+from moe_serve.parallel.traffic import Traffic
+from moe_serve.parallel.wire import Wire
+
+HIDDEN = 4
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Results, or the exceptions raised, of calls that wait for one another."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+class FakeExperts:
+    """Expert e makes (e + 1) h of h; one may be unreadable."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        store = SimpleNamespace(layers=tuple(range(num_layers)), num_experts=num_experts)
+        self.experts = SimpleNamespace(store=store)
+        self.compute = self
+        self.unreadable: int | None = None
+        self._failed: dict[int, ExpertReadError] = {}
+
+    def result_like(self, hidden: torch.Tensor, num_pairs: int) -> torch.Tensor:
+        return torch.empty(num_pairs, hidden.shape[1])
+
+    def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
+        out = torch.empty(len(groups.pairs), hidden.shape[1])
+        for expert, (start, end) in groups.segments.items():
+            tokens = groups.tokens[start:end]
+            out[groups.pairs[start:end]] = hidden[tokens].float() * (expert + 1)
+            if expert == self.unreadable:
+                self._failed.update({row: ExpertReadError("gone") for row in tokens.tolist()})
+        return out
+
+    def take_failures(self) -> dict[int, ExpertReadError]:
+        failed, self._failed = self._failed, {}
+        return failed
+
+
+def shared_layers(
+    wires: Sequence[Wire], hosts: NDArray[np.bool_], top_k: int, dtype: torch.dtype = torch.float32
+) -> list[SharedLayers]:
+    """Every rank's; hosts [L, E, G]."""
+    num_layers, num_experts, num_ranks = hosts.shape
+    found = []
+    for rank, wire in enumerate(wires):
+        local: Any = FakeExperts(num_layers, num_experts)
+        ownership = Ownership(hosts, range(num_layers), rank, torch.device("cpu"))
+        exchange = Exchange(rank, num_ranks, Traffic(num_layers), wire)
+        found.append(SharedLayers(local, ownership, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
+    return found
+
+
+def expected(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What one rank would make of it."""
+    return (hidden.float() * (weights * (ids + 1)).sum(1, keepdim=True)).to(hidden.dtype)

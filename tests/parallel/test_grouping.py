@@ -1,0 +1,45 @@
+"""Groups of ranks: each gets its part of a step, and counts ranks and items from zero."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_serve.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.errors import ConfigError
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.grouping import GroupRunner
+from moe_serve.parallel.messages import RankStep
+from moe_serve.parallel.rank_runner import Outcome
+from moe_serve.sequence import Request, SamplingParams, Sequence
+
+
+class Echo:
+    """Samples each item's start rank, and fails the second item."""
+
+    def run(self, step: RankStep) -> Outcome:
+        return {i: (start, None) for i, start in enumerate(step.starts)}, {1: "lost"} if len(step.starts) > 1 else {}
+
+
+def step_of(starts: list[int]) -> RankStep:
+    items = []
+    for i, _ in enumerate(starts):
+        seq = Sequence(Request(str(i), (7, 8, 9), SamplingParams()), 0, [7, 8, 9], 10)
+        items.append(ScheduledSequence(seq, 0, 3))
+    return RankStep(BatchPlan(tuple(items)), tuple(starts))
+
+
+def test_a_group_runs_its_part() -> None:
+    step = step_of([2, 0, 3, 1])
+    first, second = (GroupRunner(Echo(), rank, 2).run(step) for rank in (0, 2))
+    assert first == ({1: (0, None), 3: (1, None)}, {3: "lost"})
+    assert second == ({0: (0, None), 2: (1, None)}, {2: "lost"})
+    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {})
+
+
+def test_groups_must_divide_the_ranks() -> None:
+    parallel = ParallelConfig(devices=4, ep_groups=2)
+    assert (parallel.ranks_per_group, [parallel.group_of(rank) for rank in range(4)]) == (2, [0, 0, 1, 1])
+    with pytest.raises(ConfigError, match="--ep-groups 3 does not divide --devices 4"):
+        ParallelConfig(devices=4, ep_groups=3)
+    with pytest.raises(ConfigError, match="--ep-context"):
+        ParallelConfig(devices=2, ep_context="some")

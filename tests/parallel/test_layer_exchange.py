@@ -1,0 +1,164 @@
+"""One MoE layer over several ranks, in every way, against the sum on one; no processes and no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from moe_serve.parallel.coherent import Meeting, Travellers, settle
+from moe_serve.parallel.conventional import ConventionalLayers
+from moe_serve.parallel.forecast import RowBytes, forecast
+from moe_serve.parallel.recompute import RanksDivergedError, RecomputingLayers
+from moe_serve.parallel.sharing import LossNotes, SharedLayers
+
+from .conftest import Mesh
+from .meshes import HIDDEN, at_once, expected, shared_layers
+
+EXPERTS, TOP_K, TOKENS = 6, 2, 12
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random_hosts(num_ranks: int, num_copies: int, num_layers: int = 1) -> NDArray[np.bool_]:
+    rng = np.random.default_rng(num_ranks + num_copies)
+    order = rng.random((num_layers, EXPERTS, num_ranks)).argsort(2)
+    copies = rng.integers(1, num_copies + 1, (num_layers, EXPERTS, 1))
+    return order < copies
+
+
+def random_tokens(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden, ids, weights; small whole numbers, so that sums are exact in bf16 too."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-3, 4, (TOKENS, HIDDEN), generator=generator).to(dtype)
+    ids = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
+    weights = torch.randint(1, 3, (TOKENS, TOP_K), generator=generator) / 2
+    return hidden, ids, weights
+
+
+class NoContext:
+    """In place of ContextShare."""
+
+    def due(self, layer: int) -> list[int]:
+        return []
+
+    def counts(self, layers: list[int]) -> list[int]:
+        return []
+
+    def packed(self, layers: list[int]) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def take(self, layers: list[int], counts: list[int], raw: torch.Tensor) -> None:
+        assert not len(raw)
+
+
+def total(shared: list[SharedLayers], name: str) -> int:
+    return sum(each.exchange.traffic.totals()[name] for each in shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_ranks", "num_copies"), [(2, 1), (3, 1), (3, 3)])
+def test_conventional(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
+    shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, num_copies), TOP_K, dtype)
+    tokens = [random_tokens(dtype, rank) for rank in range(num_ranks)]
+    layers = [ConventionalLayers(each) for each in shared]
+    found = at_once(*(lambda each=each, t=t: each.run(0, *t) for each, t in zip(layers, tokens, strict=True)))
+    for result, own in zip(found, tokens, strict=True):
+        assert torch.equal(result, expected(*own))
+    assert total(shared, "trips") <= 2 * num_ranks
+
+
+def recompute(shared: list[SharedLayers], tokens: Any, homes: torch.Tensor, layer: int, last_layer: int) -> list[Any]:
+    """The layer on every rank, all tokens sampled but the first."""
+    calls = []
+    for each in shared:
+        layers = RecomputingLayers(each, LossNotes(), last_layer)
+        layers.begin(homes, torch.arange(1, TOKENS))
+        calls.append(lambda layers=layers: layers.run(layer, *tokens))
+    return at_once(*calls)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_ranks", "num_copies"), [(2, 1), (3, 1), (2, 2), (3, 3)])
+def test_recompute(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
+    hosts = random_hosts(num_ranks, num_copies, num_layers=2)
+    shared = shared_layers(mesh(num_ranks), hosts, TOP_K, dtype)
+    tokens, homes = random_tokens(dtype), torch.arange(TOKENS) % num_ranks
+    for result in recompute(shared, tokens, homes, layer=0, last_layer=1):
+        assert torch.equal(result, expected(*tokens))
+    assert total(shared, "trips") <= num_ranks
+    for rank, result in enumerate(recompute(shared, tokens, homes, layer=1, last_layer=1)):
+        mine = (homes == rank) & (torch.arange(TOKENS) > 0)
+        assert torch.equal(result[mine], expected(*tokens)[mine])
+    sizes = RowBytes.of("recompute", HIDDEN, TOP_K, dtype.itemsize, 0, 2)
+    ids = tokens[1][:, None].expand(-1, 2, -1).numpy()
+    first = forecast("recompute", ids[1:], hosts, homes[1:].numpy(), sizes).bytes_per_token * (TOKENS - 1)
+    only_first_layer = forecast("recompute", ids[:1], hosts, homes[:1].numpy(), sizes)
+    last = forecast("recompute", ids[:1, 1:], hosts[1:], homes[:1].numpy(), sizes)
+    unsampled = only_first_layer.bytes_per_token - last.bytes_per_token
+    assert total(shared, "combine_bytes") == pytest.approx(first + unsampled)
+
+
+def test_recompute_marks_what_could_not_be_read(mesh: Mesh) -> None:
+    shared = shared_layers(mesh(2), random_hosts(2, 1, num_layers=2), TOP_K)
+    hidden, ids, weights = random_tokens(torch.float32)
+    for each in shared:
+        each.local.unreadable = 2  # type: ignore[attr-defined]
+    notes = [LossNotes(), LossNotes()]
+    calls = []
+    for each, note in zip(shared, notes, strict=True):
+        layers = RecomputingLayers(each, note, 1)
+        layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
+        calls.append(lambda layers=layers: layers.run(0, hidden, ids, weights))
+    at_once(*calls)
+    lost = (ids == 2).any(1).nonzero()[:, 0].tolist()
+    assert [sorted(note.take()) for note in notes] == [lost, lost]
+
+
+def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
+    shared = shared_layers(mesh(2), random_hosts(2, 1, num_layers=2), TOP_K)
+    hidden, ids, weights = random_tokens(torch.float32)
+    calls = []
+    for rank, each in enumerate(shared):
+        layers = RecomputingLayers(each, LossNotes(), 1)
+        layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
+        mine = ids if rank else ids.flip(1)
+        calls.append(lambda layers=layers, mine=mine: layers.run(0, hidden, mine, weights))
+    for result in at_once(*calls):
+        assert isinstance(result, RanksDivergedError)
+        assert "--ep-context send" in str(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_ranks", "trips"), [(2, 1), (3, 2)])
+def test_tokens_that_move(mesh: Mesh, num_ranks: int, trips: int, dtype: torch.dtype) -> None:
+    """Every token ends on exactly one rank with its whole sum; prompts stay where they are."""
+    shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, 1), TOP_K, dtype)
+    hidden, ids, weights = random_tokens(dtype)
+    starts, is_prompt = torch.arange(TOKENS) % num_ranks, torch.arange(TOKENS) >= TOKENS - 2
+    if num_ranks == 2:
+        is_prompt[:] = False  # theirs would need a second trip
+    calls = []
+    for rank, each in enumerate(shared):
+        rows = (starts == rank).nonzero()[:, 0]
+        ranks = each.ownership.choose(0, ids[rows])
+        homes = torch.where(is_prompt[rows], rank, settle(ranks, rank, num_ranks))
+        here = Travellers(hidden[rows], ids[rows], ranks, weights[rows], rows, homes, starts[rows])
+        meeting = Meeting(each, LossNotes(), NoContext())  # type: ignore[arg-type]
+        calls.append(lambda meeting=meeting, here=here: meeting.run(0, here, torch.nn.Identity()))
+    results = at_once(*calls)
+    seen = torch.cat([home.rows for home, _ in results])
+    assert sorted(seen.tolist()) == list(range(TOKENS))
+    for rank, (home, given) in enumerate(results):
+        assert home.rows.tolist() == sorted(home.rows.tolist())
+        assert torch.equal(given.to(dtype), expected(hidden, ids, weights)[home.rows])
+        assert torch.equal(home.hidden, hidden[home.rows])
+        assert set((starts == rank).logical_and(is_prompt).nonzero()[:, 0].tolist()) <= set(home.rows.tolist())
+    assert max(each.exchange.traffic.totals()["trips"] for each in shared) == trips
+
+
+def test_a_token_goes_to_the_only_other_rank() -> None:
+    ranks = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 1], [1, 1]])
+    assert settle(ranks, 0, 3).tolist() == [0, 1, 1, 2, 1]
