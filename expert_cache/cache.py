@@ -190,7 +190,7 @@ class ExpertCache:
         """Between steps: free the slots of experts outside `wanted` [L, E], which will not be asked for any more."""
         self.cancel_prefetches()
         for index, expert in np.argwhere((self.table.slot_of >= 0) & ~wanted):
-            self._evict((int(index), int(expert)))
+            self._claims.evict((int(index), int(expert)))
 
     def rebalance(self) -> None:
         """Between steps: give the layers other shares of the slots if recent traffic says that it saves misses."""
