@@ -6,6 +6,7 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -176,14 +177,16 @@ class ModelRunner:
         self.expert_layers.tap.is_on = wanted
         self.expert_layers.tap.keeps_weights = weights
 
-    def _forward(self, batch: forward_batch.ForwardBatch, scored: list[int]) -> torch.Tensor:
+    def _forward(self, batch: forward_batch.ForwardBatch, scored: Sequence[int] = ()) -> torch.Tensor:
         """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
-        more = torch.tensor(scored, dtype=torch.int64, device=self.device)
+        rows = batch.sample_rows
+        if scored:
+            rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             use_cache=False,
-            logits_to_keep=torch.cat([batch.sample_rows, more]) if scored else batch.sample_rows,
+            logits_to_keep=rows,
             forward_batch=batch,
             kv_cache=self.kv_cache,
         )

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -148,6 +149,15 @@ class CacheMachine(RuleBasedStateMachine):
     def resize(self, num_slots: int) -> None:
         self.cache.resize(num_slots)
         assert self.cache.used_bytes <= num_slots * self.store.slot_bytes
+
+    @precondition(lambda self: self.wanted is None)
+    @rule(kept=st.sets(st.sampled_from([(index, e) for index in range(len(LAYERS)) for e in range(E)])))
+    def keep_only(self, kept: set[tuple[int, int]]) -> None:
+        wanted = np.zeros((len(LAYERS), E), np.bool_)
+        for key in kept:
+            wanted[key] = True
+        self.cache.keep_only(wanted)
+        assert not (self.cache.residency().ready & ~wanted).any()
 
     @rule(broken=st.booleans())
     def break_disk(self, broken: bool) -> None:
