@@ -32,7 +32,7 @@ serve: $(READY)
 # OMP_WAIT_POLICY: idle OpenMP threads must sleep, not spin, or small machines test at half speed.
 # TEST_WORKERS: files are dealt out to so many processes; 0 runs everything in one.
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: lint types test
 

@@ -68,6 +68,8 @@ def _hindrances(config: EngineConfig, store: ExpertStore, compute: GpuCompute) -
             yield f"--{name.replace('_', '-')} is for a cache that the host manages"
     if config.moe_prefetch != "off":
         yield "--moe-prefetch is for a cache that the host manages"
+    if config.moe_cpu_misses:
+        yield "--moe-cpu-misses is for a cache that the host manages"
     slots, layers = compute.pool.num_free, len(store.layers)
     if slots < layers:
         yield f"--moe-cache-mib holds {slots} experts, fewer than the {layers} layers"

