@@ -23,6 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import fix_environment, hardware, median, versions
 
+from moe_serve.openmp import spin_briefly
+
 PROMPT = tuple(range(5, 21))
 
 
@@ -36,6 +38,8 @@ def main() -> int:
     parser.add_argument("--no-transformers", action="store_true")
     args = parser.parse_args()
     fix_environment(args.threads)
+    del os.environ["OMP_WAIT_POLICY"]
+    spin_briefly(os.environ)  # as `moe-serve serve` does; for transformers too, which gains by it
     import torch
     from engine_sides import HFModel, MoEServe, StaticBatch
 
