@@ -7,6 +7,8 @@ The interpreter must be chosen before triton is imported, so those run in a proc
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny checkpoint, made once for a module."""
+    from ...families.tiny_checkpoints import write_checkpoint
+    from ...families.tiny_configs import CASES
+
+    return cache(lambda family: write_checkpoint(CASES[family], tmp_path_factory.mktemp(family)))
 
 
 @pytest.fixture(autouse=True)

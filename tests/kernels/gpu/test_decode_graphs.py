@@ -40,15 +40,6 @@ KIB = 80
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory):
-    @cache
-    def folder(family: str) -> Path:
-        return write_checkpoint(CASES[family], tmp_path_factory.mktemp(family))
-
-    return folder
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory):
     @cache
     def folder(family: str) -> Path:

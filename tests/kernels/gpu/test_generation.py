@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,21 +17,11 @@ from expert_cache.resident import ResidentExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
 
-from ...families.tiny_checkpoints import write_checkpoint
-from ...families.tiny_configs import CASES, VOCAB
+from ...families.tiny_configs import VOCAB
 
 NEW_TOKENS = 3
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v2"]
 """The plain one; biases, sinks, windows and the clamped activation; keys wider than values and a dense layer."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory):
-    @cache
-    def folder(family: str) -> Path:
-        return write_checkpoint(CASES[family], tmp_path_factory.mktemp(family))
-
-    return folder
 
 
 def expected(folder: Path, prompt: list[int]) -> list[int]:
