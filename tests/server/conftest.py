@@ -32,6 +32,7 @@ from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
 from moe_serve.server.app import create_app
 from moe_serve.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
 from moe_serve.tokenizer import Tokenizer
+from tests.server.scripted_model import HERMES, PLAIN_TEMPLATE, Model, start
 
 MODEL = "fake-model"
 SENTENCE = "The quick brown fox jumps over the lazy dog. Grüße, 你好 🙂! "
@@ -380,3 +381,15 @@ def until() -> Callable[[Callable[[], object]], None]:
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def hermes(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
+    """Text that the test writes, through a chat template with tools."""
+    yield from start(tokenizer_folder, tmp_path, HERMES)
+
+
+@pytest.fixture
+def bare(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
+    """The same through one without."""
+    yield from start(tokenizer_folder, tmp_path, PLAIN_TEMPLATE)

@@ -20,6 +20,14 @@ from tests.random_model import RandomRunner, random_engine
 ASK: Any = [{"role": "user", "content": "The weather?"}]
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 """A chat template without tools, as the demo model's."""
+HERMES = (
+    "{% if tools %}Tools: {{ tools | tojson }} Write <tool_call>...</tool_call>.\n{% endif %}"
+    "{% if reasoning_effort is defined %}Effort: {{ reasoning_effort }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments.city }}</tool_call>{% endfor %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""One with tools, as the Hermes models write calls."""
 
 
 class Model:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,21 +12,11 @@ import pydantic
 import pytest
 
 from moe_serve.server.responses_input import messages_of
-from tests.server.scripted_model import PLAIN_TEMPLATE, Model, refused_param, start
-from tests.server.test_tools_and_grammars import CALL, HERMES, PARAMETERS, VERDICT
+from tests.server.scripted_model import Model, refused_param
+from tests.server.test_tools_and_grammars import CALL, PARAMETERS, VERDICT
 
 WEATHER: Any = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
 CLOCK: Any = {"type": "function", "name": "clock", "description": "The time.", "parameters": None, "strict": None}
-
-
-@pytest.fixture
-def hermes(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
-    yield from start(tokenizer_folder, tmp_path, HERMES)
-
-
-@pytest.fixture
-def bare(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
-    yield from start(tokenizer_folder, tmp_path, PLAIN_TEMPLATE)
 
 
 def ask(served: Model, **body: Any) -> Any:

@@ -7,23 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pydantic
-import pytest
 
-from tests.server.scripted_model import ASK, PLAIN_TEMPLATE, Model, refused_param, start
+from tests.server.scripted_model import ASK, Model, refused_param, start
 
-HERMES = (
-    "{% if tools %}Tools: {{ tools | tojson }} Write <tool_call>...</tool_call>.\n{% endif %}"
-    "{% if reasoning_effort is defined %}Effort: {{ reasoning_effort }}\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments.city }}</tool_call>{% endfor %}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -47,16 +38,6 @@ VERDICT: Any = {
     },
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
-
-
-@pytest.fixture
-def hermes(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
-    yield from start(tokenizer_folder, tmp_path, HERMES)
-
-
-@pytest.fixture
-def bare(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
-    yield from start(tokenizer_folder, tmp_path, PLAIN_TEMPLATE)
 
 
 # ---- auto ---------------------------------------------------------------------------------------------
