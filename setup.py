@@ -14,7 +14,7 @@ setup(
     ext_modules=[
         Extension(
             "moe_serve_kernels.cpu._native",
-            sources=[f"{HERE}/{name}.cpp" for name in ("expert_mlp", "paged_attention")],
+            sources=[f"{HERE}/{name}.cpp" for name in ("decode_step", "expert_mlp", "paged_attention")],
             depends=glob(f"{HERE}/*.inc") + glob(f"{HERE}/*.h"),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffast-math", "-fno-finite-math-only", "-Wno-psabi"],

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from expert_cache.store import ExpertWeights
+from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu import expert_mlp as native
 from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, StartedMLP
 
@@ -83,6 +84,13 @@ class ExpertCompute:
     def finish(self, started: StartedMLP, out: torch.Tensor) -> None:
         """The second half: down. Together the same bits as `run`."""
         native.finish_expert_mlp(started, out)
+
+    def combine(self, pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Each token's weighted sum: pairs [T * K, H] in the router's order, as `result_like` makes them, weights
+        [T, K] -> [T, H] in the compute dtype. The sum over K is not rounded in between."""
+        if decode_step.is_available(self._device, pairs.dtype):
+            return decode_step.combine(pairs, weights).to(self._dtype)
+        return (pairs.view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(self._dtype)
 
     def _in_torch(self, x: torch.Tensor, expert: PreparedWeights) -> torch.Tensor:
         """x [t, H] -> [t, H] without our kernels."""

@@ -10,6 +10,7 @@ Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -101,7 +102,17 @@ class ExpertLayers:
         by_pair = self.run_pairs(layer, hidden, groups)
         if self.audit is not None and layer == self.experts.store.layers[-1]:
             self.audit.end()
-        return _combine(by_pair.view(*ids.shape, -1), weights, hidden.dtype)
+        return self.compute.combine(by_pair, weights)
+
+    def have_run(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """A kernel has run all layers of a step itself, on mapped experts: ids [L, T, K] int64, weights [L, T, K]."""
+        if self.tap.is_on:
+            for chosen, weight in zip(ids, weights, strict=True):
+                self.tap.add(chosen, weight)
+        for index, (layer, chosen) in enumerate(zip(self.experts.store.layers, ids.flatten(1).tolist(), strict=True)):
+            counts = Counter(chosen)
+            self.usage.use(layer, list(counts), list(counts.values()))
+            self.experts.counters.hits[index] += len(counts)
 
     def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
         """Each pair's expert applied to its token: hidden [T, H] -> [P, H] in the order of pairs, float32 at least.
@@ -197,8 +208,3 @@ class ExpertLayers:
         out[start:end] = 0
         for row in groups.tokens[start:end].tolist():
             self._failed_rows.setdefault(row, error)
-
-
-def _combine(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """outputs [T, K, H] float32 or wider, weights [T, K] -> [T, H]; the sum over K is not rounded in between."""
-    return (outputs * weights[..., None]).sum(dim=1).to(dtype)

@@ -18,7 +18,7 @@ from expert_cache.device_experts import DeviceExperts
 from expert_cache.direct_io import drop_cached_pages
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
-from moe_serve import forward_batch, offload, prompt_logprobs, resolve, sampler
+from moe_serve import forward_batch, offload, prompt_logprobs, resolve, sampler, whole_steps
 from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.cuda_graph import Capture, CudaCapture
@@ -66,6 +66,17 @@ class ModelRunner:
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         self._graphs: DecodeGraphs | None = None
         experts.connect(self.model, self.expert_layers)
+        self._whole_steps = None
+        if whole_steps.is_available(self.device, dtype):
+            self._whole_steps = whole_steps.whole_steps(
+                self.model,
+                loaded.family,
+                loaded.hf_config,
+                self.kv_cache,
+                self.expert_layers,
+                routers,
+                config.block_size,
+            )
         if isinstance(self.expert_layers.experts, DeviceExperts):
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
 
@@ -179,6 +190,8 @@ class ModelRunner:
 
     def _forward(self, batch: forward_batch.ForwardBatch, scored: Sequence[int] = ()) -> torch.Tensor:
         """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
+        if self._whole_steps is not None and not scored and self._whole_steps.takes(batch):
+            return self._whole_steps.run(batch)
         rows = batch.sample_rows
         if scored:
             rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])

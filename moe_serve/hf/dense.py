@@ -32,14 +32,15 @@ class StoredLinear(nn.Linear):
         stored.moved()
         return stored
 
-    _weights: LinearWeights
+    stored: LinearWeights
+    """The parameters as the kernels read them."""
 
     def moved(self) -> None:
         """The parameters are somewhere else now."""
-        self._weights = LinearWeights(self.weight, self.bias)
+        self.stored = LinearWeights(self.weight, self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self._weights)
+        return linear(input, self.stored)
 
 
 class StoredEmbedding(nn.Embedding):

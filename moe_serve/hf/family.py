@@ -62,6 +62,9 @@ class Family:
     """Made from the HF config: what joins gate and up into the down projection's input."""
     routing: RoutingOf = field(default=unknown)
     """Made from the HF config: how the router chooses, for our kernel; the default leaves the family's own router."""
+    plain_layers: bool = False
+    """Norm, attention, norm, router and experts as in Mixtral, and nothing else: one kernel can run a whole decoding
+    step (hf/decoder_blocks.py)."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 

@@ -14,20 +14,17 @@
 #include <limits>
 #include <vector>
 
+#include "paged_attention.h"
 #include "vectors.h"
 
-struct Shape {
-    int64_t groups;      // G, query heads per KV head
-    int64_t key_dim;     // D
-    int64_t value_dim;   // Dv
-    int64_t page_size;   // B
-};
-
-using Attend = void (*)(const float*, const float*, const float*, const int64_t*, int64_t, int64_t, float,
-                        const float*, float*, const Shape&, float*);
+using namespace moe_serve;
 
 #define ARITHMETIC "paged_attention.inc"
 #include "per_isa.inc"
+
+Attend moe_serve::choose_attend(int64_t key_dim, int64_t value_dim) {
+    return FOR_THIS_CPU(choose)(key_dim, value_dim);
+}
 
 namespace {
 
@@ -63,6 +60,6 @@ extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys
                                            int64_t key_dim, int64_t value_dim, int64_t tokens, int64_t page_size,
                                            int64_t table_width, float scale, int64_t window, int32_t num_threads) {
     const Shape shape{groups, key_dim, value_dim, page_size};
-    for_each_task(FOR_THIS_CPU(choose)(key_dim, value_dim), shape, query, keys, values, page_table, lengths, sinks,
+    for_each_task(choose_attend(key_dim, value_dim), shape, query, keys, values, page_table, lengths, sinks,
                   out, num_seqs, kv_heads, tokens, table_width, scale, window, num_threads);
 }

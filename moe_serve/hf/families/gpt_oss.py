@@ -10,4 +10,5 @@ FAMILY = Family(
     interleaved=True,
     activation=clamped,
     routing=softmax_of_chosen,
+    plain_layers=True,
 )

@@ -1,0 +1,25 @@
+// What attends for one sequence and key/value head (paged_attention.cpp), for decode_step.cpp.
+
+#pragma once
+
+#include <cstdint>
+
+namespace moe_serve {
+
+struct Shape {
+    int64_t groups;      // G, query heads per KV head
+    int64_t key_dim;     // D
+    int64_t value_dim;   // Dv
+    int64_t page_size;   // B
+};
+
+// query [G, D]; keys [tokens, D], values [tokens, Dv] of the KV head; pages [ceil(length / B)]; tokens `first` to
+// `length`-1 are visible; sinks [G] or null; out [G, Dv]; score: room for G * (length - first).
+using Attend = void (*)(const float* query, const float* keys, const float* values, const int64_t* pages,
+                        int64_t first, int64_t length, float scale, const float* sinks, float* out,
+                        const Shape& shape, float* score);
+
+// The fastest on this processor for such heads.
+Attend choose_attend(int64_t key_dim, int64_t value_dim);
+
+}  // namespace moe_serve
