@@ -1,0 +1,236 @@
+"""A whole decoding step against its definition in float64, and the step in one call against the step in parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from moe_serve_kernels.cpu import decode_step, library
+from moe_serve_kernels.cpu.decode_reference import decode_step_reference, in_float64
+from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecoderBlock, DecoderShape, DecodeStep
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
+from moe_serve_kernels.cpu.linear import LinearWeights
+from tests.kernels.quantized_experts import FORMS, Form, make_expert
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+
+LAYERS, EXPERTS, VOCAB, PAGE_SIZE, PAGES = 3, 7, 83, 4, 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of three layers; every field differs from the default somewhere in CASES."""
+
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    intermediate: int = 48
+    top_k: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    score: Any = "softmax"
+    renormalize: bool = False
+    routing_scale: float = 1.0
+    norms: str | None = None
+    biases: bool = False
+    sinks: bool = False
+    window: int | None = None
+    activation: Activation = Activation("silu")
+
+    @property
+    def shape(self) -> DecoderShape:
+        fields = {n: getattr(self, n) for n in ("hidden", "heads", "kv_heads", "head_dim", "top_k", "activation")}
+        routing = {n: getattr(self, n) for n in ("score", "renormalize", "routing_scale")}
+        return DecoderShape(**fields, **routing, page_size=PAGE_SIZE, norm_eps=1e-5, attention_scale=0.2)
+
+
+CASES = {
+    "mixtral": Case(score="softmax_of_chosen"),
+    "qwen3": Case(norms="head", top_k=5, renormalize=True, routing_scale=2.5, heads=8, kv_heads=1),
+    "olmoe": Case(norms="all", kv_heads=4, dtype=torch.float32),
+    "gpt_oss": Case(biases=True, sinks=True, window=5, activation=Activation("clamped_swiglu"), top_k=4),
+    "odd": Case(hidden=37, head_dim=6, intermediate=29, heads=6, kv_heads=3, top_k=7, norms="all", biases=True),
+    "several_blocks_of_rows": Case(hidden=200, head_dim=64, intermediate=150, top_k=3),
+}
+
+
+@dataclass
+class Tiny:
+    """The model of a case and a step of it."""
+
+    case: Case
+    blocks: list[DecoderBlock]
+    final_norm: torch.Tensor
+    head: LinearWeights
+
+    def step(self) -> DecodeStep:
+        return DecodeStep(self.case.shape, self.blocks, self.final_norm, self.head)
+
+    def reference(self, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        copies = [replace(b, keys=b.keys.clone(), values=b.values.clone()) for b in self.blocks]
+        return decode_step_reference(self.case.shape, copies, self.final_norm, self.head, in_float64(inputs))
+
+
+def tiny(case: Case) -> Tiny:
+    torch.manual_seed(case.hidden)
+    blocks = [block(case) for _ in range(LAYERS)]
+    return Tiny(case, blocks, 1 + 0.2 * torch.randn(case.hidden), linear(case, VOCAB, case.hidden))
+
+
+def block(case: Case) -> DecoderBlock:
+    wide, narrow = case.heads * case.head_dim, case.kv_heads * case.head_dim
+    norm_widths = {"all": (wide, narrow), "head": (case.head_dim, case.head_dim)}.get(case.norms or "")
+    q_norm, k_norm = (1 + 0.2 * torch.randn(n) for n in norm_widths) if norm_widths else (None, None)
+    return DecoderBlock(
+        q=linear(case, wide, case.hidden),
+        k=linear(case, narrow, case.hidden),
+        v=linear(case, narrow, case.hidden),
+        o=linear(case, case.hidden, wide),
+        router=LinearWeights(torch.randn(EXPERTS, case.hidden), torch.randn(EXPERTS) if case.biases else None),
+        input_norm=1 + 0.2 * torch.randn(case.hidden),
+        post_norm=1 + 0.2 * torch.randn(case.hidden),
+        keys=torch.randn(case.kv_heads, PAGES * PAGE_SIZE, case.head_dim),
+        values=torch.randn(case.kv_heads, PAGES * PAGE_SIZE, case.head_dim),
+        q_norm=q_norm,
+        k_norm=k_norm,
+        sinks=torch.randn(case.heads) if case.sinks else None,
+        window=case.window,
+        experts=[expert(case) for _ in range(EXPERTS)],
+    )
+
+
+def linear(case: Case, rows: int, columns: int) -> LinearWeights:
+    bias = torch.randn(rows).to(case.dtype) if case.biases else None
+    return LinearWeights((torch.randn(rows, columns) / columns**0.5).to(case.dtype), bias)
+
+
+def expert(case: Case) -> MLPWeights:
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns) / columns**0.5).to(case.dtype)
+
+    inner, hidden = case.intermediate, case.hidden
+    biases = [torch.randn(n).to(case.dtype) if case.biases else None for n in (inner, inner, hidden)]
+    return MLPWeights(matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner), *biases)
+
+
+def inputs_of(case: Case, num_tokens: int) -> DecodeInputs:
+    """Sequences of different lengths on shuffled pages, each token with a slot of its own."""
+    torch.manual_seed(num_tokens)
+    lengths = torch.arange(1, num_tokens + 1) * 4 - 1
+    width = int(lengths[-1] + PAGE_SIZE - 1) // PAGE_SIZE
+    table = torch.randperm(PAGES)[: num_tokens * width].view(num_tokens, width)
+    last = lengths - 1
+    slots = table[torch.arange(num_tokens), last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE
+    angles = torch.outer(last.float(), torch.rand(case.head_dim // 2))
+    return DecodeInputs(torch.randn(num_tokens, case.hidden), angles.cos(), angles.sin(), slots, table, lengths)
+
+
+def copy_of(inputs: DecodeInputs) -> DecodeInputs:
+    return replace(inputs, x=inputs.x.clone())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("num_tokens", range(1, MOST_TOKENS + 1))
+def test_matches_float64(name: str, num_tokens: int) -> None:
+    model = tiny(CASES[name])
+    inputs = inputs_of(model.case, num_tokens)
+    logits, ids, weights = model.reference(inputs)
+    got_logits, got_ids, got_weights = model.step().run(copy_of(inputs))
+    assert torch.equal(got_ids, ids)
+    torch.testing.assert_close(got_weights.double(), weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got_logits.double(), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_writes_keys_and_values_where_they_belong(name: str) -> None:
+    model = tiny(CASES[name])
+    inputs = inputs_of(model.case, 3)
+    copies = [replace(b, keys=b.keys.clone(), values=b.values.clone()) for b in model.blocks]
+    decode_step_reference(model.case.shape, copies, model.final_norm, model.head, in_float64(inputs))
+    model.step().run(copy_of(inputs))
+    for got, expected in zip(model.blocks, copies, strict=True):
+        torch.testing.assert_close(got.keys, expected.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(got.values, expected.values, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_in_parts_the_bits_are_the_same(name: str, num_tokens: int) -> None:
+    """Who brings experts runs them outside: what a cache holds must change nothing."""
+    model = tiny(CASES[name])
+    inputs = inputs_of(model.case, num_tokens)
+    expected = model.step().run(copy_of(inputs))
+    step = Tiny(model.case, [replace(b, experts=None) for b in model.blocks], model.final_norm, model.head).step()
+    parts = copy_of(inputs)
+    for i in range(LAYERS):
+        hidden, ids, weights = step.attention(i, parts)
+        assert torch.equal(ids, expected[1][i])
+        assert torch.equal(weights, expected[2][i])
+        parts.x.add_(outside(model, i, hidden, ids, weights))
+    assert torch.equal(step.head(parts), expected[0])
+
+
+def outside(model: Tiny, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One layer's experts, as ExpertLayers runs them."""
+    order = ids.flatten().argsort(stable=True)
+    sorted_ids = ids.flatten()[order].tolist()
+    starts = [0, *(i for i, (a, b) in enumerate(pairwise(sorted_ids), 1) if a != b), len(sorted_ids)]
+    out = torch.empty(ids.numel(), model.case.hidden)
+    all_experts = model.blocks[layer].experts
+    assert all_experts is not None
+    experts = [all_experts[sorted_ids[start]] for start in starts[:-1]]
+    expert_mlp(hidden, order // ids.shape[1], list(pairwise(starts)), experts, model.case.activation, out)
+    return decode_step.combine(torch.empty_like(out).index_copy_(0, order, out), weights)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    wide = Case(hidden=512, heads=8, head_dim=64, intermediate=300)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        model = tiny(wide)
+        results.append(model.step().run(inputs_of(wide, 3)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for later in results[1:] for a, b in zip(results[0], later, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_quantised_experts(form: Form) -> None:
+    case = Case(hidden=256, intermediate=128)
+    model = tiny(case)
+    quantised = [make_expert(form, case.hidden, case.intermediate, seed) for seed in range(EXPERTS)]
+    model.blocks = [replace(b, experts=quantised) for b in model.blocks]
+    inputs = inputs_of(case, 2)
+    expected = model.reference(inputs)[0]
+    torch.testing.assert_close(model.step().run(copy_of(inputs))[0].double(), expected, rtol=0, atol=2e-4)
+
+
+def test_the_first_of_equal_scores_is_chosen() -> None:
+    model = tiny(Case(top_k=3))
+    for b in model.blocks:
+        b.router.weight.zero_()
+    _, ids, weights = model.step().run(inputs_of(model.case, 2))
+    assert ids.tolist() == [[[0, 1, 2]] * 2] * LAYERS
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / EXPERTS))
+
+
+def test_nan_stays_in_its_own_sequence() -> None:
+    model = tiny(Case())
+    inputs = inputs_of(model.case, 3)
+    clean = model.step().run(copy_of(inputs))[0].clone()
+    inputs.x[1] = torch.nan
+    logits = model.step().run(inputs)[0]
+    assert logits[1].isnan().all()
+    torch.testing.assert_close(logits[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "hidden"), [(1, 2, 64), (5, 8, 37), (700, 4, 100)])
+def test_combine(num_tokens: int, top_k: int, hidden: int) -> None:
+    pairs, weights = torch.randn(num_tokens * top_k, hidden), torch.rand(num_tokens, top_k)
+    expected = (pairs.double().view(num_tokens, top_k, hidden) * weights[..., None]).sum(1)
+    torch.testing.assert_close(decode_step.combine(pairs, weights).double(), expected, rtol=0, atol=1e-5)
