@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from expert_cache.store import ExpertWeights
-from moe_serve_kernels.cpu import decode_step
+from moe_serve_kernels.cpu import expert_layer
 from moe_serve_kernels.cpu import expert_mlp as native
 from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, StartedMLP
 
@@ -34,6 +34,11 @@ class ExpertCompute:
         self._dtype = dtype
         self._device = device
         self._matrix_tokens = matrix_tokens
+
+    @property
+    def runs_layers(self) -> bool:
+        """Whether whole layers can be run at once where their experts are all in place (expert_layer.py)."""
+        return expert_layer.is_available(self._device, self._dtype)
 
     def prepare(self, weights: ExpertWeights) -> PreparedWeights:
         """Done once for each expert that comes in: the form that `run` takes."""
@@ -88,8 +93,8 @@ class ExpertCompute:
     def combine(self, pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Each token's weighted sum: pairs [T * K, H] in the router's order, as `result_like` makes them, weights
         [T, K] -> [T, H] in the compute dtype. The sum over K is not rounded in between."""
-        if decode_step.is_available(self._device, pairs.dtype):
-            return decode_step.combine(pairs, weights).to(self._dtype)
+        if expert_layer.is_available(self._device, pairs.dtype):
+            return expert_layer.combine(pairs, weights).to(self._dtype)
         return (pairs.view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(self._dtype)
 
     def _in_torch(self, x: torch.Tensor, expert: PreparedWeights) -> torch.Tensor:

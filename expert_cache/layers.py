@@ -11,7 +11,8 @@ Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -23,12 +24,14 @@ from expert_cache.counters import CacheCounters
 from expert_cache.device_experts import DeviceExperts
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_lane import HostLane, HostRun
+from expert_cache.mapped import MappedExperts
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
 from expert_cache.routing_tap import RoutingTap
 from expert_cache.store import ExpertStore
 from expert_cache.usage import ExpertUsage
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
 
 
@@ -84,6 +87,12 @@ class ExpertLayers:
         """Who wants to see every layer's routes before anything is evicted for them."""
         self._failed_rows: dict[int, ExpertReadError] = {}
 
+    @cached_property
+    def in_place(self) -> Mapping[int, ExpertLayer]:
+        """By layer, the experts that a kernel can run without being brought any; {} where there is a cache."""
+        experts = self.experts
+        return experts.layers_in_place() if isinstance(experts, MappedExperts) and self.compute.runs_layers else {}
+
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs.
 
@@ -94,6 +103,10 @@ class ExpertLayers:
             self.tap.add(ids, weights)
         if isinstance(self.experts, DeviceExperts):
             return self.experts.run(layer, hidden, ids, weights)
+        if layer in self.in_place:
+            out, counts = self.in_place[layer].run(hidden, ids, weights, self.compute.activation)
+            self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])
+            return out
         groups = regroup(ids, self.experts.store.num_experts)
         if self.audit is not None and layer == self.experts.store.layers[0]:
             self.audit.begin(len(hidden))
@@ -109,10 +122,14 @@ class ExpertLayers:
         if self.tap.is_on:
             for chosen, weight in zip(ids, weights, strict=True):
                 self.tap.add(chosen, weight)
-        for index, (layer, chosen) in enumerate(zip(self.experts.store.layers, ids.flatten(1).tolist(), strict=True)):
+        for layer, chosen in zip(self.experts.store.layers, ids.flatten(1).tolist(), strict=True):
             counts = Counter(chosen)
-            self.usage.use(layer, list(counts), list(counts.values()))
-            self.experts.counters.hits[index] += len(counts)
+            self._count(layer, list(counts), list(counts.values()))
+
+    def _count(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """These were used where they are, each for so many tokens."""
+        self.usage.use(layer, experts, counts)
+        self.experts.counters.hits[self.experts.store.layers.index(layer)] += len(experts)
 
     def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
         """Each pair's expert applied to its token: hidden [T, H] -> [P, H] in the order of pairs, float32 at least.

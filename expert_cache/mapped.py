@@ -15,6 +15,7 @@ from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.report import Residency
 from expert_cache.store import ExpertStore, ExpertWeights
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import MLPWeights
 
 
@@ -54,13 +55,15 @@ class MappedExperts:
             weights = self._weights[layer, expert] = self._prepare(self.store.weights(layer, expert))
         return weights
 
-    def all_in_place(self) -> dict[int, list[MLPWeights]]:
-        """Every layer's experts, if all can be read where they are mapped; else {}."""
+    def layers_in_place(self) -> dict[int, ExpertLayer]:
+        """Every layer's experts, if the kernels can read all of them where they are mapped; else {}."""
         if self.store.is_copied:
             return {}
         found = {layer: [self._ready(layer, e) for e in range(self.store.num_experts)] for layer in self.store.layers}
         ours = {layer: [w for w in weights if isinstance(w, MLPWeights)] for layer, weights in found.items()}
-        return ours if all(len(ours[layer]) == self.store.num_experts for layer in ours) else {}
+        if any(len(weights) < self.store.num_experts for weights in ours.values()):
+            return {}
+        return {layer: ExpertLayer(weights) for layer, weights in ours.items()}
 
     def wait(self, wanted: Acquisition) -> None:
         raise AssertionError("nothing is ever on its way")

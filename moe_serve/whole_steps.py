@@ -8,20 +8,18 @@ counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from expert_cache.layers import ExpertLayers
-from expert_cache.mapped import MappedExperts
 from moe_serve.forward_batch import ForwardBatch
 from moe_serve.hf import decoder_blocks
 from moe_serve.hf.family import Family
 from moe_serve.kv_cache import KVCache
 from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecodeStep
-from moe_serve_kernels.cpu.expert_mlp import MLPWeights
 from predictors.methods.next_gate import Router
 
 log = logging.getLogger(__name__)
@@ -100,19 +98,12 @@ def whole_steps(
     if reason is not None:
         log.info("decoding steps run through the model's modules: %s", reason)
         return None
-    experts = _experts_in_place(layers)
     shape = decoder_blocks.shape_of(model, family, config, layers.compute.activation, page_size)
-    blocks = decoder_blocks.blocks_of(model, config, kv_cache, routers, experts)
+    blocks = decoder_blocks.blocks_of(model, config, kv_cache, routers, layers.in_place)
     step = DecodeStep(shape, blocks, model.model.norm.weight, decoder_blocks.weights_of(model.lm_head))
-    return WholeSteps(model, step, layers, shape.head_dim, has_experts=bool(experts))
+    return WholeSteps(model, step, layers, shape.head_dim, has_experts=bool(layers.in_place))
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """True when this machine has the kernel for activations of `dtype`."""
     return decode_step.is_available(device, dtype)
-
-
-def _experts_in_place(layers: ExpertLayers) -> Mapping[int, Sequence[MLPWeights]]:
-    """All experts of all layers, where none has to be brought; else {}."""
-    experts = layers.experts
-    return experts.all_in_place() if isinstance(experts, MappedExperts) else {}

@@ -1,4 +1,4 @@
-"""What a loaded model's layers are to the kernel that runs a whole decoding step (moe_serve_kernels/cpu/decode_step.py).
+"""What a loaded model's layers are to the kernel that runs a whole decoding step (cpu/decode_step.py).
 
 A family whose layers are plain (Family.plain_layers) has norms, attention and experts where Mixtral has them, and
 nothing else: no shared experts, no scaled residuals, rotation of whole heads. What still differs is read from the
@@ -17,7 +17,8 @@ from moe_serve.hf.dense import StoredLinear
 from moe_serve.hf.family import Family
 from moe_serve.kv_cache import KVCache
 from moe_serve_kernels.cpu.decode_step import MOST_CHOICES, SCORES, DecoderBlock, DecoderShape
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
+from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.cpu.linear import LinearWeights
 from predictors.methods.next_gate import Router
 
@@ -63,7 +64,7 @@ def shape_of(model: Any, family: Family, config: Any, activation: Activation, pa
 
 
 def blocks_of(
-    model: Any, config: Any, kv_cache: KVCache, routers: Sequence[Router], experts: Mapping[int, Sequence[MLPWeights]]
+    model: Any, config: Any, kv_cache: KVCache, routers: Sequence[Router], experts: Mapping[int, ExpertLayer]
 ) -> list[DecoderBlock]:
     """Each decoder layer; `routers` in their order; `experts`: by layer, those that the kernel is to run itself."""
     layers = enumerate(zip(model.model.layers, routers, strict=True))
@@ -71,7 +72,7 @@ def blocks_of(
 
 
 def _block(
-    layer: Any, config: Any, kv_cache: KVCache, index: int, router: Router, experts: Sequence[MLPWeights] | None
+    layer: Any, config: Any, kv_cache: KVCache, index: int, router: Router, experts: ExpertLayer | None
 ) -> DecoderBlock:
     attention = layer.self_attn
     kv = kv_cache.layers[index]

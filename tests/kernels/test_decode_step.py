@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from moe_serve_kernels.cpu import decode_step, library
+from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.decode_reference import decode_step_reference, in_float64
 from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecoderBlock, DecoderShape, DecodeStep
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer, combine
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
 from moe_serve_kernels.cpu.linear import LinearWeights
 from tests.kernels.quantized_experts import FORMS, Form, make_expert
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
+SILU = Activation("silu")
 LAYERS, EXPERTS, VOCAB, PAGE_SIZE, PAGES = 3, 7, 83, 4, 40
 
 
@@ -39,7 +41,7 @@ class Case:
     biases: bool = False
     sinks: bool = False
     window: int | None = None
-    activation: Activation = Activation("silu")
+    activation: Activation = SILU
 
     @property
     def shape(self) -> DecoderShape:
@@ -99,7 +101,7 @@ def block(case: Case) -> DecoderBlock:
         k_norm=k_norm,
         sinks=torch.randn(case.heads) if case.sinks else None,
         window=case.window,
-        experts=[expert(case) for _ in range(EXPERTS)],
+        experts=ExpertLayer([expert(case) for _ in range(EXPERTS)]),
     )
 
 
@@ -180,11 +182,11 @@ def outside(model: Tiny, layer: int, hidden: torch.Tensor, ids: torch.Tensor, we
     sorted_ids = ids.flatten()[order].tolist()
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(sorted_ids), 1) if a != b), len(sorted_ids)]
     out = torch.empty(ids.numel(), model.case.hidden)
-    all_experts = model.blocks[layer].experts
-    assert all_experts is not None
-    experts = [all_experts[sorted_ids[start]] for start in starts[:-1]]
+    in_place = model.blocks[layer].experts
+    assert in_place is not None
+    experts = [in_place.experts[sorted_ids[start]] for start in starts[:-1]]
     expert_mlp(hidden, order // ids.shape[1], list(pairwise(starts)), experts, model.case.activation, out)
-    return decode_step.combine(torch.empty_like(out).index_copy_(0, order, out), weights)
+    return combine(torch.empty_like(out).index_copy_(0, order, out), weights)
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
@@ -204,7 +206,7 @@ def test_quantised_experts(form: Form) -> None:
     case = Case(hidden=256, intermediate=128)
     model = tiny(case)
     quantised = [make_expert(form, case.hidden, case.intermediate, seed) for seed in range(EXPERTS)]
-    model.blocks = [replace(b, experts=quantised) for b in model.blocks]
+    model.blocks = [replace(b, experts=ExpertLayer(quantised)) for b in model.blocks]
     inputs = inputs_of(case, 2)
     expected = model.reference(inputs)[0]
     torch.testing.assert_close(model.step().run(copy_of(inputs))[0].double(), expected, rtol=0, atol=2e-4)
@@ -227,10 +229,3 @@ def test_nan_stays_in_its_own_sequence() -> None:
     logits = model.step().run(inputs)[0]
     assert logits[1].isnan().all()
     torch.testing.assert_close(logits[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("num_tokens", "top_k", "hidden"), [(1, 2, 64), (5, 8, 37), (700, 4, 100)])
-def test_combine(num_tokens: int, top_k: int, hidden: int) -> None:
-    pairs, weights = torch.randn(num_tokens * top_k, hidden), torch.rand(num_tokens, top_k)
-    expected = (pairs.double().view(num_tokens, top_k, hidden) * weights[..., None]).sum(1)
-    torch.testing.assert_close(decode_step.combine(pairs, weights).double(), expected, rtol=0, atol=1e-5)

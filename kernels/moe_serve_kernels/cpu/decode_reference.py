@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from moe_serve_kernels.cpu.decode_step import DecodeInputs, DecoderBlock, DecoderShape
-from moe_serve_kernels.cpu.expert_mlp import as_tensor, expert_mlp_reference
+from moe_serve_kernels.cpu.expert_layer import expert_layer_reference
+from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
 
@@ -27,7 +28,8 @@ def decode_step_reference(
         hidden = _norm(x, block.post_norm, shape)
         ids, weights = _route(shape, _linear(hidden, block.router))
         chosen.append((ids, weights))
-        x = x + _experts(shape, block, hidden, ids, weights)
+        assert block.experts is not None
+        x = x + expert_layer_reference(hidden, ids, weights, block.experts.experts, shape.activation)
     logits = _linear(_norm(x, final_norm, shape), head)
     return logits, torch.stack([ids for ids, _ in chosen]), torch.stack([weights for _, weights in chosen])
 
@@ -61,9 +63,7 @@ def _attention(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs
     return _linear(attended.flatten(1), block.o)
 
 
-def _heads(
-    shape: DecoderShape, rows: torch.Tensor, norm: torch.Tensor | None, inputs: DecodeInputs
-) -> torch.Tensor:
+def _heads(shape: DecoderShape, rows: torch.Tensor, norm: torch.Tensor | None, inputs: DecodeInputs) -> torch.Tensor:
     """[T, heads * D] -> [T, heads, D], normed and rotated."""
     if norm is not None and len(norm) != shape.head_dim:
         rows = _norm(rows, norm, shape)
@@ -83,18 +83,6 @@ def _route(shape: DecoderShape, scores: torch.Tensor) -> tuple[torch.Tensor, tor
     if shape.renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights * shape.routing_scale
-
-
-def _experts(
-    shape: DecoderShape, block: DecoderBlock, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    assert block.experts is not None
-    pairs = range(ids.numel())
-    out = hidden.new_empty(ids.numel(), hidden.shape[1])
-    tokens = torch.arange(ids.numel()) // ids.shape[1]
-    experts = [block.experts[e] for e in ids.flatten().tolist()]
-    expert_mlp_reference(hidden, tokens, [(p, p + 1) for p in pairs], experts, shape.activation, out)
-    return (out.view(*ids.shape, -1) * weights[..., None]).sum(1)
 
 
 def in_float64(inputs: DecodeInputs) -> DecodeInputs:

@@ -172,14 +172,3 @@ extern "C" void moe_serve_decode_head(const Model* model, const Step* step, floa
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_head)(*model, *step, areas);
 }
-
-// out[t] = sum over k of weights[t][k] * pairs[t * K + k], in the router's order, with the bits that a step has.
-extern "C" void moe_serve_combine(const float* pairs, const float* weights, float* out, int64_t num_tokens,
-                                  int64_t top_k, int64_t hidden, int32_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * top_k * hidden > ALONE)
-    for (int64_t t = 0; t < num_tokens; ++t) {
-        std::vector<const float*> rows(static_cast<std::size_t>(top_k));
-        for (int64_t k = 0; k < top_k; ++k) rows[k] = pairs + (t * top_k + k) * hidden;
-        FOR_THIS_CPU(weighted_sum)(rows.data(), weights + t * top_k, top_k, 0, hidden, out + t * hidden);
-    }
-}

@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 
 from moe_serve_kernels.cpu import library
-from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation, MLPWeights
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
+from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation
 from moe_serve_kernels.cpu.linear import LinearWeights
 
 MOST_TOKENS = 6
@@ -57,8 +58,8 @@ class DecoderBlock:
     """[Hq] one more logit per head, without a value."""
     window: int | None = None
     """Tokens that a query sees, its own included."""
-    experts: Sequence[MLPWeights] | None = None
-    """[E] of one shape and kind; None: `DecodeStep.attention` is all that can be asked for."""
+    experts: ExpertLayer | None = None
+    """None: `DecodeStep.attention` is all that can be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,7 @@ class DecodeStep:
         assert shape.top_k <= MOST_CHOICES
         self._shape = shape
         self._kept = (blocks, final_norm, head)
-        self._addresses = [_experts_of(block) for block in blocks]
-        self._blocks = (_Block * len(blocks))(*map(_block, blocks, self._addresses))
+        self._blocks = (_Block * len(blocks))(*map(_block, blocks))
         self._model = _model(shape, blocks, final_norm, head)
         self._model.blocks = ctypes.addressof(self._blocks)
         self._model_at = ctypes.addressof(self._model)
@@ -212,34 +212,15 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and library.load() is not None
 
 
-def combine(pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """pairs [T * K, H] float32 in the router's order, weights [T, K] -> [T, H]: the sums that `DecodeStep.run` makes,
-    to the bit."""
-    num_tokens, top_k = weights.shape
-    assert pairs.dtype == torch.float32
-    assert pairs.is_contiguous()
-    weights = weights.to(torch.float32).contiguous()
-    out = pairs.new_empty(num_tokens, pairs.shape[1])
-    arrays = (pairs.data_ptr(), weights.data_ptr(), out.data_ptr())
-    _library().moe_serve_combine(*arrays, num_tokens, top_k, pairs.shape[1], torch.get_num_threads())
-    return out
-
-
-def _experts_of(block: DecoderBlock) -> ctypes.Array[ctypes.c_void_p] | None:
-    if block.experts is None:
-        return None
-    return (ctypes.c_void_p * len(block.experts))(*(expert.address for expert in block.experts))
-
-
-def _block(block: DecoderBlock, experts: ctypes.Array[ctypes.c_void_p] | None) -> _Block:
+def _block(block: DecoderBlock) -> _Block:
     tensors = (block.input_norm, block.post_norm, block.q_norm, block.k_norm, block.sinks, block.keys, block.values)
     assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
     assert block.q.weight.dtype == block.k.weight.dtype == block.v.weight.dtype
     linears = {name: getattr(block, name).address for name in ("q", "k", "v", "o", "router")}
     named = ("input_norm", "post_norm", "q_norm", "k_norm", "sinks", "keys", "values")
     pointers = {name: None if t is None else t.data_ptr() for name, t in zip(named, tensors, strict=True)}
-    address = None if experts is None else ctypes.addressof(experts)
-    return _Block(**linears, **pointers, window=block.window or 0, experts=address)
+    experts = None if block.experts is None else block.experts.address
+    return _Block(**linears, **pointers, window=block.window or 0, experts=experts)
 
 
 def _model(
@@ -280,12 +261,10 @@ def _library() -> ctypes.CDLL:
     native.moe_serve_decode_step.argtypes = [pointer, pointer, pointer, number]
     native.moe_serve_decode_attention.argtypes = [pointer, pointer, integer, pointer, number]
     native.moe_serve_decode_head.argtypes = [pointer, pointer, pointer, number]
-    native.moe_serve_combine.argtypes = [pointer, pointer, pointer, integer, integer, integer, number]
     for returns_nothing in (
         native.moe_serve_decode_step,
         native.moe_serve_decode_attention,
         native.moe_serve_decode_head,
-        native.moe_serve_combine,
     ):
         returns_nothing.restype = None
     return native

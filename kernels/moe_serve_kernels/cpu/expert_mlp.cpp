@@ -46,6 +46,11 @@ Segment moe_serve::plan(const Pairs& pairs) {
     return {pairs.expert, pairs.begin, steps, tokens(expert.gate.columns), tokens(expert.down.columns)};
 }
 
+void moe_serve::weighted_sum(const float* const* rows, const float* weights, int64_t top_k, int64_t first,
+                             int64_t last, float* out) {
+    FOR_THIS_CPU(weighted_sum)(rows, weights, top_k, first, last, out);
+}
+
 namespace {
 
 int64_t size_of(const Tokens& tokens) {
@@ -142,6 +147,63 @@ extern "C" bool moe_serve_expert_mlp(const float* x, const int64_t* tokens, floa
     if (!place(layer, num_threads)) return false;
     gather(layer, num_threads);
     multiply(layer, true, true, out, num_threads);
+    return true;
+}
+
+namespace {
+
+// Pairs p = t * K + k sorted by expert, in ascending order within one.
+struct Groups {
+    std::vector<int64_t> tokens, place_of;  // [P] token of each place, place of each pair
+    std::vector<int64_t> ends;              // [E] behind each expert's last place
+
+    Groups(const int64_t* ids, int64_t num_pairs, int64_t top_k, int64_t num_experts)
+        : tokens(num_pairs), place_of(num_pairs), ends(num_experts) {
+        std::vector<int64_t> next(num_experts);
+        for (int64_t p = 0; p < num_pairs; ++p) ++ends[ids[p]];
+        for (int64_t e = 1; e < num_experts; ++e) ends[e] += next[e] = ends[e - 1];
+        for (int64_t p = 0; p < num_pairs; ++p) {
+            place_of[p] = next[ids[p]]++;
+            tokens[place_of[p]] = p / top_k;
+        }
+    }
+};
+
+}  // namespace
+
+// out[t] = sum over k of weights[t][k] * pairs[t * K + k], in the router's order; `place_of`: where in `pairs` each
+// pair is, null: in its own place.
+extern "C" void moe_serve_combine(const float* pairs, const int64_t* place_of, const float* weights, float* out,
+                                  int64_t num_tokens, int64_t top_k, int64_t hidden, int32_t num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_tokens * top_k * hidden > GATHER_ALONE)
+    for (int64_t t = 0; t < num_tokens; ++t) {
+        std::vector<const float*> rows(static_cast<std::size_t>(top_k));
+        for (int64_t k = 0; k < top_k; ++k) {
+            const int64_t pair = t * top_k + k;
+            rows[k] = pairs + (place_of ? place_of[pair] : pair) * hidden;
+        }
+        weighted_sum(rows.data(), weights + t * top_k, top_k, 0, hidden, out + t * hidden);
+    }
+}
+
+// A whole layer whose experts are all in place: x [T, hidden], ids and weights [T, K] -> out [T, hidden], and how many
+// pairs each expert had, counts [E]. False: out of memory.
+extern "C" bool moe_serve_expert_layer(const float* x, const int64_t* ids, const float* weights, float* out,
+                                       int64_t* counts, const Expert* const* experts, int64_t num_experts,
+                                       int64_t num_tokens, int64_t top_k, int32_t activation, float alpha, float limit,
+                                       int32_t num_threads) {
+    const Groups groups(ids, num_tokens * top_k, top_k, num_experts);
+    const int64_t hidden = experts[0]->gate.columns, inner = experts[0]->gate.rows;
+    Layer layer{x, groups.tokens.data(), hidden, inner, {activation, alpha, limit}, {}, {}};
+    for (int64_t e = 0, begin = 0; e < num_experts; begin = groups.ends[e++]) {
+        counts[e] = groups.ends[e] - begin;
+        if (counts[e]) layer.segments.push_back(plan({experts[e], begin, groups.ends[e]}));
+    }
+    const auto pairs = allocate(num_tokens * top_k * hidden);
+    if (!pairs || !place(layer, num_threads)) return false;
+    gather(layer, num_threads);
+    multiply(layer, true, true, pairs.get(), num_threads);
+    moe_serve_combine(pairs.get(), groups.place_of.data(), weights, out, num_tokens, top_k, hidden, num_threads);
     return true;
 }
 
