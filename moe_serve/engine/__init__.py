@@ -1,4 +1,4 @@
-"""Plan, run, apply: the loop over scheduler and model, its worker thread, and the numbers it reports.
+"""Plan, run, apply: the loop over the scheduler and the model runner, and the thread that it runs on.
 
 Knows one model in one process: no ranks (moe_serve/parallel/), no HTTP.
 """
