@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from expert_cache.policies import find_policy
 from expert_cache.shadow import ShadowCache
 from expert_cache.slots import Slots
-from moe_serve.batch_choice import BatchChoice, ExpertAware, FirstComeFirstServed
-from moe_serve.batch_plan import BatchPlan, StepResult, StepRoutes
-from moe_serve.kv_pages import PagePool
-from moe_serve.route_recorder import RoutingShape
-from moe_serve.scheduler import Scheduler, SchedulerLimits
-from moe_serve.sequence import Request, SamplingParams, Sequence
-from moe_serve.usage_forecast import UsageForecast
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.expert_routes.usage_forecast import UsageForecast
+from moe_serve.scheduling.batch_choice import BatchChoice, ExpertAware, FirstComeFirstServed
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
+from moe_serve.scheduling.kv_pages import PagePool
+from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
+from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 from predictors.trace import RoutingTrace, load_all
 
 

@@ -79,7 +79,7 @@ class Side:
     def _start(self, args: argparse.Namespace, length: int) -> None:
         """All prompts computed: from here on every step only decodes."""
         from moe_serve import SamplingParams
-        from moe_serve.sequence import Request
+        from moe_serve.scheduling.sequence import Request
 
         engine, rng = self.llm.engine, random.Random(1)
         params = SamplingParams(temperature=0.8, seed=1, max_tokens=length - args.prompt - 1, ignore_eos=True)

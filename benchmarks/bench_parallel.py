@@ -33,6 +33,7 @@ import torch.distributed as dist
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig
+from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import read_place
@@ -41,7 +42,6 @@ from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, foll
 from moe_serve.parallel.plans import read_hosts
 from moe_serve.parallel.prescheduling import count_uses
 from moe_serve.parallel.worker import Worker
-from moe_serve.route_recorder import RouteRecorder
 from placement.plan import save_plan
 from placement.problem import PlacementProblem
 from placement.solve import find_plan

@@ -102,7 +102,7 @@ class Side:
 
     def _start(self, batch: int, length: int) -> None:
         from moe_serve import SamplingParams
-        from moe_serve.sequence import Request
+        from moe_serve.scheduling.sequence import Request
 
         params = SamplingParams(temperature=0, max_tokens=length - 17, ignore_eos=True)
         for i in range(batch):

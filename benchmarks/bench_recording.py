@@ -26,7 +26,7 @@ def main() -> None:
     fix_environment(args.threads)
     from moe_serve import LLM
     from moe_serve.cli.flags import default_model
-    from moe_serve.route_recorder import RouteRecorder
+    from moe_serve.expert_routes.route_recorder import RouteRecorder
 
     length = 2 * args.steps + 128
     llm = LLM(
@@ -53,7 +53,7 @@ def main() -> None:
 def start_requests(llm: Any, batch: int, length: int) -> None:
     """Sequences that go on for as long as the context, and their prompts computed."""
     from moe_serve import SamplingParams
-    from moe_serve.sequence import Request
+    from moe_serve.scheduling.sequence import Request
 
     params = SamplingParams(temperature=0, max_tokens=length - 32, ignore_eos=True)
     for i in range(batch):

@@ -23,7 +23,7 @@ from random_schemas import random_schema
 
 from moe_serve import LLM, SamplingParams
 from moe_serve.demo import evaluate
-from moe_serve.sequence import Completion, FinishReason, GrammarKind, GrammarSpec
+from moe_serve.scheduling.sequence import Completion, FinishReason, GrammarKind, GrammarSpec
 
 PROMPT = "Here is the JSON of a record:\n"
 

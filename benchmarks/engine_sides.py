@@ -16,7 +16,7 @@ from measuring import StepClock
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from moe_serve import LLM, SamplingParams
-from moe_serve.sequence import Request
+from moe_serve.scheduling.sequence import Request
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 """transformers' CPU implementations; the first is its default."""

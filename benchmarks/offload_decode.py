@@ -40,7 +40,7 @@ def main() -> None:
     from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
     import moe_serve
-    import moe_serve.model_runner
+    import moe_serve.engine.model_runner
 
     runtime_mb = rss_mb()  # all code, no model
     torch.set_num_threads(job["threads"])

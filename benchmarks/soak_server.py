@@ -106,9 +106,9 @@ class InProcessServer:
     def __init__(self, model: str, settings: dict[str, Any]) -> None:
         import uvicorn
 
-        from moe_serve.async_engine import AsyncEngine
         from moe_serve.config import EngineConfig
-        from moe_serve.engine import Engine
+        from moe_serve.engine.async_engine import AsyncEngine
+        from moe_serve.engine.engine import Engine
         from moe_serve.server.app import create_app
 
         port = free_port()

@@ -1,6 +1,6 @@
 """Serving Mixture-of-Experts language models: server, engine, scheduler, command line.
 
-The public names load on first use, so that `import moe_serve.sequence`, and with it every
+The public names load on first use, so that `import moe_serve.scheduling.sequence`, and with it every
 scheduler test, costs no import of torch.
 """
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moe_serve.config import EngineConfig
     from moe_serve.errors import MoEServeError
     from moe_serve.llm import LLM
-    from moe_serve.sequence import SamplingParams
+    from moe_serve.scheduling.sequence import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ __all__ = ["LLM", "EngineConfig", "MoEServeError", "SamplingParams", "__version_
 
 def _home_of(name: str) -> str | None:
     """Our module that defines a public name; None if the name is not public."""
-    homes = {"LLM": "llm", "EngineConfig": "config", "MoEServeError": "errors", "SamplingParams": "sequence"}
+    homes = {"LLM": "llm", "EngineConfig": "config", "MoEServeError": "errors", "SamplingParams": "scheduling.sequence"}
     return homes.get(name)
 
 

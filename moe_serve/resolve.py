@@ -14,7 +14,7 @@ from expert_cache.slot_layout import device_bytes
 from expert_cache.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
-from moe_serve.kv_cache import LayerKVShape, bytes_per_token
+from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu

@@ -9,15 +9,15 @@ import zlib
 
 import torch
 
-from moe_serve import sampler
-from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
-from moe_serve.engine import Engine
-from moe_serve.grammar import MaskThread
-from moe_serve.prompt_logprobs import score
-from moe_serve.sequence import Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.engine.engine import Engine
+from moe_serve.execution import sampler
+from moe_serve.execution.grammar import MaskThread
+from moe_serve.execution.prompt_logprobs import score
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence, TokenLogprob
 from moe_serve.spec import ModelSpec
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 
 
 class RandomRunner:

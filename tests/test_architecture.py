@@ -48,15 +48,16 @@ ONLY_IN = {
 }
 # Importing one of these must not load a heavy library, not even through another of our modules.
 TORCH_FREE = (
-    "moe_serve.sequence",
-    "moe_serve.kv_pages",
-    "moe_serve.batch_plan",
-    "moe_serve.scheduler",
-    "moe_serve.route_recorder",
-    "moe_serve.batch_choice",
-    "moe_serve.usage_forecast",
+    "moe_serve.scheduling.admission",
+    "moe_serve.scheduling.batch_choice",
+    "moe_serve.scheduling.batch_plan",
+    "moe_serve.scheduling.kv_pages",
+    "moe_serve.scheduling.scheduler",
+    "moe_serve.scheduling.sequence",
+    "moe_serve.scheduling.stats",
+    "moe_serve.expert_routes.route_recorder",
+    "moe_serve.expert_routes.usage_forecast",
     "moe_serve.errors",
-    "moe_serve.stats",
     "moe_serve.config",
     "moe_serve.cli",
     "expert_cache.policies",
@@ -66,6 +67,9 @@ TORCH_FREE = (
     "predictors.formats",
     "placement",
 )
+# The first column of the table in the docs: what lies directly in moe_serve/; each imports only from those before it.
+TABLE_ROWS = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+MOE_SERVE_ORDER = re.findall(r"`(\w+)`", " ".join(TABLE_ROWS))
 HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}
 
 
@@ -147,6 +151,20 @@ def layers(imports: list[Import]) -> Iterator[str]:
             yield f"{item}: {top(item.module)} may not import {top(item.target)}"
 
 
+def _level(name: str) -> int | None:
+    """Where in MOE_SERVE_ORDER a dotted name belongs; None for other packages and moe_serve's own public names."""
+    parts = name.split(".")
+    known = len(parts) > 1 and parts[0] == "moe_serve" and parts[1] in MOE_SERVE_ORDER
+    return MOE_SERVE_ORDER.index(parts[1]) if known else None
+
+
+def order(imports: list[Import]) -> Iterator[str]:
+    for item in imports:
+        importer, imported = _level(item.module), _level(item.target)
+        if importer is not None and imported is not None and imported > importer:
+            yield f"{item}: {MOE_SERVE_ORDER[imported]} comes after {MOE_SERVE_ORDER[importer]}"
+
+
 def kernels_name(imports: list[Import]) -> Iterator[str]:
     for item in imports:
         if top(item.target) == "kernels":
@@ -188,7 +206,7 @@ def _heavy_reached(start: str, queue: list[str], by_module: dict[str, list[Impor
             queue.extend(new)
 
 
-RULES: list[Rule] = [layers, kernels_name, libraries, torch_free]
+RULES: list[Rule] = [layers, order, kernels_name, libraries, torch_free]
 
 
 def prints(root: Path) -> Iterator[str]:
@@ -203,6 +221,11 @@ def prints(root: Path) -> Iterator[str]:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.__name__))
 def test_imports_keep_the_rule(rule: Rule) -> None:
     assert sorted(set(rule(read_imports(ROOT)))) == []
+
+
+def test_the_table_in_the_docs_names_everything_in_the_folder() -> None:
+    found = {module.split(".")[1] for module in module_files(ROOT) if module.startswith("moe_serve.")}
+    assert sorted(MOE_SERVE_ORDER) == sorted(found)
 
 
 def test_only_the_command_line_prints() -> None:
@@ -248,10 +271,12 @@ PLANTED = {
     "kernels/moe_serve_kernels/op.py": ("import expert_cache.store", layers, "may not import expert_cache"),
     "placement/solve.py": ("from predictors import trace", layers, "may not import predictors"),
     "expert_cache/cache.py": ("def f():\n    from moe_serve import engine", layers, "may not import moe_serve"),
+    "moe_serve/scheduling/pages.py": ("from moe_serve.engine import engine", order, "engine comes after scheduling"),
+    "moe_serve/text/words.py": ("def f():\n    from moe_serve import llm", order, "llm comes after text"),
     "predictors/methods/a.py": ("from kernels import x", kernels_name, "is Hugging Face's"),
-    "moe_serve/engine.py": ("from fastapi import FastAPI", libraries, "belongs in moe_serve.server"),
+    "moe_serve/engine/engine.py": ("from fastapi import FastAPI", libraries, "belongs in moe_serve.server"),
     "predictors/trace.py": ("import torch.nn", libraries, "belongs in"),
-    "moe_serve/scheduler.py": ("from moe_serve import helper", torch_free, "imports torch"),
+    "moe_serve/scheduling/scheduler.py": ("from moe_serve import helper", torch_free, "imports torch"),
     "moe_serve/cli/serve.py": ("from ..helper import f", torch_free, "imports torch"),
 }
 
@@ -274,8 +299,9 @@ def test_a_planted_violation_is_caught(tmp_path: Path, where: str) -> None:
     ],
 )
 def test_an_import_that_does_not_happen_at_load_is_allowed(tmp_path: Path, source: str) -> None:
-    (tmp_path / "moe_serve").mkdir()
-    (tmp_path / "moe_serve" / "scheduler.py").write_text(source)
+    scheduler = tmp_path / "moe_serve" / "scheduling" / "scheduler.py"
+    scheduler.parent.mkdir(parents=True)
+    scheduler.write_text(source)
     assert list(torch_free(read_imports(tmp_path))) == []
 
 

@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 from moe_serve.cli.flags import add_flag, field_kinds, given
 from moe_serve.config import EngineConfig, flag_name
-from moe_serve.generation_defaults import read_generation_defaults
-from moe_serve.sequence import SamplingParams
+from moe_serve.scheduling.sequence import SamplingParams
+from moe_serve.text.generation_defaults import read_generation_defaults
 
 HELP_OF = MappingProxyType(
     {

@@ -17,7 +17,7 @@ from moe_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM, Prompt
-    from moe_serve.sequence import SamplingParams
+    from moe_serve.scheduling.sequence import SamplingParams
     from predictors.trace import RoutingTrace
 
 HELP = "Run prompts and record the experts of every token, for replay, plan and predictor."
@@ -68,7 +68,7 @@ def record(
     llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, weights: bool, meta: dict[str, Any]
 ) -> RoutingTrace:
     """Complete the prompts (token ids) together; every computed token's route, sequences in the order of `prompts`."""
-    from moe_serve.route_recorder import RouteRecorder
+    from moe_serve.expert_routes.route_recorder import RouteRecorder
 
     most = sum(len(prompt) + (params.max_tokens or 0) for prompt in prompts) * params.n
     recorder = RouteRecorder(llm.engine.routing_shape(), most, weights, token_ids=True)

@@ -1,4 +1,4 @@
-"""Trace files for commands that need routes: what moe_serve/recordings.py reads, loads alone excepted."""
+"""Trace files for commands that need routes: what moe_serve/planning/recordings.py reads, loads alone excepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = "a trace of ours (.npz), an SGLang per-token recording (.pt), or vLLM ro
 
 def read_traces(paths: Sequence[str], num_experts: int | None) -> RoutingTrace:
     """The files as one trace. `num_experts`: experts per layer, which only our own files say."""
-    from moe_serve.recordings import read_recording
+    from moe_serve.planning.recordings import read_recording
     from predictors.trace import RoutingTrace, TraceError
 
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from expert_cache.direct_io import BLOCK_BYTES, DirectFile
-from moe_serve.offload import DISK_READERS
+from moe_serve.offload.assembly import DISK_READERS
 
 MIB = 1 << 20
 CHUNK_BYTES = 8 * MIB

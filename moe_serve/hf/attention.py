@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from moe_serve.forward_batch import DecodeGroup, ForwardBatch, PrefillRun
-from moe_serve.kv_cache import KVCache, LayerKV, LayerKVShape
+from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch, PrefillRun
+from moe_serve.execution.kv_cache import KVCache, LayerKV, LayerKVShape
 from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu import paged_attention as native
 

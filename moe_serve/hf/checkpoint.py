@@ -21,8 +21,8 @@ from expert_cache.safetensors_file import stored_tensors
 from expert_cache.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.hf.family import PART_OF, Family, find
-from moe_serve.quantization.dense import mismatch
-from moe_serve.quantization.scheme import Scheme, scheme_of
+from moe_serve.hf.quantization_scheme import Scheme, scheme_of
+from moe_serve.hf.quantized_dense import mismatch
 from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"

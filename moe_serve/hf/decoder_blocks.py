@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf.dense import StoredLinear
 from moe_serve.hf.family import Family
-from moe_serve.kv_cache import KVCache
 from moe_serve_kernels.cpu.decode_step import MOST_CHOICES, SCORES, DecoderBlock, DecoderShape
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation

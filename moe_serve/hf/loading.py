@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM
 from expert_cache.expert_file import DTYPE_NAMES
 from expert_cache.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
+from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.hf import attention, dense
 from moe_serve.hf.checkpoint import dense_dtypes, dense_tensors, open_expert_file, open_experts, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
-from moe_serve.kv_cache import LayerKVShape
-from moe_serve.quantization.dense import dense_state
-from moe_serve.quantization.scheme import Scheme
+from moe_serve.hf.quantization_scheme import Scheme
+from moe_serve.hf.quantized_dense import dense_state
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import are_readable
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moe_serve.errors import UnsupportedModelError
-from moe_serve.forward_batch import DecodeGroup, ForwardBatch
+from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.hf.experts import SlottedExperts, find_experts
 from moe_serve.parallel.coherent import Meeting, Travellers, settle
 from moe_serve.parallel.sharing import SharedLayers

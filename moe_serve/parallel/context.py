@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from moe_serve.kv_cache import KVCache, LayerKV
+from moe_serve.execution.kv_cache import KVCache, LayerKV
 from moe_serve.parallel.exchange import pack, unpack
 
 

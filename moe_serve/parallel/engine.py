@@ -6,13 +6,13 @@ client sees a pause. A request that sees MAX_LOSSES of them ends with an error: 
 
 from __future__ import annotations
 
-from moe_serve.engine import Engine
+from moe_serve.engine.engine import Engine
 from moe_serve.errors import EngineDeadError, InvalidRequestError
 from moe_serve.parallel.team import RankLostError
 from moe_serve.parallel.team_runner import TeamRunner
-from moe_serve.sequence import Request, SampleOutput, Sequence
+from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from placement.plan import PlacementPlan
 
 MAX_LOSSES = 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_serve.generation_defaults import eos_token_ids
+from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.channel import Message
 from moe_serve.parallel.config import ParallelConfig
@@ -21,10 +21,10 @@ from moe_serve.parallel.plans import read_plan
 from moe_serve.parallel.prescheduling import Counts, Prescheduler, TokenAffinity
 from moe_serve.parallel.team_runner import TeamRunner
 from moe_serve.parallel.worker import Worker
-from moe_serve.route_recorder import RoutingShape
-from moe_serve.sequence import Request, SamplingParams
+from moe_serve.scheduling.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.generation_defaults import eos_token_ids
+from moe_serve.text.tokenizer import Tokenizer
 from placement.cost import hosts_of
 
 

@@ -6,10 +6,10 @@ a group, ranks count from 0. Knows steps; knows no model.
 
 from __future__ import annotations
 
-from moe_serve.batch_plan import BatchPlan
 from moe_serve.parallel import routes
 from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome, RankRunner
+from moe_serve.scheduling.batch_plan import BatchPlan
 
 
 class GroupRunner:

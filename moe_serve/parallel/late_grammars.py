@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import cached_property
 
 from moe_serve.config import EngineConfig
-from moe_serve.generation_defaults import eos_token_ids
-from moe_serve.grammar import Grammars, Matcher
+from moe_serve.execution.grammar import Grammars, Matcher
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.sequence import GrammarSpec
+from moe_serve.scheduling.sequence import GrammarSpec
 from moe_serve.spec import ModelSpec
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.generation_defaults import eos_token_ids
+from moe_serve.text.tokenizer import Tokenizer
 
 
 class LateGrammars:

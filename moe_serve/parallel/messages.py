@@ -12,8 +12,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_serve.batch_plan import BatchPlan, ScheduledSequence, StepResult
-from moe_serve.sequence import GrammarKind, GrammarSpec, Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SamplingParams, Sequence, TokenLogprob
 
 Sampled = tuple[int, TokenLogprob | None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_serve.model_runner import ModelRunner
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.parallel.coherent_runner import CoherentRunner
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.forecast import cheaper_context

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.errors import MoEServeError
-from moe_serve.replanning import Terms, Verdict, judge, propose
+from moe_serve.planning.replanning import Terms, Verdict, judge, propose
 from placement.plan import PlacementPlan
 from predictors import trace as traces
 from predictors.trace import RoutingTrace

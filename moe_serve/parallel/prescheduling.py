@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.plans import Hosts
-from moe_serve.sequence import Sequence
+from moe_serve.scheduling.sequence import Sequence
 
 BALANCE_TOKENS = 512
 """A rank this many tokens ahead of another is not given a sequence that it suits better."""

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from moe_serve.config import EngineConfig
+from moe_serve.engine.model_runner import ModelRunner, load_runner
 from moe_serve.errors import ConfigError
-from moe_serve.generation_defaults import eos_token_ids
-from moe_serve.model_runner import ModelRunner, load_runner
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place
 from moe_serve.parallel.exchange import Exchange
@@ -23,6 +22,7 @@ from moe_serve.parallel.plans import read_hosts
 from moe_serve.parallel.sharing import SharedLayers
 from moe_serve.parallel.traffic import Traffic
 from moe_serve.parallel.wire import GroupWire, connect_all
+from moe_serve.text.generation_defaults import eos_token_ids
 
 
 def join_group(place: Place, parallel: ParallelConfig, config: EngineConfig) -> None:

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from moe_serve import forward_batch
-from moe_serve.batch_plan import BatchPlan
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.execution import forward_batch
 from moe_serve.hf import experts
-from moe_serve.model_runner import ModelRunner
 from moe_serve.parallel import routes
 from moe_serve.parallel.conventional import ConventionalLayers
 from moe_serve.parallel.messages import RankStep, Sampled
 from moe_serve.parallel.routes import RouteTap
 from moe_serve.parallel.sharing import SharedLayers
+from moe_serve.scheduling.batch_plan import BatchPlan
 
 
 class Outcome(NamedTuple):

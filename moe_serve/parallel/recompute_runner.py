@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from moe_serve import forward_batch
-from moe_serve.forward_batch import GroupLimits
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.execution import forward_batch
+from moe_serve.execution.forward_batch import GroupLimits
 from moe_serve.hf import experts
-from moe_serve.model_runner import ModelRunner
 from moe_serve.parallel import routes
 from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome

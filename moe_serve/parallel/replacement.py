@@ -11,12 +11,12 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from moe_serve.async_engine import AsyncEngine
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import MoEServeError
+from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.parallel.engine import ParallelEngine
 from moe_serve.parallel.plan_search import search
-from moe_serve.replanning import Terms, Verdict, lacking
-from moe_serve.route_recorder import RouteRecorder
+from moe_serve.planning.replanning import Terms, Verdict, lacking
 from placement.plan import PlacementPlan
 from predictors.trace import RoutingTrace
 

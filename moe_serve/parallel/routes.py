@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_serve import forward_batch
-from moe_serve.batch_plan import BatchPlan, StepRoutes
+from moe_serve.execution import forward_batch
+from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.experts import RunsExperts
 from moe_serve.parallel.messages import RankStep
-from moe_serve.route_recorder import RoutingShape
+from moe_serve.scheduling.batch_plan import BatchPlan, StepRoutes
 
 OFF, IDS, IDS_AND_WEIGHTS = 0, 1, 2
 """What the front wants to know, as a step's message says it."""

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine import Engine
+from moe_serve.engine.engine import Engine
 from moe_serve.errors import ConfigError
-from moe_serve.generation_defaults import eos_token_ids
+from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel import environment
 from moe_serve.parallel.config import ParallelConfig
@@ -21,9 +21,9 @@ from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, load_u
 from moe_serve.parallel.spawner import Spawner
 from moe_serve.parallel.team import Team, new_secret
 from moe_serve.parallel.team_runner import TeamRunner
-from moe_serve.route_recorder import RoutingShape
 from moe_serve.spec import ModelSpec
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.generation_defaults import eos_token_ids
+from moe_serve.text.tokenizer import Tokenizer
 from placement.cost import hosts_of
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_serve import forward_batch, sampler
-from moe_serve.forward_batch import ForwardBatch
-from moe_serve.model_runner import ModelRunner
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.execution import forward_batch, sampler
+from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.parallel.messages import RankStep, Sampled
 from moe_serve.parallel.sharing import LossNotes
 

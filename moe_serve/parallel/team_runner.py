@@ -7,16 +7,16 @@ from dataclasses import fields, replace
 
 from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport
-from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
+from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel import routes
 from moe_serve.parallel.expert_reports import TeamReports
 from moe_serve.parallel.messages import PlanWriter, merge_results
 from moe_serve.parallel.plans import layout_to_json
 from moe_serve.parallel.prescheduling import Prescheduler
 from moe_serve.parallel.team import Team
-from moe_serve.route_recorder import RoutingShape
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from placement.cost import Layout, hosts_of
 
 

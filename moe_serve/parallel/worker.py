@@ -14,7 +14,7 @@ import torch
 from expert_cache.cache import ExpertCache
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
-from moe_serve.kv_cache import LayerKV
+from moe_serve.execution.kv_cache import LayerKV
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place

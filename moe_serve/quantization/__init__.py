@@ -1,1 +1,1 @@
-"""Quantised checkpoints: what config.json says about them, how their tensors are named, and writing them."""
+"""Writing quantised checkpoints: what to round, to which codes, and what calibration saw. moe_serve/hf/ reads them."""

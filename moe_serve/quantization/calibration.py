@@ -15,11 +15,11 @@ import torch
 from expert_cache.layers import ExpertLayers
 from expert_cache.regroup import regroup
 from expert_cache.store import ExpertWeights
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import ConfigError
 from moe_serve.hf import experts
 from moe_serve.llm import LLM
-from moe_serve.model_runner import ModelRunner
-from moe_serve.sequence import SamplingParams
+from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate, as_tensor
 
 WINDOW_TOKENS = 512

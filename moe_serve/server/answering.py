@@ -14,7 +14,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
-from moe_serve.sequence import Completion, SampleOutput
+from moe_serve.scheduling.sequence import Completion, SampleOutput
 from moe_serve.server import http_errors, request_log, sse
 from moe_serve.server.collect import Merger, Usage, collect, stream, unless_disconnected
 from moe_serve.server.protocol import SamplingBody

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from moe_serve.response_templates import REASONING_FIELDS
+from moe_serve.text.response_templates import REASONING_FIELDS
 
 
 @dataclass(slots=True)

@@ -18,9 +18,8 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse, Response
 
-from moe_serve.async_engine import AsyncEngine
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError, ModelNotFoundError
-from moe_serve.response_templates import Template, template_of
 from moe_serve.server import (
     answering,
     chat,
@@ -52,7 +51,8 @@ from moe_serve.server.protocol import (
 )
 from moe_serve.server.stats_log import StatsLog
 from moe_serve.server.trace_requests import TraceRequests, Tracing
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.response_templates import Template, template_of
+from moe_serve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.response_templates import Template, call_tags, start_parser, without_fields
-from moe_serve.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
+from moe_serve.scheduling.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
 from moe_serve.server import prompts
 from moe_serve.server.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
 from moe_serve.server.collect import Merger, Usage, json_logprob
 from moe_serve.server.prompt_scores import prompt_scores
 from moe_serve.server.protocol import ChatBody
 from moe_serve.server.tools import ToolPlan, calls_or_answer, plan_tools
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.response_templates import Template, call_tags, start_parser, without_fields
+from moe_serve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

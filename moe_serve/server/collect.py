@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
-from moe_serve.async_engine import AsyncEngine
+from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.engine.mailbox import Mailbox
 from moe_serve.errors import MoEServeError
-from moe_serve.mailbox import Mailbox
-from moe_serve.sequence import Completion, Request, SampleOutput, TokenLogprob
-from moe_serve.stats import FinishedStats
+from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
+from moe_serve.scheduling.stats import FinishedStats
 
 T = TypeVar("T")
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.sequence import Completion, Request, SampleOutput, TokenLogprob
+from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
 from moe_serve.server import prompts
 from moe_serve.server.collect import Merger, Usage, json_logprob
 from moe_serve.server.prompt_scores import prompt_scores
 from moe_serve.server.protocol import CompletionBody
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
 

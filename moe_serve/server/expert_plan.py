@@ -22,13 +22,13 @@ from fastapi.responses import Response
 from prometheus_client.core import CounterMetricFamily, Metric
 from pydantic import Field
 
-from moe_serve import planning
 from moe_serve.errors import ConfigError, InvalidRequestError
+from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel import plans
 from moe_serve.parallel.engine import ParallelEngine
 from moe_serve.parallel.replacement import Decision, Replacement
-from moe_serve.replanning import Terms
-from moe_serve.route_recorder import RoutingShape
+from moe_serve.planning import problems
+from moe_serve.planning.replanning import Terms
 from moe_serve.server import openapi, ranks
 from moe_serve.server.parsing import Body, parse
 from placement.errors import PlacementError
@@ -100,7 +100,7 @@ def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> Plac
     except PlacementError as error:
         raise InvalidRequestError(f"plan.{error.field}", f"plan.{error}") from error
     try:  # its settings are those of the next search
-        planning.problem_of_plan(plan, _any_trace(shape))
+        problems.problem_of_plan(plan, _any_trace(shape))
     except (PlacementError, ConfigError, TypeError, ValueError, ArithmeticError) as error:
         raise InvalidRequestError("plan.objective", f"plan.objective: {error}; make the plan again") from error
     return plan

@@ -22,7 +22,7 @@ from moe_serve.server.http_errors import CLOSE, error_response
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from moe_serve.async_engine import AsyncEngine
+    from moe_serve.engine.async_engine import AsyncEngine
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from itertools import pairwise
 import numpy as np
 
 from expert_cache.report import ExpertReport
+from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
 from moe_serve.server.window import Moment, Totals, Window
-from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
 WINDOW_S = 60.0
 PERIOD_S = 1.0

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from expert_cache.report import ExpertReport
+from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
 from moe_serve.server.expert_metrics import ExpertCollector
 from moe_serve.server.live import LiveStats
-from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
 PREFIX = "moe_serve:"
 TTFT_S = (

@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from moe_serve.async_engine import EngineState
 from moe_serve.config import ServerConfig
+from moe_serve.engine.async_engine import EngineState
 from moe_serve.server import ranks
 from moe_serve.server.access_log import ID_HEADER, AccessLog
 from moe_serve.server.auth import Auth

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_serve.sequence import TokenLogprob
+from moe_serve.scheduling.sequence import TokenLogprob
 from moe_serve.server.collect import json_logprob
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 
 
 def prompt_scores(scores: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

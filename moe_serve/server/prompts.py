@@ -11,7 +11,7 @@ from typing import Any
 from moe_serve.errors import InvalidRequestError
 from moe_serve.server.messages import Message
 from moe_serve.server.protocol import ChatBody, SamplingBody, TokenizeBody
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
 

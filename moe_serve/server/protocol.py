@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.sequence import SamplingParams
+from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve.server import refusals
 from moe_serve.server.messages import Message
 from moe_serve.server.parsing import Body

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from moe_serve.async_engine import EngineLike
+from moe_serve.engine.async_engine import EngineLike
 from moe_serve.errors import EngineDeadError
 from moe_serve.parallel.team import Team, TeamState
 

@@ -5,7 +5,7 @@
     POST /dump_expert_distribution_record    writes a .npz into --recording-dir and forgets what was recorded
 
 The file's name is ours, never the client's. Token ids are text: they are kept only when asked for. Knows FastAPI and
-AsyncEngine; what a recording is, moe_serve/route_recorder.py says.
+AsyncEngine; what a recording is, moe_serve/expert_routes/route_recorder.py says.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 
-from moe_serve.async_engine import AsyncEngine
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError
+from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
-from moe_serve.route_recorder import RouteRecorder
 from moe_serve.server import openapi
 from moe_serve.server.parsing import Body, parse
 

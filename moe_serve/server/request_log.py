@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
 
-from moe_serve.sequence import Request
+from moe_serve.scheduling.sequence import Request
 from moe_serve.server.collect import Merger
 from moe_serve.server.logs import FIELDS
 

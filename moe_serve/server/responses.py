@@ -16,7 +16,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from moe_serve.errors import MoEServeError
-from moe_serve.sequence import Completion, FinishReason, SampleOutput, TokenLogprob
+from moe_serve.scheduling.sequence import Completion, FinishReason, SampleOutput, TokenLogprob
 from moe_serve.server import answering, chat, openapi, sse
 from moe_serve.server.access_log import given_id
 from moe_serve.server.chat import ChatPlan
@@ -24,7 +24,7 @@ from moe_serve.server.collect import Merger, json_logprob, stream
 from moe_serve.server.parsing import parse
 from moe_serve.server.responses_body import ResponsesBody, our_names
 from moe_serve.server.responses_items import Event, OutputItems
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moe_serve.server.app import Service

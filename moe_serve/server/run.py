@@ -31,7 +31,7 @@ from moe_serve.server.front_door import FrontDoor
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from moe_serve.engine import Engine
+    from moe_serve.engine.engine import Engine
     from moe_serve.server.trace_requests import Tracing
 
 log = logging.getLogger("moe_serve")
@@ -106,10 +106,10 @@ def _load(
     tracing: Tracing | None,
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
-    from moe_serve.async_engine import AsyncEngine
-    from moe_serve.generation_defaults import read_generation_defaults
+    from moe_serve.engine.async_engine import AsyncEngine
     from moe_serve.parallel.start import make_engine
     from moe_serve.server.app import create_app
+    from moe_serve.text.generation_defaults import read_generation_defaults
 
     started = time.monotonic()
     log.info("loading %s", engine_config.model)

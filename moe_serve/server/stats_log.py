@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
 from moe_serve.server.logs import FIELDS
-from moe_serve.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.sequence import GrammarKind, GrammarSpec
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 
 JsonSchema = dict[str, Any]
 Choices = Annotated[list[str], Field(min_length=1, max_length=10_000)]

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.grammar import JSON_WHITESPACE
-from moe_serve.sequence import GrammarKind, GrammarSpec
+from moe_serve.execution.grammar import JSON_WHITESPACE
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.server.structured import schema_grammar
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]

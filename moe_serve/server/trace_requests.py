@@ -13,8 +13,8 @@ from typing import Protocol
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moe_serve.scheduling.stats import FinishedStats
 from moe_serve.server.collect import Merger
-from moe_serve.stats import FinishedStats
 
 Attributes = Mapping[str, str | int | float | Sequence[str]]
 

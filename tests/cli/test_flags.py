@@ -13,7 +13,7 @@ from moe_serve.cli import main, parse
 from moe_serve.cli.flags import add_config_flags, config_from_args, default_model, field_kinds
 from moe_serve.cli.sampling import HELP_OF, add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
-from moe_serve.sequence import SamplingParams
+from moe_serve.scheduling.sequence import SamplingParams
 
 CONFIGS = (EngineConfig, ServerConfig)
 FIELDS = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]

@@ -14,7 +14,7 @@ import pytest
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
 from moe_serve.errors import ContextTooLongError
-from moe_serve.sequence import SampleOutput, SamplingParams
+from moe_serve.scheduling.sequence import SampleOutput, SamplingParams
 
 
 def _output(text: str) -> SampleOutput:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from moe_serve.batch_plan import BatchPlan, StepResult
-from moe_serve.kv_pages import PagePool
-from moe_serve.scheduler import Scheduler, SchedulerLimits
-from moe_serve.sequence import Request, SamplingParams, TokenLogprob
-from moe_serve.sequence import Sequence as Seq
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.kv_pages import PagePool
+from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
+from moe_serve.scheduling.sequence import Request, SamplingParams, TokenLogprob
+from moe_serve.scheduling.sequence import Sequence as Seq
 
 
 def _make_seq(prompt: Sequence[int], max_tokens: int = 8, request_id: str = "r", **params: object) -> Seq:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_serve.batch_choice import ExpertAware, FirstComeFirstServed, choosing_pays
-from moe_serve.batch_plan import BatchPlan, ScheduledSequence, StepResult, StepRoutes
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
-from moe_serve.route_recorder import RoutingShape
-from moe_serve.sequence import FinishReason
-from moe_serve.usage_forecast import UsageForecast
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.expert_routes.usage_forecast import UsageForecast
+from moe_serve.scheduling.batch_choice import ExpertAware, FirstComeFirstServed, choosing_pays
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult, StepRoutes
+from moe_serve.scheduling.sequence import FinishReason
 
 E = 12
 

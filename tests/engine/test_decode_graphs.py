@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_serve.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
-from moe_serve.forward_batch import DecodeGroup, ForwardBatch
+from moe_serve.execution.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
+from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 
 CPU = torch.device("cpu")
 PAGE, SPARE, WIDTH = 4, 9, 3

@@ -8,13 +8,13 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moe_serve.batch_plan import BatchPlan, StepResult
 from moe_serve.config import EngineConfig
-from moe_serve.engine import Engine
+from moe_serve.engine.engine import Engine
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.sequence import FinishReason, Request, SamplingParams
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.sequence import FinishReason, Request, SamplingParams
 from moe_serve.spec import ModelSpec
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_serve import forward_batch
-from moe_serve.batch_plan import BatchPlan, ScheduledSequence
-from moe_serve.forward_batch import GroupLimits
+from moe_serve.execution import forward_batch
+from moe_serve.execution.forward_batch import GroupLimits
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 
 CPU = torch.device("cpu")
 

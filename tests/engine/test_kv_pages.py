@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from moe_serve.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.kv_pages import PagePool, page_hash
 
 
 def test_allocate_hands_out_consecutive_pages_of_a_fresh_pool() -> None:

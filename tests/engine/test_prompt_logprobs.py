@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_serve.cli.flags import default_model
 from moe_serve.llm import LLM
-from moe_serve.sequence import SamplingParams
+from moe_serve.scheduling.sequence import SamplingParams
 
 TEXTS = (
     "Once upon a time there was a little dog who lived in a big house with a garden.",

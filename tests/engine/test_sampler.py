@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from moe_serve import sampler
-from moe_serve.sequence import Request, SamplingParams, Sequence
+from moe_serve.execution import sampler
+from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
 NO_EOS: frozenset[int] = frozenset()
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from moe_serve import LLM, SamplingParams
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf import loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.llm import RequestResult
-from moe_serve.model_runner import ModelRunner
+from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
 from moe_serve.spec import ModelSpec
-from moe_serve.stats import EngineLoad, FinishedStats, StepStats
 
 from .references import NEW_TOKENS
 from .tiny_configs import POSITIONS

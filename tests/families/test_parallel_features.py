@@ -15,7 +15,7 @@ import pytest
 
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.messages import params_to_json
-from moe_serve.sequence import GrammarKind, GrammarSpec, SamplingParams
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, SamplingParams
 from moe_serve.spec import ModelSpec
 
 from . import rank_cases

@@ -19,9 +19,9 @@ from expert_cache.cache import ExpertCache
 from expert_cache.prefetch_audit import PrefetchAudit
 from moe_serve import LLM, SamplingParams
 from moe_serve.errors import ConfigError
+from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
 from moe_serve.hf.routers import find_routers
-from moe_serve.route_recorder import RouteRecorder
 from predictors import files
 from predictors.methods import find_method, method_names
 from predictors.predictor import FUTURE, Training

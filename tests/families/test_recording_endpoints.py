@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from moe_serve.async_engine import AsyncEngine
 from moe_serve.cli import main
 from moe_serve.cli.prompt_files import read_prompts
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
 from moe_serve.server.app import create_app

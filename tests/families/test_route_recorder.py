@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_serve import LLM
 from moe_serve.errors import InvalidRequestError
-from moe_serve.route_recorder import RouteRecorder
+from moe_serve.expert_routes.route_recorder import RouteRecorder
 from predictors import trace
 from predictors.trace import RoutingTrace
 

@@ -19,9 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moe_serve.detokenizer import IncrementalDetokenizer
-from moe_serve.sequence import SamplingParams
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.scheduling.sequence import SamplingParams
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.fuzz.harness import demo_tokenizer, fuzz_for_minutes
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"

@@ -14,11 +14,11 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from moe_serve.async_engine import AsyncEngine
 from moe_serve.demo import evaluate
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.server.app import create_app
 from moe_serve.server.connections import KEEP_ALIVE_S
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine
 
 CHUNK = 1000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_serve.forward_batch import DecodeGroup
+from moe_serve.execution.forward_batch import DecodeGroup
+from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve.hf.attention import _Attend
-from moe_serve.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve_kernels.cpu import library, paged_attention
 
 CPU = torch.device("cpu")

@@ -7,14 +7,14 @@ import base64
 import numpy as np
 import pytest
 
-from moe_serve.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.errors import ConfigError
 from moe_serve.parallel import routes
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.grouping import GroupRunner
 from moe_serve.parallel.messages import RankStep
 from moe_serve.parallel.rank_runner import Outcome
-from moe_serve.sequence import Request, SamplingParams, Sequence
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
 
 class Echo:

@@ -8,7 +8,6 @@ import socket
 
 import pytest
 
-from moe_serve.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.channel import Channel, ChannelClosed
 from moe_serve.parallel.config import ParallelConfig
@@ -22,7 +21,16 @@ from moe_serve.parallel.messages import (
     params_to_json,
     result_to_json,
 )
-from moe_serve.sequence import FinishReason, GrammarKind, GrammarSpec, Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.sequence import (
+    FinishReason,
+    GrammarKind,
+    GrammarSpec,
+    Request,
+    SamplingParams,
+    Sequence,
+    TokenLogprob,
+)
 
 
 def test_params_survive() -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_serve.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel import routes
 from moe_serve.parallel.routes import RouteTap
-from moe_serve.route_recorder import RoutingShape
-from moe_serve.sequence import Request, SamplingParams, Sequence
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
 LAYERS = (1, 3)
 SHAPE = RoutingShape(LAYERS, num_experts=8, top_k=2)

@@ -23,15 +23,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport, Residency
-from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import EngineConfig
-from moe_serve.detokenizer import IncrementalDetokenizer
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.grammar import Grammars
-from moe_serve.sequence import FinishReason, Request, SampleOutput, TokenLogprob
+from moe_serve.execution.grammar import Grammars
+from moe_serve.scheduling.sequence import FinishReason, Request, SampleOutput, TokenLogprob
+from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
 from moe_serve.server.app import create_app
-from moe_serve.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.server.scripted_model import HERMES, PLAIN_TEMPLATE, Model, start
 
 MODEL = "fake-model"

@@ -10,10 +10,10 @@ from typing import Any
 import openai
 import pytest
 
-from moe_serve.async_engine import AsyncEngine
-from moe_serve.engine import Engine
+from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.engine.engine import Engine
 from moe_serve.server.app import create_app
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.fuzz.harness import served
 from tests.random_model import RandomRunner, random_engine
 

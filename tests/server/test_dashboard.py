@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from moe_serve.async_engine import AsyncEngine
 from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig
-from moe_serve.engine import Engine
+from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.engine.engine import Engine
 from moe_serve.server import dashboard
 from moe_serve.server.app import create_app
 

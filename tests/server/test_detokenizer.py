@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_serve.detokenizer import IncrementalDetokenizer
-from moe_serve.sequence import SamplingParams
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.scheduling.sequence import SamplingParams
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.fuzz import fuzz_detokenizer
 
 TEXT = st.text(max_size=40) | st.text("abcde 你🙂é", max_size=40)

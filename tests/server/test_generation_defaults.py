@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_serve.errors import CheckpointError
-from moe_serve.generation_defaults import eos_token_ids, read_generation_defaults
+from moe_serve.text.generation_defaults import eos_token_ids, read_generation_defaults
 
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),

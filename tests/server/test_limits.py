@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from moe_serve.admission import Admission
 from moe_serve.config import EngineConfig, ServerConfig
 from moe_serve.errors import ConfigError, OverloadedError
+from moe_serve.scheduling.admission import Admission
 from moe_serve.server.operation import guard
 
 PATH = "/v1/completions"

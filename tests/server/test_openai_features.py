@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.server.scripted_model import ASK, PLAIN_TEMPLATE, Model, refused_param, start
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from moe_serve.async_engine import AsyncEngine
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.server.app import create_app
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import RandomRunner, random_engine
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

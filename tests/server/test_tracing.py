@@ -17,13 +17,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from moe_serve.async_engine import AsyncEngine
 from moe_serve.config import ServerConfig
+from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import ConfigError
 from moe_serve.server.app import create_app
 from moe_serve.server.otlp import OtlpTracing
 from moe_serve.server.run import _tracing as tracing_of
-from moe_serve.tokenizer import Tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine
 
 SECRET = "The quick brown"

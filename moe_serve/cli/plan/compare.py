@@ -26,16 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     use_one_thread()
-    from moe_serve import planning
+    from moe_serve.planning import problems
     from placement.cost import evaluate
     from placement.plan import load_plan
 
-    with planning.user_errors():
+    with problems.user_errors():
         plans = [load_plan(path) for path in args.plan]
         costs = [plan.cost for plan in plans]
         if args.trace:
-            trace = planning.read_trace(args.trace, args.num_experts)
-            costs = [evaluate(planning.problem_of_plan(plan, trace), plan.layout) for plan in plans]
+            trace = problems.read_trace(args.trace, args.num_experts)
+            costs = [evaluate(problems.problem_of_plan(plan, trace), plan.layout) for plan in plans]
     width = max(len(str(path)) for path in args.plan)
     print("  ".join(["plan".ljust(width), *COLUMNS, "gap %"]))
     for path, plan, cost in zip(args.plan, plans, costs, strict=True):

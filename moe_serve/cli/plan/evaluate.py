@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     use_one_thread()
-    from moe_serve import planning
+    from moe_serve.planning import problems
     from placement.cost import evaluate
     from placement.plan import load_plan
 
-    with planning.user_errors():
+    with problems.user_errors():
         plan = load_plan(args.plan)
-        problem = planning.problem_of_plan(plan, planning.read_trace(args.trace, args.num_experts))
+        problem = problems.problem_of_plan(plan, problems.read_trace(args.trace, args.num_experts))
         cost = evaluate(problem, plan.layout)
     print(f"{'':14}{'planned':>10}{'here':>10}")
     for name in ("traffic", "cross_device", "cross_node", "balance_mean", "balance_worst"):

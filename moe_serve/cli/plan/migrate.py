@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moe_serve import planning
+    from moe_serve.planning import problems
     from placement.migrate import migration_steps, moved_bytes
     from placement.plan import load_plan
 
-    with planning.user_errors():
+    with problems.user_errors():
         old, new = load_plan(args.old), load_plan(args.new)
         steps = migration_steps(old, new, args.room)
     if args.steps:

@@ -46,19 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Status 1 where no plan keeps the balance limit."""
     use_one_thread()
-    from moe_serve import planning
-    from moe_serve.recordings import read_recording
+    from moe_serve.planning import problems
+    from moe_serve.planning.recordings import read_recording
     from placement.report import as_table
 
-    with planning.user_errors():
-        trace, held_out = planning.split_sequences(
+    with problems.user_errors():
+        trace, held_out = problems.split_sequences(
             read_recording(args.trace, args.num_experts), args.held_out, args.seed
         )
-        problem = planning.problem_of(args, trace)
-        plans = solve_all(args, problem, planning.provenance(trace))
+        problem = problems.problem_of(args, trace)
+        plans = solve_all(args, problem, problems.provenance(trace))
         best = min(plans, key=lambda plan: plan.cost.rank)
-        unseen = None if held_out is None else planning.problem_of(args, held_out)
-        planning.write_results(args, problem, plans, best, unseen)
+        unseen = None if held_out is None else problems.problem_of(args, held_out)
+        problems.write_results(args, problem, plans, best, unseen)
         curve = trade_off(args, problem)
     print(as_table(problem, plans, unseen))
     for point in curve:

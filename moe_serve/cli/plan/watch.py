@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     """One line of JSON per window. A plan that pays is in force from then on."""
     use_one_thread()
-    from moe_serve import planning
+    from moe_serve.planning import problems
     from placement.plan import load_plan, save_plan
 
-    with planning.user_errors():
+    with problems.user_errors():
         plan = load_plan(args.plan)
         for number_, window in enumerate(_windows(args)):
             verdict, candidate = _decide(args, plan, window)
@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
     """Whole sequences, about --window tokens at a time; what is left over waits for more."""
-    from moe_serve import planning
+    from moe_serve.planning import problems
 
     done = 0
     while True:
-        trace = planning.read_trace(args.trace, args.num_experts)
+        trace = problems.read_trace(args.trace, args.num_experts)
         window: list[int] = []
         tokens = 0
         for sequence in range(done, trace.num_sequences):
@@ -86,20 +86,20 @@ def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
 
 
 def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace) -> tuple[Verdict, PlacementPlan]:
-    from moe_serve import planning
+    from moe_serve.planning import problems
     from placement.drift import judge
     from placement.solve import find_plan
 
     order = list(range(window.num_sequences))
-    problem = planning.problem_of_plan(plan, window.select(order[::2]))
-    live = planning.problem_of_plan(plan, window.select(order[1::2]))
+    problem = problems.problem_of_plan(plan, window.select(order[::2]))
+    live = problems.problem_of_plan(plan, window.select(order[1::2]))
     # Among equally good layouts the one nearest to the plan in force: a move costs what it costs in hop bytes.
     stakes = _stakes(args, window, plan)
     hop_bytes = stakes.horizon_tokens * (live.num_layers - 1) * stakes.choices_per_hop * stakes.hidden_bytes
     price = problem.load.size * problem.expert_bytes * stakes.migration_weight / max(hop_bytes, 1.0)
     priced = problem.with_(current=plan.layout.device_of, migration_price=price)
     candidate = find_plan(priced, "auto", seed=args.seed, time_limit_s=args.time_limit, effort=4)
-    candidate = replace(candidate, provenance=planning.provenance(window))
+    candidate = replace(candidate, provenance=problems.provenance(window))
     return judge(live, plan, candidate, stakes), candidate
 
 

@@ -17,7 +17,7 @@ from moe_serve.errors import ConfigError
 from predictors.methods import method_names
 
 if TYPE_CHECKING:
-    from moe_serve.predicting import Report
+    from moe_serve.expert_routes.predictor_scores import Report
     from predictors.trace import RoutingTrace
 
 HELP = "Judge predictors on recorded routing: recall by lookahead, and what a cache gains."
@@ -59,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    from moe_serve import predicting
+    from moe_serve.expert_routes import predictor_scores
 
     traces = [_read(path, args) for path in args.traces]
-    folds = predicting.folds_of(traces, args.held_out, args.seed)
+    folds = predictor_scores.folds_of(traces, args.held_out, args.seed)
     methods = args.method or _default_methods(traces)
     distances = [d for d in args.lookahead if d < traces[0].num_layers] + [0]
-    report = predicting.Report()
+    report = predictor_scores.Report()
     print(_recall_header(distances, traces[0]), flush=True)
-    for name, report in predicting.judge(folds, methods, distances, args.capacity, args.seed):
+    for name, report in predictor_scores.judge(folds, methods, distances, args.capacity, args.seed):
         if name in report.scores:
             print(_recall_row(name, report), flush=True)
     for percent in args.capacity:
@@ -103,7 +103,7 @@ def _read(path: str, args: argparse.Namespace) -> RoutingTrace:
 
 
 def _default_methods(traces: Sequence[RoutingTrace]) -> list[str]:
-    from moe_serve.predicting import usable_methods
+    from moe_serve.expert_routes.predictor_scores import usable_methods
 
     return [name for name in method_names() if all(name in usable_methods(trace) for trace in traces)]
 

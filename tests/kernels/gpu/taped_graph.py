@@ -89,7 +89,7 @@ def capturing(tape: Tape) -> Iterator[None]:
 
 
 class TapedCapture:
-    """A Capture (moe_serve.cuda_graph)."""
+    """A Capture (moe_serve.execution.cuda_graph)."""
 
     def __init__(self) -> None:
         self.num_captures = 0

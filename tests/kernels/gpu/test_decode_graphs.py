@@ -17,7 +17,7 @@ from expert_cache.device_cache import DeviceCache
 from expert_cache.resident import ResidentExperts
 from expert_cache.slot_layout import PLAIN
 from moe_serve import LLM, SamplingParams
-from moe_serve.cuda_graph import CudaCapture
+from moe_serve.execution.cuda_graph import CudaCapture
 from moe_serve.hf.family import supported
 from moe_serve.quantization.writing import write_quantized
 from moe_serve_kernels.cpu import paged_attention
@@ -52,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 def _cache_memory_in_kib(monkeypatch) -> None:
     """So that a budget can hold a part of these models."""
     monkeypatch.setattr("moe_serve.resolve.MIB", 1 << 10)
-    monkeypatch.setattr("moe_serve.offload.MIB", 1 << 10)
+    monkeypatch.setattr("moe_serve.offload.assembly.MIB", 1 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def _few_programs(device, monkeypatch) -> None:
 @pytest.fixture
 def one_size(monkeypatch) -> None:
     """Every batch is padded to four."""
-    monkeypatch.setattr("moe_serve.model_runner.sizes_up_to", lambda limit: [4])
+    monkeypatch.setattr("moe_serve.engine.model_runner.sizes_up_to", lambda limit: [4])
 
 
 @pytest.mark.parametrize(("family", "room"), [("mixtral", "for all"), ("mixtral", "for some"), ("gpt_oss", "for some")])
@@ -152,7 +152,7 @@ def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch
 @pytest.mark.parametrize("family", supported())
 def test_every_family_can_be_captured(device, folders, family, monkeypatch) -> None:
     """Nothing between the embedding and the logits asks the device for a value."""
-    monkeypatch.setattr("moe_serve.model_runner.sizes_up_to", lambda limit: [1])
+    monkeypatch.setattr("moe_serve.engine.model_runner.sizes_up_to", lambda limit: [1])
     llm = load(folders(family), device)
     capture(llm, device)
     llm.close()

@@ -18,9 +18,9 @@ from expert_cache.policies import find_policy
 from expert_cache.resident import ResidentExperts
 from expert_cache.slot_layout import layout_of
 from expert_cache.slots import Slots
-from moe_serve.forward_batch import DecodeGroup
+from moe_serve.execution.forward_batch import DecodeGroup
+from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve.hf import attention
-from moe_serve.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve_kernels.cpu import paged_attention
 
 from ...expert_cache import stores

@@ -1,0 +1,335 @@
+"""AsyncEngine: the engine on a worker thread, requests and outputs over mailboxes.
+
+One thread owns the engine and steps it while there is work. The event loop never touches engine
+state: it puts commands into an inbox and reads outputs from one mailbox per request. Knows threads
+and asyncio; knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+from expert_cache.report import ExpertReport
+from moe_serve.config import EngineConfig
+from moe_serve.engine.mailbox import Mailbox
+from moe_serve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    MoEServeError,
+    NotServingError,
+    RequestTimeoutError,
+)
+from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
+from moe_serve.scheduling.admission import Admission
+from moe_serve.scheduling.sequence import Request, SampleOutput
+from moe_serve.scheduling.stats import StatsObserver
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_FAILED_STEPS = 3
+"""Consecutive steps that may raise before the engine is declared dead."""
+
+
+class EngineLike(Protocol):
+    """What AsyncEngine needs of an engine; all but check_request and expert_report run on the worker thread."""
+
+    config: EngineConfig
+    observer: StatsObserver | None
+    max_model_len: int
+    num_pages: int
+    block_size: int
+
+    def check_request(self, request: Request) -> None: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def is_waiting(self, request_id: str) -> bool: ...
+    def step(self) -> list[SampleOutput]: ...
+    def has_work(self) -> bool: ...
+    def fail_running(self, message: str) -> list[SampleOutput]: ...
+    def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def expert_report(self) -> ExpertReport | None: ...
+    def routing_shape(self) -> RoutingShape: ...
+    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None: ...
+    def close(self) -> None: ...
+
+
+class EngineState(StrEnum):
+    """READY serves; DRAINING finishes what it has; STOPPED and DEAD serve nothing."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    DEAD = "dead"
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A request as the event loop sees it, from submission to its last output."""
+
+    request: Request
+    mailbox: Mailbox[SampleOutput | MoEServeError] = field(default_factory=Mailbox)
+    unfinished: int = 1
+    """Samples that have not ended."""
+    is_queued: bool = True
+    """No output yet: it counts against the queue limits."""
+    first_output_s: float = 0.0
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+
+class AsyncEngine:
+    """Many concurrent `generate` calls over one engine."""
+
+    def __init__(self, engine: EngineLike) -> None:
+        self.engine = engine
+        self.state = EngineState.READY
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._in_flight: dict[str, _InFlight] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="moe-serve-engine", daemon=True)
+        self._admission = Admission(engine.config)
+
+    # ---- event-loop side ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the worker thread. Call from the event loop that will consume outputs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Accepted requests whose last output has not been handed over."""
+        return len(self._in_flight)
+
+    @property
+    def num_queued(self) -> int:
+        """Accepted requests that have produced nothing yet, beyond the ones a step can hold."""
+        queued = sum(f.is_queued for f in self._in_flight.values())
+        running = len(self._in_flight) - queued
+        return max(0, queued - max(0, self.engine.config.max_num_seqs - running))
+
+    async def generate(self, request: Request) -> AsyncGenerator[SampleOutput]:
+        """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
+
+        Raises InvalidRequestError, OverloadedError or EngineDeadError before the first output.
+        """
+        in_flight = self.submit(request)
+        try:
+            while in_flight.unfinished > 0:
+                output = await in_flight.mailbox.get()
+                if isinstance(output, MoEServeError):
+                    raise output
+                in_flight.unfinished -= output.finish_reason is not None
+                yield output
+        finally:
+            self._in_flight.pop(request.request_id, None)
+            for timer in in_flight.timers:
+                timer.cancel()
+            if in_flight.unfinished > 0:
+                self._post(lambda: self.engine.abort(request.request_id))
+
+    async def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""
+        await self.call(lambda: self.engine.resize_expert_cache(moe_cache_mib))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns, or raises, on the engine's thread between two steps."""
+        self._check_serving()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                self._call_loop(_fail, done, error)
+            else:
+                self._call_loop(_settle, done, result)
+
+        self._post(run)
+        return await done
+
+    def submit(self, request: Request) -> _InFlight:
+        """Accept a request or raise why not; `generate` reads its outputs."""
+        self._check_serving()
+        if request.request_id in self._in_flight:
+            raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
+        self.engine.check_request(request)
+        self._check_queue(request)
+        in_flight = self._in_flight[request.request_id] = _InFlight(request, unfinished=request.params.n)
+        self._post(lambda: self._admit(request))
+        self._set_timers(in_flight)
+        return in_flight
+
+    def _set_timers(self, in_flight: _InFlight) -> None:
+        """Have a request end that takes, or waits, longer than it may."""
+        config, request_id = self.engine.config, in_flight.request.request_id
+        loop = asyncio.get_running_loop()
+        if config.request_timeout is not None:
+            message = f"the request did not finish within {config.request_timeout:g} s, this server's limit"
+            timer = loop.call_later(config.request_timeout, self._refuse, request_id, RequestTimeoutError(message))
+            in_flight.timers.append(timer)
+        wait_s = self._admission.allowed_wait_s()
+        if wait_s is not None:
+            in_flight.timers.append(loop.call_later(wait_s, self._post, lambda: self._expire(request_id, wait_s)))
+
+    def _check_serving(self) -> None:
+        if self.state is EngineState.DEAD:
+            raise EngineDeadError("the engine has died after repeated errors; restart the server")
+        if self.state is not EngineState.READY:
+            raise NotServingError("the server is shutting down", retry_after_s=10)
+
+    def _check_queue(self, request: Request) -> None:
+        """OverloadedError if every seat is taken and the queue has no room."""
+        if len(self._in_flight) < self.engine.config.max_num_seqs:
+            return
+        self._admission.check(self.num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
+
+    def _num_queued_tokens(self) -> int:
+        return sum(len(f.request.prompt_token_ids) for f in self._in_flight.values() if f.is_queued)
+
+    async def shutdown(self, drain_timeout_s: float = 0.0) -> None:
+        """Refuse new requests, give the running ones `drain_timeout_s`, abort the rest, end the thread."""
+        if self.state is EngineState.STOPPED:
+            return
+        if self.state is EngineState.READY:
+            self.state = EngineState.DRAINING
+        deadline = time.monotonic() + drain_timeout_s
+        while self._in_flight and time.monotonic() < deadline and self.state is EngineState.DRAINING:
+            await asyncio.sleep(0.02)
+        for request_id in list(self._in_flight):
+            self._post(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
+            self._refuse(request_id, NotServingError("the server is shutting down", retry_after_s=10))
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        self.engine.close()
+        if self.state is not EngineState.DEAD:
+            self.state = EngineState.STOPPED
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Have the worker thread run `command` before its next step."""
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _deliver(self, outputs: list[SampleOutput]) -> None:
+        """Hand one step's outputs to their requests; on the event loop."""
+        now = time.monotonic()
+        for output in outputs:
+            in_flight = self._in_flight.get(output.request_id)
+            if in_flight is not None:
+                if in_flight.is_queued:
+                    in_flight.is_queued, in_flight.first_output_s = False, now
+                in_flight.mailbox.put(output)
+                if output.finish_reason is not None:
+                    self._admission.note_finished(now - in_flight.first_output_s)
+
+    def _refuse(self, request_id: str, error: MoEServeError) -> None:
+        """End one request with an error; on the event loop."""
+        in_flight = self._in_flight.get(request_id)
+        if in_flight is not None:
+            in_flight.mailbox.put(error)
+
+    def _refuse_late(self, request_id: str, reason: str) -> None:
+        self._refuse(request_id, self._admission.refusal(self.num_queued, reason))
+
+    def _die(self, message: str) -> None:
+        """Tell every request that the engine is gone; on the event loop."""
+        self.state = EngineState.DEAD
+        for in_flight in self._in_flight.values():
+            in_flight.mailbox.put(EngineDeadError(message))
+
+    # ---- worker-thread side -----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            self._loop_steps()
+        except Exception as error:  # not a step that failed, but the handling of it
+            log.critical("the engine thread ends", exc_info=error)
+            self._call_loop(self._die, f"the engine died: {error}")
+
+    def _loop_steps(self) -> None:
+        failures = 0
+        while True:
+            commands = self._next_commands()
+            if commands is None:
+                return
+            outputs, error = self._advance(commands)
+            failures = failures + 1 if error else 0
+            if outputs:
+                self._call_loop(self._deliver, outputs)
+            if failures >= MAX_FAILED_STEPS:
+                log.critical("%d steps in a row failed; the engine stops", failures)
+                self._call_loop(self._die, f"the engine died: {error}")
+                return
+
+    def _next_commands(self) -> list[Callable[[], None]] | None:
+        """Wait for something to do; None means stop."""
+        with self._wake:
+            while not self._inbox and not self._stopping and not self.engine.has_work():
+                self._wake.wait()
+            if self._stopping and not self._inbox:
+                return None
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _advance(self, commands: list[Callable[[], None]]) -> tuple[list[SampleOutput], str | None]:
+        """Run commands and one step; an error ends the requests it hit and nothing else."""
+        for command in commands:
+            self._run(command)
+        try:
+            return (self.engine.step() if self.engine.has_work() else []), None
+        except Exception as error:
+            log.exception("an engine step failed")
+            return self.engine.fail_running(f"the engine failed on this request ({type(error).__name__})"), str(error)
+
+    def _run(self, command: Callable[[], None]) -> None:
+        """Run one command; if it raises, the others of the batch still run."""
+        try:
+            command()
+        except Exception:
+            log.exception("an engine command failed")
+
+    def _admit(self, request: Request) -> None:
+        """Give the engine a request. If it raises, this request ends with the error and leaves nothing behind."""
+        try:
+            self.engine.add_request(request)
+        except Exception as error:
+            if not isinstance(error, MoEServeError):
+                log.exception("the engine could not take request %s", request.request_id)
+                error = MoEServeError(f"the engine could not take this request ({type(error).__name__})")
+            self._call_loop(self._refuse, request.request_id, error)
+            self.engine.abort(request.request_id)
+
+    def _expire(self, request_id: str, waited_s: float) -> None:
+        """Give up a request that has waited for as long as it may, unless the batch has taken it meanwhile."""
+        if self.engine.is_waiting(request_id):
+            self.engine.abort(request_id)
+            self._call_loop(self._refuse_late, request_id, f"it found no place in the batch within {waited_s:g} s")
+
+    def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle(done: asyncio.Future[T], result: T) -> None:
+    """Answer whoever waits, unless they have gone."""
+    if not done.cancelled():
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[T], error: Exception) -> None:
+    if not done.cancelled():
+        done.set_exception(error)

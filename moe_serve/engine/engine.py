@@ -1,0 +1,272 @@
+"""Engine: plan, run, apply. One call of `step` is one forward pass over whatever is due.
+
+Owns the scheduler, the page pool and the runner, and turns their integers into SampleOutputs with
+text. Single-threaded: moe_serve/engine/async_engine.py runs it on a worker thread. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expert_cache.report import ExpertReport
+from moe_serve.config import EngineConfig
+from moe_serve.engine import expert_aware
+from moe_serve.engine.model_runner import load_runner
+from moe_serve.engine.step_stats import StepRecorder, finished_stats
+from moe_serve.errors import ContextTooLongError, InvalidRequestError
+from moe_serve.execution.grammar import Grammars
+from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
+from moe_serve.scheduling.sequence import FinishReason, Request, SampleOutput, Sequence
+from moe_serve.scheduling.stats import EngineLoad, StatsObserver
+from moe_serve.spec import ModelSpec
+from moe_serve.text.detokenizer import IncrementalDetokenizer
+from moe_serve.text.generation_defaults import eos_token_ids as read_eos_token_ids
+from moe_serve.text.tokenizer import Tokenizer
+
+
+class Runner(Protocol):
+    """What the engine needs of a model: tests put a 20-line fake here."""
+
+    config: EngineConfig
+
+    def run(self, plan: BatchPlan) -> StepResult: ...
+    def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None: ...
+    def moe_layer_ids(self) -> tuple[int, ...]: ...
+    def resident_experts(self) -> NDArray[np.bool_] | None: ...
+    def expert_report(self) -> ExpertReport | None: ...
+    def close(self) -> None: ...
+
+
+class Engine:
+    """Serves requests, a step at a time."""
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, spec: ModelSpec, eos_token_ids: frozenset[int]) -> None:
+        config = runner.config
+        assert config.num_kv_pages is not None
+        assert config.max_model_len is not None
+        self.config = config
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.pool = PagePool(config.num_kv_pages, config.block_size)
+        self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
+        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
+        self.observer: StatsObserver | None = None
+        self._route_listeners: list[RouteListener] = []
+        self.max_model_len = config.max_model_len
+        self.num_pages = config.num_kv_pages
+        self.block_size = config.block_size
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
+        expert_aware.install(self)
+
+    @staticmethod
+    def from_config(config: EngineConfig) -> Engine:
+        """Load the model folder `config` names. ConfigError and its subclasses say what is wrong."""
+        eos = frozenset(read_eos_token_ids(config.model))
+        runner, spec = load_runner(config, eos)
+        tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+        return Engine(runner, tokenizer, spec, eos | frozenset(tokenizer.eos_token_ids))
+
+    # ---- requests ---------------------------------------------------------------------------------
+
+    def check_request(self, request: Request) -> None:
+        """Raise what would make this request impossible. Any thread may call; compiling a grammar takes time."""
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequestError("prompt", "the prompt is empty; send at least one token")
+        bad = next((t for t in prompt if not 0 <= t < self.spec.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError("prompt", f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
+        params = request.params
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            ids: Iterable[int] = getattr(params, name)
+            bad = next((t for t in ids if t >= self.spec.vocab_size), None)
+            if bad is not None:
+                raise InvalidRequestError(name, f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
+        most = self.config.max_prompt_tokens
+        if most is not None and len(prompt) > most:
+            raise InvalidRequestError(
+                "prompt", f"the prompt has {len(prompt)} tokens; this server takes at most {most}"
+            )
+        wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
+        if wanted > self.max_model_len:
+            raise ContextTooLongError(
+                "prompt" if len(prompt) >= self.max_model_len else "max_tokens",
+                f"the prompt has {len(prompt)} tokens and max_tokens is"
+                f" {'not set' if params.max_tokens is None else params.max_tokens};"
+                f" together they must not exceed the context of {self.max_model_len} tokens",
+            )
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a checked request. Errors of `check_request` apply."""
+        self.check_request(request)
+        params = request.params
+        limit = self.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(request.prompt_token_ids) + params.max_tokens)
+        root = page_hash(b"", list(request.cache_salt.encode())) if request.cache_salt else b""
+        sequences = [
+            Sequence(request, i, list(request.prompt_token_ids), limit, prefix_root=root) for i in range(params.n)
+        ]
+        self._sequences[request.request_id] = sequences
+        for seq in sequences:
+            if params.grammar is not None:
+                seq.matcher = self._grammars.start(params.grammar)
+            self._detokenizers[seq] = IncrementalDetokenizer(self.tokenizer, params)
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, wherever it is; unknown ids are ignored."""
+        for seq in self._sequences.pop(request_id, []):
+            if not seq.is_finished:
+                self._end(seq, FinishReason.ABORT)
+                self._forget(seq)
+        self._report_load()
+
+    def is_waiting(self, request_id: str) -> bool:
+        """True while no sample of the request has been in a step."""
+        sequences = self._sequences.get(request_id, [])
+        return bool(sequences) and all(seq.first_scheduled_s is None for seq in sequences)
+
+    def fail_running(self, message: str) -> list[SampleOutput]:
+        """End every admitted sequence with an error, after a step that raised. Waiting ones stay."""
+        outputs = [self._fail(seq, message) for seq in list(self.scheduler.running)]
+        self._report_load()
+        return outputs
+
+    def _fail(self, seq: Sequence, message: str) -> SampleOutput:
+        self._end(seq, FinishReason.ERROR)
+        self._forget(seq)
+        return _output(seq, "", 0, message)
+
+    def _report_load(self) -> None:
+        if self.observer is not None:
+            scheduler = self.scheduler
+            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac)
+            self.observer.on_load(load)
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Change the memory for experts, between steps. InvalidRequestError says why it cannot be."""
+        self.runner.resize_expert_cache(moe_cache_mib)
+
+    def expert_report(self) -> ExpertReport | None:
+        """What the experts have done so far; None for a runner that does not tell. Any thread may call."""
+        return self.runner.expert_report()
+
+    def routing_shape(self) -> RoutingShape:
+        """What routes look like in this model."""
+        return RoutingShape(self.runner.moe_layer_ids(), self.spec.num_experts, self.spec.top_k)
+
+    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None:
+        """From the next step on, tell `listener` where tokens went, or stop to. Without listeners it costs nothing."""
+        others = [known for known in self._route_listeners if known is not listener]
+        self._route_listeners = [*others, listener] if wanted else others
+        weights = any(known.wants_weights for known in self._route_listeners)
+        self.runner.watch_routes(bool(self._route_listeners), weights)
+
+    def close(self) -> None:
+        """Stop the threads behind the model; the engine is of no use afterwards."""
+        self.runner.close()
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    # ---- the loop -----------------------------------------------------------------------------------
+
+    def step(self) -> list[SampleOutput]:
+        """Plan, run, apply; returns what each sequence that got a token gained."""
+        recorder = StepRecorder(self.runner, self.observer)
+        plan = self.scheduler.schedule()
+        if plan.is_empty:
+            return []
+        recorder.planned(plan)
+        result = self.runner.run(plan)
+        now = time.monotonic()
+        advanced = self.scheduler.update(plan, result)
+        recorder.stamp(advanced, now)
+        if result.routes is not None:
+            for listener in self._route_listeners:
+                listener.on_routes(plan, result)
+        outputs = [self._emit(seq) for seq in advanced]
+        recorder.report(outputs)
+        outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
+        self._report_load()
+        return outputs
+
+    def _emit(self, seq: Sequence) -> SampleOutput:
+        """Text of the newest token; may end the sequence at a stop string."""
+        if not seq.num_generated:  # only the prompt was wanted
+            self._forget(seq)
+            return _output(seq, "", 0)
+        detokenizer = self._detokenizers[seq]
+        text, stop = detokenizer.push(seq.token_ids[-1:])
+        if stop is not None:
+            if seq.is_finished:
+                seq.finish_reason, seq.stop_reason = FinishReason.STOP, stop
+            else:
+                self._end(seq, FinishReason.STOP, stop)
+        elif seq.is_finished:
+            text += detokenizer.flush()
+        output = _output(seq, text, 1)
+        if seq.is_finished:
+            self._forget(seq)
+        return output
+
+    def _end(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        self.scheduler.finish(seq, reason, stop_reason)
+
+    def _forget(self, seq: Sequence) -> None:
+        """Drop the engine's references to an ended sequence."""
+        self._detokenizers.pop(seq, None)
+        siblings = self._sequences.get(seq.request.request_id)
+        if siblings is not None and all(s.is_finished for s in siblings):
+            del self._sequences[seq.request.request_id]
+
+    def check_integrity(self) -> None:
+        """Prove that pages, sequences and detokenisers agree; AssertionError says what does not."""
+        live = list(self.scheduler.live())
+        self.pool.check_integrity(seq.page_ids for seq in live)
+        assert set(self._detokenizers) == set(live), "detokenisers of ended sequences are left"
+        listed = [s for seqs in self._sequences.values() for s in seqs if not s.is_finished]
+        assert set(listed) == set(live), "the request table and the scheduler disagree"
+
+
+def _limits(config: EngineConfig) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_num_batched_seqs=config.max_num_batched_seqs,
+    )
+
+
+def _output(seq: Sequence, text: str, num_new: int, error: str | None = None) -> SampleOutput:
+    wants_logprobs = seq.params.logprobs is not None and num_new > 0
+    return SampleOutput(
+        request_id=seq.request.request_id,
+        index=seq.index,
+        text=text,
+        token_ids=tuple(seq.token_ids[len(seq.token_ids) - num_new :]),
+        logprobs=tuple(seq.logprobs[-num_new:]) if wants_logprobs else (),
+        finish_reason=seq.finish_reason,
+        stop_reason=seq.stop_reason,
+        num_prompt_tokens=seq.num_prompt,
+        num_cached_tokens=seq.num_cached,
+        num_output_tokens=seq.num_generated,
+        error=error,
+        prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
+        stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
+    )

@@ -1,0 +1,242 @@
+"""ForwardBatch: a BatchPlan as tensors. The one place where host integers become device tensors.
+
+Knows page tables and token order; knows nothing of models, attention arithmetic or scheduling.
+Shape alphabet: T tokens in the step, N sequences in a group, P pages, B page size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.sequence import Sequence
+
+Value = TypeVar("Value")
+
+MIN_GROUP_PAGES = 64
+"""Below this many pages, padding is cheaper than one more attention call."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLimits:
+    """How large a decode group may grow. The default is for attention that knows no padding."""
+
+    max_tokens: float = float("inf")
+    """KV tokens, padding included, that a group of several sequences may span."""
+    max_padding: float = float("inf")
+    """A group may span at most this many times the KV tokens it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences with one query token each, attended to in one call.
+
+    Example, page size 4, contexts of 6 and 9 tokens on pages [3, 7] and [1, 2, 5]:
+    page_table = [[3, 7, 0], [1, 2, 5]] (0 pads), lengths = [6, 9].
+    """
+
+    first_row: int
+    """Row of the first sequence's token among the step's T tokens."""
+    page_table: torch.Tensor
+    """[N, max pages] int64; padded with page 0, which `lengths` keeps from being seen."""
+    lengths: torch.Tensor
+    """[N] int64: context length of each sequence, its own new token included."""
+    max_length: int
+    even: bool
+    """True when all lengths are equal, so that no mask is needed."""
+    single_run: int | None
+    """First page, when N = 1 and its pages are consecutive: keys and values can be read in place."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [N, 1, 1, max_length], made once per step and window, shared by layers."""
+
+    @property
+    def num_seqs(self) -> int:
+        return self.page_table.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRun:
+    """One sequence with several query tokens: positions start .. end-1, context of `end` tokens."""
+
+    first_row: int
+    start: int
+    end: int
+    pages: torch.Tensor
+    """[pages of the context] int64."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [count, end], made once per step and window, shared by layers."""
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """All a model needs to run one step."""
+
+    input_ids: torch.Tensor
+    """[1, T] int64."""
+    positions: torch.Tensor
+    """[1, T] int64: position of each token in its own sequence."""
+    kv_slots: torch.Tensor
+    """[T] int64: page * B + offset, where each token's key and value are written."""
+    decode_groups: tuple[DecodeGroup, ...]
+    prefill_runs: tuple[PrefillRun, ...]
+    sample_rows: torch.Tensor
+    """[rows to sample] int64, in plan order; the order of StepResult."""
+    sample_order: tuple[int, ...]
+    """For each row of sample_rows, in batch order, its index in plan order."""
+    page_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+
+def order_for_batch(plan: BatchPlan) -> list[ScheduledSequence]:
+    """Single-token runs first, by context length, so that equals sit together; then the others."""
+    decodes = sorted((s for s in plan.scheduled if s.count == 1), key=lambda s: s.end)
+    return decodes + [s for s in plan.scheduled if s.count > 1]
+
+
+def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLimits) -> ForwardBatch:
+    """Turn a non-empty plan into tensors on `device`."""
+    ordered = order_for_batch(plan)
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for item in ordered:
+        ids += item.seq.token_ids[item.start : item.end]
+        positions += range(item.start, item.end)
+        slots += _kv_slots(item, page_size)
+    num_decodes = sum(item.count == 1 for item in ordered)
+    rows, order = _sample_rows(plan, ordered)
+    return ForwardBatch(
+        input_ids=_int64([ids], device),
+        positions=_int64([positions], device),
+        kv_slots=_int64(slots, device),
+        decode_groups=tuple(_decode_groups(ordered[:num_decodes], page_size, device, limits)),
+        prefill_runs=tuple(_prefill_runs(ordered[num_decodes:], num_decodes, page_size, device)),
+        sample_rows=_int64(rows, device),
+        sample_order=tuple(order),
+        page_size=page_size,
+    )
+
+
+def rows_of(plan: BatchPlan) -> tuple[slice, ...]:
+    """Where each scheduled sequence's tokens lie in the batch, in plan order."""
+    found: dict[int, slice] = {}
+    first = 0
+    for item in order_for_batch(plan):
+        found[id(item)] = slice(first, first + item.count)
+        first += item.count
+    return tuple(found[id(item)] for item in plan.scheduled)
+
+
+def scored_rows(plan: BatchPlan) -> list[int]:
+    """Rows whose logits tell log-probabilities of prompt tokens, in plan order."""
+    if not any(item.seq.num_unscored for item in plan.scheduled):
+        return []
+    spans = zip(plan.scheduled, rows_of(plan), strict=True)
+    return [span.start + position - item.start for item, span in spans for position in item.scored]
+
+
+def by_sequence(plan: BatchPlan, rows: Mapping[int, Value]) -> dict[Sequence, Value]:
+    """For each sequence of the plan with a token in `rows` (token row -> value), the first such value."""
+    found: dict[Sequence, Value] = {}
+    if not rows:
+        return found
+    for item, span in zip(plan.scheduled, rows_of(plan), strict=True):
+        for row in range(span.start, span.stop):
+            if row in rows:
+                found.setdefault(item.seq, rows[row])
+    return found
+
+
+def _int64(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _kv_slots(item: ScheduledSequence, page_size: int) -> list[int]:
+    pages = item.seq.page_ids
+    return [pages[p // page_size] * page_size + p % page_size for p in range(item.start, item.end)]
+
+
+def _sample_rows(plan: BatchPlan, ordered: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
+    """Rows whose logits are wanted (in batch order), and which sampled sequence of the plan each is."""
+    plan_index = {id(s.seq): i for i, s in enumerate(s for s in plan.scheduled if s.needs_sample)}
+    rows, order, row = [], [], 0
+    for item in ordered:
+        row += item.count
+        if item.needs_sample:
+            rows.append(row - 1)
+            order.append(plan_index[id(item.seq)])
+    return rows, order
+
+
+def _decode_groups(
+    items: list[ScheduledSequence], page_size: int, device: torch.device, limits: GroupLimits
+) -> list[DecodeGroup]:
+    groups = []
+    first = 0
+    for last in _group_ends([-(-s.end // page_size) for s in items], page_size, limits):
+        groups.append(_decode_group(items[first:last], first, page_size, device))
+        first = last
+    return groups
+
+
+def _group_ends(num_pages: list[int], page_size: int, limits: GroupLimits) -> list[int]:
+    """Cut ascending page counts into groups of bounded size and padding.
+
+    Example: [2, 2, 3, 40, 41] and max_padding 1.25 -> [3, 5]: a group of four would span 4 x 40
+    pages where 47 are needed.
+    """
+    ends = []
+    first, used = 0, 0
+    for i, pages in enumerate(num_pages):
+        padded = (i - first + 1) * pages
+        wasteful = padded > MIN_GROUP_PAGES and padded > limits.max_padding * (used + pages)
+        if i > first and (wasteful or padded * page_size > limits.max_tokens):
+            ends.append(i)
+            first, used = i, 0
+        used += pages
+    if num_pages:
+        ends.append(len(num_pages))
+    return ends
+
+
+def _decode_group(items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device) -> DecodeGroup:
+    lengths = [s.end for s in items]
+    width = -(-max(lengths) // page_size)
+    table = [(s.seq.page_ids[:width] + [0] * width)[:width] for s in items]
+    return DecodeGroup(
+        first_row=first_row,
+        page_table=_int64(table, device),
+        lengths=_int64(lengths, device),
+        max_length=max(lengths),
+        even=lengths[0] == lengths[-1],
+        single_run=_single_run(table),
+    )
+
+
+def _single_run(table: list[list[int]]) -> int | None:
+    pages = table[0]
+    if len(table) > 1 or pages != list(range(pages[0], pages[0] + len(pages))):
+        return None
+    return pages[0]
+
+
+def _prefill_runs(
+    items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device
+) -> list[PrefillRun]:
+    runs = []
+    for item in items:
+        pages = item.seq.page_ids[: -(-item.end // page_size)]
+        runs.append(PrefillRun(first_row, item.start, item.end, _int64(pages, device)))
+        first_row += item.count
+    return runs

@@ -1,0 +1,59 @@
+"""UsageForecast: what each sequence will use next, from what its own last tokens used.
+
+Successive tokens of a sequence share experts far more often than tokens of different sequences. So the decaying
+average of a sequence's use of each expert is a forecast that costs one pass over [L, E] per token and needs no
+training. On DeepSeek-V2-Lite's routes a short memory did best (docs/log.md). Knows no torch.
+
+Shape alphabet: C sequences, L MoE layers, E experts per layer, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.sequence import Sequence
+
+DECAY = 0.6
+"""Per token: an average over about the last 2.5 tokens."""
+PROMPT_TOKENS = 32
+"""Of the tokens computed in one step, so many count: older ones weigh nothing."""
+
+
+class UsageForecast:
+    """A RouteListener and Forecasts in one."""
+
+    wants_weights = False
+
+    def __init__(self, shape: RoutingShape) -> None:
+        num_layers, self._num_experts = len(shape.layer_ids), shape.num_experts
+        self._first_cell = np.arange(num_layers)[:, None] * shape.num_experts
+        self._unknown = np.zeros(num_layers * shape.num_experts, np.float32)
+        self._usage: dict[Sequence, npt.NDArray[np.float32]] = {}
+
+    def of(self, sequences: list[Sequence]) -> npt.NDArray[np.float32]:
+        """[C, L * E]."""
+        return np.stack([self._usage.get(seq, self._unknown) for seq in sequences])
+
+    def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
+        assert result.routes is not None
+        for item, rows in zip(plan.scheduled, result.routes.rows, strict=True):
+            newest = slice(max(rows.start, rows.stop - PROMPT_TOKENS), rows.stop)
+            self.observe(item.seq, result.routes.ids[newest])
+        for seq in [s for s in self._usage if s.is_finished]:
+            del self._usage[seq]
+
+    def observe(self, seq: Sequence, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """The next tokens of `seq` were routed to `ids` [tokens, L, K]."""
+        cells = ids.astype(np.int64) + self._first_cell
+        usage = self._usage.get(seq)
+        if usage is None:
+            usage = self._usage[seq] = np.zeros_like(self._unknown)
+            np.add.at(usage, cells.ravel(), 1 / len(cells))
+        for token in cells:
+            usage *= DECAY
+            usage[token.ravel()] += 1 - DECAY

@@ -1,0 +1,68 @@
+"""From settings to what serves missing experts without bringing them: the page cache on a CPU, the CPU beside a GPU."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+
+from expert_cache.arena import SlotArena
+from expert_cache.calibration import measure
+from expert_cache.compute import ExpertCompute
+from expert_cache.errors import ExpertReadError
+from expert_cache.fetch import Fetcher
+from expert_cache.gpu_compute import GpuCompute
+from expert_cache.host_copies import HostCopies
+from expert_cache.host_lane import HostLane
+from expert_cache.miss_service import ByCrossover, MissService, WherePagesAre
+from expert_cache.store import ExpertStore
+from moe_serve.config import EngineConfig
+from moe_serve.errors import CheckpointError, ConfigError
+from moe_serve.offload.cpu_compute import cpu_compute
+
+log = logging.getLogger(__name__)
+
+
+def host_side(
+    config: EngineConfig, store: ExpertStore, compute: ExpertCompute, arena: SlotArena, fetcher: Fetcher
+) -> tuple[HostLane | None, MissService | None]:
+    """Who computes experts on the host, and who chooses them; `arena` is not in use yet.
+
+    Experts that must be copied before the kernel can read them have no host copy to compute from.
+    """
+    if torch.device(config.device).type == "cpu" and not isinstance(compute, GpuCompute):
+        if not config.moe_page_cache or store.is_copied:
+            return None, None
+        copies = HostCopies(store, compute.prepare)
+        return HostLane(copies, compute, beside_device=False), WherePagesAre(copies)
+    if not config.moe_cpu_misses:
+        return None, None
+    if store.is_copied:
+        raise ConfigError("--moe-cpu-misses: the CPU's kernel cannot read this checkpoint's encoding where it lies")
+    on_cpu = cpu_compute(compute.activation, getattr(torch, config.dtype))
+    lane = HostLane(HostCopies(store, on_cpu.prepare), on_cpu, beside_device=True)
+    return lane, _by_crossover(config, store, arena, fetcher, lane)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _by_crossover(
+    config: EngineConfig, store: ExpertStore, arena: SlotArena, fetcher: Fetcher, lane: HostLane
+) -> ByCrossover:
+    dtype, device = getattr(torch, config.dtype), torch.device(config.device)
+    try:
+        costs = measure(store, arena, fetcher, lane, dtype, partial(_synchronize, device))
+    except ExpertReadError as error:
+        raise CheckpointError(error.message) from error
+    log.info(
+        "an expert takes %.2f ms to the GPU and %.2f ms on the CPU for one token: the CPU computes missing experts of"
+        " up to %d tokens; a token's last bits depend on what was resident",
+        1e3 * costs.copy_s,
+        1e3 * costs.host(1),
+        costs.crossover_tokens,
+    )
+    return ByCrossover(costs)

@@ -1,0 +1,103 @@
+"""Replanning: is there a plan that recent traffic would rather have than the one in force?
+
+Half of the traffic's sequences make a candidate, the other half judges it, so that what noise alone would save
+counts for nothing. A move between ranks that all read the same checkpoint costs one read of each expert moved, so
+a plain margin decides; where moves travel over a link, `moe-serve plan watch` weighs them in bytes. Knows traces
+and plans; knows no ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moe_serve.planning import problems
+from placement.cost import TOLERANCE, PlanCost, evaluate, hosts_of
+from placement.plan import PlacementPlan
+from placement.solve import find_plan
+from predictors.trace import RoutingTrace
+
+MIN_TOKENS = 500
+"""Of traffic; fewer say too little about hundreds of transitions between experts."""
+EFFORT = 4
+"""As `moe-serve plan watch` tries."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a new plan must be worth, and may cost to find."""
+
+    margin_frac: float
+    """Share of the cost in force that must be saved."""
+    time_limit_s: float
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The plan in force and another on the same traffic."""
+
+    adopt: bool
+    why: str
+    tokens: int
+    """Of the traffic."""
+    traffic_now: float
+    """Mean hop cost per transition: with equal hops, the share of transitions that leave a rank."""
+    traffic_then: float
+    balance_now: float
+    """Mean over layers of the busiest rank's load over its fair share."""
+    balance_then: float
+    moved: int
+    """(layer, expert, rank) that the other plan needs and the one in force does not have."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def lacking(trace: RoutingTrace | None) -> str:
+    """Why this traffic is too little to judge by; empty if it is not."""
+    tokens, sequences = (0, 0) if trace is None else (trace.num_tokens, trace.num_sequences)
+    if tokens >= MIN_TOKENS and sequences >= 2:
+        return ""
+    return f"recent traffic is {tokens} tokens of {sequences} sequences; at least {MIN_TOKENS} of 2 are needed"
+
+
+def propose(plan: PlacementPlan, trace: RoutingTrace, terms: Terms) -> tuple[PlacementPlan, Verdict]:
+    """A candidate under the settings of the plan in force, judged on traffic that it was not made from."""
+    order = list(range(trace.num_sequences))
+    problem = problems.problem_of_plan(plan, trace.select(order[::2]))
+    # Among equally good layouts the one nearest to the plan in force; moving everything must save the margin.
+    price = terms.margin_frac * evaluate(problem, plan.layout).total
+    priced = problem.with_(current=plan.layout.device_of, migration_price=price)
+    found = find_plan(priced, "auto", seed=terms.seed, effort=EFFORT, time_limit_s=terms.time_limit_s)
+    candidate = replace(found, provenance=problems.provenance(trace))
+    return candidate, judge(plan, candidate, trace.select(order[1::2]), terms)
+
+
+def judge(plan: PlacementPlan, candidate: PlacementPlan, trace: RoutingTrace, terms: Terms) -> Verdict:
+    """Compare on traffic, under the settings of the plan in force."""
+    live = problems.problem_of_plan(plan, trace)
+    now, then = evaluate(live, plan.layout), evaluate(live, candidate.layout)
+    adopt, why = _decide(now, then, terms.margin_frac)
+    before, after = (hosts_of(each.layout, plan.num_devices) for each in (plan, candidate))
+    return Verdict(
+        adopt=adopt,
+        why=why,
+        tokens=trace.num_tokens,
+        traffic_now=now.traffic,
+        traffic_then=then.traffic,
+        balance_now=now.balance_mean,
+        balance_then=then.balance_mean,
+        moved=int((after & ~before).sum()),
+    )
+
+
+def _decide(now: PlanCost, then: PlanCost, margin_frac: float) -> tuple[bool, str]:
+    saved = 1 - then.total / now.total if now.total > 0 else 0.0
+    if then.violation > now.violation + TOLERANCE:
+        return False, "breaks the limit on imbalance more than the plan in force"
+    if saved <= 0:
+        return False, "saves nothing"
+    if saved < margin_frac:
+        return False, f"saves {saved:.1%}, less than the margin of {margin_frac:.1%}"
+    return True, f"saves {saved:.1%}"

@@ -1,0 +1,94 @@
+"""What the scheduler decided for one step (BatchPlan) and what came of it (StepResult).
+
+Host integers and numpy arrays only: no tensor, no torch. moe_serve/execution/forward_batch.py is the one place that
+turns a plan into tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_serve.scheduling.sequence import Sequence, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A run of one sequence's tokens to compute in this step.
+
+    Example: prompt of 10 tokens, pages of 4, a first chunk of 8 computed before. Then
+    start = 8, count = 2, needs_sample = True, and the pages hold positions 0-3, 4-7, 8-11.
+    """
+
+    seq: Sequence
+    start: int
+    """Position of the first token to compute; equals seq.num_computed when planned."""
+    count: int
+    """Tokens to compute, >= 1."""
+
+    @property
+    def end(self) -> int:
+        """One past the last position computed; also the length of the context attended to."""
+        return self.start + self.count
+
+    @property
+    def needs_sample(self) -> bool:
+        """True when this run reaches the last known token, so that a new one can be sampled."""
+        return self.end == self.seq.num_tokens
+
+    @property
+    def scored(self) -> range:
+        """Positions of this run whose logits are wanted for the log-probability of the prompt token after them."""
+        if not self.seq.num_unscored:
+            return range(0)
+        return range(max(self.start, len(self.seq.prompt_logprobs)), min(self.end, self.seq.num_prompt - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One step's work, in the order the tokens lie in the batch: decodes first, then prefills."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    preempted: tuple[Sequence, ...] = ()
+    """Sequences that lost their pages to make room; they wait and are recomputed later."""
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.count for s in self.scheduled)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.scheduled
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepRoutes:
+    """The experts of every token of a step; T tokens, L MoE layers, K choices."""
+
+    ids: NDArray[np.integer[Any]]
+    """[T, L, K], in the order of the batch."""
+    weights: NDArray[np.floating[Any]] | None
+    """[T, L, K] router weights, where they are kept."""
+    rows: tuple[slice, ...]
+    """Each scheduled sequence's rows, in plan order."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One sampled token for each scheduled sequence with `needs_sample`, in plan order."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
+    """Aligned with token_ids; None where the request asked for none."""
+    errors: Mapping[Sequence, str] = field(default_factory=dict)
+    """Sequences whose results are worthless, and why: some of their weights could not be read."""
+    routes: StepRoutes | None = None
+    """Where the routers sent the tokens, if anyone wants to know."""
+    prompt_logprobs: Mapping[Sequence, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    """For each sequence with scored positions in this step: of the tokens after them."""

@@ -1,0 +1,293 @@
+"""Scheduler: which tokens of which sequences the next step computes, and where their KV goes.
+
+There are no phases. Each sequence has `num_computed` chasing `num_tokens`; every step, the token
+budget is handed out to close gaps: first to sequences with a gap of one (decoding), then to those
+in the middle of their prompt, then to waiting ones. Chunked prefill, prefix-cache hits, mixed
+batches and recomputation after preemption are all the same rule (idea: vLLM v1's scheduler).
+
+Host integers only: imports no torch, no tokenizer, no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.scheduling.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.sequence import FinishReason, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """The bounds of one step, from EngineConfig."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    max_num_batched_seqs: int | None = None
+    """Sequences that decode in one step; None: all that run."""
+    max_scored_tokens: int = 512
+    """Prompt tokens of one step whose log-probabilities are computed: each needs a row of logits, the vocabulary's
+    size. Without chunked prefill a prompt is scored whole."""
+
+
+class _StepDraft:
+    """A BatchPlan in the making: the budget left and what was decided so far."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.budget = limits.max_num_batched_tokens
+        self.score_budget = limits.max_scored_tokens
+        self.scheduled: list[ScheduledSequence] = []
+        self.preempted: list[Sequence] = []
+        self.queried = 0
+        self.hits = 0
+
+    def add(self, seq: Sequence, count: int) -> None:
+        item = ScheduledSequence(seq, seq.num_computed, count)
+        self.scheduled.append(item)
+        self.budget -= count
+        self.score_budget -= len(item.scored)
+
+    def drop(self, seq: Sequence) -> None:
+        """Take a just-scheduled sequence out again, because it was preempted."""
+        for item in self.scheduled:
+            if item.seq is seq:
+                self.scheduled.remove(item)
+                self.budget += item.count
+                self.score_budget += len(item.scored)
+                return
+
+    def finish(self) -> BatchPlan:
+        return BatchPlan(tuple(self.scheduled), tuple(self.preempted), self.queried, self.hits)
+
+
+class Scheduler:
+    """Owns the queues and decides; `schedule` -> BatchPlan, `update` applies what came of it."""
+
+    def __init__(self, limits: SchedulerLimits, pool: PagePool, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        self.limits = limits
+        self.pool = pool
+        self._eos = eos_token_ids
+        self.choice: BatchChoice = FirstComeFirstServed()
+        """Who decodes when a step is too narrow for all."""
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of admission: the last one is preempted first."""
+
+    # ---- queues ---------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence behind those of the same or a lower priority value, and behind preempted ones."""
+        place = len(self.waiting)
+        while place > 0 and _goes_before(seq, self.waiting[place - 1]):
+            place -= 1
+        self.waiting.insert(place, seq)
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def live(self) -> Iterator[Sequence]:
+        """Every unfinished sequence."""
+        yield from self.running
+        yield from self.waiting
+
+    def finish(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a live sequence and free its pages at once."""
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+        self._release(seq)
+        if seq in self.running:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.free(seq.page_ids)
+        seq.page_ids = []
+
+    # ---- plan -----------------------------------------------------------------------------------
+
+    def schedule(self) -> BatchPlan:
+        """Decide one step. Every sequence in the plan owns the pages its tokens go to.
+
+        Admission comes last, and not at all in a step that had to preempt: a sequence admitted
+        then would take the pages that the preempted one is waiting for.
+        """
+        draft = _StepDraft(self.limits)
+        for seq in self._chosen([s for s in self.running if s.num_tokens - s.num_computed == 1]):
+            self._schedule_running(seq, draft)
+        for seq in [s for s in self.running if s.num_tokens - s.num_computed > 1]:
+            self._schedule_running(seq, draft)
+        if not draft.preempted:
+            self._admit_waiting(draft)
+        return draft.finish()
+
+    def _chosen(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Of the sequences that could decode, those that do. The others keep their pages."""
+        width = self.limits.max_num_batched_seqs
+        if width is None or len(decoding) <= width:
+            return decoding
+        return self.choice.choose(decoding, min(width, self.limits.max_num_batched_tokens))
+
+    def _schedule_running(self, seq: Sequence, draft: _StepDraft) -> None:
+        if not seq.page_ids:
+            return  # preempted by one scheduled before it
+        count = self._affordable(seq, draft)
+        if count == 0:
+            return
+        while not self._grow(seq, seq.num_computed + count):
+            victim = self.running[-1]
+            self._preempt(victim, draft)
+            if victim is seq:
+                return
+        draft.add(seq, count)
+
+    def _affordable(self, seq: Sequence, draft: _StepDraft) -> int:
+        """Tokens of `seq` that fit the budgets: all that are missing, a chunk of them, or none."""
+        missing = seq.num_tokens - seq.num_computed
+        if not self.limits.enable_chunked_prefill:
+            return missing if missing <= draft.budget else 0
+        if seq.num_unscored > draft.score_budget:
+            missing = min(missing, len(seq.prompt_logprobs) + draft.score_budget - seq.num_computed)
+        return min(missing, draft.budget)
+
+    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give `seq` pages for `num_tokens` tokens; False, and nothing changed, if there are too few."""
+        pages = self.pool.allocate(max(0, self.pool.pages_for(num_tokens) - len(seq.page_ids)))
+        if pages is None:
+            return False
+        seq.page_ids.extend(pages)
+        return True
+
+    def _preempt(self, seq: Sequence, draft: _StepDraft) -> None:
+        """Free everything `seq` holds; it goes to the head of the queue and is recomputed later."""
+        draft.drop(seq)
+        self._release(seq)
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self.running.remove(seq)
+        self.waiting.appendleft(seq)
+        draft.preempted.append(seq)
+
+    def requeue_running(self) -> None:
+        """Their keys and values are lost: every running sequence waits again, in order, to be recomputed."""
+        for seq in reversed(self.running):
+            self._release(seq)
+            seq.num_computed = 0
+            seq.num_preemptions += 1
+        self.waiting.extendleft(reversed(self.running))
+        self.running.clear()
+        self.pool.clear_cache()
+
+    def _admit_waiting(self, draft: _StepDraft) -> None:
+        while self.waiting and draft.budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            seq = self.waiting[0]
+            if self._awaits_leader(seq) or not self._admit(seq, draft):
+                return
+            self.waiting.popleft()
+            self.running.append(seq)
+
+    def _awaits_leader(self, seq: Sequence) -> bool:
+        """True for samples 2..n of a request while the first computes the prompt they will share, or scores it."""
+        if seq.index == 0 or not (self.limits.enable_prefix_caching or seq.params.prompt_logprobs is not None):
+            return False
+        return any(s.request is seq.request and s.num_computed < s.num_prompt for s in self.running)
+
+    def _admit(self, seq: Sequence, draft: _StepDraft) -> bool:
+        """Put a waiting sequence into the step if pages and budget allow; prefix hits come free."""
+        cached = self._cached_prefix(seq)
+        num_cached = len(cached) * self.pool.page_size
+        seq.num_computed = num_cached
+        count = self._affordable(seq, draft)
+        needed = self.pool.pages_for(num_cached + count) - len(cached)
+        if count == 0 or needed + self.pool.num_evictable(cached) > self.pool.num_free:
+            seq.num_computed = 0
+            return False
+        self.pool.share(cached)
+        seq.page_ids = cached
+        grown = self._grow(seq, num_cached + count)
+        assert grown, "admission miscounted the free pages"
+        if self.limits.enable_prefix_caching:
+            draft.queried += seq.num_tokens
+            draft.hits += num_cached
+        if seq.num_preemptions == 0:
+            seq.num_cached = num_cached
+        draft.add(seq, count)
+        return True
+
+    def _cached_prefix(self, seq: Sequence) -> list[int]:
+        """Pages of the longest cached prefix; the last token, and what has to be scored, is left to compute."""
+        if not self.limits.enable_prefix_caching:
+            return []
+        self._extend_hashes(seq, seq.num_tokens)
+        end = len(seq.prompt_logprobs) if seq.num_unscored else seq.num_tokens - 1
+        usable = end // self.pool.page_size
+        return self.pool.match(seq.page_hashes[:usable])
+
+    def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
+        """Hash the full pages among the first `num_tokens` tokens that have no hash yet."""
+        size = self.pool.page_size
+        for page in range(len(seq.page_hashes), num_tokens // size):
+            parent = seq.page_hashes[-1] if seq.page_hashes else seq.prefix_root
+            seq.page_hashes.append(page_hash(parent, seq.token_ids[page * size : (page + 1) * size]))
+
+    # ---- apply ----------------------------------------------------------------------------------
+
+    def update(self, plan: BatchPlan, result: StepResult) -> list[Sequence]:
+        """Book the step: computed counts, published pages, sampled tokens, finished sequences.
+
+        Returns the sequences that got a token, or ended without one (max_tokens 0), in plan order.
+        Sequences that were aborted while the step ran, or whose results are errors, are skipped.
+        Example: plan with a decode (needs_sample), a prompt chunk (does not) and a prompt end
+        (needs_sample) has result.token_ids of length 2.
+        """
+        advanced = []
+        sampled = iter(zip(result.token_ids, result.logprobs, strict=True))
+        for item in plan.scheduled:
+            token = next(sampled) if item.needs_sample else None
+            seq = item.seq
+            if seq.is_finished or seq in result.errors:
+                continue
+            seq.num_computed = item.end
+            seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
+            self._publish_pages(seq, item)
+            if token is None:
+                continue
+            advanced.append(seq)
+            if seq.params.max_tokens == 0:
+                self.finish(seq, FinishReason.LENGTH)
+                continue
+            seq.token_ids.append(token[0])
+            if token[1] is not None:
+                seq.logprobs.append(token[1])
+            self._check_finished(seq)
+        return advanced
+
+    def _publish_pages(self, seq: Sequence, item: ScheduledSequence) -> None:
+        """Make pages that this step filled up findable for others."""
+        if not self.limits.enable_prefix_caching:
+            return
+        self._extend_hashes(seq, seq.num_computed)
+        size = self.pool.page_size
+        for page in range(item.start // size, seq.num_computed // size):
+            self.pool.register(seq.page_ids[page], seq.page_hashes[page])
+
+    def _check_finished(self, seq: Sequence) -> None:
+        token = seq.token_ids[-1]
+        params = seq.params
+        # A grammar that leaves nothing but the end has the last word (SamplingParams.grammar).
+        past_min = seq.num_generated >= params.min_tokens or params.grammar is not None
+        if past_min and token in params.stop_token_ids:
+            self.finish(seq, FinishReason.STOP, token)
+        elif past_min and not params.ignore_eos and token in self._eos:
+            self.finish(seq, FinishReason.STOP)
+        elif seq.num_tokens >= seq.max_total_tokens:
+            self.finish(seq, FinishReason.LENGTH)
+
+
+def _goes_before(new: Sequence, waiting: Sequence) -> bool:
+    return new.request.priority < waiting.request.priority and waiting.num_preemptions == 0

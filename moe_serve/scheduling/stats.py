@@ -1,0 +1,78 @@
+"""Plain numbers the engine reports about itself; the server turns them into metrics.
+
+Knows nothing of Prometheus and nothing of the engine, so both sides can depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from expert_cache.counters import ExpertTotals
+from moe_serve.scheduling.sequence import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One engine step."""
+
+    duration_s: float
+    num_prompt_tokens: int
+    """Prompt tokens computed in this step (recomputation after preemption included)."""
+    num_generated_tokens: int
+    """Tokens sampled in this step."""
+    num_preemptions: int
+    """Sequences preempted by this step."""
+    prefix_queried_tokens: int
+    """Prompt tokens looked up in the prefix cache in this step."""
+    prefix_hit_tokens: int
+    """Of those, the ones found."""
+    inter_token_s: tuple[float, ...]
+    """For each sequence that got a token and had one before: seconds since its previous token."""
+    time_to_first_token_s: tuple[float, ...]
+    """For each sequence that got its first token: seconds since its request arrived."""
+    experts: ExpertTotals = field(default_factory=ExpertTotals)
+    """What the expert cache did in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine holds right now; reported whenever it may have changed, aborts included."""
+
+    num_running: int
+    """Samples in the batch."""
+    num_waiting: int
+    kv_usage_frac: float
+    """Used fraction of the KV pages; cached but unreferenced pages count as free."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStats:
+    """One finished sample. All times in seconds."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_tokens: int | None
+    n: int
+    e2e_s: float
+    queue_s: float
+    """Arrival to first scheduled."""
+    prefill_s: float
+    """First scheduled to first token."""
+    decode_s: float
+    """First to last token."""
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.queue_s + self.prefill_s
+
+
+class StatsObserver(Protocol):
+    """Whatever wants to hear about steps; called on the engine thread, so it must be quick."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_load(self, load: EngineLoad) -> None: ...
+
+    def on_finished(self, stats: FinishedStats) -> None: ...
