@@ -166,7 +166,9 @@ class EngineConfig(FromDict):
         ("direct", "deepspeed"),
     )
     enforce_eager: bool = option(
-        False, "On a GPU, launch the operations of every decoding step one by one instead of as a captured CUDA graph."
+        False,
+        "Run every decoding step through the model's modules, operation by operation: no captured CUDA graph on a GPU, no"
+        " step in one kernel call on a CPU.",
     )
     max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
     max_num_queued_tokens: int | None = option(

@@ -74,6 +74,7 @@ class Engine:
         """Load the model folder `config` names. ConfigError and its subclasses say what is wrong."""
         eos = frozenset(read_eos_token_ids(config.model))
         runner, spec = load_runner(config, eos)
+        runner.run_whole_steps()
         tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
         return Engine(runner, tokenizer, spec, eos | frozenset(tokenizer.eos_token_ids))
 

@@ -31,6 +31,7 @@ from moe_serve.hf import attention, dense, device_routers, experts, loading, who
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
+from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.memory import free_bytes
 from moe_serve.offload import assembly
 from moe_serve.offload.memory_guard import MemoryGuard
@@ -56,9 +57,10 @@ class ModelRunner:
         self.device = torch.device(config.device)
         dtype: torch.dtype = getattr(torch, config.dtype)
         self.model = loaded.model
-        routers = find_routers(self.model, spec.num_experts, spec.hidden_size)
+        self._loaded = loaded
+        self._routers = find_routers(self.model, spec.num_experts, spec.hidden_size)
         self.expert_layers = assembly.expert_layers(
-            config, loaded.store, spec, loaded.family.activation, loaded.hf_config, routers
+            config, loaded.store, spec, loaded.family.activation, loaded.hf_config, self._routers
         )
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages + 1, config.block_size, dtype, self.device)
@@ -68,19 +70,20 @@ class ModelRunner:
         self._guard = _memory_guard(self.expert_layers.experts, self.device)
         self._graphs: DecodeGraphs | None = None
         experts.connect(self.model, self.expert_layers)
-        self._whole_steps = None
-        if whole_steps.is_available(self.device, dtype):
-            self._whole_steps = whole_steps.whole_steps(
-                self.model,
-                loaded.family,
-                loaded.hf_config,
-                self.kv_cache,
-                self.expert_layers,
-                routers,
-                config.block_size,
-            )
+        self._whole_steps: WholeSteps | None = None
         if isinstance(self.expert_layers.experts, DeviceExperts):
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
+
+    def run_whole_steps(self) -> None:
+        """From now on run decoding steps without the model's modules, where there is a kernel for that. Only for a
+        runner whose experts nobody else divides."""
+        dtype = getattr(torch, self.config.dtype)
+        is_ours = whole_steps.is_available(self.device, dtype) and not self.config.enforce_eager
+        if is_ours and not isinstance(self.expert_layers.experts, DeviceExperts):
+            page_size = self.config.block_size
+            self._whole_steps = whole_steps.whole_steps(
+                self._loaded, self.kv_cache, self.expert_layers, self._routers, page_size
+            )
 
     def capture_decoding(self, capture: Capture) -> None:
         """From now on replay decoding steps as graphs. RuntimeError: a step cannot be captured; nothing has changed."""

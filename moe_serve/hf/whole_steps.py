@@ -17,7 +17,7 @@ from expert_cache.layers import ExpertLayers
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf import decoder_blocks
-from moe_serve.hf.family import Family
+from moe_serve.hf.loading import LoadedModel
 from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecodeStep
 from predictors.methods.next_gate import Router
@@ -83,15 +83,11 @@ class WholeSteps:
 
 
 def whole_steps(
-    model: Any,
-    family: Family,
-    config: Any,
-    kv_cache: KVCache,
-    layers: ExpertLayers,
-    routers: Sequence[Router],
-    page_size: int,
+    loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
 ) -> WholeSteps | None:
     """For models on a CPU in float32 whose layers the kernel knows; None, and a line in the log, for others."""
+    model: Any = loaded.model
+    family, config = loaded.family, loaded.hf_config
     reason = decoder_blocks.why_not(family, config)
     if reason is None and len(routers) != len(model.model.layers):
         reason = "not every layer has experts"
