@@ -167,8 +167,8 @@ class EngineConfig(FromDict):
     )
     enforce_eager: bool = option(
         False,
-        "Run every decoding step through the model's modules, operation by operation: no captured CUDA graph on a GPU, no"
-        " step in one kernel call on a CPU.",
+        "Run every decoding step operation by operation through the model's modules: no captured CUDA graph on a GPU,"
+        " no step in one kernel call on a CPU.",
     )
     max_num_queued_reqs: int = option(1024, "Waiting requests beyond which a new one is refused with 503.")
     max_num_queued_tokens: int | None = option(
