@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import SamplingParams
@@ -17,6 +17,7 @@ from moe_serve.server import refusals
 from moe_serve.server.messages import Message
 from moe_serve.server.parsing import Body
 from moe_serve.server.refusals import Refusal
+from moe_serve.server.scalars import Flag, Int, Number
 from moe_serve.server.structured import StructuredFields
 from moe_serve.server.tools import Tool, ToolChoice
 
@@ -36,18 +37,6 @@ DIRECT_FIELDS = (
     "skip_special_tokens",
 )
 """Body fields that are SamplingParams fields of the same name; null means the default."""
-
-
-def _no_bool(value: Any) -> Any:
-    """JSON true is not the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_no_bool), Field(strict=True)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
 
 
 def _range(low: float | None = None, high: float | None = None) -> Any:

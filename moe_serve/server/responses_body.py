@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_serve.errors import InvalidRequestError
 from moe_serve.server import refusals
 from moe_serve.server.parsing import Body
-from moe_serve.server.protocol import ChatBody, Flag, Int, Number
+from moe_serve.server.protocol import ChatBody
 from moe_serve.server.refusals import Refusal
 from moe_serve.server.responses_input import messages_of
+from moe_serve.server.scalars import Flag, Int, Number
 from moe_serve.server.structured import JsonSchema
 from moe_serve.server.tools import Function
 
@@ -80,7 +81,7 @@ class TextFormat(BaseModel):
     name: str | None = None
     description: str | None = None
     schema_: JsonSchema | None = Field(default=None, alias="schema")
-    strict: bool | None = None
+    strict: Flag | None = None
     """Every schema is followed strictly, whatever this says."""
 
     def as_response_format(self) -> dict[str, Any]:

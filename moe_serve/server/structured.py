@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
+from moe_serve.server.scalars import Flag
 
 JsonSchema = dict[str, Any]
 Choices = Annotated[list[str], Field(min_length=1, max_length=10_000)]
@@ -26,7 +27,7 @@ class NamedSchema(BaseModel):
     name: str | None = None
     description: str | None = None
     schema_: JsonSchema = Field(alias="schema")
-    strict: bool | None = None
+    strict: Flag | None = None
     """Every schema is followed strictly, whatever this says."""
 
 
@@ -56,7 +57,7 @@ class StructuredOutputs(BaseModel):
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
-    json_object: bool | None = None
+    json_object: Flag | None = None
 
     def specs(self) -> list[GrammarSpec]:
         given = _specs("structured_outputs", self.json_, self.regex, self.choice, self.grammar)

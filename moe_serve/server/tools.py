@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_serve.errors import InvalidRequestError
 from moe_serve.execution.grammar import JSON_WHITESPACE
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
+from moe_serve.server.scalars import Flag
 from moe_serve.server.structured import schema_grammar
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -30,7 +31,7 @@ class Function(BaseModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """JSON schema of the arguments."""
-    strict: bool | None = None
+    strict: Flag | None = None
     """Forced calls follow the schema strictly, whatever this says."""
 
 

@@ -229,3 +229,11 @@ def test_a_turn_of_several_items_is_one_message() -> None:
         {"role": "assistant", "content": "Done."},
         {"role": "assistant", "content": "Really."},
     ]
+
+
+@pytest.mark.parametrize("strict", [0.0, 1, "true"])
+def test_strict_is_true_or_false_and_nothing_like_it(hermes: Model, strict: Any) -> None:
+    """schemathesis sent 0.0, which was taken for false."""
+    text: Any = {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": strict}}
+    assert refused_param(lambda: ask(hermes, text=text)) == "text"
+    assert refused_param(lambda: ask(hermes, tools=[WEATHER | {"strict": strict}])) == "tools"
