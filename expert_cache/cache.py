@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from expert_cache.acquisition import Acquisition
 from expert_cache.adaptive_quotas import AdaptiveQuotas
 from expert_cache.arena import SlotArena
 from expert_cache.belady_window import BeladyWindow
-from expert_cache.compute import PreparedWeights
+from expert_cache.compute import PreparedWeights, in_place
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.fetch import DEMAND, LATER, Fetcher
@@ -37,6 +37,7 @@ from expert_cache.slot_table import Key, SlotTable
 from expert_cache.slots import Slots
 from expert_cache.store import ExpertStore, ExpertWeights
 from expert_cache.streaming import FEWEST_RING_SLOTS, Streaming
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.quantized import QuantizedRows
 
 WINDOW_STEPS = 256
@@ -77,6 +78,7 @@ class ExpertCache:
         self._most_transit = num_transit
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
+        self._in_place: Mapping[int, ExpertLayer] = {}
         self._streaming = Streaming(store)
         self.in_flight = InFlight(store, prepare, arena, self.table, fetcher, self.counters, start_early_bytes)
         self._claims = SlotClaims(self.table, self.in_flight, self._weights, self.counters, store.expert_bytes)
@@ -159,6 +161,14 @@ class ExpertCache:
         wanted.in_flight.clear()
         wanted.inputs.clear()
 
+    def layers_in_place(self) -> Mapping[int, ExpertLayer]:
+        """By layer, if all experts are in slots and none will ever be evicted; else {}. The same object until a
+        resize."""
+        if not self._in_place and self._everything_fits and self.num_resident == self.store.num_total:
+            layers = self.store.layers
+            self._in_place = in_place({(layers[i], e): weights for (i, e), weights in self._weights.items()})
+        return self._in_place
+
     # ---- ahead of time ----------------------------------------------------------------------------
 
     def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None:
@@ -188,6 +198,7 @@ class ExpertCache:
 
     def keep_only(self, wanted: NDArray[np.bool_]) -> None:
         """Between steps: free the slots of experts outside `wanted` [L, E], which will not be asked for any more."""
+        self._in_place = {}
         self.cancel_prefetches()
         for index, expert in np.argwhere((self.table.slot_of >= 0) & ~wanted):
             self._claims.evict((int(index), int(expert)))
@@ -203,6 +214,7 @@ class ExpertCache:
 
     def _reallot(self, allowed: Slots) -> None:
         """Other pools; what no longer fits is evicted and its memory freed."""
+        self._in_place = {}
         self.table.allowed = allowed
         self._window = self._new_window(self.table.allowed)
         if self.shadows is not None:

@@ -8,9 +8,12 @@ Shape alphabet: T tokens, H hidden, K choices, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from expert_cache.gpu_compute import GpuCompute
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 
 
 class DeviceExperts:
@@ -20,6 +23,10 @@ class DeviceExperts:
         self.compute = compute
         self.padding: torch.Tensor | None = None
         """[T, 1] bool: rows that only fill a batch up. Set while a step is captured that may have some."""
+
+    def layers_in_place(self) -> Mapping[int, ExpertLayer]:
+        """None for the CPU's kernels."""
+        return {}
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs: hidden [T, H], ids and weights [T, K] -> [T, H].

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -24,7 +23,6 @@ from expert_cache.counters import CacheCounters
 from expert_cache.device_experts import DeviceExperts
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_lane import HostLane, HostRun
-from expert_cache.mapped import MappedExperts
 from expert_cache.prefetch_audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
@@ -49,6 +47,7 @@ class Experts(Protocol):
     def wait(self, wanted: Acquisition) -> None: ...
     def release(self, wanted: Acquisition, expert: int) -> None: ...
     def abandon(self, wanted: Acquisition) -> None: ...
+    def layers_in_place(self) -> Mapping[int, ExpertLayer]: ...
     def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None: ...
     def residency(self) -> Residency: ...
     def check_integrity(self) -> None: ...
@@ -87,11 +86,12 @@ class ExpertLayers:
         """Who wants to see every layer's routes before anything is evicted for them."""
         self._failed_rows: dict[int, ExpertReadError] = {}
 
-    @cached_property
+    @property
     def in_place(self) -> Mapping[int, ExpertLayer]:
-        """By layer, the experts that a kernel can run without being brought any; {} where there is a cache."""
-        experts = self.experts
-        return experts.layers_in_place() if isinstance(experts, MappedExperts) and self.compute.runs_layers else {}
+        """By layer, experts that run at once because none has to be brought and nobody follows the routes; else {}."""
+        if not self.compute.runs_layers or self.watcher is not None or self.advisor is not None:
+            return {}
+        return self.experts.layers_in_place()
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs.
@@ -103,8 +103,8 @@ class ExpertLayers:
             self.tap.add(ids, weights)
         if isinstance(self.experts, DeviceExperts):
             return self.experts.run(layer, hidden, ids, weights)
-        if layer in self.in_place:
-            out, counts = self.in_place[layer].run(hidden, ids, weights, self.compute.activation)
+        if (in_place := self.in_place.get(layer)) is not None:
+            out, counts = in_place.run(hidden, ids, weights, self.compute.activation)
             self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])
             return out
         groups = regroup(ids, self.experts.store.num_experts)
@@ -118,7 +118,7 @@ class ExpertLayers:
         return self.compute.combine(by_pair, weights)
 
     def have_run(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """A kernel has run all layers of a step itself, on mapped experts: ids [L, T, K] int64, weights [L, T, K]."""
+        """A kernel has run all layers of a step itself, on experts in place: ids [L, T, K] int64, weights [L, T, K]."""
         if self.tap.is_on:
             for chosen, weight in zip(ids, weights, strict=True):
                 self.tap.add(chosen, weight)

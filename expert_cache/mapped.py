@@ -6,17 +6,17 @@ loading costs nothing, and a restarted server finds its experts where the last o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from expert_cache.acquisition import Acquisition
-from expert_cache.compute import PreparedWeights
+from expert_cache.compute import PreparedWeights, in_place
 from expert_cache.counters import CacheCounters
 from expert_cache.report import Residency
 from expert_cache.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
-from moe_serve_kernels.cpu.expert_mlp import MLPWeights
 
 
 class MappedExperts:
@@ -28,6 +28,7 @@ class MappedExperts:
         self._prepare = prepare
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[tuple[int, int], PreparedWeights] = {}
+        self._in_place: Mapping[int, ExpertLayer] | None = None
 
     @property
     def belady_gap_frac(self) -> float | None:
@@ -55,15 +56,12 @@ class MappedExperts:
             weights = self._weights[layer, expert] = self._prepare(self.store.weights(layer, expert))
         return weights
 
-    def layers_in_place(self) -> dict[int, ExpertLayer]:
-        """Every layer's experts, if the kernels can read all of them where they are mapped; else {}."""
-        if self.store.is_copied:
-            return {}
-        found = {layer: [self._ready(layer, e) for e in range(self.store.num_experts)] for layer in self.store.layers}
-        ours = {layer: [w for w in weights if isinstance(w, MLPWeights)] for layer, weights in found.items()}
-        if any(len(weights) < self.store.num_experts for weights in ours.values()):
-            return {}
-        return {layer: ExpertLayer(weights) for layer, weights in ours.items()}
+    def layers_in_place(self) -> Mapping[int, ExpertLayer]:
+        """By layer, if the kernels can read all experts where they are mapped; else {}. The same object every time."""
+        if self._in_place is None:
+            keys = itertools.product(self.store.layers, range(self.store.num_experts))
+            self._in_place = {} if self.store.is_copied else in_place({key: self._ready(*key) for key in keys})
+        return self._in_place
 
     def wait(self, wanted: Acquisition) -> None:
         raise AssertionError("nothing is ever on its way")

@@ -8,7 +8,7 @@ counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from moe_serve.hf import decoder_blocks
 from moe_serve.hf.loading import LoadedModel
 from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecodeStep
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from predictors.methods.next_gate import Router
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,26 @@ class RotaryTable:
 class WholeSteps:
     """One model's decoding steps."""
 
-    def __init__(self, model: Any, step: DecodeStep, layers: ExpertLayers, head_dim: int, has_experts: bool) -> None:
-        """`has_experts`: every block of `step` has its experts; else `layers` runs them."""
-        self._embed = model.model.embed_tokens
-        self._step = step
+    def __init__(
+        self, loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
+    ) -> None:
+        """`routers`: one for every decoder layer. The family must be one that `decoder_blocks.why_not` takes."""
+        model: Any = loaded.model
+        self._model = model
+        self._config = loaded.hf_config
+        self._kv_cache = kv_cache
         self._layers = layers
-        self._rotary = RotaryTable(model.model.rotary_emb, head_dim)
-        self._has_experts = has_experts
+        self._routers = routers
+        activation = layers.compute.activation
+        self._shape = decoder_blocks.shape_of(model, loaded.family, self._config, activation, page_size)
+        self._rotary = RotaryTable(model.model.rotary_emb, self._shape.head_dim)
+        self._in_place = layers.in_place
+        self._step = self._new_step()
+
+    def _new_step(self) -> DecodeStep:
+        model = self._model
+        blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, self._in_place)
+        return DecodeStep(self._shape, blocks, model.model.norm.weight, decoder_blocks.weights_of(model.lm_head))
 
     def takes(self, batch: ForwardBatch) -> bool:
         """Every sequence decodes one token, and they are few."""
@@ -65,10 +79,17 @@ class WholeSteps:
         """Logits [rows to sample, V] of a batch that `takes` takes; overwritten by the next step of as many tokens."""
         (group,) = batch.decode_groups
         cos, sin = self._rotary.at(batch.positions[0], group.max_length - 1)
-        x = self._embed(batch.input_ids[0])
+        x = self._model.model.embed_tokens(batch.input_ids[0])
         inputs = DecodeInputs(x, cos, sin, batch.kv_slots, group.page_table, group.lengths)
-        logits = self._run_at_once(inputs) if self._has_experts else self._run_by_layer(inputs)
+        self._follow(self._layers.in_place)
+        logits = self._run_at_once(inputs) if self._in_place else self._run_by_layer(inputs)
         return logits if len(batch.sample_rows) == batch.num_tokens else logits[batch.sample_rows]
+
+    def _follow(self, in_place: Mapping[int, ExpertLayer]) -> None:
+        """A cache that has room for all experts has filled, or was resized."""
+        if in_place is not self._in_place and (in_place or self._in_place):
+            self._in_place = in_place
+            self._step = self._new_step()
 
     def _run_at_once(self, inputs: DecodeInputs) -> torch.Tensor:
         logits, ids, weights = self._step.run(inputs)
@@ -86,18 +107,13 @@ def whole_steps(
     loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
 ) -> WholeSteps | None:
     """For models on a CPU in float32 whose layers the kernel knows; None, and a line in the log, for others."""
-    model: Any = loaded.model
-    family, config = loaded.family, loaded.hf_config
-    reason = decoder_blocks.why_not(family, config)
-    if reason is None and len(routers) != len(model.model.layers):
+    reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
+    if reason is None and len(routers) != len(kv_cache.layers):
         reason = "not every layer has experts"
     if reason is not None:
         log.info("decoding steps run through the model's modules: %s", reason)
         return None
-    shape = decoder_blocks.shape_of(model, family, config, layers.compute.activation, page_size)
-    blocks = decoder_blocks.blocks_of(model, config, kv_cache, routers, layers.in_place)
-    step = DecodeStep(shape, blocks, model.model.norm.weight, decoder_blocks.weights_of(model.lm_head))
-    return WholeSteps(model, step, layers, shape.head_dim, has_experts=bool(layers.in_place))
+    return WholeSteps(loaded, kv_cache, layers, routers, page_size)
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:

@@ -116,7 +116,8 @@ CASES: dict[str, TinyCase] = {
             "head_dim": 24,
         },
     ),
-    "olmoe": TinyCase(
+    "olmoe": TinyCase("olmoe", {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe_clipped": TinyCase(
         "olmoe",
         {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 2.0},
     ),

@@ -185,6 +185,9 @@ class DecodeStep:
         count, hidden = inputs.x.shape
         assert 0 < count <= MOST_TOKENS
         assert hidden == self._shape.hidden
+        assert inputs.x.dtype == inputs.cos.dtype == inputs.sin.dtype == torch.float32
+        tensors = (inputs.x, inputs.cos, inputs.sin, inputs.kv_slots, inputs.page_table, inputs.lengths)
+        assert all(tensor.is_contiguous() for tensor in tensors)
         outputs = self._outputs[count - 1]
         step = outputs.step
         step.cos, step.sin = inputs.cos.data_ptr(), inputs.sin.data_ptr()

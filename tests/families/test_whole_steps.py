@@ -1,0 +1,115 @@
+"""Decoding steps in one kernel call: which families take them, and that counts, routes and tokens are the modules'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expert_cache.cache import ExpertCache
+from moe_serve import LLM
+from moe_serve.hf.whole_steps import WholeSteps
+from moe_serve_kernels.cpu import library
+
+from .references import Reference
+from .serving import greedy, load, runner_of, tokens
+from .tiny_configs import CASES
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+
+Checkpoint = Callable[[str], Path]
+References = Callable[[str], Reference]
+PLAIN = {"mixtral", "mixtral_window", "mixtral_wide", "qwen3_moe", "olmoe", "gpt_oss"}
+
+
+def whole_steps_of(llm: LLM) -> WholeSteps | None:
+    return runner_of(llm)._whole_steps
+
+
+class Calls:
+    """Counts the steps that the kernel runs at once, and those that it runs layer by layer."""
+
+    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at_once = self.by_layer = 0
+        steps = whole_steps_of(llm)
+        assert steps is not None
+        for name in ("at_once", "by_layer"):
+            monkeypatch.setattr(steps, f"_run_{name}", self._counting(name, getattr(steps, f"_run_{name}")))
+
+    def _counting(self, name: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def counting(inputs: Any) -> Any:
+            setattr(self, name, getattr(self, name) + 1)
+            return run(inputs)
+
+        return counting
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_families_take_them(case: str, checkpoint: Checkpoint) -> None:
+    assert (whole_steps_of(load(checkpoint(case))) is not None) == (case in PLAIN)
+
+
+def test_others_say_why(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "moe_serve"):
+        load(checkpoint("phimoe"))
+    assert re.search("through the model's modules: phimoe's layers are not plain", caplog.text)
+
+
+@pytest.mark.parametrize("settings", [{"enforce_eager": True}, {"dtype": "bfloat16"}], ids=str)
+def test_they_can_be_turned_off(settings: dict[str, Any], checkpoint: Checkpoint) -> None:
+    assert whole_steps_of(load(checkpoint("mixtral"), **settings)) is None
+
+
+@pytest.mark.parametrize("case", sorted(PLAIN))
+def test_counts_and_routes_are_those_of_the_modules(
+    case: str, checkpoint: Checkpoint, reference: References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = reference(case).prompts[:3]
+    seen = []
+    for eager in (True, False):
+        llm = load(checkpoint(case), enforce_eager=eager)
+        calls = None if eager else Calls(llm, monkeypatch)
+        llm.engine.runner.watch_routes(True, weights=True)
+        routes: list[Any] = []
+        run = llm.engine.runner.run
+        monkeypatch.setattr(llm.engine.runner, "run", lambda plan, run=run, to=routes: _keep(run(plan), to))
+        greedy(llm, prompts)
+        report = runner_of(llm).expert_report()
+        seen.append((routes, report.tokens, report.counts["hits"]))
+        assert calls is None or calls.at_once + calls.by_layer > 0  # GPT-OSS stores experts by columns: none in place
+    (eager_routes, eager_tokens, eager_hits), (routes, counted, hits) = seen
+    assert len(routes) == len(eager_routes)
+    for ours, modules in zip(routes, eager_routes, strict=True):
+        assert np.array_equal(ours.ids, modules.ids)
+        np.testing.assert_allclose(ours.weights, modules.weights, atol=1e-5)
+    assert np.array_equal(counted, eager_tokens)
+    assert np.array_equal(hits, eager_hits)
+
+
+def _keep(result: Any, routes: list[Any]) -> Any:
+    routes.append(result.routes)
+    return result
+
+
+def test_a_cache_that_fills_and_is_resized(
+    checkpoint: Checkpoint, reference: References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer by layer with room for half of the experts, at once when all have come, and back."""
+    ref = reference("qwen3_moe")
+    llm = load(checkpoint("qwen3_moe"), moe_cache_mib=64)
+    cache = runner_of(llm).expert_layers.experts
+    assert isinstance(cache, ExpertCache)
+    calls = Calls(llm, monkeypatch)
+    for room in (cache.store.num_total // 2, cache.arena.num_slots, cache.store.num_total // 2):
+        cache.resize(room)
+        for _ in range(3):
+            calls.at_once = calls.by_layer = 0
+            assert tokens(greedy(llm, ref.prompts)) == ref.outputs
+        has_all = room == cache.arena.num_slots
+        assert (calls.at_once > 0) == has_all
+        assert (calls.by_layer > 0) == (not has_all)
+    llm.close()
