@@ -229,3 +229,13 @@ def test_nan_stays_in_its_own_sequence() -> None:
     logits = model.step().run(inputs)[0]
     assert logits[1].isnan().all()
     torch.testing.assert_close(logits[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-5)
+
+
+def test_nan_everywhere_still_chooses_different_experts() -> None:
+    """An expert that one token had twice would have more pairs than there is memory for."""
+    model = tiny(Case(top_k=5))
+    inputs = inputs_of(model.case, MOST_TOKENS)
+    inputs.x.fill_(torch.nan)
+    logits, ids, _ = model.step().run(inputs)
+    assert logits.isnan().all()
+    assert all(len(set(chosen)) == 5 for layer in ids.tolist() for chosen in layer)
