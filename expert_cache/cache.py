@@ -78,7 +78,7 @@ class ExpertCache:
         self._most_transit = num_transit
         self._index = {layer: i for i, layer in enumerate(store.layers)}
         self._weights: dict[Key, PreparedWeights] = {}
-        self._in_place: Mapping[int, ExpertLayer] = {}
+        self._in_place: Mapping[int, ExpertLayer] | None = None
         self._streaming = Streaming(store)
         self.in_flight = InFlight(store, prepare, arena, self.table, fetcher, self.counters, start_early_bytes)
         self._claims = SlotClaims(self.table, self.in_flight, self._weights, self.counters, store.expert_bytes)
@@ -164,7 +164,9 @@ class ExpertCache:
     def layers_in_place(self) -> Mapping[int, ExpertLayer]:
         """By layer, if all experts are in slots and none will ever be evicted; else {}. The same object until a
         resize."""
-        if not self._in_place and self._everything_fits and self.num_resident == self.store.num_total:
+        if not self._everything_fits or self.num_resident < self.store.num_total:
+            return {}
+        if self._in_place is None:
             layers = self.store.layers
             self._in_place = in_place({(layers[i], e): weights for (i, e), weights in self._weights.items()})
         return self._in_place
@@ -198,7 +200,7 @@ class ExpertCache:
 
     def keep_only(self, wanted: NDArray[np.bool_]) -> None:
         """Between steps: free the slots of experts outside `wanted` [L, E], which will not be asked for any more."""
-        self._in_place = {}
+        self._in_place = None
         self.cancel_prefetches()
         for index, expert in np.argwhere((self.table.slot_of >= 0) & ~wanted):
             self._claims.evict((int(index), int(expert)))
@@ -214,7 +216,7 @@ class ExpertCache:
 
     def _reallot(self, allowed: Slots) -> None:
         """Other pools; what no longer fits is evicted and its memory freed."""
-        self._in_place = {}
+        self._in_place = None
         self.table.allowed = allowed
         self._window = self._new_window(self.table.allowed)
         if self.shadows is not None:

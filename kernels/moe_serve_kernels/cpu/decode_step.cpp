@@ -55,6 +55,7 @@ struct Model {
     int64_t activation;
     double activation_alpha, activation_limit;
     double norm_eps, attention_scale, routing_scale;
+    int64_t intermediate, scratch;  // what Memory has to know of the weights: moe_serve_decode_memory fills these in
 };
 
 struct Step {
@@ -80,18 +81,18 @@ struct Memory {
     float *q, *k, *v, *attended, *products, *scores, *inputs, *inners, *threads;
     int64_t input_stride, inner_stride, thread_stride, scratch;
 
-    Memory(const Model& model, int64_t num_tokens, int64_t intermediate, int64_t most_scratch, float* base) {
+    Memory(const Model& model, int64_t num_tokens, float* base) {
         const int64_t pairs = num_tokens * model.top_k;
         input_stride = round_up(largest_width(model), MOST_GRAIN);
-        inner_stride = round_up(intermediate, MOST_GRAIN);
-        scratch = round_up(most_scratch, 16);
+        inner_stride = round_up(model.intermediate, MOST_GRAIN);
+        scratch = round_up(model.scratch, 16);
         float* next = base;
         const auto take = [&](int64_t count) { return std::exchange(next, next + round_up(count, 16)); };
         q = take(num_tokens * model.heads * model.head_dim);
         k = take(num_tokens * model.kv_heads * model.head_dim);
         v = take(num_tokens * model.kv_heads * model.head_dim);
         attended = take(num_tokens * model.heads * model.head_dim);
-        products = take(std::max<int64_t>(pairs, num_tokens) * model.hidden);
+        products = take(pairs * model.hidden);
         scores = take(num_tokens * model.num_experts);
         inputs = take(pairs * input_stride);
         inners = take(pairs * inner_stride);
@@ -142,15 +143,16 @@ using namespace moe_serve;
 #include "per_isa.inc"
 
 // Floats that the other functions need as `memory` for at most `num_tokens` tokens and so many threads.
-extern "C" int64_t moe_serve_decode_memory(const Model* model, int64_t num_tokens, int32_t num_threads) {
+extern "C" int64_t moe_serve_decode_memory(Model* model, int64_t num_tokens, int32_t num_threads) {
     const Needs needs(*model, num_tokens);
-    return Memory(*model, num_tokens, needs.intermediate, needs.scratch, nullptr).size(num_threads, nullptr);
+    model->intermediate = needs.intermediate;
+    model->scratch = needs.scratch;
+    return Memory(*model, num_tokens, nullptr).size(num_threads, nullptr);
 }
 
 // The whole step: x, ids and weights of every block, and logits. Every block has its experts.
 extern "C" void moe_serve_decode_step(const Model* model, const Step* step, float* memory, int32_t num_threads) {
-    const Needs needs(*model, step->num_tokens);
-    const Memory areas(*model, step->num_tokens, needs.intermediate, needs.scratch, memory);
+    const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_step)(*model, *step, areas);
 }
@@ -158,16 +160,14 @@ extern "C" void moe_serve_decode_step(const Model* model, const Step* step, floa
 // One block up to its experts: x, normed, and ids and weights of this block. What they give is added to x by others.
 extern "C" void moe_serve_decode_attention(const Model* model, const Step* step, int64_t block, float* memory,
                                            int32_t num_threads) {
-    const Needs needs(*model, step->num_tokens);
-    const Memory areas(*model, step->num_tokens, needs.intermediate, needs.scratch, memory);
+    const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_attention)(*model, *step, areas, block);
 }
 
 // Logits of x.
 extern "C" void moe_serve_decode_head(const Model* model, const Step* step, float* memory, int32_t num_threads) {
-    const Needs needs(*model, step->num_tokens);
-    const Memory areas(*model, step->num_tokens, needs.intermediate, needs.scratch, memory);
+    const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_head)(*model, *step, areas);
 }

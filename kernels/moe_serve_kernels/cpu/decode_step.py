@@ -121,6 +121,7 @@ class _Model(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("renormalize", "activation")],
         *[(name, ctypes.c_double) for name in ("activation_alpha", "activation_limit")],
         *[(name, ctypes.c_double) for name in ("norm_eps", "attention_scale", "routing_scale")],
+        *[(name, ctypes.c_int64) for name in ("intermediate", "scratch")],
     ]
 
 
