@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--llama-bench", nargs=2, metavar=("BIN", "GGUF"))
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--modules", action="store_true", help="also moe-serve --enforce-eager")
     args = parser.parse_args()
     fix_environment(args.threads)
     del os.environ["OMP_WAIT_POLICY"]
@@ -45,6 +46,8 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     sides: dict[str, Any] = {"moe-serve": MoEServe(args.model, "auto", args.threads, 256, 1)}
+    if args.modules:
+        sides["through modules"] = MoEServe(args.model, "auto", args.threads, 256, 1, enforce_eager=True)
     if not args.no_transformers:
         for dtype in ("bfloat16", "float32"):
             sides[f"transformers {dtype}"] = StaticBatch(HFModel(args.model, dtype))

@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
     llm = open_model(args, cache_mib(args))
     cache = llm.engine.runner.expert_layers.experts
-    suits = cache._streaming.suits
+    suits = cache.acquirer.streaming.suits
     ways = {"streaming": suits, "waves": lambda num_wanted: False}
     rows = []
     run(llm, cache, [rng.randrange(vocab) for _ in range(64)], 33)  # fills the cache as decoding does
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             prompt = [rng.randrange(vocab) for _ in range(length)]
             order = list(ways) if number % 2 else list(reversed(ways))
             for way in order:
-                cache._streaming.suits = ways[way]
+                cache.acquirer.streaming.suits = ways[way]
                 rate = read_rate(cache)
                 row = run(llm, cache, prompt, args.num_tokens)
                 rows.append({"way": way, "tokens": length, "rate": rate} | row)

@@ -1,4 +1,4 @@
-"""Write a random Mixtral or Qwen3-MoE checkpoint of a chosen size, for benchmarks that need bytes, not sense.
+"""Write a random checkpoint of some family in a chosen size, for benchmarks that need bytes, not sense.
 
     python benchmarks/make_checkpoint.py mixtral-1.4g /tmp/mixtral-1.4g --dtype bfloat16
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import DeepseekV2Config, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 DEMO = Path(__file__).resolve().parents[1] / "moe_serve" / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -54,36 +54,80 @@ class Size:
 
 @dataclass(frozen=True)
 class FineGrained:
-    """A Qwen3-MoE: many small experts, 8 per token, head dim 64, vocabulary 4096."""
+    """Many small experts, head dim 64, vocabulary 4096: a Qwen3-MoE, or a Qwen2-MoE with a `shared` expert."""
 
     hidden: int
     intermediate: int
     layers: int
     experts: int
     kv_heads: int
+    top_k: int = 8
+    shared: int = 0
 
-    def config(self, dtype: torch.dtype) -> Qwen3MoeConfig:
-        return Qwen3MoeConfig(
+    def config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        fields = {
+            "vocab_size": 4096,
+            "hidden_size": self.hidden,
+            "intermediate_size": 4 * self.hidden,
+            "moe_intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.hidden // 64,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": 4096,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "norm_topk_prob": True,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if not self.shared:
+            return Qwen3MoeConfig(**fields, architectures=["Qwen3MoeForCausalLM"])
+        shared = {"shared_expert_intermediate_size": self.shared}
+        return Qwen2MoeConfig(**fields, **shared, architectures=["Qwen2MoeForCausalLM"])
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A DeepSeek-V2 as V2-Lite: latent attention, two shared experts, a dense first layer, vocabulary 4096."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    experts: int
+
+    def config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        return DeepseekV2Config(
             vocab_size=4096,
             hidden_size=self.hidden,
-            intermediate_size=4 * self.hidden,
+            intermediate_size=8 * self.intermediate,
             moe_intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.kv_heads,
+            num_attention_heads=self.hidden // 128,
+            num_key_value_heads=self.hidden // 128,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
             max_position_embeddings=4096,
-            num_experts=self.experts,
-            num_experts_per_tok=8,
-            norm_topk_prob=True,
+            n_routed_experts=self.experts,
+            n_shared_experts=2,
+            num_experts_per_tok=6,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
             bos_token_id=0,
             eos_token_id=2,
             pad_token_id=0,
             dtype=str(dtype).removeprefix("torch."),
-            architectures=["Qwen3MoeForCausalLM"],
+            architectures=["DeepseekV2ForCausalLM"],
         )
 
 
-SIZES: dict[str, Size | FineGrained] = {
+SIZES: dict[str, Size | FineGrained | Latent] = {
     "mixtral-20m": Size(hidden=256, intermediate=640, layers=4, kv_heads=2),
     "mixtral-300m": Size(hidden=768, intermediate=1536, layers=10, kv_heads=4),
     "mixtral-1.4g": Size(hidden=1024, intermediate=3456, layers=8, kv_heads=4),
@@ -91,11 +135,14 @@ SIZES: dict[str, Size | FineGrained] = {
     "mixtral-8x7b-4l": Size(hidden=4096, intermediate=14336, layers=4, kv_heads=8),
     "qwen3-moe-500m": FineGrained(hidden=512, intermediate=128, layers=10, experts=128, kv_heads=2),
     "qwen3-1b": FineGrained(hidden=1024, intermediate=256, layers=18, experts=64, kv_heads=4),
+    "qwen2-1b": FineGrained(hidden=1024, intermediate=256, layers=18, experts=60, kv_heads=4, top_k=4, shared=1024),
+    "deepseek-1b": Latent(hidden=1024, intermediate=256, layers=19, experts=64),
 }
 """mixtral-300m has 305 million parameters; the others are named for their bytes in bf16: mixtral-1.4g
 1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB. mixtral-8x7b-4l has four layers
 of the published Mixtral's shape, 11.6 GB in bf16, for a GPU. qwen3-1b has
-0.97 billion parameters, its experts 1.6 MB each; qwen3-moe-500m is 0.53 GB of experts of 0.4 MB."""
+0.97 billion parameters, its experts 1.6 MB each; qwen2-1b is as large, and its shared expert weighs as much as the four
+that a token chooses; deepseek-1b is half as wide as V2-Lite; qwen3-moe-500m is 0.53 GB of experts of 0.4 MB."""
 
 
 def tensor_shapes(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -109,28 +156,72 @@ def tensor_shapes(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ..
 
 
 def _layer_shapes(prefix: str, config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, fine = config.hidden_size, isinstance(config, Qwen3MoeConfig)
+    if config.model_type == "deepseek_v2":
+        yield from _latent_shapes(f"{prefix}.self_attn", config)
+    else:
+        yield from _attention_shapes(f"{prefix}.self_attn", config)
+    yield f"{prefix}.input_layernorm.weight", (config.hidden_size,)
+    yield f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,)
+    if config.model_type == "mixtral":
+        yield from _mixtral_shapes(f"{prefix}.block_sparse_moe", config)
+    elif config.model_type == "deepseek_v2" and prefix.endswith(".0"):
+        yield from _mlp_shapes(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+    else:
+        yield from _fine_grained_shapes(f"{prefix}.mlp", config)
+
+
+def _attention_shapes(prefix: str, config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden = config.hidden_size
     kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
     for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
-        yield f"{prefix}.self_attn.{name}.weight", (rows, hidden)
-    for name in ("q_norm", "k_norm") if fine else ():
-        yield f"{prefix}.self_attn.{name}.weight", (hidden // config.num_attention_heads,)
-    yield f"{prefix}.input_layernorm.weight", (hidden,)
-    yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-    moe, names = ("mlp", ("gate_proj", "down_proj", "up_proj")) if fine else ("block_sparse_moe", ("w1", "w2", "w3"))
-    inner = config.moe_intermediate_size if fine else config.intermediate_size
-    num_experts = config.num_experts if fine else config.num_local_experts
-    yield f"{prefix}.{moe}.gate.weight", (num_experts, hidden)
+        yield f"{prefix}.{name}.weight", (rows, hidden)
+        if config.model_type == "qwen2_moe" and name != "o_proj":
+            yield f"{prefix}.{name}.bias", (rows,)
+    for name in ("q_norm", "k_norm") if config.model_type == "qwen3_moe" else ():
+        yield f"{prefix}.{name}.weight", (hidden // config.num_attention_heads,)
+
+
+def _latent_shapes(prefix: str, config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    plain, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    yield f"{prefix}.q_proj.weight", (heads * (plain + turned), hidden)
+    yield f"{prefix}.kv_a_proj_with_mqa.weight", (rank + turned, hidden)
+    yield f"{prefix}.kv_a_layernorm.weight", (rank,)
+    yield f"{prefix}.kv_b_proj.weight", (heads * (plain + value), rank)
+    yield f"{prefix}.o_proj.weight", (hidden, heads * value)
+
+
+def _mixtral_shapes(prefix: str, config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield f"{prefix}.gate.weight", (config.num_local_experts, hidden)
+    for expert in range(config.num_local_experts):
+        for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+            yield f"{prefix}.experts.{expert}.{name}.weight", shape
+
+
+def _fine_grained_shapes(prefix: str, config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    num_experts = config.n_routed_experts if config.model_type == "deepseek_v2" else config.num_experts
+    yield f"{prefix}.gate.weight", (num_experts, hidden)
     for expert in range(num_experts):
-        for name, shape in zip(names, ((inner, hidden), (hidden, inner), (inner, hidden)), strict=True):
-            yield f"{prefix}.{moe}.experts.{expert}.{name}.weight", shape
+        yield from _mlp_shapes(f"{prefix}.experts.{expert}", hidden, inner)
+    if config.model_type == "qwen2_moe":
+        yield from _mlp_shapes(f"{prefix}.shared_expert", hidden, config.shared_expert_intermediate_size)
+        yield f"{prefix}.shared_expert_gate.weight", (1, hidden)
+    if config.model_type == "deepseek_v2":
+        yield from _mlp_shapes(f"{prefix}.shared_experts", hidden, config.n_shared_experts * inner)
+
+
+def _mlp_shapes(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, shape in (("gate_proj", (inner, hidden)), ("down_proj", (hidden, inner)), ("up_proj", (inner, hidden))):
+        yield f"{prefix}.{name}.weight", shape
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Ones for norms; otherwise normal with variance 1 / fan-in, so that activations keep their size."""
-    if len(shape) == 1:
+    if "norm" in name:
         return torch.ones(shape, dtype=dtype)
-    std = 1.0 if "embed" in name else shape[1] ** -0.5
+    std = 1.0 if "embed" in name else shape[-1] ** -0.5
     return torch.empty(shape).normal_(0.0, std, generator=generator).to(dtype)
 
 

@@ -8,6 +8,7 @@ and asyncio; knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -24,6 +25,7 @@ from moe_serve.errors import (
     InvalidRequestError,
     MoEServeError,
     NotServingError,
+    OverloadedError,
     RequestTimeoutError,
 )
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
@@ -113,9 +115,14 @@ class AsyncEngine:
     @property
     def num_queued(self) -> int:
         """Accepted requests that have produced nothing yet, beyond the ones a step can hold."""
-        queued = sum(f.is_queued for f in self._in_flight.values())
-        running = len(self._in_flight) - queued
-        return max(0, queued - max(0, self.engine.config.max_num_seqs - running))
+        return len(self._queue())
+
+    def _queue(self) -> list[Request]:
+        """Those, in the order in which they will be taken."""
+        queued = [f.request for f in self._in_flight.values() if f.is_queued]
+        running = len(self._in_flight) - len(queued)
+        queued.sort(key=lambda request: request.priority)
+        return queued[max(0, self.engine.config.max_num_seqs - running) :]
 
     async def generate(self, request: Request) -> AsyncGenerator[SampleOutput]:
         """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
@@ -179,7 +186,9 @@ class AsyncEngine:
             in_flight.timers.append(timer)
         wait_s = self._admission.allowed_wait_s()
         if wait_s is not None:
-            in_flight.timers.append(loop.call_later(wait_s, self._post, lambda: self._expire(request_id, wait_s)))
+            reason = f"it found no place in the batch within {wait_s:g} s"
+            give_up = functools.partial(self._give_up, request_id, reason)
+            in_flight.timers.append(loop.call_later(wait_s, self._post, give_up))
 
     def _check_serving(self) -> None:
         if self.state is EngineState.DEAD:
@@ -191,7 +200,20 @@ class AsyncEngine:
         """OverloadedError if every seat is taken and the queue has no room."""
         if len(self._in_flight) < self.engine.config.max_num_seqs:
             return
-        self._admission.check(self.num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
+        was_overloaded = self._admission.is_overloaded
+        try:
+            self._admission.check(self.num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
+        except OverloadedError:
+            if not was_overloaded:
+                self._shorten_queue()
+            raise
+
+    def _shorten_queue(self) -> None:
+        """An overload begins. Who is further back than it allows is told now, and does not make others late."""
+        queue = self._queue()
+        for request in queue[self._admission.num_kept(len(queue)) :]:
+            reason = "more requests came than this server can take, and it was at the end of the queue"
+            self._post(functools.partial(self._give_up, request.request_id, reason))
 
     def _num_queued_tokens(self) -> int:
         return sum(len(f.request.prompt_token_ids) for f in self._in_flight.values() if f.is_queued)
@@ -312,11 +334,11 @@ class AsyncEngine:
             self._call_loop(self._refuse, request.request_id, error)
             self.engine.abort(request.request_id)
 
-    def _expire(self, request_id: str, waited_s: float) -> None:
-        """Give up a request that has waited for as long as it may, unless the batch has taken it meanwhile."""
+    def _give_up(self, request_id: str, reason: str) -> None:
+        """Refuse a request that waits, unless the batch has taken it meanwhile."""
         if self.engine.is_waiting(request_id):
             self.engine.abort(request_id)
-            self._call_loop(self._refuse_late, request_id, f"it found no place in the batch within {waited_s:g} s")
+            self._call_loop(self._refuse_late, request_id, reason)
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

@@ -1,13 +1,13 @@
 """What a loaded model's layers are to the kernel that runs a whole decoding step (cpu/decode_step.py).
 
-A family whose layers are plain (Family.plain_layers) has norms, attention and experts where Mixtral has them, and
-nothing else: no shared experts, no scaled residuals, rotation of whole heads. What still differs is read from the
-modules. Knows no family by name and runs nothing.
+A family whose layers are plain (Family.plain_layers) has norms, attention and MLPs where Mixtral, Qwen2-MoE (with its
+shared expert) or DeepSeek (with its latents) have them, and does nothing else with them. What differs is read from the
+modules and the config. Knows no family by name and runs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,18 @@ from torch import nn
 from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf.dense import StoredLinear
 from moe_serve.hf.family import Family
-from moe_serve_kernels.cpu.decode_step import MOST_CHOICES, SCORES, DecoderBlock, DecoderShape
+from moe_serve.hf.routers import correction_of
+from moe_serve_kernels.cpu.decode_step import MOST_CHOICES
+from moe_serve_kernels.cpu.decoder import DecoderBlock, DecoderShape, Latents
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
-from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
 from moe_serve_kernels.cpu.linear import LinearWeights
 from predictors.methods.next_gate import Router
 
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on a token's position alone, not on how long the context is."""
+SHARED = ("shared_expert", "shared_experts")
+"""What families call the MLP beside the experts."""
 
 
 def why_not(family: Family, config: Any) -> str | None:
@@ -31,13 +35,12 @@ def why_not(family: Family, config: Any) -> str | None:
     if not family.plain_layers:
         return f"{config.model_type}'s layers are not plain"
     routing = family.routing(config)
-    if routing is None or routing.score not in SCORES or routing.num_groups > 1 or routing.top_k > MOST_CHOICES:
+    if routing is None or routing.top_k > MOST_CHOICES:
         return "its router chooses in another way"
     if getattr(config, "clip_qkv", None) is not None:
         return "queries and keys are clipped"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in STATIC_ROPES or rope.get("partial_rotary_factor", 1) != 1:
-        return "its rotation is not a fixed one of whole heads"
+    if _rope(config).get("rope_type", "default") not in STATIC_ROPES:
+        return "its rotation changes with the context"
     return None
 
 
@@ -45,43 +48,48 @@ def shape_of(model: Any, family: Family, config: Any, activation: Activation, pa
     """What all layers share; `why_not` must be None."""
     routing = family.routing(config)
     assert routing is not None
-    assert routing.score != "sigmoid"
     attention, norm = model.model.layers[0].self_attn, model.model.norm
+    latents = hasattr(attention, "kv_b_proj")
+    head_dim = attention.qk_head_dim if latents else attention.head_dim
+    turned = attention.qk_rope_head_dim if latents else int(head_dim * _rope(config).get("partial_rotary_factor", 1.0))
     return DecoderShape(
         hidden=config.hidden_size,
-        heads=attention.q_proj.out_features // attention.head_dim,
-        kv_heads=attention.k_proj.out_features // attention.head_dim,
-        head_dim=attention.head_dim,
-        top_k=routing.top_k,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads if latents else config.num_key_value_heads,
+        head_dim=head_dim,
+        value_dim=attention.v_head_dim if latents else head_dim,
         page_size=page_size,
         norm_eps=norm.variance_epsilon,
         attention_scale=attention.scaling,
         activation=activation,
-        score=routing.score,
-        renormalize=routing.renormalize,
-        routing_scale=routing.scaling,
+        routing=routing,
+        rotary_dim=turned,
+        rotary=family.rotary if getattr(config, "rope_interleave", True) else "halves",
+        latent_norm_eps=attention.kv_a_layernorm.variance_epsilon if latents else 0.0,
+        residual_scale=getattr(config, "residual_multiplier", 1.0),
     )
 
 
 def blocks_of(
-    model: Any, config: Any, kv_cache: KVCache, routers: Sequence[Router], experts: Mapping[int, ExpertLayer]
+    model: Any, config: Any, kv_cache: KVCache, routers: Mapping[int, Router], experts: Mapping[int, ExpertLayer]
 ) -> list[DecoderBlock]:
-    """Each decoder layer; `routers` in their order; `experts`: by layer, those that the kernel is to run itself."""
-    layers = enumerate(zip(model.model.layers, routers, strict=True))
-    return [_block(layer, config, kv_cache, i, router, experts.get(i)) for i, (layer, router) in layers]
+    """Each decoder layer; `routers`: by layer, of those with experts; `experts`: those that the kernel runs itself."""
+    layers = enumerate(model.model.layers)
+    return [_block(layer, config, kv_cache, i, routers.get(i), experts.get(i)) for i, layer in layers]
 
 
 def _block(
-    layer: Any, config: Any, kv_cache: KVCache, index: int, router: Router, experts: ExpertLayer | None
+    layer: Any, config: Any, kv_cache: KVCache, index: int, router: Router | None, experts: ExpertLayer | None
 ) -> DecoderBlock:
-    attention = layer.self_attn
-    kv = kv_cache.layers[index]
+    attention, kv = layer.self_attn, kv_cache.layers[index]
+    mlp = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    shared = mlp if router is None else _child(mlp, *SHARED)
     return DecoderBlock(
-        q=weights_of(attention.q_proj),
-        k=weights_of(attention.k_proj),
-        v=weights_of(attention.v_proj),
+        q=_weights(attention, "q_b_proj", "q_proj"),
+        k=_weights(attention, "k_proj"),
+        v=_weights(attention, "v_proj"),
+        latents=_latents(attention) if hasattr(attention, "kv_b_proj") else None,
         o=weights_of(attention.o_proj),
-        router=LinearWeights(*router),
         input_norm=layer.input_layernorm.weight,
         post_norm=layer.post_attention_layernorm.weight,
         keys=kv.keys,
@@ -89,8 +97,12 @@ def _block(
         q_norm=_weight(attention, "q_norm"),
         k_norm=_weight(attention, "k_norm"),
         sinks=getattr(attention, "sinks", None),
-        window=attention.sliding_window if hasattr(attention, "sliding_window") else _window(config),
+        window=_window(attention, config, index),
+        router=None if router is None else LinearWeights(*router),
+        correction=None if router is None else correction_of(mlp),
         experts=experts,
+        shared=None if shared is None else _mlp(shared),
+        shared_gate=_weights(mlp, "shared_expert_gate"),
     )
 
 
@@ -99,12 +111,45 @@ def weights_of(layer: nn.Linear) -> LinearWeights:
     return layer.stored if isinstance(layer, StoredLinear) else LinearWeights(layer.weight, layer.bias)
 
 
+def _weights(module: Any, *names: str) -> Any:
+    """LinearWeights of the first of these children that there is, or None."""
+    layer = _child(module, *names)
+    return None if layer is None else weights_of(layer)
+
+
+def _latents(attention: Any) -> Latents:
+    return Latents(
+        kv=weights_of(attention.kv_a_proj_with_mqa),
+        kv_norm=attention.kv_a_layernorm.weight,
+        kv_up=weights_of(attention.kv_b_proj),
+        q=_weights(attention, "q_a_proj"),
+        q_norm=_weight(attention, "q_a_layernorm"),
+    )
+
+
+def _mlp(module: Any) -> MLPWeights:
+    """A dense MLP's parameters, where they lie."""
+    layers = (module.gate_proj, module.up_proj, module.down_proj)
+    return MLPWeights(*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+
+
+def _child(module: Any, *names: str) -> Any:
+    """The first of these children that there is, or None."""
+    return next((child for name in names if (child := getattr(module, name, None)) is not None), None)
+
+
 def _weight(module: Any, name: str) -> torch.Tensor | None:
     norm = getattr(module, name, None)
     return None if norm is None else norm.weight
 
 
-def _window(config: Any) -> int | None:
-    """Of families that pass the config's on."""
-    window: int | None = getattr(config, "sliding_window", None)
+def _rope(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _window(attention: Any, config: Any, index: int) -> int | None:
+    """Families keep it on the layers that have one, or pass the config's on to all."""
+    if (types := getattr(config, "layer_types", None)) is not None and types[index] != "sliding_attention":
+        return None
+    window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     return window

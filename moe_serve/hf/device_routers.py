@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from moe_serve.hf.experts import SlottedExperts
-from moe_serve_kernels.gpu.routings import Routing
-
-CORRECTION = "e_score_correction_bias"
-"""What families call the bias that counts for the choice and not for the weights."""
+from moe_serve.hf.routers import correction_of
+from moe_serve_kernels.routings import Routing
 
 
 class DeviceRouter(nn.Module):
@@ -31,7 +29,7 @@ class DeviceRouter(nn.Module):
         assert isinstance(weight, torch.Tensor)
         self._weight = weight.detach().to(logits_dtype)
         self._bias = None if bias is None else bias.detach().to(logits_dtype)
-        self._correction = _correction_of(router)
+        self._correction = correction_of(router)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [.., H] -> logits [T, E], weights [T, K] float32, ids [T, K] int64: what the families' blocks take."""
@@ -41,12 +39,6 @@ class DeviceRouter(nn.Module):
         logits = nn.functional.linear(rows, self._weight, self._bias)
         ids, weights = route(logits, self.routing, self._correction)
         return logits, weights, ids
-
-
-def _correction_of(router: nn.Module) -> torch.Tensor | None:
-    named = [*router.named_buffers(), *router.named_parameters()]
-    found = [tensor for name, tensor in named if name.split(".")[-1] == CORRECTION]
-    return found[0].detach().float().flatten().contiguous() if found else None
 
 
 def install(model: nn.Module, routing: Routing | None, num_experts: int) -> None:
@@ -70,5 +62,5 @@ def _logits_dtype(router: nn.Module) -> torch.dtype:
     """Families with a correction compute scores in float32, and so do those that keep their gate in it."""
     weight = router.weight
     assert isinstance(weight, torch.Tensor)
-    in_float32 = _correction_of(router) is not None or hasattr(router, "routed_scaling_factor")
+    in_float32 = correction_of(router) is not None or hasattr(router, "routed_scaling_factor")
     return torch.float32 if in_float32 else weight.dtype

@@ -17,6 +17,7 @@ from expert_cache.activations import ActivationOf, gated
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf import families
 from moe_serve.hf.routings import RoutingOf, unknown
+from moe_serve_kernels.cpu.decoder import Rotary
 
 PART_OF = {
     "w1": "gate",
@@ -63,8 +64,10 @@ class Family:
     routing: RoutingOf = field(default=unknown)
     """Made from the HF config: how the router chooses, for our kernel; the default leaves the family's own router."""
     plain_layers: bool = False
-    """Norm, attention, norm, router and experts as in Mixtral, and nothing else: one kernel can run a whole decoding
-    step (hf/decoder_blocks.py)."""
+    """Norms, attention and MLPs are where hf/decoder_blocks.py looks for them, and there is nothing else: a kernel can
+    run a whole decoding step."""
+    rotary: Rotary = "halves"
+    """Which values of a head rotary embeddings rotate against each other."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 

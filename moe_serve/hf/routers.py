@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from moe_serve.hf.experts import SlottedExperts, find_experts
 from predictors.methods.next_gate import Router
+
+CORRECTION = "e_score_correction_bias"
+"""What families call the bias that counts for the choice and not for the weights."""
 
 
 def find_routers(model: nn.Module, num_experts: int, hidden_size: int) -> list[Router]:
@@ -23,3 +27,10 @@ def find_routers(model: nn.Module, num_experts: int, hidden_size: int) -> list[R
             return []
         found.append(gates[0])
     return found
+
+
+def correction_of(module: nn.Module) -> torch.Tensor | None:
+    """[E] float32: the correction of the router that `module` is or holds, if it has one."""
+    named = [*module.named_buffers(), *module.named_parameters()]
+    found = [tensor for name, tensor in named if name.split(".")[-1] == CORRECTION]
+    return found[0].detach().float().flatten().contiguous() if found else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moe_serve_kernels.gpu.routings import Routing
+from moe_serve_kernels.routings import Routing
 
 RoutingOf = Callable[[Any], Routing | None]
 """From the HF config."""

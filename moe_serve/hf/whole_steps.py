@@ -19,7 +19,8 @@ from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf import decoder_blocks
 from moe_serve.hf.loading import LoadedModel
 from moe_serve_kernels.cpu import decode_step
-from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecodeStep
+from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeStep
+from moe_serve_kernels.cpu.decoder import DecodeInputs
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from predictors.methods.next_gate import Router
 
@@ -27,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class RotaryTable:
-    """Cosines and sines [positions, D / 2] of a model's rotary embedding, made as positions are reached."""
+    """Cosines and sines [positions, rotary_dim / 2] of a model's rotary embedding, made as positions are reached."""
 
-    def __init__(self, embedding: Any, head_dim: int) -> None:
+    def __init__(self, embedding: Any, rotary_dim: int) -> None:
         """`embedding`: the model's own, called with positions."""
         self._embedding = embedding
-        self._half = head_dim // 2
+        self._half = rotary_dim // 2
         self._cos = self._sin = torch.empty(0, self._half)
 
     def at(self, positions: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +43,10 @@ class RotaryTable:
         return self._cos[positions], self._sin[positions]
 
     def _grow(self, count: int) -> None:
-        # A family that repeats the values for both halves of a head and one that does not are alike here.
-        cos, sin = self._embedding(self._cos, torch.arange(count)[None])
-        self._cos, self._sin = (t[0, :, : self._half].contiguous() for t in (cos, sin))
+        turns = self._embedding(self._cos, torch.arange(count)[None])
+        parts = (turns.real, turns.imag) if isinstance(turns, torch.Tensor) else turns
+        # Some families repeat the values for the other half of a head.
+        self._cos, self._sin = (part[0, :, : self._half].contiguous() for part in parts)
 
 
 class WholeSteps:
@@ -53,16 +55,18 @@ class WholeSteps:
     def __init__(
         self, loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
     ) -> None:
-        """`routers`: one for every decoder layer. The family must be one that `decoder_blocks.why_not` takes."""
+        """`routers`: one for every layer with experts. The family must be one that `decoder_blocks.why_not` takes."""
         model: Any = loaded.model
         self._model = model
         self._config = loaded.hf_config
         self._kv_cache = kv_cache
         self._layers = layers
-        self._routers = routers
+        self._routers = dict(zip(layers.experts.store.layers, routers, strict=True))
         activation = layers.compute.activation
         self._shape = decoder_blocks.shape_of(model, loaded.family, self._config, activation, page_size)
-        self._rotary = RotaryTable(model.model.rotary_emb, self._shape.head_dim)
+        self._rotary = RotaryTable(model.model.rotary_emb, self._shape.rotary_dim)
+        self._embedding_scale = getattr(self._config, "embedding_multiplier", 1.0)
+        self._logits_divisor = getattr(self._config, "logits_scaling", 1.0)
         self._in_place = layers.in_place
         self._step = self._new_step()
 
@@ -79,10 +83,12 @@ class WholeSteps:
         """Logits [rows to sample, V] of a batch that `takes` takes; overwritten by the next step of as many tokens."""
         (group,) = batch.decode_groups
         cos, sin = self._rotary.at(batch.positions[0], group.max_length - 1)
-        x = self._model.model.embed_tokens(batch.input_ids[0])
+        x = self._model.model.embed_tokens(batch.input_ids[0]) * self._embedding_scale
         inputs = DecodeInputs(x, cos, sin, batch.kv_slots, group.page_table, group.lengths)
         self._follow(self._layers.in_place)
         logits = self._run_at_once(inputs) if self._in_place else self._run_by_layer(inputs)
+        if self._logits_divisor != 1:
+            logits.div_(self._logits_divisor)
         return logits if len(batch.sample_rows) == batch.num_tokens else logits[batch.sample_rows]
 
     def _follow(self, in_place: Mapping[int, ExpertLayer]) -> None:
@@ -97,9 +103,10 @@ class WholeSteps:
         return logits
 
     def _run_by_layer(self, inputs: DecodeInputs) -> torch.Tensor:
-        for i, layer in enumerate(self._layers.experts.store.layers):
-            hidden, ids, weights = self._step.attention(i, inputs)
-            inputs.x.add_(self._layers.run(layer, hidden, ids, weights))
+        for layer in range(len(self._kv_cache.layers)):
+            hidden, ids, weights = self._step.until_experts(layer, inputs)
+            if layer in self._routers:
+                inputs.x.add_(self._layers.run(layer, hidden, ids, weights).mul_(self._shape.residual_scale))
         return self._step.head(inputs)
 
 
@@ -108,8 +115,8 @@ def whole_steps(
 ) -> WholeSteps | None:
     """For models on a CPU in float32 whose layers the kernel knows; None, and a line in the log, for others."""
     reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
-    if reason is None and len(routers) != len(kv_cache.layers):
-        reason = "not every layer has experts"
+    if reason is None and len(routers) != len(layers.experts.store.layers):
+        reason = "its routers cannot be told"
     if reason is not None:
         log.info("decoding steps run through the model's modules: %s", reason)
         return None

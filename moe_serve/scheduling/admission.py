@@ -56,8 +56,20 @@ class Admission:
         longest_s = self._config.max_queue_wait
         if longest_s is None:
             return None
-        is_overloaded = self._clock() - self._last_refusal_s < longest_s
-        return longest_s * OVERLOADED_WAIT_FRAC if is_overloaded else longest_s
+        return longest_s * OVERLOADED_WAIT_FRAC if self.is_overloaded else longest_s
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Something was refused not long ago."""
+        longest_s = self._config.max_queue_wait
+        return longest_s is not None and self._clock() - self._last_refusal_s < longest_s
+
+    def num_kept(self, num_queued: int) -> int:
+        """Of so many that wait, those that may go on waiting now that there is an overload."""
+        allowed_s = self.allowed_wait_s()
+        if allowed_s is None or self.expected_wait_s(num_queued) <= allowed_s:
+            return num_queued
+        return int(allowed_s / self.expected_wait_s(1))
 
     def expected_wait_s(self, num_queued: int) -> float:
         """Seconds until so many requests have found seats, from how long recent samples kept theirs.

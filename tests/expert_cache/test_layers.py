@@ -244,7 +244,7 @@ def test_shadows_count_what_other_policies_would_have_hit(tmp_path: Path) -> Non
     with cached_layers(store, SILU, Slots.shared(4)) as layers:
         cache = layers.experts
         assert isinstance(cache, ExpertCache)
-        cache.shadows = shadows
+        cache.observers.shadows = shadows
         for seed in range(60):
             layers.run(LAYERS[seed % 2], *routing(1, 2, seed))
         assert cache.shadow_hits["lru"] == cache.counters.num_hits > 0

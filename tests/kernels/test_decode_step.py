@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.decode_reference import decode_step_reference, in_float64
-from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeInputs, DecoderBlock, DecoderShape, DecodeStep
+from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeStep
+from moe_serve_kernels.cpu.decoder import DecodeInputs, DecoderBlock, DecoderShape, Latents, Rotary
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer, combine
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
 from moe_serve_kernels.cpu.linear import LinearWeights
+from moe_serve_kernels.routings import Routing
 from tests.kernels.quantized_experts import FORMS, Form, make_expert
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
 SILU = Activation("silu")
-LAYERS, EXPERTS, VOCAB, PAGE_SIZE, PAGES = 3, 7, 83, 4, 40
+LAYERS, EXPERTS, VOCAB, PAGE_SIZE, PAGES = 3, 8, 83, 4, 40
 
 
 @dataclass(frozen=True)
@@ -32,31 +33,106 @@ class Case:
     kv_heads: int = 2
     head_dim: int = 32
     intermediate: int = 48
-    top_k: int = 2
     dtype: torch.dtype = torch.bfloat16
-    score: Any = "softmax"
-    renormalize: bool = False
-    routing_scale: float = 1.0
+    routing: Routing = Routing(2, "softmax")  # noqa: RUF009
+    correction: bool = False
     norms: str | None = None
     biases: bool = False
     sinks: bool = False
     window: int | None = None
     activation: Activation = SILU
+    rotary_dim: int | None = None
+    """None: the whole head."""
+    rotary: Rotary = "halves"
+    kv_rank: int = 0
+    """Of latent attention; 0: none."""
+    q_rank: int = 0
+    value_dim: int | None = None
+    residual_scale: float = 1.0
+    shared: int = 0
+    """Rows of the shared expert; 0: none."""
+    shared_gate: bool = False
+    dense: tuple[int, ...] = ()
+    """Layers that have an MLP instead of experts."""
 
     @property
     def shape(self) -> DecoderShape:
-        fields = {n: getattr(self, n) for n in ("hidden", "heads", "kv_heads", "head_dim", "top_k", "activation")}
-        routing = {n: getattr(self, n) for n in ("score", "renormalize", "routing_scale")}
-        return DecoderShape(**fields, **routing, page_size=PAGE_SIZE, norm_eps=1e-5, attention_scale=0.2)
+        names = ("hidden", "heads", "kv_heads", "head_dim", "activation", "routing", "rotary", "residual_scale")
+        return DecoderShape(
+            **{name: getattr(self, name) for name in names},
+            rotary_dim=self.rotary_dim or self.head_dim,
+            value_dim=self.value_dim or self.head_dim,
+            page_size=PAGE_SIZE,
+            norm_eps=1e-5,
+            latent_norm_eps=1e-2,
+            attention_scale=0.2,
+        )
+
+    @property
+    def routed_layers(self) -> list[int]:
+        return [i for i in range(LAYERS) if i not in self.dense]
 
 
 CASES = {
-    "mixtral": Case(score="softmax_of_chosen"),
-    "qwen3": Case(norms="head", top_k=5, renormalize=True, routing_scale=2.5, heads=8, kv_heads=1),
+    "mixtral": Case(routing=Routing(2, "softmax_of_chosen")),
+    "qwen2": Case(routing=Routing(3, "softmax"), shared=90, shared_gate=True, dense=(1,)),
+    "qwen3": Case(norms="head", routing=Routing(5, "softmax", True, 2.5), heads=8, kv_heads=1),
     "olmoe": Case(norms="all", kv_heads=4, dtype=torch.float32),
-    "gpt_oss": Case(biases=True, sinks=True, window=5, activation=Activation("clamped_swiglu"), top_k=4),
-    "odd": Case(hidden=37, head_dim=6, intermediate=29, heads=6, kv_heads=3, top_k=7, norms="all", biases=True),
-    "several_blocks_of_rows": Case(hidden=200, head_dim=64, intermediate=150, top_k=3),
+    "gpt_oss": Case(
+        biases=True,
+        sinks=True,
+        window=5,
+        activation=Activation("clamped_swiglu"),
+        routing=Routing(4, "softmax_of_chosen"),
+    ),
+    "glm4": Case(
+        routing=Routing(2, "sigmoid", True, 1.5, num_groups=4, top_groups=2),
+        correction=True,
+        rotary_dim=10,
+        shared=48,
+        dense=(0,),
+    ),
+    "sigmoid": Case(routing=Routing(3, "sigmoid")),
+    "ernie": Case(
+        routing=Routing(3, "softmax", True), correction=True, biases=True, rotary="neighbours", shared=96, dense=(0, 2)
+    ),
+    "deepseek_v2_lite": Case(
+        routing=Routing(3, "softmax", scaling=1.5),
+        kv_heads=4,
+        rotary="neighbours",
+        rotary_dim=8,
+        kv_rank=20,
+        value_dim=12,
+        shared=96,
+        dense=(0,),
+    ),
+    "deepseek_v3": Case(
+        routing=Routing(3, "sigmoid", True, 2.5, num_groups=4, top_groups=2),
+        correction=True,
+        kv_heads=4,
+        rotary="neighbours_to_halves",
+        rotary_dim=10,
+        kv_rank=36,
+        q_rank=80,
+        value_dim=24,
+        shared=48,
+    ),
+    "granite": Case(routing=Routing(3, "softmax_of_chosen"), residual_scale=0.3, shared=16),
+    "odd": Case(
+        hidden=37,
+        head_dim=6,
+        intermediate=29,
+        heads=6,
+        kv_heads=3,
+        routing=Routing(7, "softmax"),
+        norms="all",
+        biases=True,
+        shared=31,
+        shared_gate=True,
+    ),
+    "several_blocks_of_rows": Case(
+        hidden=200, head_dim=64, intermediate=150, routing=Routing(3, "softmax"), shared=330
+    ),
 }
 
 
@@ -79,29 +155,50 @@ class Tiny:
 
 def tiny(case: Case) -> Tiny:
     torch.manual_seed(case.hidden)
-    blocks = [block(case) for _ in range(LAYERS)]
+    blocks = [block(case, i) for i in range(LAYERS)]
     return Tiny(case, blocks, 1 + 0.2 * torch.randn(case.hidden), linear(case, VOCAB, case.hidden))
 
 
-def block(case: Case) -> DecoderBlock:
+def block(case: Case, index: int) -> DecoderBlock:
     wide, narrow = case.heads * case.head_dim, case.kv_heads * case.head_dim
     norm_widths = {"all": (wide, narrow), "head": (case.head_dim, case.head_dim)}.get(case.norms or "")
     q_norm, k_norm = (1 + 0.2 * torch.randn(n) for n in norm_widths) if norm_widths else (None, None)
-    return DecoderBlock(
-        q=linear(case, wide, case.hidden),
-        k=linear(case, narrow, case.hidden),
-        v=linear(case, narrow, case.hidden),
-        o=linear(case, case.hidden, wide),
-        router=LinearWeights(torch.randn(EXPERTS, case.hidden), torch.randn(EXPERTS) if case.biases else None),
+    attention = DecoderBlock(
+        q=linear(case, wide, case.q_rank or case.hidden),
+        k=None if case.kv_rank else linear(case, narrow, case.hidden),
+        v=None if case.kv_rank else linear(case, narrow, case.hidden),
+        latents=latents(case) if case.kv_rank else None,
+        o=linear(case, case.hidden, case.heads * case.shape.value_dim),
         input_norm=1 + 0.2 * torch.randn(case.hidden),
         post_norm=1 + 0.2 * torch.randn(case.hidden),
         keys=torch.randn(case.kv_heads, PAGES * PAGE_SIZE, case.head_dim),
-        values=torch.randn(case.kv_heads, PAGES * PAGE_SIZE, case.head_dim),
+        values=torch.randn(case.kv_heads, PAGES * PAGE_SIZE, case.shape.value_dim),
         q_norm=q_norm,
         k_norm=k_norm,
         sinks=torch.randn(case.heads) if case.sinks else None,
         window=case.window,
-        experts=ExpertLayer([expert(case) for _ in range(EXPERTS)]),
+    )
+    if index in case.dense:
+        return replace(attention, shared=mlp(case, 100))
+    return replace(
+        attention,
+        router=LinearWeights(torch.randn(EXPERTS, case.hidden), torch.randn(EXPERTS) if case.biases else None),
+        correction=0.5 * torch.randn(EXPERTS) if case.correction else None,
+        experts=ExpertLayer([mlp(case, case.intermediate) for _ in range(EXPERTS)]),
+        shared=mlp(case, case.shared) if case.shared else None,
+        shared_gate=LinearWeights(torch.randn(1, case.hidden).to(case.dtype)) if case.shared_gate else None,
+    )
+
+
+def latents(case: Case) -> Latents:
+    shape = case.shape
+    made = case.heads * (shape.head_dim - shape.rotary_dim + shape.value_dim)
+    return Latents(
+        kv=linear(case, case.kv_rank + shape.rotary_dim, case.hidden),
+        kv_norm=1 + 0.2 * torch.randn(case.kv_rank),
+        kv_up=linear(case, made, case.kv_rank),
+        q=linear(case, case.q_rank, case.hidden) if case.q_rank else None,
+        q_norm=1 + 0.2 * torch.randn(case.q_rank) if case.q_rank else None,
     )
 
 
@@ -110,11 +207,11 @@ def linear(case: Case, rows: int, columns: int) -> LinearWeights:
     return LinearWeights((torch.randn(rows, columns) / columns**0.5).to(case.dtype), bias)
 
 
-def expert(case: Case) -> MLPWeights:
+def mlp(case: Case, inner: int) -> MLPWeights:
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns) / columns**0.5).to(case.dtype)
 
-    inner, hidden = case.intermediate, case.hidden
+    hidden = case.hidden
     biases = [torch.randn(n).to(case.dtype) if case.biases else None for n in (inner, inner, hidden)]
     return MLPWeights(matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner), *biases)
 
@@ -127,7 +224,7 @@ def inputs_of(case: Case, num_tokens: int) -> DecodeInputs:
     table = torch.randperm(PAGES)[: num_tokens * width].view(num_tokens, width)
     last = lengths - 1
     slots = table[torch.arange(num_tokens), last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE
-    angles = torch.outer(last.float(), torch.rand(case.head_dim // 2))
+    angles = torch.outer(last.float(), torch.rand(case.shape.rotary_dim // 2))
     return DecodeInputs(torch.randn(num_tokens, case.hidden), angles.cos(), angles.sin(), slots, table, lengths)
 
 
@@ -169,10 +266,12 @@ def test_in_parts_the_bits_are_the_same(name: str, num_tokens: int) -> None:
     step = Tiny(model.case, [replace(b, experts=None) for b in model.blocks], model.final_norm, model.head).step()
     parts = copy_of(inputs)
     for i in range(LAYERS):
-        hidden, ids, weights = step.attention(i, parts)
-        assert torch.equal(ids, expected[1][i])
-        assert torch.equal(weights, expected[2][i])
-        parts.x.add_(outside(model, i, hidden, ids, weights))
+        hidden, ids, weights = step.until_experts(i, parts)
+        if i in model.case.routed_layers:
+            route = model.case.routed_layers.index(i)
+            assert torch.equal(ids, expected[1][route])
+            assert torch.equal(weights, expected[2][route])
+            parts.x.add_(outside(model, i, hidden, ids, weights).mul_(model.case.residual_scale))
     assert torch.equal(step.head(parts), expected[0])
 
 
@@ -190,7 +289,7 @@ def outside(model: Tiny, layer: int, hidden: torch.Tensor, ids: torch.Tensor, we
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    wide = Case(hidden=512, heads=8, head_dim=64, intermediate=300)
+    wide = Case(hidden=512, heads=8, head_dim=64, intermediate=300, shared=700)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -213,8 +312,9 @@ def test_quantised_experts(form: Form) -> None:
 
 
 def test_the_first_of_equal_scores_is_chosen() -> None:
-    model = tiny(Case(top_k=3))
+    model = tiny(Case(routing=Routing(3, "softmax")))
     for b in model.blocks:
+        assert b.router is not None
         b.router.weight.zero_()
     _, ids, weights = model.step().run(inputs_of(model.case, 2))
     assert ids.tolist() == [[[0, 1, 2]] * 2] * LAYERS
@@ -231,9 +331,10 @@ def test_nan_stays_in_its_own_sequence() -> None:
     torch.testing.assert_close(logits[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-5)
 
 
-def test_nan_everywhere_still_chooses_different_experts() -> None:
+@pytest.mark.parametrize("routing", [Routing(5, "softmax"), Routing(5, "sigmoid", num_groups=4, top_groups=3)], ids=str)
+def test_nan_everywhere_still_chooses_different_experts(routing: Routing) -> None:
     """An expert that one token had twice would have more pairs than there is memory for."""
-    model = tiny(Case(top_k=5))
+    model = tiny(Case(routing=routing, correction=True))
     inputs = inputs_of(model.case, MOST_TOKENS)
     inputs.x.fill_(torch.nan)
     logits, ids, _ = model.step().run(inputs)

@@ -106,6 +106,28 @@ def test_who_waited_for_as_long_as_allowed_is_refused(make: Any) -> None:
     asyncio.run(run())
 
 
+def test_the_end_of_the_queue_is_told_when_an_overload_begins(make: Any) -> None:
+    """Seats take a second and the queue may take 15: when it does, those beyond 1.5 s are refused as well."""
+    served = make(config=EngineConfig(max_num_seqs=1, max_queue_wait=15.0), delay_s=0.01)
+    body = {"prompt": "x", "max_tokens": 100}
+
+    async def run() -> None:
+        async with served.running() as client:
+            assert (await client.post(PATH, json=body)).status_code == 200
+            running = asyncio.create_task(client.post(PATH, json=body))
+            while not served.engine.running:
+                await asyncio.sleep(0.001)
+            bodies = [{"prompt": "x", "max_tokens": 1, "priority": -1 if i == 7 else 0} for i in range(20)]
+            answers = await asyncio.gather(*(client.post(PATH, json=body) for body in bodies))
+            assert [i for i, answer in enumerate(answers) if answer.status_code == 200] == [7]
+            late = answers[0]
+            assert (late.status_code, int(late.headers["retry-after"]) >= 1) == (503, True)
+            assert "at the end of the queue" in late.json()["error"]["message"]
+            assert (await running).status_code == 200
+
+    asyncio.run(run())
+
+
 class TestAdmission:
     """The queue's limit in time, with a clock of our own."""
 
@@ -137,6 +159,15 @@ class TestAdmission:
         self.now_s += 10.1
         self.check(admission, 9)
 
+    def test_an_overload_keeps_a_tenth_of_the_queue(self) -> None:
+        admission = self.make(max_queue_wait=40.0)
+        assert admission.num_kept(30) == 30
+        admission.note_finished(4.0)
+        with pytest.raises(OverloadedError):
+            self.check(admission, 40)
+        assert admission.num_kept(40) == 4
+        assert admission.num_kept(3) == 3
+
     def test_without_the_setting_only_numbers_count(self) -> None:
         admission = self.make(max_num_queued_reqs=50)
         admission.note_finished(1e6)
@@ -144,6 +175,7 @@ class TestAdmission:
         with pytest.raises(OverloadedError) as refused:
             self.check(admission, 50)
         assert refused.value.retry_after_s == 60
+        assert admission.num_kept(50) == 50
 
 
 @pytest.mark.parametrize("name", ["max_queue_wait", "request_timeout", "max_prompt_tokens"])

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from moe_serve_kernels.cpu.decode_step import DecodeInputs, DecoderBlock, DecoderShape
+from moe_serve_kernels.cpu.decoder import DecodeInputs, DecoderBlock, DecoderShape
 from moe_serve_kernels.cpu.expert_layer import expert_layer_reference
-from moe_serve_kernels.cpu.expert_mlp import as_tensor
+from moe_serve_kernels.cpu.expert_mlp import as_tensor, expert_mlp_reference
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
+from moe_serve_kernels.routings import route_reference
 
 
 def decode_step_reference(
@@ -24,12 +25,16 @@ def decode_step_reference(
     """Logits [T, V], ids [L, T, K] and weights [L, T, K]; writes keys and values as the kernel does, but not x."""
     x, chosen = inputs.x.clone(), []
     for block in blocks:
-        x = x + _attention(shape, block, _norm(x, block.input_norm, shape), inputs)
+        x = x + shape.residual_scale * _attention(shape, block, _norm(x, block.input_norm, shape), inputs)
         hidden = _norm(x, block.post_norm, shape)
-        ids, weights = _route(shape, _linear(hidden, block.router))
-        chosen.append((ids, weights))
-        assert block.experts is not None
-        x = x + expert_layer_reference(hidden, ids, weights, block.experts.experts, shape.activation)
+        if block.shared is not None:
+            x = x + shape.residual_scale * _shared(shape, block, hidden)
+        if block.router is not None:
+            ids, weights = route_reference(_linear(hidden, block.router), shape.routing, block.correction)
+            chosen.append((ids, weights))
+            assert block.experts is not None
+            mixed = expert_layer_reference(hidden, ids, weights, block.experts.experts, shape.activation)
+            x = x + shape.residual_scale * mixed
     logits = _linear(_norm(x, final_norm, shape), head)
     return logits, torch.stack([ids for ids, _ in chosen]), torch.stack([weights for _, weights in chosen])
 
@@ -44,10 +49,8 @@ def _linear(x: torch.Tensor, layer: LinearWeights) -> torch.Tensor:
 
 
 def _attention(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs: DecodeInputs) -> torch.Tensor:
-    query = _heads(shape, _linear(x, block.q), block.q_norm, inputs)
-    key = _heads(shape, _linear(x, block.k), block.k_norm, inputs)
+    query, key, value = (_latent_heads if block.latents is not None else _plain_heads)(shape, block, x, inputs)
     block.keys[:, inputs.kv_slots] = key.transpose(0, 1).to(block.keys.dtype)
-    value = _linear(x, block.v).view(len(x), shape.kv_heads, shape.head_dim)
     block.values[:, inputs.kv_slots] = value.transpose(0, 1).to(block.values.dtype)
     attended = paged_decode_reference(
         query,
@@ -63,6 +66,35 @@ def _attention(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs
     return _linear(attended.flatten(1), block.o)
 
 
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query [T, Hq, D], key [T, Hk, D], value [T, Hk, Dv]."""
+
+
+def _plain_heads(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs: DecodeInputs) -> Heads:
+    assert block.k is not None
+    assert block.v is not None
+    query = _heads(shape, _linear(x, block.q), block.q_norm, inputs)
+    key = _heads(shape, _linear(x, block.k), block.k_norm, inputs)
+    return query, key, _linear(x, block.v).view(len(x), shape.kv_heads, shape.value_dim)
+
+
+def _latent_heads(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs: DecodeInputs) -> Heads:
+    latents, plain = block.latents, shape.head_dim - shape.rotary_dim
+    assert latents is not None
+    narrow = x if latents.q is None else _latent_norm(_linear(x, latents.q), latents.q_norm, shape)
+    query = _linear(narrow, block.q).view(len(x), shape.heads, shape.head_dim)
+    row, turned = _linear(x, latents.kv).tensor_split([len(latents.kv_norm)], dim=-1)
+    made = _linear(_latent_norm(row, latents.kv_norm, shape), latents.kv_up).view(len(x), shape.kv_heads, -1)
+    shared = _rotate(shape, turned[:, None], inputs).expand(-1, shape.kv_heads, -1)
+    query = torch.cat([query[..., :plain], _rotate(shape, query[..., plain:], inputs)], dim=-1)
+    return query, torch.cat([made[..., :plain], shared], dim=-1), made[..., plain:]
+
+
+def _latent_norm(x: torch.Tensor, weight: torch.Tensor | None, shape: DecoderShape) -> torch.Tensor:
+    assert weight is not None
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + shape.latent_norm_eps) * weight
+
+
 def _heads(shape: DecoderShape, rows: torch.Tensor, norm: torch.Tensor | None, inputs: DecodeInputs) -> torch.Tensor:
     """[T, heads * D] -> [T, heads, D], normed and rotated."""
     if norm is not None and len(norm) != shape.head_dim:
@@ -70,19 +102,27 @@ def _heads(shape: DecoderShape, rows: torch.Tensor, norm: torch.Tensor | None, i
     heads = rows.view(len(rows), -1, shape.head_dim)
     if norm is not None and len(norm) == shape.head_dim:
         heads = _norm(heads, norm, shape)
-    real, imaginary = heads.chunk(2, dim=-1)
+    turned, kept = heads.tensor_split([shape.rotary_dim], dim=-1)
+    return torch.cat([_rotate(shape, turned, inputs), kept], dim=-1)
+
+
+def _rotate(shape: DecoderShape, heads: torch.Tensor, inputs: DecodeInputs) -> torch.Tensor:
+    """[T, heads, R] -> the same."""
+    half = shape.rotary_dim // 2
+    real, imaginary = (
+        heads.tensor_split([half], dim=-1) if shape.rotary == "halves" else (heads[..., ::2], heads[..., 1::2])
+    )
     cos, sin = inputs.cos[:, None], inputs.sin[:, None]
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    parts = [real * cos - imaginary * sin, imaginary * cos + real * sin]
+    return torch.stack(parts, dim=-1).flatten(-2) if shape.rotary == "neighbours" else torch.cat(parts, dim=-1)
 
 
-def _route(shape: DecoderShape, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    best, ids = scores.topk(shape.top_k)
-    if shape.score == "softmax_of_chosen":
-        return ids, best.softmax(-1) * shape.routing_scale
-    weights = scores.softmax(-1).gather(-1, ids)
-    if shape.renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return ids, weights * shape.routing_scale
+def _shared(shape: DecoderShape, block: DecoderBlock, hidden: torch.Tensor) -> torch.Tensor:
+    assert block.shared is not None
+    out = torch.empty_like(hidden)
+    tokens = torch.arange(len(hidden))
+    expert_mlp_reference(hidden, tokens, [(0, len(hidden))], [block.shared], shape.activation, out)
+    return out if block.shared_gate is None else out * _linear(hidden, block.shared_gate).sigmoid()
 
 
 def in_float64(inputs: DecodeInputs) -> DecodeInputs:

@@ -5,9 +5,12 @@
 //     per token and KV head: norms of heads, rotation, key and value into their page, attention        barrier
 //     x += o @ attended                                                                                barrier
 //     scores = router @ norm(x), top k                                                                 barrier
-//     inner = activation(gate, up) of the chosen experts                                               barrier
-//     x += weighted sum of down @ inner                                                                barrier
+//     inner = activation(gate, up) of the shared expert and the chosen ones                            barrier
+//     x += shared + weighted sum of down @ inner                                                       barrier
 //   logits = head @ norm(x)
+//
+// A layer without experts has no router, and its MLP is in the place of the shared expert. Latent attention (DeepSeek-V2)
+// makes k and v, and q where it is narrow too, of the norm of a narrower row: one or two products and barriers more.
 //
 // With one token a model's layers are short: starting threads, or asking Python what comes next, takes as long as
 // reading a layer's weights. So one team of threads stays awake for the whole step, and what every thread needs and
@@ -15,11 +18,12 @@
 // (llama.cpp's graphs do as much on CPUs, CUDA graphs on GPUs.) Plain C ABI, no libtorch.
 //
 // Shape alphabet: T tokens, one per sequence; H hidden, Hq query and Hk key/value heads of D, E experts, K choices,
-// I intermediate, V vocabulary.
+// I intermediate, V vocabulary; D is the width of queries and keys, Dv of values, R of rotary values.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -30,17 +34,35 @@
 
 namespace moe_serve {
 
-enum ScoreKind { SOFTMAX, SOFTMAX_OF_CHOSEN };
+enum ScoreKind { SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN };
+enum RotaryKind { HALVES, NEIGHBOURS, NEIGHBOURS_TO_HALVES };
 
 // One decoder layer: decode_step.py fills these in. Linear layers are experts that have only `down`.
 struct Block {
-    const Expert *q, *k, *v, *o, *router;
+    const Expert *q, *k, *v, *o;          // k and v null: latent attention
+    const Expert* q_latent;               // q's input, or null: q takes what the layer is given
+    const Expert* kv_latent;              // [rank + R, H]: what kv_up takes, and the keys' rotary values
+    const Expert* kv_up;                  // [Hq * (D - R + Dv), rank]: the keys' other values, and values
+    const float *q_latent_norm, *kv_latent_norm;
+    const Expert* router;                 // null: no experts
+    const float* correction;              // [E] added to what experts are chosen by, or null
+    const Expert* shared;                 // what every token goes through beside its experts, or null
+    const Expert* shared_gate;            // [1, H] whose sigmoid the shared expert is multiplied by, or null
     const float *input_norm, *post_norm;  // [H]
     const float *q_norm, *k_norm;         // null: none; [D], or [Hq * D] and [Hk * D] where `norms_all_heads`
     const float* sinks;                   // [Hq] or null
     int64_t window;                       // 0: none
-    float *keys, *values;                 // [Hk, kv_tokens, D]
-    const Expert* const* experts;         // [E]; null where somebody else runs them
+    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]
+    const Expert* const* experts;         // [E]; null where there are none or somebody else runs them
+    int64_t route;                        // where in ids and weights this layer's choices go
+};
+
+// What Memory has to know of the weights.
+struct Sizes {
+    int64_t intermediate, shared_intermediate;  // rows of an expert's gate, of the largest shared one's
+    int64_t width;                              // columns of the widest linear layer
+    int64_t kv, q_latent, kv_latent;            // rows of k or kv_up, and of the others
+    int64_t scratch;
 };
 
 struct Model {
@@ -48,57 +70,61 @@ struct Model {
     int64_t num_blocks;
     const float* final_norm;
     const Expert* head;
-    int64_t hidden, heads, kv_heads, head_dim, num_experts, top_k;
+    int64_t hidden, heads, kv_heads, head_dim, value_dim, num_experts, top_k;
     int64_t kv_tokens, page_size;
     int64_t norms_all_heads;
-    int64_t score_kind, renormalize;
+    int64_t rotary_first, rotary_dim, rotary_kind;
+    int64_t score_kind, renormalize, num_groups, top_groups;
     int64_t activation;
     double activation_alpha, activation_limit;
-    double norm_eps, attention_scale, routing_scale;
-    int64_t intermediate, scratch;  // what Memory has to know of the weights: moe_serve_decode_memory fills these in
+    double norm_eps, latent_norm_eps, attention_scale, routing_scale, residual_scale;
+    Sizes sizes;  // moe_serve_decode_memory fills them in
 };
 
 struct Step {
     int64_t num_tokens;
-    const float *cos, *sin;     // [T, D / 2]
+    const float *cos, *sin;     // [T, rotary_dim / 2]
     const int64_t* kv_slots;    // [T] where in keys and values the token's own belong
     const int64_t* page_table;  // [T, table_width]
     const int64_t* lengths;     // [T], own token included
     int64_t table_width;
     float* x;                   // [T, H], in and out
     float* normed;              // [T, H] what the last block's experts are given
-    int64_t* ids;               // [blocks, T, K]
-    float* weights;             // [blocks, T, K]
+    int64_t* ids;               // [blocks with a router, T, K]
+    float* weights;             // the same
     float* logits;              // [T, V]
 };
-
-inline int64_t largest_width(const Model& model) { return std::max(model.hidden, model.heads * model.head_dim); }
 
 constexpr int64_t MOST_GRAIN = 128;  // columns that rows of Tokens are filled up to, whatever the weights' format
 
 // Memory of one step, in floats from one allocation. Shared by all threads first, then each thread's own.
 struct Memory {
-    float *q, *k, *v, *attended, *products, *scores, *inputs, *inners, *threads;
+    float *q, *k, *v, *q_latent, *kv_latent, *attended, *products, *scores, *inputs, *inners, *shared_inners, *threads;
     int64_t input_stride, inner_stride, thread_stride, scratch;
 
     Memory(const Model& model, int64_t num_tokens, float* base) {
-        const int64_t pairs = num_tokens * model.top_k;
-        input_stride = round_up(largest_width(model), MOST_GRAIN);
-        inner_stride = round_up(model.intermediate, MOST_GRAIN);
-        scratch = round_up(model.scratch, 16);
+        const int64_t pairs = num_tokens * (model.top_k + 1);  // the shared expert's come last
+        const Sizes& sizes = model.sizes;
+        input_stride = round_up(sizes.width, MOST_GRAIN);
+        inner_stride = round_up(sizes.intermediate, MOST_GRAIN);
+        scratch = round_up(sizes.scratch, 16);
         float* next = base;
         const auto take = [&](int64_t count) { return std::exchange(next, next + round_up(count, 16)); };
         q = take(num_tokens * model.heads * model.head_dim);
-        k = take(num_tokens * model.kv_heads * model.head_dim);
-        v = take(num_tokens * model.kv_heads * model.head_dim);
-        attended = take(num_tokens * model.heads * model.head_dim);
+        k = take(num_tokens * sizes.kv);
+        v = take(num_tokens * sizes.kv);
+        q_latent = take(num_tokens * sizes.q_latent);
+        kv_latent = take(num_tokens * sizes.kv_latent);
+        attended = take(num_tokens * model.heads * model.value_dim);
         products = take(pairs * model.hidden);
         scores = take(num_tokens * model.num_experts);
         inputs = take(pairs * input_stride);
-        inners = take(pairs * inner_stride);
+        inners = take(num_tokens * model.top_k * inner_stride);
+        shared_inners = take(num_tokens * round_up(sizes.shared_intermediate, MOST_GRAIN));
         threads = next;
-        thread_stride = scratch + round_up(num_tokens * model.hidden, 16) + num_tokens * input_stride +
-                        round_up((model.heads / model.kv_heads + 1) * model.head_dim, 16);
+        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
+                        round_up((model.heads / model.kv_heads + 1) * model.head_dim, 16) +
+                        round_up(model.num_experts + model.num_groups, 16);
     }
 
     int64_t size(int64_t num_threads, const float* base) const { return threads - base + num_threads * thread_stride; }
@@ -109,24 +135,35 @@ inline int64_t scratch_of(const Expert* expert, int64_t num_tokens) {
     return segment.steps.scratch(segment);
 }
 
-// Rows of `inner` and scratch memory that the experts need; those of one expert, as all of a model are alike.
-struct Needs {
-    int64_t intermediate = 0, scratch = 0;
+inline int64_t rows_of(const Expert* linear) { return linear ? linear->down.rows : 0; }
 
-    Needs(const Model& model, int64_t num_tokens) {
-        const auto cover = [&](const Expert* expert) {
-            if (expert) scratch = std::max(scratch, scratch_of(expert, num_tokens));
-        };
-        for (int64_t i = 0; i < model.num_blocks; ++i) {
-            const Block& block = model.blocks[i];
-            for (const Expert* linear : {block.q, block.k, block.v, block.o, block.router}) cover(linear);
-            if (!block.experts) continue;
-            cover(block.experts[0]);
-            intermediate = std::max(intermediate, block.experts[0]->gate.rows);
-        }
-        cover(model.head);
+inline void cover(Sizes& sizes, const Block& block, int64_t num_tokens) {
+    const auto grow = [](int64_t& size, int64_t least) { size = std::max(size, least); };
+    for (const Expert* linear : {block.q, block.k, block.v, block.o, block.q_latent, block.kv_latent, block.kv_up,
+                                 block.router, block.shared_gate}) {
+        if (!linear) continue;
+        grow(sizes.width, linear->down.columns);
+        grow(sizes.scratch, scratch_of(linear, num_tokens));
     }
-};
+    grow(sizes.kv, std::max(rows_of(block.k), rows_of(block.kv_up)));
+    grow(sizes.q_latent, rows_of(block.q_latent));
+    grow(sizes.kv_latent, rows_of(block.kv_latent));
+    if (block.shared) {
+        grow(sizes.shared_intermediate, block.shared->gate.rows);
+        grow(sizes.scratch, scratch_of(block.shared, num_tokens));
+    }
+    if (block.experts) {  // all of a model are alike
+        grow(sizes.intermediate, block.experts[0]->gate.rows);
+        grow(sizes.scratch, scratch_of(block.experts[0], num_tokens));
+    }
+}
+
+inline Sizes sizes_of(const Model& model, int64_t num_tokens) {
+    Sizes sizes{};
+    for (int64_t i = 0; i < model.num_blocks; ++i) cover(sizes, model.blocks[i], num_tokens);
+    sizes.scratch = std::max(sizes.scratch, scratch_of(model.head, num_tokens));
+    return sizes;
+}
 
 // Multiplications of a layer that take as long as waking a second thread.
 constexpr int64_t ALONE = 1 << 18;
@@ -144,25 +181,24 @@ using namespace moe_serve;
 
 // Floats that the other functions need as `memory` for at most `num_tokens` tokens and so many threads.
 extern "C" int64_t moe_serve_decode_memory(Model* model, int64_t num_tokens, int32_t num_threads) {
-    const Needs needs(*model, num_tokens);
-    model->intermediate = needs.intermediate;
-    model->scratch = needs.scratch;
+    model->sizes = sizes_of(*model, num_tokens);
     return Memory(*model, num_tokens, nullptr).size(num_threads, nullptr);
 }
 
-// The whole step: x, ids and weights of every block, and logits. Every block has its experts.
+// The whole step: x, ids and weights of every block with a router, and logits. All of these have their experts.
 extern "C" void moe_serve_decode_step(const Model* model, const Step* step, float* memory, int32_t num_threads) {
     const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_step)(*model, *step, areas);
 }
 
-// One block up to its experts: x, normed, and ids and weights of this block. What they give is added to x by others.
-extern "C" void moe_serve_decode_attention(const Model* model, const Step* step, int64_t block, float* memory,
-                                           int32_t num_threads) {
+// One block up to its experts: x, with the shared expert's part, and if it has a router, normed, ids and weights. What
+// the experts give is added to x by others.
+extern "C" void moe_serve_decode_until_experts(const Model* model, const Step* step, int64_t block, float* memory,
+                                               int32_t num_threads) {
     const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
-    FOR_THIS_CPU(run_attention)(*model, *step, areas, block);
+    FOR_THIS_CPU(run_until_experts)(*model, *step, areas, block);
 }
 
 // Logits of x.

@@ -4,107 +4,43 @@ Between the short layers of one token, waking threads and asking Python what com
 weights. Here one team of threads runs the whole step; where somebody else brings the experts, each layer's part
 before them. Float32 activations on weights as they are stored. (llama.cpp's graphs on CPUs; CUDA graphs on GPUs.)
 
-What a layer is: RMSNorm, rotary attention over paged keys and values with or without biases, norms of heads, sinks
-and windows, RMSNorm, a softmax router, experts; both halves added to the residual stream. Knows no model by name.
-
-Shape alphabet: T tokens (one per sequence), H hidden, Hq query and Hk key/value heads of D, E experts, K choices,
-V vocabulary, P * B tokens that the pages hold.
+Shape alphabet: T tokens (one per sequence), H hidden, K choices, V vocabulary, L layers with a router.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 
 from moe_serve_kernels.cpu import library
-from moe_serve_kernels.cpu.expert_layer import ExpertLayer
-from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation
+from moe_serve_kernels.cpu.decoder import DecodeInputs, DecoderBlock, DecoderShape, Rotary
+from moe_serve_kernels.cpu.expert_mlp import KINDS
 from moe_serve_kernels.cpu.linear import LinearWeights
 
 MOST_TOKENS = 6
 """With more, weights are no longer all that takes time: STREAM_MAX_TOKENS in segments.h."""
 MOST_CHOICES = 64
-SCORES = ("softmax", "softmax_of_chosen")
-"""In the order of ScoreKind in decode_step.cpp."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderBlock:
-    """One decoder layer; tensors float32 and contiguous, none may move in memory."""
-
-    q: LinearWeights
-    k: LinearWeights
-    v: LinearWeights
-    o: LinearWeights
-    router: LinearWeights
-    """[E, H]."""
-    input_norm: torch.Tensor
-    """[H], before attention."""
-    post_norm: torch.Tensor
-    """[H], before the router."""
-    keys: torch.Tensor
-    """[Hk, P * B, D]."""
-    values: torch.Tensor
-    """[Hk, P * B, D]."""
-    q_norm: torch.Tensor | None = None
-    """[D] for each head, or [Hq * D] over all of them."""
-    k_norm: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    """[Hq] one more logit per head, without a value."""
-    window: int | None = None
-    """Tokens that a query sees, its own included."""
-    experts: ExpertLayer | None = None
-    """None: `DecodeStep.attention` is all that can be asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderShape:
-    """What all layers share."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    top_k: int
-    page_size: int
-    norm_eps: float
-    attention_scale: float
-    activation: Activation
-    score: Literal["softmax", "softmax_of_chosen"]
-    renormalize: bool
-    routing_scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeInputs:
-    """The sequences of a step, one token each."""
-
-    x: torch.Tensor
-    """[T, H] float32 embedded tokens; becomes what the layers make of them."""
-    cos: torch.Tensor
-    """[T, D / 2] float32 of each token's position."""
-    sin: torch.Tensor
-    kv_slots: torch.Tensor
-    """[T] int64: page * B + offset of each token's own key and value."""
-    page_table: torch.Tensor
-    """[T, pages] int64."""
-    lengths: torch.Tensor
-    """[T] int64: tokens of the context, the new one included."""
+SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
+ROTARIES: tuple[str, ...] = get_args(Rotary)
+"""In the order of ScoreKind and RotaryKind in decode_step.cpp."""
 
 
 class _Block(ctypes.Structure):
     """struct Block in decode_step.cpp."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "router", "input_norm", "post_norm")],
-        *[(name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "sinks")],
+        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "q_latent", "kv_latent", "kv_up")],
+        *[(name, ctypes.c_void_p) for name in ("q_latent_norm", "kv_latent_norm")],
+        *[(name, ctypes.c_void_p) for name in ("router", "correction", "shared", "shared_gate")],
+        *[(name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "sinks")],
         ("window", ctypes.c_int64),
         *[(name, ctypes.c_void_p) for name in ("keys", "values", "experts")],
+        ("route", ctypes.c_int64),
     ]
 
 
@@ -116,12 +52,15 @@ class _Model(ctypes.Structure):
         ("num_blocks", ctypes.c_int64),
         ("final_norm", ctypes.c_void_p),
         ("head", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "num_experts", "top_k")],
-        *[(name, ctypes.c_int64) for name in ("kv_tokens", "page_size", "norms_all_heads", "score_kind")],
-        *[(name, ctypes.c_int64) for name in ("renormalize", "activation")],
+        *[(name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "value_dim")],
+        *[(name, ctypes.c_int64) for name in ("num_experts", "top_k")],
+        *[(name, ctypes.c_int64) for name in ("kv_tokens", "page_size", "norms_all_heads")],
+        *[(name, ctypes.c_int64) for name in ("rotary_first", "rotary_dim", "rotary_kind")],
+        *[(name, ctypes.c_int64) for name in ("score_kind", "renormalize", "num_groups", "top_groups", "activation")],
         *[(name, ctypes.c_double) for name in ("activation_alpha", "activation_limit")],
-        *[(name, ctypes.c_double) for name in ("norm_eps", "attention_scale", "routing_scale")],
-        *[(name, ctypes.c_int64) for name in ("intermediate", "scratch")],
+        *[(name, ctypes.c_double) for name in ("norm_eps", "latent_norm_eps")],
+        *[(name, ctypes.c_double) for name in ("attention_scale", "routing_scale", "residual_scale")],
+        ("sizes", ctypes.c_int64 * 7),
     ]
 
 
@@ -143,16 +82,18 @@ class DecodeStep:
         self, shape: DecoderShape, blocks: Sequence[DecoderBlock], final_norm: torch.Tensor, head: LinearWeights
     ) -> None:
         """`head`: [V, H]. The caller must have asked `is_available`."""
-        assert shape.top_k <= MOST_CHOICES
+        assert shape.routing.top_k <= MOST_CHOICES
         self._shape = shape
         self._kept = (blocks, final_norm, head)
-        self._blocks = (_Block * len(blocks))(*map(_block, blocks))
+        self._routes = list(itertools.accumulate((b.router is not None for b in blocks), initial=0))
+        self._blocks = (_Block * len(blocks))(*map(_block, blocks, self._routes))
         self._model = _model(shape, blocks, final_norm, head)
         self._model.blocks = ctypes.addressof(self._blocks)
         self._model_at = ctypes.addressof(self._model)
         self._num_threads = torch.get_num_threads()
         self._memory = self._new_memory()
-        self._outputs = [_Outputs(len(blocks), tokens + 1, shape, head.num_rows) for tokens in range(MOST_TOKENS)]
+        sizes = range(1, MOST_TOKENS + 1)
+        self._outputs = [_Outputs(self._routes[-1], num_tokens, shape, head.num_rows) for num_tokens in sizes]
 
     def _new_memory(self) -> torch.Tensor:
         return torch.empty(_library().moe_serve_decode_memory(self._model_at, MOST_TOKENS, self._num_threads))
@@ -166,15 +107,17 @@ class DecodeStep:
         _library().moe_serve_decode_step(self._model_at, step, self._memory.data_ptr(), self._num_threads)
         return outputs.logits, outputs.ids, outputs.weights
 
-    def attention(self, block: int, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def until_experts(self, block: int, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One layer up to its experts: their input [T, H], and ids and weights [T, K].
 
-        Adding what the experts make of that to `inputs.x` completes the layer.
+        Adding residual_scale times what the experts make of that to `inputs.x` completes the layer. Without a router it
+        is complete, and what is returned means nothing.
         """
         outputs, step = self._step(inputs)
         memory, threads = self._memory.data_ptr(), self._num_threads
-        _library().moe_serve_decode_attention(self._model_at, step, block, memory, threads)
-        return outputs.normed, outputs.ids[block], outputs.weights[block]
+        _library().moe_serve_decode_until_experts(self._model_at, step, block, memory, threads)
+        route = min(self._routes[block], len(outputs.ids) - 1)
+        return outputs.normed, outputs.ids[route], outputs.weights[route]
 
     def head(self, inputs: DecodeInputs) -> torch.Tensor:
         """Logits [T, V] of `inputs.x`; overwritten by the next step of as many tokens."""
@@ -201,10 +144,11 @@ class DecodeStep:
 class _Outputs:
     """Where a step of so many tokens leaves its results."""
 
-    def __init__(self, num_blocks: int, num_tokens: int, shape: DecoderShape, vocab_size: int) -> None:
+    def __init__(self, num_routes: int, num_tokens: int, shape: DecoderShape, vocab_size: int) -> None:
+        top_k = shape.routing.top_k
         self.normed = torch.empty(num_tokens, shape.hidden)
-        self.ids = torch.empty(num_blocks, num_tokens, shape.top_k, dtype=torch.int64)
-        self.weights = torch.empty(num_blocks, num_tokens, shape.top_k)
+        self.ids = torch.empty(num_routes, num_tokens, top_k, dtype=torch.int64)
+        self.weights = torch.empty(num_routes, num_tokens, top_k)
         self.logits = torch.empty(num_tokens, vocab_size)
         self.step = _Step(num_tokens=num_tokens)
         for name in ("normed", "ids", "weights", "logits"):
@@ -216,21 +160,28 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and library.load() is not None
 
 
-def _block(block: DecoderBlock) -> _Block:
-    tensors = (block.input_norm, block.post_norm, block.q_norm, block.k_norm, block.sinks, block.keys, block.values)
-    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
-    assert block.q.weight.dtype == block.k.weight.dtype == block.v.weight.dtype
-    linears = {name: getattr(block, name).address for name in ("q", "k", "v", "o", "router")}
-    named = ("input_norm", "post_norm", "q_norm", "k_norm", "sinks", "keys", "values")
-    pointers = {name: None if t is None else t.data_ptr() for name, t in zip(named, tensors, strict=True)}
-    experts = None if block.experts is None else block.experts.address
-    return _Block(**linears, **pointers, window=block.window or 0, experts=experts)
+TENSORS = ("input_norm", "post_norm", "q_norm", "k_norm", "sinks", "keys", "values", "correction")
+WEIGHTS = ("q", "k", "v", "o", "router", "shared", "shared_gate", "experts")
+
+
+def _block(block: DecoderBlock, route: int) -> _Block:
+    tensors = {name: getattr(block, name) for name in TENSORS}
+    weights = {name: getattr(block, name) for name in WEIGHTS}
+    if (latents := block.latents) is not None:
+        tensors |= {"q_latent_norm": latents.q_norm, "kv_latent_norm": latents.kv_norm}
+        weights |= {"q_latent": latents.q, "kv_latent": latents.kv, "kv_up": latents.kv_up}
+    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors.values())
+    side_by_side = (block.q, block.k, block.v) if latents is None else (latents.q or block.q, latents.kv)
+    assert len({w.weight.dtype for w in side_by_side if w is not None}) == 1
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+    addresses = {name: stored.address for name, stored in weights.items() if stored is not None}
+    return _Block(**pointers, **addresses, window=block.window or 0, route=route)
 
 
 def _model(
     shape: DecoderShape, blocks: Sequence[DecoderBlock], final_norm: torch.Tensor, head: LinearWeights
 ) -> _Model:
-    first = blocks[0]
+    first, routing = blocks[0], shape.routing
     return _Model(
         num_blocks=len(blocks),
         final_norm=final_norm.data_ptr(),
@@ -239,19 +190,27 @@ def _model(
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        num_experts=first.router.num_rows,
-        top_k=shape.top_k,
+        value_dim=shape.value_dim,
+        num_experts=max(block.router.num_rows for block in blocks if block.router is not None),
+        top_k=routing.top_k,
         kv_tokens=first.keys.shape[1],
         page_size=shape.page_size,
         norms_all_heads=first.q_norm is not None and len(first.q_norm) != shape.head_dim,
-        score_kind=SCORES.index(shape.score),
-        renormalize=shape.renormalize,
+        rotary_first=0 if first.latents is None else shape.head_dim - shape.rotary_dim,
+        rotary_dim=shape.rotary_dim,
+        rotary_kind=ROTARIES.index(shape.rotary),
+        score_kind=SCORES.index(routing.score),
+        renormalize=routing.renormalize,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
         activation=KINDS.index(shape.activation.kind),
         activation_alpha=shape.activation.alpha,
         activation_limit=shape.activation.limit,
         norm_eps=shape.norm_eps,
+        latent_norm_eps=shape.latent_norm_eps,
         attention_scale=shape.attention_scale,
-        routing_scale=shape.routing_scale,
+        routing_scale=routing.scaling,
+        residual_scale=shape.residual_scale,
     )
 
 
@@ -263,11 +222,11 @@ def _library() -> ctypes.CDLL:
     native.moe_serve_decode_memory.argtypes = [pointer, integer, number]
     native.moe_serve_decode_memory.restype = integer
     native.moe_serve_decode_step.argtypes = [pointer, pointer, pointer, number]
-    native.moe_serve_decode_attention.argtypes = [pointer, pointer, integer, pointer, number]
+    native.moe_serve_decode_until_experts.argtypes = [pointer, pointer, integer, pointer, number]
     native.moe_serve_decode_head.argtypes = [pointer, pointer, pointer, number]
     for returns_nothing in (
         native.moe_serve_decode_step,
-        native.moe_serve_decode_attention,
+        native.moe_serve_decode_until_experts,
         native.moe_serve_decode_head,
     ):
         returns_nothing.restype = None

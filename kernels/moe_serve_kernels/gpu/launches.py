@@ -15,7 +15,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
-from moe_serve_kernels.gpu.routings import Routing
+from moe_serve_kernels.routings import Routing
 
 META = torch.device("meta")
 SLOTS, HIDDEN, INNER, TOP_K, EXPERTS = 64, 2048, 1024, 4, 64

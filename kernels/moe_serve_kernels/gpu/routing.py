@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_serve_kernels.gpu.routings import Routing
+from moe_serve_kernels.routings import Routing
 
 
 def route(
@@ -127,24 +127,3 @@ def route_kernel(
     at = token * TOP_K + choice
     tl.store(ids_ptr + at, ids, mask=choice < TOP_K)
     tl.store(weights_ptr + at, weights * scaling, mask=choice < TOP_K)
-
-
-def route_reference(
-    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in torch, in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "softmax_of_chosen": logits}[routing.score]
-    ranks = scores if bias is None else scores + bias
-    if routing.top_groups < routing.num_groups:
-        groups = ranks.view(len(ranks), routing.num_groups, -1)
-        worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-        kept = torch.zeros_like(worth).scatter_(1, worth.topk(routing.top_groups).indices, 1.0)
-        ranks = torch.where(kept[..., None] > 0, groups, -torch.inf).flatten(1)
-    ids = ranks.argsort(dim=-1, descending=True, stable=True)[:, : routing.top_k]
-    weights = scores.gather(1, ids)
-    if routing.score == "softmax_of_chosen":
-        weights = weights.softmax(-1)
-    if routing.renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * routing.scaling

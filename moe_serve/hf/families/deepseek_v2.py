@@ -3,4 +3,4 @@
 from moe_serve.hf.family import Family
 from moe_serve.hf.routings import greedy
 
-FAMILY = Family(experts_class="DeepseekV2Experts", routing=greedy)
+FAMILY = Family(experts_class="DeepseekV2Experts", routing=greedy, plain_layers=True, rotary="neighbours")

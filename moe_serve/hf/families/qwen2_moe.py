@@ -3,4 +3,4 @@
 from moe_serve.hf.family import Family
 from moe_serve.hf.routings import softmax
 
-FAMILY = Family(experts_class="Qwen2MoeExperts", routing=softmax)
+FAMILY = Family(experts_class="Qwen2MoeExperts", routing=softmax, plain_layers=True)

@@ -61,9 +61,9 @@ def test_the_cpu_computes_misses_beside_the_gpu(device, folders, monkeypatch) ->
     settings = {"dtype": "float32", "device": str(device), "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16}
     llm = LLM(str(folders("mixtral")), moe_cache_mib=1, moe_cpu_misses=True, **settings)
     layers = llm.engine.runner.expert_layers
-    assert isinstance(layers.experts.misses, ByCrossover)
-    assert layers.experts.misses.costs.copy_s > 0
-    layers.experts.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))
+    assert isinstance(layers.experts.acquirer.misses, ByCrossover)
+    assert layers.experts.acquirer.misses.costs.copy_s > 0
+    layers.experts.acquirer.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))
     result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
     assert layers.experts.counters.host_runs.sum() > 0
     assert list(result[0].completions[0].token_ids) == expected(folders("mixtral"), prompt)

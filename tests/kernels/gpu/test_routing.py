@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_serve_kernels.gpu.routing import route, route_reference
-from moe_serve_kernels.gpu.routings import Routing
+from moe_serve_kernels.gpu.routing import route
+from moe_serve_kernels.routings import Routing, route_reference
 
 ROUTINGS = {
     "mixtral": Routing(2, "softmax_of_chosen"),
