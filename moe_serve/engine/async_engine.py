@@ -184,7 +184,7 @@ class AsyncEngine:
             message = f"the request did not finish within {config.request_timeout:g} s, this server's limit"
             timer = loop.call_later(config.request_timeout, self._refuse, request_id, RequestTimeoutError(message))
             in_flight.timers.append(timer)
-        wait_s = self._admission.allowed_wait_s()
+        wait_s = config.max_queue_wait
         if wait_s is not None:
             reason = f"it found no place in the batch within {wait_s:g} s"
             give_up = functools.partial(self._give_up, request_id, reason)
@@ -198,20 +198,21 @@ class AsyncEngine:
 
     def _check_queue(self, request: Request) -> None:
         """OverloadedError if every seat is taken and the queue has no room."""
+        num_queued = self.num_queued
+        self._admission.note_arrival(num_queued)
         if len(self._in_flight) < self.engine.config.max_num_seqs:
             return
         was_overloaded = self._admission.is_overloaded
         try:
-            self._admission.check(self.num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
+            self._admission.check(num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
         except OverloadedError:
-            if not was_overloaded:
+            if self._admission.is_overloaded and not was_overloaded:
                 self._shorten_queue()
             raise
 
     def _shorten_queue(self) -> None:
         """An overload begins. Who is further back than it allows is told now, and does not make others late."""
-        queue = self._queue()
-        for request in queue[self._admission.num_kept(len(queue)) :]:
+        for request in self._queue()[self._admission.num_standing :]:
             reason = "more requests came than this server can take, and it was at the end of the queue"
             self._post(functools.partial(self._give_up, request.request_id, reason))
 

@@ -16,7 +16,10 @@ from moe_serve.errors import OverloadedError
 
 RECENT_SAMPLES = 64
 """Finished samples that the expected wait is worked out from."""
-OVERLOADED_WAIT_FRAC = 0.1
+SEATS_PER_STANDING = 16
+"""In an overload one request may wait for so many seats: enough to fill a seat as soon as it is free."""
+GROWTH_WINDOW_S = 2.5
+"""In two of these in a row the queue of an overload grows by more than time passes; two without a refusal end it."""
 MAX_RETRY_AFTER_S = 60
 
 
@@ -28,48 +31,63 @@ class Admission:
         self._clock = clock
         self._seat_times_s: deque[float] = deque(maxlen=RECENT_SAMPLES)
         self._last_refusal_s = -math.inf
+        self._arrivals: deque[tuple[float, int]] = deque([(-math.inf, 0)])
+        """When requests came, and how many waited then: those of two windows, and the last one before."""
 
     def note_finished(self, seat_s: float) -> None:
         """A sample has ended that kept its seat in the batch for so long."""
         self._seat_times_s.append(seat_s)
+
+    def note_arrival(self, num_queued: int) -> None:
+        """A request has come, and finds so many waiting."""
+        now_s = self._clock()
+        self._arrivals.append((now_s, num_queued))
+        while self._arrivals[1][0] < now_s - 2 * GROWTH_WINDOW_S:
+            self._arrivals.popleft()
 
     def check(self, num_queued: int, prompt_tokens: int, queued_tokens: Callable[[], int]) -> None:
         """OverloadedError if a request that finds every seat taken may not wait behind `num_queued` others."""
         config = self._config
         if num_queued >= config.max_num_queued_reqs:
             raise self.refusal(num_queued, f"{num_queued} requests are waiting already")
-        wait_s, allowed_s = self.expected_wait_s(num_queued + 1), self.allowed_wait_s()
-        if allowed_s is not None and wait_s > allowed_s:
-            raise self.refusal(num_queued, f"it would wait for about {wait_s:.1f} s, longer than is allowed now")
+        if config.max_queue_wait is not None:
+            self._check_wait(num_queued, config.max_queue_wait)
         if config.max_num_queued_tokens is not None:
             tokens = queued_tokens()
             if tokens + prompt_tokens > config.max_num_queued_tokens:
                 raise self.refusal(num_queued, f"{tokens} prompt tokens are waiting already")
 
-    def allowed_wait_s(self) -> float | None:
-        """Longest wait that a request arriving now may have before it; None: any.
+    def _check_wait(self, num_queued: int, longest_s: float) -> None:
+        """A burst may wait for the whole max_queue_wait. But in an overload a long queue only makes every accepted
+        request late: then no more may wait than keep the seats filled, until for a while nothing had to be refused
+        (the idea of controlled delay; B. Maurer, Fail at Scale, ACM Queue 2015)."""
+        wait_s = self.expected_wait_s(num_queued + 1)
+        if wait_s > longest_s:
+            raise self.refusal(num_queued, f"it would wait for about {wait_s:.1f} s, longer than it may")
+        if num_queued >= self.num_standing and (self.is_overloaded or self._grows_too_fast()):
+            raise self.refusal(num_queued, f"more come than can be served, and it would wait for about {wait_s:.1f} s")
 
-        A burst may wait for the whole max_queue_wait. But once requests had to be refused, the server is
-        overloaded, and a long queue would only make every accepted request late: then a tenth, until nothing
-        has been refused for max_queue_wait (the idea of controlled delay; B. Maurer, Fail at Scale, ACM Queue 2015).
-        """
-        longest_s = self._config.max_queue_wait
-        if longest_s is None:
-            return None
-        return longest_s * OVERLOADED_WAIT_FRAC if self.is_overloaded else longest_s
+    @property
+    def num_standing(self) -> int:
+        """Requests that may wait in an overload."""
+        return max(1, self._config.max_num_seqs // SEATS_PER_STANDING)
 
     @property
     def is_overloaded(self) -> bool:
         """Something was refused not long ago."""
-        longest_s = self._config.max_queue_wait
-        return longest_s is not None and self._clock() - self._last_refusal_s < longest_s
+        is_limited = self._config.max_queue_wait is not None
+        return is_limited and self._clock() - self._last_refusal_s < 2 * GROWTH_WINDOW_S
 
-    def num_kept(self, num_queued: int) -> int:
-        """Of so many that wait, those that may go on waiting now that there is an overload."""
-        allowed_s = self.allowed_wait_s()
-        if allowed_s is None or self.expected_wait_s(num_queued) <= allowed_s:
-            return num_queued
-        return int(allowed_s / self.expected_wait_s(1))
+    def _grows_too_fast(self) -> bool:
+        """More than twice as much comes as can be served, and not all at once."""
+        now_s = self._clock()
+        queued = [self._num_queued_at(now_s - age * GROWTH_WINDOW_S) for age in (0, 1, 2)]
+        least = GROWTH_WINDOW_S / (self.expected_wait_s(1) or math.inf)
+        return bool(least) and min(queued[0] - queued[1], queued[1] - queued[2]) > least
+
+    def _num_queued_at(self, time_s: float) -> int:
+        """What the last request before then found."""
+        return next(num_queued for came_s, num_queued in reversed(self._arrivals) if came_s <= time_s)
 
     def expected_wait_s(self, num_queued: int) -> float:
         """Seconds until so many requests have found seats, from how long recent samples kept theirs.

@@ -107,7 +107,7 @@ def test_who_waited_for_as_long_as_allowed_is_refused(make: Any) -> None:
 
 
 def test_the_end_of_the_queue_is_told_when_an_overload_begins(make: Any) -> None:
-    """Seats take a second and the queue may take 15: when it does, those beyond 1.5 s are refused as well."""
+    """Seats take a second and the queue may take 15: when it does, all but one of those who wait are refused."""
     served = make(config=EngineConfig(max_num_seqs=1, max_queue_wait=15.0), delay_s=0.01)
     body = {"prompt": "x", "max_tokens": 100}
 
@@ -146,7 +146,7 @@ class TestAdmission:
             admission.note_finished(seat_s)
         assert admission.expected_wait_s(10) == pytest.approx(10 * 2 / 4)
 
-    def test_a_burst_may_wait_in_full_and_an_overload_only_a_tenth(self) -> None:
+    def test_a_burst_may_wait_in_full_and_an_overload_only_to_keep_seats_filled(self) -> None:
         admission = self.make(max_queue_wait=10.0)
         admission.note_finished(4.0)  # one second per place in the queue
         self.check(admission, 9)
@@ -156,17 +156,36 @@ class TestAdmission:
         with pytest.raises(OverloadedError):
             self.check(admission, 1)
         self.check(admission, 0)
-        self.now_s += 10.1
+        self.now_s += 5.1
         self.check(admission, 9)
 
-    def test_an_overload_keeps_a_tenth_of_the_queue(self) -> None:
-        admission = self.make(max_queue_wait=40.0)
-        assert admission.num_kept(30) == 30
+    def grow(self, admission: Admission, per_s: float, start: float = 0.0) -> float | None:
+        """Requests come for half a minute and the queue grows steadily; seconds until one is refused."""
+        for i in range(300):
+            self.now_s += 0.1
+            num_queued = int(start + per_s * 0.1 * i)
+            admission.note_arrival(num_queued)
+            try:
+                self.check(admission, num_queued)
+            except OverloadedError:
+                return 0.1 * (i + 1)
+        return None
+
+    def test_a_queue_that_grows_faster_than_time_passes_is_an_overload(self) -> None:
+        admission = self.make(max_queue_wait=60.0)
         admission.note_finished(4.0)
-        with pytest.raises(OverloadedError):
-            self.check(admission, 40)
-        assert admission.num_kept(40) == 4
-        assert admission.num_kept(3) == 3
+        assert self.grow(admission, per_s=0.8) is None
+        assert 2.5 < (self.grow(admission, per_s=2.0, start=24.0) or 0) < 7.0
+        self.now_s += 60
+        assert 5.0 < (self.grow(admission, per_s=2.0) or 0) < 7.0
+
+    def test_many_at_once_are_a_burst(self) -> None:
+        admission = self.make(max_queue_wait=60.0)
+        admission.note_finished(4.0)
+        for num_queued in range(50):
+            admission.note_arrival(num_queued)
+            self.check(admission, num_queued)
+        assert self.grow(admission, per_s=-0.5, start=50.0) is None
 
     def test_without_the_setting_only_numbers_count(self) -> None:
         admission = self.make(max_num_queued_reqs=50)
@@ -175,7 +194,7 @@ class TestAdmission:
         with pytest.raises(OverloadedError) as refused:
             self.check(admission, 50)
         assert refused.value.retry_after_s == 60
-        assert admission.num_kept(50) == 50
+        assert not admission.is_overloaded
 
 
 @pytest.mark.parametrize("name", ["max_queue_wait", "request_timeout", "max_prompt_tokens"])
