@@ -5,7 +5,8 @@
 1. capacity: as many clients as the batch has seats, without pause. Requests per second is the capacity.
 2. calibration at 80 %: twice its longest time to first token becomes --max-queue-wait (or give one): what the
    bursts of half an hour may need, beyond those of two minutes. The server restarts.
-3. steady: --minutes at 80 %. No error and no refusal may occur, and memory must not climb.
+3. steady: --minutes at 80 %. No error and no refusal may occur, and memory must not climb. In a virtual machine, how
+   much of it was taken meanwhile is told as well, and how many refusals came then: no capacity, no promise.
 4. overload: 3x capacity. The excess must be refused with 503 and Retry-After; accepted requests must
    start within twice the time of the steady phase, in the median and at p99.
 5. end: SIGTERM under steady load. Every accepted request must finish or be told; none may break off.
@@ -34,6 +35,7 @@ from lean_client import Answer, End, ask
 from measuring import hardware, versions
 from soak import DEMO, GROWTH_LIMIT_MB, MemoryLog, growth
 from soak_server import StartedServer
+from steal_log import StealLog
 from trace_requests import TraceRequest, read_requests, schedule
 
 from moe_serve.cli.bench.summary import percentile
@@ -180,12 +182,16 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     assert target.server.pid is not None
     warm_up = schedule(traces, STEADY * capacity, args.warm_up_s)
     await open_loop(target, warm_up)
-    memory = MemoryLog(target.server.pid)
+    memory, steal = MemoryLog(target.server.pid), StealLog()
     memory.start()
-    result["steady"] = report(await open_loop(target, schedule(traces, STEADY * capacity, args.minutes * 60)))
+    steal.start()
+    answers = await open_loop(target, schedule(traces, STEADY * capacity, args.minutes * 60))
     memory.stop()
+    steal.stop()
+    result["steady"] = report(answers)
+    result["steal"] = steal.summary(a.sent_s for a in answers if a.end is End.REFUSED)
     result["memory"] = growth(memory.samples)
-    _say(f"steady {result['steady']} memory {result['memory']}")
+    _say(f"steady {result['steady']} steal {result['steal']} memory {result['memory']}")
     result["overload"] = report(await open_loop(target, schedule(traces, OVERLOAD * capacity, args.overload_s)))
     _say(f"overload {result['overload']}")
     result["log_faults"] = target.server.check()

@@ -20,6 +20,7 @@ SEATS_PER_STANDING = 16
 """In an overload one request may wait for so many seats: enough to fill a seat as soon as it is free."""
 GROWTH_WINDOW_S = 2.5
 """In two of these in a row the queue of an overload grows by more than time passes; two without a refusal end it."""
+SAMPLE_S = GROWTH_WINDOW_S / 25
 MAX_RETRY_AFTER_S = 60
 
 
@@ -32,7 +33,7 @@ class Admission:
         self._seat_times_s: deque[float] = deque(maxlen=RECENT_SAMPLES)
         self._last_refusal_s = -math.inf
         self._arrivals: deque[tuple[float, int]] = deque([(-math.inf, 0)])
-        """When requests came, and how many waited then: those of two windows, and the last one before."""
+        """When requests came, and how many waited then: some of two windows, and the last one before."""
 
     def note_finished(self, seat_s: float) -> None:
         """A sample has ended that kept its seat in the batch for so long."""
@@ -41,6 +42,8 @@ class Admission:
     def note_arrival(self, num_queued: int) -> None:
         """A request has come, and finds so many waiting."""
         now_s = self._clock()
+        if now_s - self._arrivals[-1][0] < SAMPLE_S:
+            return
         self._arrivals.append((now_s, num_queued))
         while self._arrivals[1][0] < now_s - 2 * GROWTH_WINDOW_S:
             self._arrivals.popleft()
@@ -64,7 +67,7 @@ class Admission:
         wait_s = self.expected_wait_s(num_queued + 1)
         if wait_s > longest_s:
             raise self.refusal(num_queued, f"it would wait for about {wait_s:.1f} s, longer than it may")
-        if num_queued >= self.num_standing and (self.is_overloaded or self._grows_too_fast()):
+        if num_queued >= self.num_standing and (self.is_overloaded or self._grows_too_fast(num_queued)):
             raise self.refusal(num_queued, f"more come than can be served, and it would wait for about {wait_s:.1f} s")
 
     @property
@@ -78,15 +81,17 @@ class Admission:
         is_limited = self._config.max_queue_wait is not None
         return is_limited and self._clock() - self._last_refusal_s < 2 * GROWTH_WINDOW_S
 
-    def _grows_too_fast(self) -> bool:
+    def _grows_too_fast(self, num_queued: int) -> bool:
         """More than twice as much comes as can be served, and not all at once."""
-        now_s = self._clock()
-        queued = [self._num_queued_at(now_s - age * GROWTH_WINDOW_S) for age in (0, 1, 2)]
-        least = GROWTH_WINDOW_S / (self.expected_wait_s(1) or math.inf)
-        return bool(least) and min(queued[0] - queued[1], queued[1] - queued[2]) > least
+        one_s, now_s = self.expected_wait_s(1), self._clock()
+        if one_s == 0:
+            return False
+        in_window = GROWTH_WINDOW_S / one_s
+        before, long_before = (self._num_queued_at(now_s - age * GROWTH_WINDOW_S) for age in (1, 2))
+        return num_queued - before > in_window and before - long_before > in_window
 
     def _num_queued_at(self, time_s: float) -> int:
-        """What the last request before then found."""
+        """What one of the last requests before then found."""
         return next(num_queued for came_s, num_queued in reversed(self._arrivals) if came_s <= time_s)
 
     def expected_wait_s(self, num_queued: int) -> float:
