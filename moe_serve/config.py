@@ -177,9 +177,9 @@ class EngineConfig(FromDict):
     max_queue_wait: float | None = option(
         None,
         "Longest wait for a place in the batch, in seconds. A request that would wait longer, judging by how long"
-        " recent ones took, is refused with 503; so is one that has waited that long. From then on, or when more than"
-        " twice as much comes as can be served, only as many may wait as keep the batch full, until the overload is"
-        " over. Default: no limit.",
+        " recent ones took, is refused with 503; so is one that has waited that long. From then on, or when 2.5 times"
+        " as much comes as can be served, only as many may wait as keep the batch full, until the overload is over."
+        " Default: no limit.",
     )
     max_prompt_tokens: int | None = option(
         None, "Longest prompt, in tokens; longer ones are refused with 400. Default: what the context holds."

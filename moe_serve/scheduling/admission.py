@@ -19,7 +19,9 @@ RECENT_SAMPLES = 64
 SEATS_PER_STANDING = 16
 """In an overload one request may wait for so many seats: enough to fill a seat as soon as it is free."""
 GROWTH_WINDOW_S = 2.5
-"""In two of these in a row the queue of an overload grows by more than time passes; two without a refusal end it."""
+"""In two of these in a row the queue of an overload grows fast; two without a refusal end it."""
+OVERLOAD_GROWTH = 1.5
+"""Seconds of waiting that are added in a second: 2.5 times the load, where a machine that stands still adds one."""
 SAMPLE_S = GROWTH_WINDOW_S / 25
 MAX_RETRY_AFTER_S = 60
 
@@ -82,11 +84,11 @@ class Admission:
         return is_limited and self._clock() - self._last_refusal_s < 2 * GROWTH_WINDOW_S
 
     def _grows_too_fast(self, num_queued: int) -> bool:
-        """More than twice as much comes as can be served, and not all at once."""
+        """Far more comes than can be served, and not all at once."""
         one_s, now_s = self.expected_wait_s(1), self._clock()
         if one_s == 0:
             return False
-        in_window = GROWTH_WINDOW_S / one_s
+        in_window = OVERLOAD_GROWTH * GROWTH_WINDOW_S / one_s
         before, long_before = (self._num_queued_at(now_s - age * GROWTH_WINDOW_S) for age in (1, 2))
         return num_queued - before > in_window and before - long_before > in_window
 

@@ -171,11 +171,10 @@ class TestAdmission:
                 return 0.1 * (i + 1)
         return None
 
-    def test_a_queue_that_grows_faster_than_time_passes_is_an_overload(self) -> None:
+    def test_a_queue_that_grows_fast_is_an_overload(self) -> None:
         admission = self.make(max_queue_wait=60.0)
         admission.note_finished(4.0)
-        assert self.grow(admission, per_s=0.8) is None
-        assert 2.5 < (self.grow(admission, per_s=2.0, start=24.0) or 0) < 7.0
+        assert self.grow(admission, per_s=1.2) is None
         self.now_s += 60
         assert 5.0 < (self.grow(admission, per_s=2.0) or 0) < 7.0
 
