@@ -115,14 +115,9 @@ class AsyncEngine:
     @property
     def num_queued(self) -> int:
         """Accepted requests that have produced nothing yet, beyond the ones a step can hold."""
-        return len(self._queue())
-
-    def _queue(self) -> list[Request]:
-        """Those, in the order in which they will be taken."""
-        queued = [f.request for f in self._in_flight.values() if f.is_queued]
-        running = len(self._in_flight) - len(queued)
-        queued.sort(key=lambda request: request.priority)
-        return queued[max(0, self.engine.config.max_num_seqs - running) :]
+        queued = sum(f.is_queued for f in self._in_flight.values())
+        running = len(self._in_flight) - queued
+        return max(0, queued - max(0, self.engine.config.max_num_seqs - running))
 
     async def generate(self, request: Request) -> AsyncGenerator[SampleOutput]:
         """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
@@ -212,7 +207,9 @@ class AsyncEngine:
 
     def _shorten_queue(self) -> None:
         """An overload begins. Who is further back than it allows is told now, and does not make others late."""
-        for request in self._queue()[self._admission.num_standing :]:
+        queued = sorted((f.request for f in self._in_flight.values() if f.is_queued), key=lambda r: r.priority)
+        num_kept = len(queued) - self.num_queued + self._admission.num_standing
+        for request in queued[num_kept:]:
             reason = "more requests came than this server can take, and it was at the end of the queue"
             self._post(functools.partial(self._give_up, request.request_id, reason))
 
