@@ -240,7 +240,8 @@ def test_matches_float64(name: str, num_tokens: int) -> None:
     logits, ids, weights = model.reference(inputs)
     got_logits, got_ids, got_weights = model.step().run(copy_of(inputs))
     assert torch.equal(got_ids, ids)
-    torch.testing.assert_close(got_weights.double(), weights, rtol=0, atol=1e-5)
+    scaling = model.case.routing.scaling  # comes last and multiplies what was rounded
+    torch.testing.assert_close(got_weights.double() / scaling, weights / scaling, rtol=0, atol=1e-5)
     torch.testing.assert_close(got_logits.double(), logits, rtol=0, atol=1e-4)
 
 
