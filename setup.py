@@ -4,13 +4,34 @@ The library has a plain C interface and is loaded with ctypes, so it is tied to 
 version. Without a compiler the installation still succeeds and torch's own kernels are used.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = "kernels/moe_serve_kernels/cpu"
 
+
+class BuildInParallel(build_ext):
+    """Compiles the sources of an extension side by side."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_all
+        super().build_extension(ext)
+
+
 setup(
+    cmdclass={"build_ext": BuildInParallel},
     ext_modules=[
         Extension(
             "moe_serve_kernels.cpu._native",
@@ -21,5 +42,5 @@ setup(
             extra_link_args=["-fopenmp"],
             optional=True,
         )
-    ]
+    ],
 )
