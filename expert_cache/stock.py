@@ -30,7 +30,7 @@ class Stock:
         fetcher: Fetcher,
         start_early_bytes: int,
     ) -> None:
-        self.store, self.arena, self.table, self.fetcher = store, arena, table, fetcher
+        self.store, self.arena, self.table = store, arena, table
         self.counters = CacheCounters(len(store.layers))
         self.index_of = {layer: i for i, layer in enumerate(store.layers)}
         self.weights: dict[Key, PreparedWeights] = {}

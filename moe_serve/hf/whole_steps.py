@@ -83,7 +83,9 @@ class WholeSteps:
         """Logits [rows to sample, V] of a batch that `takes` takes; overwritten by the next step of as many tokens."""
         (group,) = batch.decode_groups
         cos, sin = self._rotary.at(batch.positions[0], group.max_length - 1)
-        x = self._model.model.embed_tokens(batch.input_ids[0]) * self._embedding_scale
+        x = self._model.model.embed_tokens(batch.input_ids[0])
+        if self._embedding_scale != 1:
+            x = x * self._embedding_scale
         inputs = DecodeInputs(x, cos, sin, batch.kv_slots, group.page_table, group.lengths)
         self._follow(self._layers.in_place)
         logits = self._run_at_once(inputs) if self._in_place else self._run_by_layer(inputs)
