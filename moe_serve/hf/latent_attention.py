@@ -114,7 +114,7 @@ class AttendToLatents:
         """query [Hq, count, D] -> [count, Hq, Dv], causal over a context of run.end tokens."""
         rows = layer.gather(run.pages[None])[0][0, 0, : run.end]
         step = self._heads_at_once(query, run)
-        parts = [self._prefill(part, rows, run, first * step) for first, part in enumerate(query.split(step))]
+        parts = [self._prefill(part, rows, run, first * step) for first, part in enumerate(torch.split(query, step))]
         return torch.cat(parts, dim=1)
 
     def _heads_at_once(self, query: torch.Tensor, run: PrefillRun) -> int:

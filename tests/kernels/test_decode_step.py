@@ -281,6 +281,7 @@ def test_in_parts_the_bits_are_the_same(name: str, num_tokens: int) -> None:
     for i in range(LAYERS):
         hidden, ids, weights = step.until_experts(i, parts)
         if i in model.case.routed_layers:
+            step.shared(i, parts)
             route = model.case.routed_layers.index(i)
             assert torch.equal(ids, expected[1][route])
             assert torch.equal(weights, expected[2][route])

@@ -202,13 +202,21 @@ extern "C" void moe_serve_decode_step(const Model* model, const Step* step, floa
     FOR_THIS_CPU(run_step)(*model, *step, areas);
 }
 
-// One block up to its experts: x, with the shared expert's part, and if it has a router, normed, ids and weights. What
-// the experts give is added to x by others.
+// One block up to its experts: x, and if it has a router, normed, ids and weights; without one x is complete. The
+// experts' part is added to x by others, after the shared expert's by moe_serve_decode_shared.
 extern "C" void moe_serve_decode_until_experts(const Model* model, const Step* step, int64_t block, float* memory,
                                                int32_t num_threads) {
     const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_until_experts)(*model, *step, areas, block);
+}
+
+// The shared expert of a block that has a router: x.
+extern "C" void moe_serve_decode_shared(const Model* model, const Step* step, int64_t block, float* memory,
+                                        int32_t num_threads) {
+    const Memory areas(*model, step->num_tokens, memory);
+#pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
+    FOR_THIS_CPU(run_shared)(*model, *step, areas, block);
 }
 
 // Logits of x.

@@ -111,14 +111,21 @@ class DecodeStep:
     def until_experts(self, block: int, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One layer up to its experts: their input [T, H], and ids and weights [T, K].
 
-        Adding residual_scale times what the experts make of that to `inputs.x` completes the layer. Without a router it
-        is complete, and what is returned means nothing.
+        `shared`, then adding residual_scale times what the experts make of that to `inputs.x`, completes the layer.
+        Without a router it is complete, and what is returned means nothing.
         """
         outputs, step = self._step(inputs)
         memory, threads = self._memory.data_ptr(), self._num_threads
         _library().moe_serve_decode_until_experts(self._model_at, step, block, memory, threads)
         route = min(self._routes[block], len(outputs.ids) - 1)
         return outputs.normed, outputs.ids[route], outputs.weights[route]
+
+    def shared(self, block: int, inputs: DecodeInputs) -> None:
+        """The shared expert's part of a layer that `until_experts` has begun, if it has one: while others are read."""
+        if self._kept[0][block].shared is not None:
+            _, step = self._step(inputs)
+            memory, threads = self._memory.data_ptr(), self._num_threads
+            _library().moe_serve_decode_shared(self._model_at, step, block, memory, threads)
 
     def head(self, inputs: DecodeInputs) -> torch.Tensor:
         """Logits [T, V] of `inputs.x`; overwritten by the next step of as many tokens."""
@@ -224,10 +231,12 @@ def _library() -> ctypes.CDLL:
     native.moe_serve_decode_memory.restype = integer
     native.moe_serve_decode_step.argtypes = [pointer, pointer, pointer, number]
     native.moe_serve_decode_until_experts.argtypes = [pointer, pointer, integer, pointer, number]
+    native.moe_serve_decode_shared.argtypes = [pointer, pointer, integer, pointer, number]
     native.moe_serve_decode_head.argtypes = [pointer, pointer, pointer, number]
     for returns_nothing in (
         native.moe_serve_decode_step,
         native.moe_serve_decode_until_experts,
+        native.moe_serve_decode_shared,
         native.moe_serve_decode_head,
     ):
         returns_nothing.restype = None
