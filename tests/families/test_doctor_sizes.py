@@ -10,9 +10,15 @@ import torch
 
 from moe_serve.doctor.fit import sizes_of
 
+from .serving import load, runner_of
+from .tiny_configs import CASES
+
 Checkpoint = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3"])
-def test_of_deepseek_a_latent_and_a_turned_part_of_the_key_are_cached(case: str, checkpoint: Checkpoint) -> None:
-    assert sizes_of(str(checkpoint(case)), torch.float32).kv_bytes_per_token == (24 + 8) * 3 * 4
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_takes_as_much_of_the_kv_cache_as_the_doctor_says(case: str, checkpoint: Checkpoint) -> None:
+    said = sizes_of(str(checkpoint(case)), torch.float32).kv_bytes_per_token
+    llm = load(checkpoint(case))
+    num_tokens = (llm.engine.num_pages + 1) * llm.engine.block_size  # one page takes what is padding
+    assert said == runner_of(llm).kv_cache.num_bytes / num_tokens
