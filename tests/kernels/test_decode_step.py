@@ -96,6 +96,9 @@ CASES = {
     "ernie": Case(
         routing=Routing(3, "softmax", True), correction=True, biases=True, rotary="neighbours", shared=96, dense=(0, 2)
     ),
+    "deepseek_v2": Case(
+        routing=Routing(3, "softmax", scaling=1.5, num_groups=4, top_groups=2, best_of_group=1), shared=48, dense=(0,)
+    ),
     "deepseek_v2_lite": Case(
         routing=Routing(3, "softmax", scaling=1.5),
         kv_heads=4,
@@ -312,14 +315,15 @@ def test_quantised_experts(form: Form) -> None:
     torch.testing.assert_close(model.step().run(copy_of(inputs))[0].double(), expected, rtol=0, atol=2e-4)
 
 
-def test_the_first_of_equal_scores_is_chosen() -> None:
-    model = tiny(Case(routing=Routing(3, "softmax")))
+@pytest.mark.parametrize("routing", [Routing(3, "softmax"), CASES["deepseek_v2"].routing], ids=str)
+def test_the_first_of_equal_scores_is_chosen(routing: Routing) -> None:
+    model = tiny(Case(routing=routing))
     for b in model.blocks:
         assert b.router is not None
         b.router.weight.zero_()
     _, ids, weights = model.step().run(inputs_of(model.case, 2))
     assert ids.tolist() == [[[0, 1, 2]] * 2] * LAYERS
-    torch.testing.assert_close(weights, torch.full_like(weights, 1 / EXPERTS))
+    torch.testing.assert_close(weights, torch.full_like(weights, routing.scaling / EXPERTS))
 
 
 def test_nan_stays_in_its_own_sequence() -> None:
