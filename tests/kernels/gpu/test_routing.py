@@ -36,6 +36,15 @@ def test_equal_scores_give_the_smaller_expert(device, name) -> None:
     assert got.tolist() == [list(range(ROUTINGS[name].top_k))] * 2
 
 
+@pytest.mark.parametrize(("best_of_group", "chosen"), [(1, [3, 4, 5]), (2, [0, 1, 2])])
+def test_a_group_is_worth_its_best(device, best_of_group, chosen) -> None:
+    logits = torch.tensor([[1.0, 0.9, 0.0, 1.2, -2.0, -3.0]], device=device)
+    routing = Routing(3, "softmax", num_groups=2, best_of_group=best_of_group)
+    ids, weights = route(logits, routing)
+    assert ids.tolist() == [chosen]
+    torch.testing.assert_close(weights, logits.softmax(-1)[:, chosen])
+
+
 def test_every_expert_chosen(device) -> None:
     ids, weights = route(torch.randn(3, 5, device=device), Routing(5, "softmax"))
     assert ids.sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
