@@ -122,6 +122,8 @@ def route_kernel(
     rank = score
     if HAS_BIAS:
         rank += tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    # -inf is for who cannot be chosen (any more). Were NaN left, an expert would be chosen that does not exist.
+    rank = tl.where(rank == rank, tl.maximum(rank, -1e38), -1e38)
     rank = tl.where(inside, rank, float("-inf"))
     if TOP_GROUPS < GROUPS:
         rank = _in_best_groups(rank, expert, num_experts, GROUPS, TOP_GROUPS, BEST_OF_GROUP, BLOCK_E)

@@ -51,6 +51,18 @@ def test_every_expert_chosen(device) -> None:
     torch.testing.assert_close(weights.sum(1), torch.ones(3, device=device))
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_without_numbers_there_are_still_different_experts(device, name, value) -> None:
+    """One out of range would be memory that is not ours."""
+    logits = torch.full((2, 24), value, device=device)
+    logits[1, 5] = 1.0
+    ids, _ = route(logits, ROUTINGS[name], torch.zeros(24, device=device))
+    assert ids.min() >= 0
+    assert ids.max() < 24
+    assert all(len(set(chosen)) == ROUTINGS[name].top_k for chosen in ids.tolist())
+
+
 def test_no_tokens(device) -> None:
     ids, weights = route(torch.empty(0, 8, device=device), Routing(2, "softmax"))
     assert ids.shape == weights.shape == (0, 2)
