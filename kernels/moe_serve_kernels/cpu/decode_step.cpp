@@ -9,9 +9,9 @@
 //     x += shared + weighted sum of down @ inner                                                       barrier
 //   logits = head @ norm(x)
 //
-// A layer without experts has no router, and its MLP is in the place of the shared expert. Latent attention (DeepSeek-V2)
-// caches one narrow row per token that all heads share. Their keys and values, which would be products of that row, are
-// never made: a head's query is carried over to the row's space, and what it attends to back.
+// A layer without experts has no router, and its MLP is in the place of the shared expert. Latent attention
+// (DeepSeek-V2) caches one narrow row per token that all heads share. Their keys and values, which would be products of
+// that row, are never made: a head's query is carried over to the row's space, and what it attends to back.
 //
 // With one token a model's layers are short: starting threads, or asking Python what comes next, takes as long as
 // reading a layer's weights. So one team of threads stays awake for the whole step, and what every thread needs and
@@ -54,7 +54,7 @@ struct Block {
     const float *q_norm, *k_norm;         // null: none; [D], or [Hq * D] and [Hk * D] where `norms_all_heads`
     const float* sinks;                   // [Hq] or null
     int64_t window;                       // 0: none
-    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; latents: [kv_tokens, rank + R], null
+    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; or [kv_tokens, rank + R], null
     const Expert* const* experts;         // [E]; null where there are none or somebody else runs them
     int64_t route;                        // where in ids and weights this layer's choices go
 };
