@@ -90,6 +90,8 @@ def _around() -> Iterator[Launch]:
     yield Launch("8 groups of 256", partial(_route, grouped_routing, 256))
     for head_dim in (64, 128, 192):
         yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
+    for num_heads in (16, 128):
+        yield Launch(f"latents, {num_heads} heads", partial(_latent_attention, num_heads), {"attend_split": MMA})
     for num_slots in (32, 1024):
         yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
     yield Launch("", _copy)
@@ -117,6 +119,15 @@ def _attention(head_dim: int) -> None:
     lengths = _new(4, dtype=torch.int64)
     cache = _new(8, 4096, head_dim), _new(8, 4096, min(head_dim, 128))
     paged_attention.paged_decode(_new(4, 32, head_dim), *cache, pages, lengths, page_size=16, scale=0.1)
+
+
+def _latent_attention(num_heads: int) -> None:
+    """DeepSeek-V2-Lite has 16 heads, V3 128."""
+    pages = _new(4, 64, dtype=torch.int64)
+    lengths = _new(4, dtype=torch.int64)
+    rows = _new(1, 4096, 512 + 64)
+    query = _new(4, num_heads, 512 + 64)
+    paged_attention.paged_decode(query, rows, rows[:, :, :512], pages, lengths, page_size=16, scale=0.1)
 
 
 def _plan(num_slots: int) -> None:
