@@ -82,6 +82,7 @@ def _around() -> Iterator[Launch]:
     """Everything but the experts in bf16; exact products in float32 use no matrix instruction."""
     yield Launch("float32", partial(_gate_up, "plain", SILU, configs.FLOAT32.gate_up, torch.float32))
     yield Launch("float32", partial(_down, "plain", configs.FLOAT32.down, torch.float32))
+    yield Launch("float32 latents", partial(_latent_attention, 16, torch.float32))
     for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
         yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
     yield Launch("", _combine)
@@ -121,12 +122,12 @@ def _attention(head_dim: int) -> None:
     paged_attention.paged_decode(_new(4, 32, head_dim), *cache, pages, lengths, page_size=16, scale=0.1)
 
 
-def _latent_attention(num_heads: int) -> None:
+def _latent_attention(num_heads: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """DeepSeek-V2-Lite has 16 heads, V3 128."""
     pages = _new(4, 64, dtype=torch.int64)
     lengths = _new(4, dtype=torch.int64)
-    rows = _new(1, 4096, 512 + 64)
-    query = _new(4, num_heads, 512 + 64)
+    rows = _new(1, 4096, 512 + 64, dtype=dtype)
+    query = _new(4, num_heads, 512 + 64, dtype=dtype)
     paged_attention.paged_decode(query, rows, rows[:, :, :512], pages, lengths, page_size=16, scale=0.1)
 
 
