@@ -146,7 +146,7 @@ def _latent_tile(dtype: torch.dtype) -> _Tile:
 
 
 def _block(size: int) -> int:
-    return max(MIN_SIDE, triton.next_power_of_2(size))
+    return max(MIN_SIDE, int(triton.next_power_of_2(size)))
 
 
 @triton.jit
