@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,117 +27,91 @@ SHARD_BYTES = 200 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """What makes one Mixtral larger than another; 8 experts, 2 per token, head dim 64, vocabulary 4096."""
+    """What makes one checkpoint larger than another, of the family whose config is `kind`; vocabulary 4096."""
 
+    kind: type[PreTrainedConfig]
     hidden: int
     intermediate: int
+    """Of one expert."""
     layers: int
     kv_heads: int
+    experts: int = 8
+    top_k: int = 2
+    shared: int = 0
+    """Intermediate size of the shared expert; of Qwen2-MoE."""
+    head_dim: int = 64
 
-    def config(self, dtype: torch.dtype) -> MixtralConfig:
-        return MixtralConfig(
+    def config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        return self.kind(
             vocab_size=4096,
             hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 64,
+            num_attention_heads=self.hidden // self.head_dim,
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=4096,
-            num_local_experts=8,
-            num_experts_per_tok=2,
+            num_experts_per_tok=self.top_k,
             bos_token_id=0,
             eos_token_id=2,
             pad_token_id=0,
             dtype=str(dtype).removeprefix("torch."),
-            architectures=["MixtralForCausalLM"],
+            architectures=[self.kind.__name__.removesuffix("Config") + "ForCausalLM"],
+            **OWN_FIELDS[self.kind](self),
         )
 
 
-@dataclass(frozen=True)
-class FineGrained:
-    """Many small experts, head dim 64, vocabulary 4096: a Qwen3-MoE, or a Qwen2-MoE with a `shared` expert."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    experts: int
-    kv_heads: int
-    top_k: int = 8
-    shared: int = 0
-
-    def config(self, dtype: torch.dtype) -> PreTrainedConfig:
-        fields = {
-            "vocab_size": 4096,
-            "hidden_size": self.hidden,
-            "intermediate_size": 4 * self.hidden,
-            "moe_intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.hidden // 64,
-            "num_key_value_heads": self.kv_heads,
-            "max_position_embeddings": 4096,
-            "num_experts": self.experts,
-            "num_experts_per_tok": self.top_k,
-            "norm_topk_prob": True,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        if not self.shared:
-            return Qwen3MoeConfig(**fields, architectures=["Qwen3MoeForCausalLM"])
-        shared = {"shared_expert_intermediate_size": self.shared}
-        return Qwen2MoeConfig(**fields, **shared, architectures=["Qwen2MoeForCausalLM"])
+def _mixtral(size: Size) -> dict[str, Any]:
+    return {"intermediate_size": size.intermediate, "num_local_experts": size.experts}
 
 
-@dataclass(frozen=True)
-class Latent:
-    """A DeepSeek-V2 as V2-Lite: latent attention, two shared experts, a dense first layer, vocabulary 4096."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    experts: int
-
-    def config(self, dtype: torch.dtype) -> PreTrainedConfig:
-        return DeepseekV2Config(
-            vocab_size=4096,
-            hidden_size=self.hidden,
-            intermediate_size=8 * self.intermediate,
-            moe_intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 128,
-            num_key_value_heads=self.hidden // 128,
-            q_lora_rank=None,
-            kv_lora_rank=512,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            v_head_dim=128,
-            max_position_embeddings=4096,
-            n_routed_experts=self.experts,
-            n_shared_experts=2,
-            num_experts_per_tok=6,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            topk_method="greedy",
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=0,
-            dtype=str(dtype).removeprefix("torch."),
-            architectures=["DeepseekV2ForCausalLM"],
-        )
+def _qwen3(size: Size) -> dict[str, Any]:
+    return {
+        "intermediate_size": 4 * size.hidden,
+        "moe_intermediate_size": size.intermediate,
+        "num_experts": size.experts,
+        "norm_topk_prob": True,
+    }
 
 
-SIZES: dict[str, Size | FineGrained | Latent] = {
-    "mixtral-20m": Size(hidden=256, intermediate=640, layers=4, kv_heads=2),
-    "mixtral-300m": Size(hidden=768, intermediate=1536, layers=10, kv_heads=4),
-    "mixtral-1.4g": Size(hidden=1024, intermediate=3456, layers=8, kv_heads=4),
-    "mixtral-4g": Size(hidden=1024, intermediate=3584, layers=24, kv_heads=4),
-    "mixtral-8x7b-4l": Size(hidden=4096, intermediate=14336, layers=4, kv_heads=8),
-    "qwen3-moe-500m": FineGrained(hidden=512, intermediate=128, layers=10, experts=128, kv_heads=2),
-    "qwen3-1b": FineGrained(hidden=1024, intermediate=256, layers=18, experts=64, kv_heads=4),
-    "qwen2-1b": FineGrained(hidden=1024, intermediate=256, layers=18, experts=60, kv_heads=4, top_k=4, shared=1024),
-    "deepseek-1b": Latent(hidden=1024, intermediate=256, layers=19, experts=64),
+def _qwen2(size: Size) -> dict[str, Any]:
+    return {**_qwen3(size), "shared_expert_intermediate_size": size.shared}
+
+
+def _deepseek(size: Size) -> dict[str, Any]:
+    """As V2-Lite: latent attention, two shared experts, a dense first layer."""
+    return {
+        "intermediate_size": 8 * size.intermediate,
+        "moe_intermediate_size": size.intermediate,
+        "n_routed_experts": size.experts,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
+
+
+OWN_FIELDS: dict[type[PreTrainedConfig], Callable[[Size], dict[str, Any]]] = {
+    MixtralConfig: _mixtral,
+    Qwen2MoeConfig: _qwen2,
+    Qwen3MoeConfig: _qwen3,
+    DeepseekV2Config: _deepseek,
+}
+"""What one family's config has and others lack, or mean otherwise."""
+SIZES = {
+    "mixtral-20m": Size(MixtralConfig, 256, 640, layers=4, kv_heads=2),
+    "mixtral-300m": Size(MixtralConfig, 768, 1536, layers=10, kv_heads=4),
+    "mixtral-1.4g": Size(MixtralConfig, 1024, 3456, layers=8, kv_heads=4),
+    "mixtral-4g": Size(MixtralConfig, 1024, 3584, layers=24, kv_heads=4),
+    "mixtral-8x7b-4l": Size(MixtralConfig, 4096, 14336, layers=4, kv_heads=8),
+    "qwen3-moe-500m": Size(Qwen3MoeConfig, 512, 128, layers=10, kv_heads=2, experts=128, top_k=8),
+    "qwen3-1b": Size(Qwen3MoeConfig, 1024, 256, layers=18, kv_heads=4, experts=64, top_k=8),
+    "qwen2-1b": Size(Qwen2MoeConfig, 1024, 256, layers=18, kv_heads=4, experts=60, top_k=4, shared=1024),
+    "deepseek-1b": Size(DeepseekV2Config, 1024, 256, layers=19, kv_heads=8, experts=64, top_k=6, head_dim=128),
 }
 """mixtral-300m has 305 million parameters; the others are named for their bytes in bf16: mixtral-1.4g
 1.42 GB and mixtral-4g 4.37 GB, both 96 % experts. One expert of mixtral-4g is 22 MB. mixtral-8x7b-4l has four layers

@@ -11,7 +11,7 @@ Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -31,6 +31,10 @@ from expert_cache.store import ExpertStore
 from expert_cache.usage import ExpertUsage
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
+
+
+def _nothing() -> None:
+    """Nobody has anything to do meanwhile."""
 
 
 class Experts(Protocol):
@@ -93,17 +97,27 @@ class ExpertLayers:
             return {}
         return self.experts.layers_in_place()
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], None] = _nothing,
+    ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs.
 
         hidden [T, H]; ids [T, K] int64; weights [T, K] (float32 or hidden's dtype) -> [T, H].
-        Tokens whose expert cannot be read get zeros, and `take_failures` tells which.
+        Tokens whose expert cannot be read get zeros, and `take_failures` tells which. `meanwhile`: called once, while
+        experts are being read if any have to be.
         """
         if self.tap.is_on:
             self.tap.add(ids, weights)
         if isinstance(self.experts, DeviceExperts):
+            meanwhile()
             return self.experts.run(layer, hidden, ids, weights)
         if (in_place := self.in_place.get(layer)) is not None:
+            meanwhile()
             out, counts = in_place.run(hidden, ids, weights, self.compute.activation)
             self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])
             return out
@@ -112,7 +126,7 @@ class ExpertLayers:
             self.audit.begin(len(hidden))
         if self.watcher is not None:
             self.watcher.watch(self.experts.store.layers.index(layer), ids, hidden)
-        by_pair = self.run_pairs(layer, hidden, groups)
+        by_pair = self.run_pairs(layer, hidden, groups, meanwhile)
         if self.audit is not None and layer == self.experts.store.layers[-1]:
             self.audit.end()
         return self.compute.combine(by_pair, weights)
@@ -131,7 +145,9 @@ class ExpertLayers:
         self.usage.use(layer, experts, counts)
         self.experts.counters.hits[self.experts.store.layers.index(layer)] += len(experts)
 
-    def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
+    def run_pairs(
+        self, layer: int, hidden: torch.Tensor, groups: Regrouped, meanwhile: Callable[[], None] = _nothing
+    ) -> torch.Tensor:
         """Each pair's expert applied to its token: hidden [T, H] -> [P, H] in the order of pairs, float32 at least.
 
         Pairs whose expert cannot be read get zeros; see `run`.
@@ -143,6 +159,7 @@ class ExpertLayers:
             if self.advisor is not None and not wanted.streams and (self.audit is None or self.audit.is_prefetching):
                 self._follow(self.advisor, layer, groups.experts, hidden)
             on_host = self._start_on_host(wanted, hidden, groups)
+            meanwhile()
             self._run_as_they_come(wanted, hidden, groups, out)
             if on_host is not None:
                 wanted.failed |= on_host.finish(out)

@@ -177,8 +177,8 @@ class EngineConfig(FromDict):
     max_queue_wait: float | None = option(
         None,
         "Longest wait for a place in the batch, in seconds. A request that would wait longer, judging by how long"
-        " recent ones took, is refused with 503; so is one that has waited that long. From then on, or when 2.5 times"
-        " as much comes as can be served, only as many may wait as keep the batch full, until the overload is over."
+        " recent ones took, is refused with 503; so is one that has waited that long. From then on, or when 1.7 times"
+        " as many come as can be served, only as many may wait as keep the batch full, until the overload is over."
         " Default: no limit.",
     )
     max_prompt_tokens: int | None = option(

@@ -33,7 +33,7 @@ class Sizes:
     """Of one layer."""
     top_k: int
     kv_bytes_per_token: int | None
-    """None: only loading the model would tell (compressed or hybrid attention)."""
+    """None: only loading the model would tell (hybrid attention)."""
     context: int
 
     @property
@@ -84,12 +84,20 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
 
 def _kv_bytes_per_token(hf_config: Any, dtype: torch.dtype) -> int | None:
     kinds = set(getattr(hf_config, "layer_types", None) or ())
-    if getattr(hf_config, "kv_lora_rank", None) or kinds - {"full_attention", "sliding_attention"}:
+    if kinds - {"full_attention", "sliding_attention"}:
         return None
+    return _kv_numbers_per_layer(hf_config) * int(hf_config.num_hidden_layers) * dtype.itemsize
+
+
+def _kv_numbers_per_layer(hf_config: Any) -> int:
+    """Of one token: the latent and the part of the key that is turned (DeepSeek), or all heads' keys and values."""
+    latent = getattr(hf_config, "kv_lora_rank", None)
+    if latent is not None:
+        return int(latent) + int(hf_config.qk_rope_head_dim)
     heads = int(hf_config.num_attention_heads)
     kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
-    return 2 * int(hf_config.num_hidden_layers) * kv_heads * head_dim * dtype.itemsize
+    return 2 * kv_heads * head_dim
 
 
 def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:

@@ -1,8 +1,8 @@
 """AsyncEngine: the engine on a worker thread, requests and outputs over mailboxes.
 
 One thread owns the engine and steps it while there is work. The event loop never touches engine
-state: it puts commands into an inbox and reads outputs from one mailbox per request. Knows threads
-and asyncio; knows no HTTP.
+state: it puts commands into an inbox and reads outputs from one mailbox per request. Who may wait, and
+for how long, reception.py knows. Knows threads and asyncio; knows no HTTP.
 """
 
 from __future__ import annotations
@@ -13,23 +13,14 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.engine.mailbox import Mailbox
-from moe_serve.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-    MoEServeError,
-    NotServingError,
-    OverloadedError,
-    RequestTimeoutError,
-)
+from moe_serve.engine.reception import InFlight, Reception
+from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
-from moe_serve.scheduling.admission import Admission
 from moe_serve.scheduling.sequence import Request, SampleOutput
 from moe_serve.scheduling.stats import StatsObserver
 
@@ -72,20 +63,6 @@ class EngineState(StrEnum):
     DEAD = "dead"
 
 
-@dataclass(slots=True)
-class _InFlight:
-    """A request as the event loop sees it, from submission to its last output."""
-
-    request: Request
-    mailbox: Mailbox[SampleOutput | MoEServeError] = field(default_factory=Mailbox)
-    unfinished: int = 1
-    """Samples that have not ended."""
-    is_queued: bool = True
-    """No output yet: it counts against the queue limits."""
-    first_output_s: float = 0.0
-    timers: list[asyncio.TimerHandle] = field(default_factory=list)
-
-
 class AsyncEngine:
     """Many concurrent `generate` calls over one engine."""
 
@@ -94,11 +71,10 @@ class AsyncEngine:
         self.state = EngineState.READY
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._in_flight: dict[str, _InFlight] = {}
+        self._reception = Reception(engine.config, functools.partial(self._post, self._give_up))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="moe-serve-engine", daemon=True)
-        self._admission = Admission(engine.config)
 
     # ---- event-loop side ------------------------------------------------------------------------
 
@@ -110,14 +86,12 @@ class AsyncEngine:
     @property
     def num_in_flight(self) -> int:
         """Accepted requests whose last output has not been handed over."""
-        return len(self._in_flight)
+        return self._reception.num_in_flight
 
     @property
     def num_queued(self) -> int:
         """Accepted requests that have produced nothing yet, beyond the ones a step can hold."""
-        queued = sum(f.is_queued for f in self._in_flight.values())
-        running = len(self._in_flight) - queued
-        return max(0, queued - max(0, self.engine.config.max_num_seqs - running))
+        return self._reception.num_queued
 
     async def generate(self, request: Request) -> AsyncGenerator[SampleOutput]:
         """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
@@ -133,11 +107,9 @@ class AsyncEngine:
                 in_flight.unfinished -= output.finish_reason is not None
                 yield output
         finally:
-            self._in_flight.pop(request.request_id, None)
-            for timer in in_flight.timers:
-                timer.cancel()
+            self._reception.leave(in_flight)
             if in_flight.unfinished > 0:
-                self._post(lambda: self.engine.abort(request.request_id))
+                self._post(self.engine.abort, request.request_id)
 
     async def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""
@@ -159,62 +131,19 @@ class AsyncEngine:
         self._post(run)
         return await done
 
-    def submit(self, request: Request) -> _InFlight:
+    def submit(self, request: Request) -> InFlight:
         """Accept a request or raise why not; `generate` reads its outputs."""
         self._check_serving()
-        if request.request_id in self._in_flight:
-            raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
         self.engine.check_request(request)
-        self._check_queue(request)
-        in_flight = self._in_flight[request.request_id] = _InFlight(request, unfinished=request.params.n)
-        self._post(lambda: self._admit(request))
-        self._set_timers(in_flight)
+        in_flight = self._reception.enter(request)
+        self._post(self._admit, request)
         return in_flight
-
-    def _set_timers(self, in_flight: _InFlight) -> None:
-        """Have a request end that takes, or waits, longer than it may."""
-        config, request_id = self.engine.config, in_flight.request.request_id
-        loop = asyncio.get_running_loop()
-        if config.request_timeout is not None:
-            message = f"the request did not finish within {config.request_timeout:g} s, this server's limit"
-            timer = loop.call_later(config.request_timeout, self._refuse, request_id, RequestTimeoutError(message))
-            in_flight.timers.append(timer)
-        wait_s = config.max_queue_wait
-        if wait_s is not None:
-            reason = f"it found no place in the batch within {wait_s:g} s"
-            give_up = functools.partial(self._give_up, request_id, reason)
-            in_flight.timers.append(loop.call_later(wait_s, self._post, give_up))
 
     def _check_serving(self) -> None:
         if self.state is EngineState.DEAD:
             raise EngineDeadError("the engine has died after repeated errors; restart the server")
         if self.state is not EngineState.READY:
             raise NotServingError("the server is shutting down", retry_after_s=10)
-
-    def _check_queue(self, request: Request) -> None:
-        """OverloadedError if every seat is taken and the queue has no room."""
-        num_queued = self.num_queued
-        self._admission.note_arrival(num_queued)
-        if len(self._in_flight) < self.engine.config.max_num_seqs:
-            return
-        was_overloaded = self._admission.is_overloaded
-        try:
-            self._admission.check(num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
-        except OverloadedError:
-            if self._admission.is_overloaded and not was_overloaded:
-                self._shorten_queue()
-            raise
-
-    def _shorten_queue(self) -> None:
-        """An overload begins. Who is further back than it allows is told now, and does not make others late."""
-        queued = sorted((f.request for f in self._in_flight.values() if f.is_queued), key=lambda r: r.priority)
-        num_kept = len(queued) - self.num_queued + self._admission.num_standing
-        for request in queued[num_kept:]:
-            reason = "more requests came than this server can take, and it was at the end of the queue"
-            self._post(functools.partial(self._give_up, request.request_id, reason))
-
-    def _num_queued_tokens(self) -> int:
-        return sum(len(f.request.prompt_token_ids) for f in self._in_flight.values() if f.is_queued)
 
     async def shutdown(self, drain_timeout_s: float = 0.0) -> None:
         """Refuse new requests, give the running ones `drain_timeout_s`, abort the rest, end the thread."""
@@ -223,11 +152,11 @@ class AsyncEngine:
         if self.state is EngineState.READY:
             self.state = EngineState.DRAINING
         deadline = time.monotonic() + drain_timeout_s
-        while self._in_flight and time.monotonic() < deadline and self.state is EngineState.DRAINING:
+        while self.num_in_flight and time.monotonic() < deadline and self.state is EngineState.DRAINING:
             await asyncio.sleep(0.02)
-        for request_id in list(self._in_flight):
-            self._post(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
-            self._refuse(request_id, NotServingError("the server is shutting down", retry_after_s=10))
+        for request_id in self._reception.request_ids:
+            self._post(self.engine.abort, request_id)
+            self._reception.refuse(request_id, NotServingError("the server is shutting down", retry_after_s=10))
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -237,38 +166,17 @@ class AsyncEngine:
         if self.state is not EngineState.DEAD:
             self.state = EngineState.STOPPED
 
-    def _post(self, command: Callable[[], None]) -> None:
-        """Have the worker thread run `command` before its next step."""
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the worker thread call `function` before its next step."""
         with self._wake:
-            self._inbox.append(command)
+            self._inbox.append(functools.partial(function, *arguments))
             self._wake.notify()
-
-    def _deliver(self, outputs: list[SampleOutput]) -> None:
-        """Hand one step's outputs to their requests; on the event loop."""
-        now = time.monotonic()
-        for output in outputs:
-            in_flight = self._in_flight.get(output.request_id)
-            if in_flight is not None:
-                if in_flight.is_queued:
-                    in_flight.is_queued, in_flight.first_output_s = False, now
-                in_flight.mailbox.put(output)
-                if output.finish_reason is not None:
-                    self._admission.note_finished(now - in_flight.first_output_s)
-
-    def _refuse(self, request_id: str, error: MoEServeError) -> None:
-        """End one request with an error; on the event loop."""
-        in_flight = self._in_flight.get(request_id)
-        if in_flight is not None:
-            in_flight.mailbox.put(error)
-
-    def _refuse_late(self, request_id: str, reason: str) -> None:
-        self._refuse(request_id, self._admission.refusal(self.num_queued, reason))
 
     def _die(self, message: str) -> None:
         """Tell every request that the engine is gone; on the event loop."""
         self.state = EngineState.DEAD
-        for in_flight in self._in_flight.values():
-            in_flight.mailbox.put(EngineDeadError(message))
+        for request_id in self._reception.request_ids:
+            self._reception.refuse(request_id, EngineDeadError(message))
 
     # ---- worker-thread side -----------------------------------------------------------------------
 
@@ -288,7 +196,7 @@ class AsyncEngine:
             outputs, error = self._advance(commands)
             failures = failures + 1 if error else 0
             if outputs:
-                self._call_loop(self._deliver, outputs)
+                self._call_loop(self._reception.deliver, outputs)
             if failures >= MAX_FAILED_STEPS:
                 log.critical("%d steps in a row failed; the engine stops", failures)
                 self._call_loop(self._die, f"the engine died: {error}")
@@ -329,14 +237,14 @@ class AsyncEngine:
             if not isinstance(error, MoEServeError):
                 log.exception("the engine could not take request %s", request.request_id)
                 error = MoEServeError(f"the engine could not take this request ({type(error).__name__})")
-            self._call_loop(self._refuse, request.request_id, error)
+            self._call_loop(self._reception.refuse, request.request_id, error)
             self.engine.abort(request.request_id)
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """Refuse a request that waits, unless the batch has taken it meanwhile."""
         if self.engine.is_waiting(request_id):
             self.engine.abort(request_id)
-            self._call_loop(self._refuse_late, request_id, reason)
+            self._call_loop(self._reception.refuse_late, request_id, reason)
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

@@ -27,7 +27,7 @@ from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up
 from moe_serve.execution.grammar import MaskThread
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.expert_routes.live_predictor import LivePredictor
-from moe_serve.hf import attention, dense, device_routers, experts, loading, whole_steps
+from moe_serve.hf import attend, dense, device_routers, experts, loading, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
@@ -223,7 +223,7 @@ def _group_limits(
     kv_shapes: dict[int, LayerKVShape], dtype: torch.dtype, device: torch.device
 ) -> forward_batch.GroupLimits:
     """An in-place kernel takes everything at once; gathering wants little padding and, on CPU, L2-sized groups."""
-    if attention.in_place_kernel(device, dtype) is not None:
+    if attend.in_place_kernel(device, dtype) is not None:
         return forward_batch.GroupLimits()
     if device.type != "cpu":
         return forward_batch.GroupLimits(max_padding=PADDING_LIMIT)
@@ -268,7 +268,7 @@ def _capture(runner: ModelRunner) -> None:
 def _why_no_graphs(runner: ModelRunner) -> str | None:
     if not isinstance(runner.expert_layers.experts, DeviceExperts):
         return "the host brings the experts of every layer"
-    if attention.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
+    if attend.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
         return f"no attention kernel reads {runner.config.dtype} pages in place"
     return None
 

@@ -18,15 +18,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LayerKVShape:
-    """What one layer caches per token. Key and value widths differ in multi-head latent attention."""
+    """What one layer caches per token."""
 
     num_heads: int
     key_dim: int
     value_dim: int
+    values_in_keys: bool = False
+    """A value is the beginning of its key: latents (hf/latent_attention.py)."""
 
     @property
     def elements_per_token(self) -> int:
-        return self.num_heads * (self.key_dim + self.value_dim)
+        return self.num_heads * (self.key_dim + (0 if self.values_in_keys else self.value_dim))
 
 
 class Scratch:
@@ -60,22 +62,34 @@ class LayerKV:
         scratch: Scratch,
     ) -> None:
         tokens = num_pages * page_size
+        self.shape = shape
         self.page_size = page_size
         self._scratch = scratch
         self.keys = lazy_zeros((shape.num_heads, tokens, shape.key_dim), dtype, device)
-        self.values = lazy_zeros((shape.num_heads, tokens, shape.value_dim), dtype, device)
+        if shape.values_in_keys:
+            self.values = self.keys[..., : shape.value_dim]
+        else:
+            self.values = lazy_zeros((shape.num_heads, tokens, shape.value_dim), dtype, device)
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """What takes memory: keys, and values unless they are in the keys."""
+        return (self.keys,) if self.shape.values_in_keys else (self.keys, self.values)
 
     def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys, values [heads, T, dim] at `slots` [T]."""
-        self.keys.index_copy_(1, slots, keys)
-        self.values.index_copy_(1, slots, values)
+        for data, rows in zip(self.stored, (keys, values), strict=False):
+            data.index_copy_(1, slots, rows)
 
     def gather(self, page_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the pages in `page_table` [N, p] -> two tensors [N, heads, p*B, dim].
 
         They live in scratch memory and are valid until the next gather of any layer.
         """
-        return self._gather("keys", self.keys, page_table), self._gather("values", self.values, page_table)
+        keys = self._gather("keys", self.keys, page_table)
+        if self.shape.values_in_keys:
+            return keys, keys[..., : self.shape.value_dim]
+        return keys, self._gather("values", self.values, page_table)
 
     def _gather(self, name: str, data: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
         heads, tokens, dim = data.shape

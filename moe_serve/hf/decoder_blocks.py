@@ -49,13 +49,13 @@ def shape_of(model: Any, family: Family, config: Any, activation: Activation, pa
     routing = family.routing(config)
     assert routing is not None
     attention, norm = model.model.layers[0].self_attn, model.model.norm
-    latents = hasattr(attention, "kv_b_proj")
+    latents = hasattr(attention, "latent_projections")
     head_dim = attention.qk_head_dim if latents else attention.head_dim
     turned = attention.qk_rope_head_dim if latents else int(head_dim * _rope(config).get("partial_rotary_factor", 1.0))
     return DecoderShape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads if latents else config.num_key_value_heads,
+        kv_heads=1 if latents else config.num_key_value_heads,
         head_dim=head_dim,
         value_dim=attention.v_head_dim if latents else head_dim,
         page_size=page_size,
@@ -88,12 +88,12 @@ def _block(
         q=_weights(attention, "q_b_proj", "q_proj"),
         k=_weights(attention, "k_proj"),
         v=_weights(attention, "v_proj"),
-        latents=_latents(attention) if hasattr(attention, "kv_b_proj") else None,
+        latents=_latents(attention) if kv.shape.values_in_keys else None,
         o=weights_of(attention.o_proj),
         input_norm=layer.input_layernorm.weight,
         post_norm=layer.post_attention_layernorm.weight,
         keys=kv.keys,
-        values=kv.values,
+        values=None if kv.shape.values_in_keys else kv.values,
         q_norm=_weight(attention, "q_norm"),
         k_norm=_weight(attention, "k_norm"),
         sinks=getattr(attention, "sinks", None),
@@ -121,7 +121,7 @@ def _latents(attention: Any) -> Latents:
     return Latents(
         kv=weights_of(attention.kv_a_proj_with_mqa),
         kv_norm=attention.kv_a_layernorm.weight,
-        kv_up=weights_of(attention.kv_b_proj),
+        heads=attention.latent_projections.heads,
         q=_weights(attention, "q_a_proj"),
         q_norm=_weight(attention, "q_a_layernorm"),
     )

@@ -25,7 +25,7 @@ from expert_cache.expert_file import DTYPE_NAMES
 from expert_cache.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
-from moe_serve.hf import attention, dense
+from moe_serve.hf import attention, dense, latent_attention
 from moe_serve.hf.checkpoint import dense_dtypes, dense_tensors, open_expert_file, open_experts, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
@@ -77,6 +77,7 @@ def load(
         store = open_expert_file(expert_file, folder, layers, spec)
     _say_how_experts_run(store, scheme)
     _set_windows(model, hf_config, family)
+    latent_attention.install(model)
     return LoadedModel(model, hf_config, family, store, _probe_kv_shapes(model, device))
 
 

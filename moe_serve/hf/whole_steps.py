@@ -7,6 +7,7 @@ counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,7 +109,9 @@ class WholeSteps:
         for layer in range(len(self._kv_cache.layers)):
             hidden, ids, weights = self._step.until_experts(layer, inputs)
             if layer in self._routers:
-                inputs.x.add_(self._layers.run(layer, hidden, ids, weights).mul_(self._shape.residual_scale))
+                shared = functools.partial(self._step.shared, layer, inputs)
+                mixed = self._layers.run(layer, hidden, ids, weights, meanwhile=shared)
+                inputs.x.add_(mixed.mul_(self._shape.residual_scale))
         return self._step.head(inputs)
 
 

@@ -56,18 +56,17 @@ class ContextShare:
 
 
 def _row_bytes(layer: LayerKV) -> int:
-    heads, _, key_dim = layer.keys.shape
-    return 4 + heads * (key_dim + layer.values.shape[2]) * layer.keys.element_size()
+    return 4 + layer.shape.elements_per_token * layer.keys.element_size()
 
 
 def _read(layer: LayerKV, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    keys, values = (data[:, slots[rows]].transpose(0, 1).flatten(1) for data in (layer.keys, layer.values))
-    return pack(rows.int(), keys, values).flatten()
+    parts = (data[:, slots[rows]].transpose(0, 1).flatten(1) for data in layer.stored)
+    return pack(rows.int(), *parts).flatten()
 
 
 def _write(layer: LayerKV, raw: torch.Tensor, slots: torch.Tensor) -> None:
-    heads, _, key_dim = layer.keys.shape
-    value_dim, dtype = layer.values.shape[2], layer.keys.dtype
-    rows, keys, values = unpack(raw, (1, torch.int32), (heads * key_dim, dtype), (heads * value_dim, dtype))
-    by_head = (part.view(len(rows), heads, -1).transpose(0, 1) for part in (keys, values))
-    layer.write(slots[rows[:, 0].long()], *by_head)
+    widths = ((data.shape[0] * data.shape[2], data.dtype) for data in layer.stored)
+    rows, *parts = unpack(raw, (1, torch.int32), *widths)
+    for data, part in zip(layer.stored, parts, strict=True):
+        by_head = part.view(len(rows), len(data), -1).transpose(0, 1)
+        data.index_copy_(1, slots[rows[:, 0].long()], by_head)

@@ -14,7 +14,6 @@ import torch
 from expert_cache.cache import ExpertCache
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
-from moe_serve.execution.kv_cache import LayerKV
 from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.environment import Place
@@ -40,7 +39,7 @@ class Worker:
         self.config = dataclasses.replace(self._runner.config, num_kv_pages=pages, max_model_len=context)
         self.layers = self._shared.layers
         layers = self._runner.kv_cache.layers.values()
-        self.kv_sizes = sum(_kv_elements(layer) for layer in layers), len(layers)
+        self.kv_sizes = sum(layer.shape.elements_per_token for layer in layers), len(layers)
         """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
         self.way = way_of(parallel, self._shared, self.kv_sizes)
         """One of forecast.WAYS."""
@@ -103,9 +102,3 @@ class Worker:
             "layer_bytes": traffic.by_layer(),
             "experts": dataclasses.asdict(totals),
         }
-
-
-def _kv_elements(layer: LayerKV) -> int:
-    """Of one token."""
-    heads, _, key_dim = layer.keys.shape
-    return int(heads) * (int(key_dim) + layer.values.shape[2])

@@ -16,13 +16,17 @@ from moe_serve.errors import OverloadedError
 
 RECENT_SAMPLES = 64
 """Finished samples that the expected wait is worked out from."""
+FULL_SAMPLES = 512
+"""Finished samples that say how fast a full batch is: enough not to notice that a machine stood still for seconds."""
 SEATS_PER_STANDING = 16
 """In an overload one request may wait for so many seats: enough to fill a seat as soon as it is free."""
-GROWTH_WINDOW_S = 2.5
-"""In two of these in a row the queue of an overload grows fast; two without a refusal end it."""
-OVERLOAD_GROWTH = 1.5
-"""Seconds of waiting that are added in a second: 2.5 times the load, where a machine that stands still adds one."""
-SAMPLE_S = GROWTH_WINDOW_S / 25
+WINDOW_S = 2.0
+"""In two of these in a row far more requests come in an overload; two without a refusal end it."""
+FEWEST_PER_WINDOW = 24
+"""Requests that can be served in a window: where one takes long, windows are longer."""
+OVERLOAD = 1.7
+"""Times as many as can be served. At a mean of 0.8 the bursts of Azure's and Mooncake's traces reach 1.45."""
+SAMPLE_S = WINDOW_S / 25
 MAX_RETRY_AFTER_S = 60
 
 
@@ -33,21 +37,28 @@ class Admission:
         self._config = config
         self._clock = clock
         self._seat_times_s: deque[float] = deque(maxlen=RECENT_SAMPLES)
+        self._full_seat_times_s: deque[float] = deque(maxlen=FULL_SAMPLES)
+        self._is_full = False
         self._last_refusal_s = -math.inf
+        self._num_arrivals = 0
         self._arrivals: deque[tuple[float, int]] = deque([(-math.inf, 0)])
-        """When requests came, and how many waited then: some of two windows, and the last one before."""
+        """How many requests had come when: some points of two windows, and the last one before."""
 
     def note_finished(self, seat_s: float) -> None:
         """A sample has ended that kept its seat in the batch for so long."""
         self._seat_times_s.append(seat_s)
+        if self._is_full:
+            self._full_seat_times_s.append(seat_s)
 
     def note_arrival(self, num_queued: int) -> None:
         """A request has come, and finds so many waiting."""
+        self._num_arrivals += 1
+        self._is_full = num_queued > 0
         now_s = self._clock()
         if now_s - self._arrivals[-1][0] < SAMPLE_S:
             return
-        self._arrivals.append((now_s, num_queued))
-        while self._arrivals[1][0] < now_s - 2 * GROWTH_WINDOW_S:
+        self._arrivals.append((now_s, self._num_arrivals))
+        while self._arrivals[1][0] < now_s - 2 * self._window_s(self._served_in_s()):
             self._arrivals.popleft()
 
     def check(self, num_queued: int, prompt_tokens: int, queued_tokens: Callable[[], int]) -> None:
@@ -69,7 +80,7 @@ class Admission:
         wait_s = self.expected_wait_s(num_queued + 1)
         if wait_s > longest_s:
             raise self.refusal(num_queued, f"it would wait for about {wait_s:.1f} s, longer than it may")
-        if num_queued >= self.num_standing and (self.is_overloaded or self._grows_too_fast(num_queued)):
+        if num_queued >= self.num_standing and (self.is_overloaded or self._far_more_come()):
             raise self.refusal(num_queued, f"more come than can be served, and it would wait for about {wait_s:.1f} s")
 
     @property
@@ -81,20 +92,32 @@ class Admission:
     def is_overloaded(self) -> bool:
         """Something was refused not long ago."""
         is_limited = self._config.max_queue_wait is not None
-        return is_limited and self._clock() - self._last_refusal_s < 2 * GROWTH_WINDOW_S
+        return is_limited and self._clock() - self._last_refusal_s < 2 * WINDOW_S
 
-    def _grows_too_fast(self, num_queued: int) -> bool:
-        """Far more comes than can be served, and not all at once."""
-        one_s, now_s = self.expected_wait_s(1), self._clock()
+    def _far_more_come(self) -> bool:
+        """Than can be served, and not all at once. Told by arrivals, not by the queue: that grows as fast when the
+        machine stands still for a moment."""
+        one_s, now_s = self._served_in_s(), self._clock()
         if one_s == 0:
             return False
-        in_window = OVERLOAD_GROWTH * GROWTH_WINDOW_S / one_s
-        before, long_before = (self._num_queued_at(now_s - age * GROWTH_WINDOW_S) for age in (1, 2))
-        return num_queued - before > in_window and before - long_before > in_window
+        window_s = self._window_s(one_s)
+        most = OVERLOAD * window_s / one_s
+        before, long_before = (self._num_until(now_s - age * window_s) for age in (1, 2))
+        return self._num_arrivals - before > most and before - long_before > most
 
-    def _num_queued_at(self, time_s: float) -> int:
-        """What one of the last requests before then found."""
-        return next(num_queued for came_s, num_queued in reversed(self._arrivals) if came_s <= time_s)
+    def _served_in_s(self) -> float:
+        """Seconds per sample that a full batch needs, or about that if it has not been full for long."""
+        is_known = len(self._full_seat_times_s) >= RECENT_SAMPLES
+        times_s = self._full_seat_times_s if is_known else self._seat_times_s
+        return statistics.fmean(times_s) / self._config.max_num_seqs if times_s else 0.0
+
+    def _window_s(self, one_s: float) -> float:
+        return max(WINDOW_S, FEWEST_PER_WINDOW * one_s)
+
+    def _num_until(self, time_s: float) -> int:
+        """How many requests had come by then, or by the first time that is remembered."""
+        oldest = self._arrivals[0][1]
+        return next((number for came_s, number in reversed(self._arrivals) if came_s <= time_s), oldest)
 
     def expected_wait_s(self, num_queued: int) -> float:
         """Seconds until so many requests have found seats, from how long recent samples kept theirs.

@@ -88,6 +88,21 @@ def run_steps(layers: ExpertLayers, dtype: torch.dtype = torch.float32, choices:
     return outputs
 
 
+@pytest.mark.parametrize("capacity", ["half", "all"])
+def test_work_of_others_is_done_once_and_while_experts_are_read(capacity: str, tmp_path: Path) -> None:
+    store = split_store(tmp_path, torch.float32)
+    with cached_layers(store, SILU, CAPACITIES[capacity]) as layers:
+        cache = layers.experts
+        assert isinstance(cache, ExpertCache)
+        in_flight: list[int] = []
+        for _ in range(2):
+            layers.run(3, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(0))))
+        assert in_flight == [2, 0]
+    calls: list[None] = []
+    mapped_layers(store, SILU).run(3, *routing(1), meanwhile=lambda: calls.append(None))
+    assert len(calls) == 1
+
+
 def assert_same_bits(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(a, b), f"step {i}: {STEPS[i]}"

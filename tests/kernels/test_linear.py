@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_serve_kernels.cpu import library
-from moe_serve_kernels.cpu.linear import LinearWeights, linear
+from moe_serve_kernels.cpu.linear import LinearTable, LinearWeights, linear, linears
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
@@ -31,6 +31,15 @@ def test_leading_axes_and_no_bias() -> None:
 def test_rows_of_a_larger_matrix() -> None:
     x, weight = torch.randn(2, 33), torch.randn(9, 80).bfloat16()[::2, 5:38]
     torch.testing.assert_close(linear(x, LinearWeights(weight)), F.linear(x, weight.float()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_layers_have_the_bits_of_each(tokens, dtype) -> None:
+    x, weight, bias = torch.randn(5, tokens, 40), torch.randn(5, 70, 40).to(dtype), torch.randn(5, 70).to(dtype)
+    layers = [LinearWeights(*each) for each in zip(weight, bias, strict=True)]
+    expected = torch.stack([linear(rows, layer) for rows, layer in zip(x, layers, strict=True)])
+    assert torch.equal(linears(x, LinearTable(layers)), expected)
 
 
 def test_no_tokens() -> None:

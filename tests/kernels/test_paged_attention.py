@@ -7,7 +7,7 @@ import torch
 
 from moe_serve.execution.forward_batch import DecodeGroup
 from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
-from moe_serve.hf.attention import _Attend
+from moe_serve.hf.attend import Attend
 from moe_serve_kernels.cpu import library, paged_attention
 
 CPU = torch.device("cpu")
@@ -20,6 +20,7 @@ SHAPES = [
     (4, 70, 2, 3, 24, 16, 8),
     (2, 50, 1, 8, 192, 128, 16),
     (3, 19, 3, 2, 96, 96, 5),
+    (2, 30, 2, 21, 160, 208, 4),
 ]
 
 
@@ -56,6 +57,29 @@ def test_native_matches_the_reference(shape, window, with_sinks) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize(("rank", "rotary"), [(64, 16), (20, 6), (512, 64)])
+@pytest.mark.parametrize("heads", [3, 16, 19])
+def test_values_that_are_the_beginnings_of_keys(rank, rotary, heads) -> None:
+    query, keys, _, table, lengths = case(3, 45, 1, heads, rank + rotary, 1, 16)
+    values, settings = keys[..., :rank], {"page_size": 16, "scale": 0.1}
+    got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
+    expected = paged_attention.paged_decode_reference(
+        query.double(), keys.double(), values.double(), table, lengths, **settings
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
+
+
+@needs_library
+def test_a_head_does_not_depend_on_its_neighbours() -> None:
+    query, keys, values, table, lengths = case(2, 30, 1, 21, 160, 208, 4)
+    together = paged_attention.paged_decode(query, keys, values, table, lengths, page_size=4, scale=0.1)
+    alone = paged_attention.paged_decode(
+        query[:, 5:6].contiguous(), keys, values, table, lengths, page_size=4, scale=0.1
+    )
+    assert torch.equal(together[:, 5:6], alone)
+
+
+@needs_library
 def test_large_scores_do_not_overflow() -> None:
     query, keys, values, table, lengths = case(*SHAPES[0])
     got = paged_attention.paged_decode(query * 300, keys, values, table, lengths, page_size=16, scale=1.0)
@@ -75,7 +99,7 @@ def test_gathered_path_matches_the_reference(window, with_sinks) -> None:
     layer.values.copy_(values.nan_to_num())
     sinks = torch.randn(query.shape[1]) if with_sinks else None
     group = DecodeGroup(0, table, lengths, int(lengths.max()), even=False, single_run=None)
-    got = _Attend(0.2, window, sinks)._decode_gathered(query.transpose(0, 1), layer, group)
+    got = Attend(0.2, window, sinks)._decode_gathered(query.transpose(0, 1), layer, group)
     settings = {"page_size": 16, "scale": 0.2, "window": window, "sinks": sinks}
     expected = paged_attention.paged_decode_reference(query, keys, values, table, lengths, **settings)
     torch.testing.assert_close(got, expected, rtol=0, atol=3e-6)

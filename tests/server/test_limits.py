@@ -156,35 +156,42 @@ class TestAdmission:
         with pytest.raises(OverloadedError):
             self.check(admission, 1)
         self.check(admission, 0)
-        self.now_s += 5.1
+        self.now_s += 4.1
         self.check(admission, 9)
 
-    def grow(self, admission: Admission, per_s: float, start: float = 0.0) -> float | None:
-        """Requests come for half a minute and the queue grows steadily; seconds until one is refused."""
-        for i in range(300):
-            self.now_s += 0.1
-            num_queued = int(start + per_s * 0.1 * i)
+    def come(self, admission: Admission, per_s: int, served_per_s: int = 10, waiting: int = 0) -> float | None:
+        """Requests come steadily for half a minute; seconds until one is refused."""
+        for i in range(30 * per_s):
+            self.now_s += 1 / per_s
+            num_queued = max(0, waiting + int((per_s - served_per_s) * i / per_s))
             admission.note_arrival(num_queued)
             try:
                 self.check(admission, num_queued)
             except OverloadedError:
-                return 0.1 * (i + 1)
+                return (i + 1) / per_s
         return None
 
-    def test_a_queue_that_grows_fast_is_an_overload(self) -> None:
+    def test_far_more_than_can_be_served_is_an_overload(self) -> None:
         admission = self.make(max_queue_wait=60.0)
-        admission.note_finished(4.0)
-        assert self.grow(admission, per_s=1.2) is None
+        admission.note_finished(0.4)  # ten can be served in a second
+        assert self.come(admission, per_s=15) is None
         self.now_s += 60
-        assert 5.0 < (self.grow(admission, per_s=2.0) or 0) < 7.0
+        assert 4.0 < (self.come(admission, per_s=25) or 0) < 6.0
 
     def test_many_at_once_are_a_burst(self) -> None:
         admission = self.make(max_queue_wait=60.0)
-        admission.note_finished(4.0)
-        for num_queued in range(50):
+        admission.note_finished(0.4)
+        for num_queued in range(100):
             admission.note_arrival(num_queued)
             self.check(admission, num_queued)
-        assert self.grow(admission, per_s=-0.5, start=50.0) is None
+        assert self.come(admission, per_s=8, waiting=100) is None
+
+    def test_a_machine_that_stands_still_is_not_overloaded(self) -> None:
+        admission = self.make(max_queue_wait=60.0)
+        admission.note_arrival(1)
+        for seat_s in [0.4] * 200 + [5.0] * 4:  # as many as there are seats
+            admission.note_finished(seat_s)
+        assert self.come(admission, per_s=10, served_per_s=0) is None
 
     def test_without_the_setting_only_numbers_count(self) -> None:
         admission = self.make(max_num_queued_reqs=50)

@@ -10,6 +10,7 @@ import torch
 from moe_serve_kernels.cpu.decoder import DecodeInputs, DecoderBlock, DecoderShape
 from moe_serve_kernels.cpu.expert_layer import expert_layer_reference
 from moe_serve_kernels.cpu.expert_mlp import as_tensor, expert_mlp_reference
+from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
 from moe_serve_kernels.routings import route_reference
@@ -49,13 +50,11 @@ def _linear(x: torch.Tensor, layer: LinearWeights) -> torch.Tensor:
 
 
 def _attention(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs: DecodeInputs) -> torch.Tensor:
-    query, key, value = (_latent_heads if block.latents is not None else _plain_heads)(shape, block, x, inputs)
-    block.keys[:, inputs.kv_slots] = key.transpose(0, 1).to(block.keys.dtype)
-    block.values[:, inputs.kv_slots] = value.transpose(0, 1).to(block.values.dtype)
+    query, keys, values = (_plain_heads if block.latents is None else _latent_heads)(shape, block, x, inputs)
     attended = paged_decode_reference(
         query,
-        block.keys.to(x.dtype),
-        block.values.to(x.dtype),
+        keys,
+        values,
         inputs.page_table,
         inputs.lengths,
         page_size=shape.page_size,
@@ -67,15 +66,19 @@ def _attention(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs
 
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query [T, Hq, D], key [T, Hk, D], value [T, Hk, Dv]."""
+"""Query [T, Hq, D], keys [Hk, P * B, D] and values [Hk, P * B, Dv] of all tokens, the new ones included."""
 
 
 def _plain_heads(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs: DecodeInputs) -> Heads:
     assert block.k is not None
     assert block.v is not None
+    assert block.values is not None
     query = _heads(shape, _linear(x, block.q), block.q_norm, inputs)
     key = _heads(shape, _linear(x, block.k), block.k_norm, inputs)
-    return query, key, _linear(x, block.v).view(len(x), shape.kv_heads, shape.value_dim)
+    value = _linear(x, block.v).view(len(x), shape.kv_heads, shape.value_dim)
+    block.keys[:, inputs.kv_slots] = key.transpose(0, 1).to(block.keys.dtype)
+    block.values[:, inputs.kv_slots] = value.transpose(0, 1).to(block.values.dtype)
+    return query, block.keys.to(x.dtype), block.values.to(x.dtype)
 
 
 def _latent_heads(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inputs: DecodeInputs) -> Heads:
@@ -83,11 +86,20 @@ def _latent_heads(shape: DecoderShape, block: DecoderBlock, x: torch.Tensor, inp
     assert latents is not None
     narrow = x if latents.q is None else _latent_norm(_linear(x, latents.q), latents.q_norm, shape)
     query = _linear(narrow, block.q).view(len(x), shape.heads, shape.head_dim)
-    row, turned = _linear(x, latents.kv).tensor_split([len(latents.kv_norm)], dim=-1)
-    made = _linear(_latent_norm(row, latents.kv_norm, shape), latents.kv_up).view(len(x), shape.kv_heads, -1)
-    shared = _rotate(shape, turned[:, None], inputs).expand(-1, shape.kv_heads, -1)
     query = torch.cat([query[..., :plain], _rotate(shape, query[..., plain:], inputs)], dim=-1)
-    return query, torch.cat([made[..., :plain], shared], dim=-1), made[..., plain:]
+    row, turned = _linear(x, latents.kv).tensor_split([len(latents.kv_norm)], dim=-1)
+    turned = _rotate(shape, turned[:, None], inputs)[:, 0]
+    row = torch.cat([_latent_norm(row, latents.kv_norm, shape), turned], dim=-1)
+    block.keys[0, inputs.kv_slots] = row.to(block.keys.dtype)
+    return query, *_made_of_latents(block.keys[0].to(x.dtype), latents.heads)
+
+
+def _made_of_latents(rows: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [C, rank + R] -> keys [Hq, C, D], values [Hq, C, Dv]."""
+    latents, turned = rows.tensor_split([heads.up.shape[2]], dim=-1)
+    made = latents @ heads.up.to(rows.dtype).transpose(1, 2)
+    plain, values = made.tensor_split([heads.plain], dim=-1)
+    return torch.cat([plain, turned.expand(len(made), -1, -1)], dim=-1), values
 
 
 def _latent_norm(x: torch.Tensor, weight: torch.Tensor | None, shape: DecoderShape) -> torch.Tensor:

@@ -10,7 +10,8 @@
 //   logits = head @ norm(x)
 //
 // A layer without experts has no router, and its MLP is in the place of the shared expert. Latent attention (DeepSeek-V2)
-// makes k and v, and q where it is narrow too, of the norm of a narrower row: one or two products and barriers more.
+// caches one narrow row per token that all heads share. Their keys and values, which would be products of that row, are
+// never made: a head's query is carried over to the row's space, and what it attends to back.
 //
 // With one token a model's layers are short: starting threads, or asking Python what comes next, takes as long as
 // reading a layer's weights. So one team of threads stays awake for the whole step, and what every thread needs and
@@ -41,8 +42,9 @@ enum RotaryKind { HALVES, NEIGHBOURS, NEIGHBOURS_TO_HALVES };
 struct Block {
     const Expert *q, *k, *v, *o;          // k and v null: latent attention
     const Expert* q_latent;               // q's input, or null: q takes what the layer is given
-    const Expert* kv_latent;              // [rank + R, H]: what kv_up takes, and the keys' rotary values
-    const Expert* kv_up;                  // [Hq * (D - R + Dv), rank]: the keys' other values, and values
+    const Expert* kv_latent;              // [rank + R, H]: the latents, and the keys' rotary values
+    const Expert* const* into_latents;    // [Hq] of [rank, D - R]: what makes queries of latents
+    const Expert* const* from_latents;    // [Hq] of [Dv, rank]: what makes values of latents
     const float *q_latent_norm, *kv_latent_norm;
     const Expert* router;                 // null: no experts
     const float* correction;              // [E] added to what experts are chosen by, or null
@@ -52,7 +54,7 @@ struct Block {
     const float *q_norm, *k_norm;         // null: none; [D], or [Hq * D] and [Hk * D] where `norms_all_heads`
     const float* sinks;                   // [Hq] or null
     int64_t window;                       // 0: none
-    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]
+    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; latents: [kv_tokens, rank + R], null
     const Expert* const* experts;         // [E]; null where there are none or somebody else runs them
     int64_t route;                        // where in ids and weights this layer's choices go
 };
@@ -61,7 +63,7 @@ struct Block {
 struct Sizes {
     int64_t intermediate, shared_intermediate;  // rows of an expert's gate, of the largest shared one's
     int64_t width;                              // columns of the widest linear layer
-    int64_t kv, q_latent, kv_latent;            // rows of k or kv_up, and of the others
+    int64_t kv, q_latent, kv_latent;            // rows of k, and of the others
     int64_t scratch;
 };
 
@@ -73,7 +75,7 @@ struct Model {
     int64_t hidden, heads, kv_heads, head_dim, value_dim, num_experts, top_k;
     int64_t kv_tokens, page_size;
     int64_t norms_all_heads;
-    int64_t rotary_first, rotary_dim, rotary_kind;
+    int64_t rotary_dim, rotary_kind;
     int64_t score_kind, renormalize, num_groups, top_groups;
     int64_t activation;
     double activation_alpha, activation_limit;
@@ -123,8 +125,14 @@ struct Memory {
         shared_inners = take(num_tokens * round_up(sizes.shared_intermediate, MOST_GRAIN));
         threads = next;
         thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
-                        round_up((model.heads / model.kv_heads + 1) * model.head_dim, 16) +
+                        round_up(heads_size(model, num_tokens), 16) +
                         round_up(model.num_experts + model.num_groups, 16);
+    }
+
+    // Queries of heads that share keys; with latents those of all tokens, and what they attend to.
+    static int64_t heads_size(const Model& model, int64_t num_tokens) {
+        const int64_t latents = 2 * HEADS_AT_ONCE * num_tokens * model.sizes.kv_latent;
+        return std::max(latents, model.heads / model.kv_heads * model.head_dim);
     }
 
     int64_t size(int64_t num_threads, const float* base) const { return threads - base + num_threads * thread_stride; }
@@ -139,13 +147,15 @@ inline int64_t rows_of(const Expert* linear) { return linear ? linear->down.rows
 
 inline void cover(Sizes& sizes, const Block& block, int64_t num_tokens) {
     const auto grow = [](int64_t& size, int64_t least) { size = std::max(size, least); };
-    for (const Expert* linear : {block.q, block.k, block.v, block.o, block.q_latent, block.kv_latent, block.kv_up,
+    const Expert* into = block.into_latents ? block.into_latents[0] : nullptr;
+    const Expert* from = block.from_latents ? block.from_latents[0] : nullptr;
+    for (const Expert* linear : {block.q, block.k, block.v, block.o, block.q_latent, block.kv_latent, into, from,
                                  block.router, block.shared_gate}) {
         if (!linear) continue;
         grow(sizes.width, linear->down.columns);
         grow(sizes.scratch, scratch_of(linear, num_tokens));
     }
-    grow(sizes.kv, std::max(rows_of(block.k), rows_of(block.kv_up)));
+    grow(sizes.kv, rows_of(block.k));
     grow(sizes.q_latent, rows_of(block.q_latent));
     grow(sizes.kv_latent, rows_of(block.kv_latent));
     if (block.shared) {
@@ -192,13 +202,21 @@ extern "C" void moe_serve_decode_step(const Model* model, const Step* step, floa
     FOR_THIS_CPU(run_step)(*model, *step, areas);
 }
 
-// One block up to its experts: x, with the shared expert's part, and if it has a router, normed, ids and weights. What
-// the experts give is added to x by others.
+// One block up to its experts: x, and if it has a router, normed, ids and weights; without one x is complete. The
+// experts' part is added to x by others, after the shared expert's by moe_serve_decode_shared.
 extern "C" void moe_serve_decode_until_experts(const Model* model, const Step* step, int64_t block, float* memory,
                                                int32_t num_threads) {
     const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_until_experts)(*model, *step, areas, block);
+}
+
+// The shared expert of a block that has a router: x.
+extern "C" void moe_serve_decode_shared(const Model* model, const Step* step, int64_t block, float* memory,
+                                        int32_t num_threads) {
+    const Memory areas(*model, step->num_tokens, memory);
+#pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
+    FOR_THIS_CPU(run_shared)(*model, *step, areas, block);
 }
 
 // Logits of x.

@@ -34,7 +34,8 @@ class _Block(ctypes.Structure):
     """struct Block in decode_step.cpp."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "q_latent", "kv_latent", "kv_up")],
+        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "q_latent", "kv_latent")],
+        *[(name, ctypes.c_void_p) for name in ("into_latents", "from_latents")],
         *[(name, ctypes.c_void_p) for name in ("q_latent_norm", "kv_latent_norm")],
         *[(name, ctypes.c_void_p) for name in ("router", "correction", "shared", "shared_gate")],
         *[(name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "sinks")],
@@ -55,7 +56,7 @@ class _Model(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "value_dim")],
         *[(name, ctypes.c_int64) for name in ("num_experts", "top_k")],
         *[(name, ctypes.c_int64) for name in ("kv_tokens", "page_size", "norms_all_heads")],
-        *[(name, ctypes.c_int64) for name in ("rotary_first", "rotary_dim", "rotary_kind")],
+        *[(name, ctypes.c_int64) for name in ("rotary_dim", "rotary_kind")],
         *[(name, ctypes.c_int64) for name in ("score_kind", "renormalize", "num_groups", "top_groups", "activation")],
         *[(name, ctypes.c_double) for name in ("activation_alpha", "activation_limit")],
         *[(name, ctypes.c_double) for name in ("norm_eps", "latent_norm_eps")],
@@ -110,14 +111,21 @@ class DecodeStep:
     def until_experts(self, block: int, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One layer up to its experts: their input [T, H], and ids and weights [T, K].
 
-        Adding residual_scale times what the experts make of that to `inputs.x` completes the layer. Without a router it
-        is complete, and what is returned means nothing.
+        `shared`, then adding residual_scale times what the experts make of that to `inputs.x`, completes the layer.
+        Without a router it is complete, and what is returned means nothing.
         """
         outputs, step = self._step(inputs)
         memory, threads = self._memory.data_ptr(), self._num_threads
         _library().moe_serve_decode_until_experts(self._model_at, step, block, memory, threads)
         route = min(self._routes[block], len(outputs.ids) - 1)
         return outputs.normed, outputs.ids[route], outputs.weights[route]
+
+    def shared(self, block: int, inputs: DecodeInputs) -> None:
+        """The shared expert's part of a layer that `until_experts` has begun, if it has one: while others are read."""
+        if self._kept[0][block].shared is not None:
+            _, step = self._step(inputs)
+            memory, threads = self._memory.data_ptr(), self._num_threads
+            _library().moe_serve_decode_shared(self._model_at, step, block, memory, threads)
 
     def head(self, inputs: DecodeInputs) -> torch.Tensor:
         """Logits [T, V] of `inputs.x`; overwritten by the next step of as many tokens."""
@@ -169,7 +177,8 @@ def _block(block: DecoderBlock, route: int) -> _Block:
     weights = {name: getattr(block, name) for name in WEIGHTS}
     if (latents := block.latents) is not None:
         tensors |= {"q_latent_norm": latents.q_norm, "kv_latent_norm": latents.kv_norm}
-        weights |= {"q_latent": latents.q, "kv_latent": latents.kv, "kv_up": latents.kv_up}
+        weights |= {"q_latent": latents.q, "kv_latent": latents.kv}
+        weights |= {"into_latents": latents.heads.into, "from_latents": latents.heads.back}
     assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors.values())
     side_by_side = (block.q, block.k, block.v) if latents is None else (latents.q or block.q, latents.kv)
     assert len({w.weight.dtype for w in side_by_side if w is not None}) == 1
@@ -196,7 +205,6 @@ def _model(
         kv_tokens=first.keys.shape[1],
         page_size=shape.page_size,
         norms_all_heads=first.q_norm is not None and len(first.q_norm) != shape.head_dim,
-        rotary_first=0 if first.latents is None else shape.head_dim - shape.rotary_dim,
         rotary_dim=shape.rotary_dim,
         rotary_kind=ROTARIES.index(shape.rotary),
         score_kind=SCORES.index(routing.score),
@@ -223,10 +231,12 @@ def _library() -> ctypes.CDLL:
     native.moe_serve_decode_memory.restype = integer
     native.moe_serve_decode_step.argtypes = [pointer, pointer, pointer, number]
     native.moe_serve_decode_until_experts.argtypes = [pointer, pointer, integer, pointer, number]
+    native.moe_serve_decode_shared.argtypes = [pointer, pointer, integer, pointer, number]
     native.moe_serve_decode_head.argtypes = [pointer, pointer, pointer, number]
     for returns_nothing in (
         native.moe_serve_decode_step,
         native.moe_serve_decode_until_experts,
+        native.moe_serve_decode_shared,
         native.moe_serve_decode_head,
     ):
         returns_nothing.restype = None

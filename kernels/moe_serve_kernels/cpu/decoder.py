@@ -17,6 +17,7 @@ import torch
 
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
+from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.routings import Routing
 
@@ -26,14 +27,14 @@ Rotary = Literal["halves", "neighbours", "neighbours_to_halves"]
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """Keys and values made of a narrow row per token, and queries too, or not (DeepSeek-V2's latent attention)."""
+    """A narrow row per token that is cached in the place of keys and values, and a narrow one for queries, or none
+    (DeepSeek-V2's latent attention)."""
 
     kv: LinearWeights
-    """[rank + R, H]: the row, and the keys' rotary values, which all heads share."""
+    """[rank + R, H]: the latents, and the keys' rotary values, which all heads share."""
     kv_norm: torch.Tensor
     """[rank]."""
-    kv_up: LinearWeights
-    """[Hq * (D - R + Dv), rank]: of each head the keys' other values, then the values."""
+    heads: LatentHeads
     q: LinearWeights | None = None
     """[q rank, H]: what the block's `q` takes; None: what the layer is given."""
     q_norm: torch.Tensor | None = None
@@ -50,9 +51,9 @@ class DecoderBlock:
     post_norm: torch.Tensor
     """[H], before what follows attention."""
     keys: torch.Tensor
-    """[Hk, P * B, D]."""
-    values: torch.Tensor
-    """[Hk, P * B, Dv]."""
+    """[Hk, P * B, D]; with latents [1, P * B, rank + R]."""
+    values: torch.Tensor | None
+    """[Hk, P * B, Dv]; None with latents."""
     k: LinearWeights | None = None
     v: LinearWeights | None = None
     latents: Latents | None = None
@@ -91,7 +92,7 @@ class DecoderShape:
     activation: Activation
     routing: Routing
     rotary_dim: int
-    """R of a head's values are rotated, the first ones, or with latents the last ones."""
+    """R of a head's values are rotated: the first ones, or with latents the last ones."""
     rotary: Rotary = "halves"
     latent_norm_eps: float = 0.0
     residual_scale: float = 1.0

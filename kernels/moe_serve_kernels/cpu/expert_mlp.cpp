@@ -207,25 +207,32 @@ extern "C" bool moe_serve_expert_layer(const float* x, const int64_t* ids, const
     return true;
 }
 
-// A plain linear layer: out [count, rows] = x [count, columns] @ down^T + down_bias, of an expert that has nothing else.
-// A row of `out` depends on its row of `x` and on `count`. False: out of memory.
-extern "C" bool moe_serve_linear(const float* x, const Expert* expert, float* out, int64_t count,
-                                 int32_t num_threads) {
-    Layer layer{x, nullptr, expert->down.rows, expert->down.columns, {}, {}, {}};
-    for (int64_t begin = 0; begin < count; begin += LINEAR_TOKENS) {
-        layer.segments.push_back(plan({expert, begin, std::min(count, begin + LINEAR_TOKENS)}));
+// Linear layers of one size, each on rows of its own: out [N, count, rows] = x [N, count, columns] @ down^T + down_bias,
+// of experts [N] that have nothing else. A row of `out` depends on its row of `x` and on `count`. False: out of memory.
+extern "C" bool moe_serve_linears(const float* x, const Expert* const* layers, int64_t num_layers, float* out,
+                                  int64_t count, int32_t num_threads) {
+    Layer layer{x, nullptr, layers[0]->down.rows, layers[0]->down.columns, {}, {}, {}};
+    for (int64_t i = 0; i < num_layers; ++i) {
+        for (int64_t begin = 0; begin < count; begin += LINEAR_TOKENS) {
+            const int64_t end = std::min(count, begin + LINEAR_TOKENS);
+            layer.segments.push_back(plan({layers[i], i * count + begin, i * count + end}));
+        }
     }
     if (!place(layer, num_threads)) return false;
     std::vector<int64_t> order(static_cast<std::size_t>(std::min(count, LINEAR_TOKENS)));
     std::iota(order.begin(), order.end(), 0);
     const int64_t columns = layer.inner;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (count * columns > GATHER_ALONE)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_layers * count * columns > GATHER_ALONE)
     for (std::size_t i = 0; i < layer.segments.size(); ++i) {
         const Segment& segment = layer.segments[i];
         segment.steps.gather(x + segment.begin * columns, order.data(), columns, segment.inner);
     }
     multiply(layer, false, true, out, num_threads);
     return true;
+}
+
+extern "C" bool moe_serve_linear(const float* x, const Expert* layer, float* out, int64_t count, int32_t num_threads) {
+    return moe_serve_linears(x, &layer, 1, out, count, num_threads);
 }
 
 // The first half of one segment; `down` need not be readable yet. Null: out of memory. What it returns

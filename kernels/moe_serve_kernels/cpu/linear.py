@@ -5,7 +5,7 @@
 Half the memory and half the bytes per token of a layer widened to float32, with the products and sums that
 the widened one would have. The kernel is the second half of `expert_mlp`.
 
-Shape alphabet: T tokens, N rows of the weight (outputs), K columns (inputs).
+Shape alphabet: T tokens, N rows of the weight (outputs), K columns (inputs), L layers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
@@ -45,17 +45,42 @@ def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weights.num_rows)
     count = x.numel() // weights.num_columns
-    if count and not _function()(x.data_ptr(), weights.address, out.data_ptr(), count, torch.get_num_threads()):
+    function = _library().moe_serve_linear
+    if count and not function(x.data_ptr(), weights.address, out.data_ptr(), count, torch.get_num_threads()):
         raise MemoryError("no memory for the scratch space of linear")
     return out
 
 
+class LinearTable:
+    """Layers of one size and dtype, each for rows of its own: the heads of latent attention."""
+
+    def __init__(self, layers: Sequence[LinearWeights]) -> None:
+        self.layers = layers
+        self._addresses = array("q", (layer.address for layer in layers))
+        self.address = self._addresses.buffer_info()[0]
+
+
+def linears(x: torch.Tensor, table: LinearTable) -> torch.Tensor:
+    """x [L, T, K] float32 -> [L, T, N]; all layers in one call. Raises MemoryError."""
+    layers = table.layers
+    assert x.dtype == torch.float32
+    assert x.shape[0] == len(layers)
+    assert x.shape[2] == layers[0].num_columns
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:2], layers[0].num_rows)
+    places = (x.data_ptr(), table.address, len(layers), out.data_ptr())
+    if x.shape[1] and not _library().moe_serve_linears(*places, x.shape[1], torch.get_num_threads()):
+        raise MemoryError("no memory for the scratch space of linears")
+    return out
+
+
 @functools.cache
-def _function() -> Callable[..., bool]:
+def _library() -> ctypes.CDLL:
     native = library.load()
     assert native is not None, "ask expert_mlp.is_available first"
-    function = native.moe_serve_linear
-    function.argtypes = [POINTER, POINTER, POINTER, ctypes.c_int64, ctypes.c_int32]
-    function.restype = ctypes.c_bool
-    typed: Callable[..., bool] = function
-    return typed
+    integer, number = ctypes.c_int64, ctypes.c_int32
+    native.moe_serve_linear.argtypes = [POINTER, POINTER, POINTER, integer, number]
+    native.moe_serve_linears.argtypes = [POINTER, POINTER, integer, POINTER, integer, number]
+    for function in (native.moe_serve_linear, native.moe_serve_linears):
+        function.restype = ctypes.c_bool
+    return native

@@ -20,7 +20,7 @@ import torch
 from moe_serve_kernels.cpu import library
 
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
-ARGTYPES: list[Any] = [*[POINTER] * 7, *[INT64] * 8, ctypes.c_float, INT64, ctypes.c_int32]
+ARGTYPES: list[Any] = [*[POINTER] * 7, *[INT64] * 9, ctypes.c_float, INT64, ctypes.c_int32]
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -43,12 +43,15 @@ def paged_decode(
     """Attention of one query token per sequence -> [N, Hk*G, Dv] float32.
 
     query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64;
-    lengths [N] int64, each >= 1; sinks [Hk*G]. All contiguous, float32 where not stated, on CPU.
+    lengths [N] int64, each >= 1; sinks [Hk*G]. All contiguous, float32 where not stated, on CPU. `values` may also be
+    the beginnings of the keys: latents (DeepSeek-V2).
     """
     native = library.load()
     assert native is not None, "ask is_available first"
     tensors = (query, keys, values, page_table, lengths)
-    assert all(t.is_contiguous() for t in tensors), "paged_decode needs contiguous tensors"
+    assert all(t.is_contiguous() for t in (query, keys, page_table, lengths)), "paged_decode needs contiguous tensors"
+    value_stride = values.stride(1)
+    assert values.stride() == (values.shape[1] * value_stride, value_stride, 1)
     assert page_table.dtype == lengths.dtype == torch.int64
     assert query.dtype == keys.dtype == values.dtype == torch.float32
     num_seqs, heads, key_dim = query.shape
@@ -66,6 +69,7 @@ def paged_decode(
         heads // kv_heads,
         key_dim,
         value_dim,
+        value_stride,
         tokens,
         page_size,
         page_table.shape[1],

@@ -20,7 +20,7 @@ from expert_cache.slot_layout import layout_of
 from expert_cache.slots import Slots
 from moe_serve.execution.forward_batch import DecodeGroup
 from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
-from moe_serve.hf import attention
+from moe_serve.hf import attend
 from moe_serve_kernels.cpu import paged_attention
 
 from ...expert_cache import stores
@@ -104,8 +104,8 @@ def test_attention_uses_the_kernel(device, monkeypatch) -> None:
     table = torch.tensor([[3, 1], [5, 0]], device=device)
     group = DecodeGroup(0, table, torch.tensor([20, 9], device=device), 20, even=False, single_run=None)
     query = torch.randn(4, 2, 32, device=device)
-    assert attention.in_place_kernel(device, torch.float32) is not None
-    assert attention.in_place_kernel(device, torch.float64) is None
-    got = attention._Attend(0.2, None, None).decode(query, layer, group)
-    expected = attention._Attend(0.2, None, None)._decode_gathered(query, layer, group)
+    assert attend.in_place_kernel(device, torch.float32) is not None
+    assert attend.in_place_kernel(device, torch.float64) is None
+    got = attend.Attend(0.2, None, None).decode(query, layer, group)
+    expected = attend.Attend(0.2, None, None)._decode_gathered(query, layer, group)
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)

@@ -1,0 +1,133 @@
+"""Reception: who is in flight, who of them waits for a place in the batch, and who is refused and told why.
+
+Knows requests, their mailboxes and their timers, all on the event loop; knows no thread and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.mailbox import Mailbox
+from moe_serve.errors import InvalidRequestError, MoEServeError, OverloadedError, RequestTimeoutError
+from moe_serve.scheduling.admission import Admission
+from moe_serve.scheduling.sequence import Request, SampleOutput
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A request as the event loop sees it, from submission to its last output."""
+
+    request: Request
+    mailbox: Mailbox[SampleOutput | MoEServeError] = field(default_factory=Mailbox)
+    unfinished: int = 1
+    """Samples that have not ended."""
+    first_output_s: float | None = None
+    """None: no output yet, so it counts against the queue limits."""
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+
+class Reception:
+    """Requests in flight, and the limits of the queue."""
+
+    def __init__(self, config: EngineConfig, give_up: Callable[[str, str], None]) -> None:
+        """`give_up(request_id, reason)`: has `refuse_late` called, unless the batch has taken the request meanwhile."""
+        self._config = config
+        self._give_up = give_up
+        self._admission = Admission(config)
+        self._in_flight: dict[str, InFlight] = {}
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the requests in flight."""
+        return list(self._in_flight)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that have produced nothing yet, beyond the ones a step can hold."""
+        without_output = len(self._without_output())
+        running = len(self._in_flight) - without_output
+        return max(0, without_output - max(0, self._config.max_num_seqs - running))
+
+    def enter(self, request: Request) -> InFlight:
+        """Take a request in. InvalidRequestError if its id is in flight already, OverloadedError if it may not wait."""
+        if request.request_id in self._in_flight:
+            raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
+        self._check_queue(request)
+        in_flight = self._in_flight[request.request_id] = InFlight(request, unfinished=request.params.n)
+        self._set_timers(in_flight)
+        return in_flight
+
+    def leave(self, in_flight: InFlight) -> None:
+        """Nobody reads its outputs any more."""
+        del self._in_flight[in_flight.request.request_id]
+        for timer in in_flight.timers:
+            timer.cancel()
+
+    def deliver(self, outputs: list[SampleOutput]) -> None:
+        """Hand one step's outputs to their requests."""
+        now = time.monotonic()
+        for output in outputs:
+            in_flight = self._in_flight.get(output.request_id)
+            if in_flight is not None:
+                if in_flight.first_output_s is None:
+                    in_flight.first_output_s = now
+                in_flight.mailbox.put(output)
+                if output.finish_reason is not None:
+                    self._admission.note_finished(now - in_flight.first_output_s)
+
+    def refuse(self, request_id: str, error: MoEServeError) -> None:
+        """End one request with an error."""
+        in_flight = self._in_flight.get(request_id)
+        if in_flight is not None:
+            in_flight.mailbox.put(error)
+
+    def refuse_late(self, request_id: str, reason: str) -> None:
+        """End one that has waited, as if it had been refused when it came."""
+        self.refuse(request_id, self._admission.refusal(self.num_queued, reason))
+
+    def _set_timers(self, in_flight: InFlight) -> None:
+        """Have a request end that takes, or waits, longer than it may."""
+        loop, request_id = asyncio.get_running_loop(), in_flight.request.request_id
+        longest_s, wait_s = self._config.request_timeout, self._config.max_queue_wait
+        if longest_s is not None:
+            error = RequestTimeoutError(f"the request did not finish within {longest_s:g} s, this server's limit")
+            in_flight.timers.append(loop.call_later(longest_s, self.refuse, request_id, error))
+        if wait_s is not None:
+            reason = f"it found no place in the batch within {wait_s:g} s"
+            in_flight.timers.append(loop.call_later(wait_s, self._give_up, request_id, reason))
+
+    def _check_queue(self, request: Request) -> None:
+        """OverloadedError if every seat is taken and the queue has no room."""
+        num_queued = self.num_queued
+        self._admission.note_arrival(num_queued)
+        if len(self._in_flight) < self._config.max_num_seqs:
+            return
+        was_overloaded = self._admission.is_overloaded
+        try:
+            self._admission.check(num_queued, len(request.prompt_token_ids), self._num_queued_tokens)
+        except OverloadedError:
+            if self._admission.is_overloaded and not was_overloaded:
+                self._shorten_queue(num_queued)
+            raise
+
+    def _shorten_queue(self, num_queued: int) -> None:
+        """An overload begins. Who is further back than it allows is told now, and does not make others late."""
+        in_turn = sorted(self._without_output(), key=lambda r: r.priority)
+        num_kept = len(in_turn) - num_queued + self._admission.num_standing
+        for request in in_turn[num_kept:]:
+            reason = "more requests came than this server can take, and it was at the end of the queue"
+            self._give_up(request.request_id, reason)
+
+    def _num_queued_tokens(self) -> int:
+        return sum(len(r.prompt_token_ids) for r in self._without_output())
+
+    def _without_output(self) -> list[Request]:
+        return [f.request for f in self._in_flight.values() if f.first_output_s is None]

@@ -1,0 +1,24 @@
+"""What the doctor says of a checkpoint from its config alone, against what loading it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_serve.doctor.fit import sizes_of
+
+from .serving import load, runner_of
+from .tiny_configs import CASES
+
+Checkpoint = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_takes_as_much_of_the_kv_cache_as_the_doctor_says(case: str, checkpoint: Checkpoint) -> None:
+    said = sizes_of(str(checkpoint(case)), torch.float32).kv_bytes_per_token
+    llm = load(checkpoint(case))
+    num_tokens = (llm.engine.num_pages + 1) * llm.engine.block_size  # one page takes what is padding
+    assert said == runner_of(llm).kv_cache.num_bytes / num_tokens
