@@ -6,6 +6,7 @@ None: in a way that the kernel does not know, and the family's own router stays.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from moe_serve_kernels.routings import Routing
@@ -35,10 +36,12 @@ def softmax_of_chosen(config: Any) -> Routing | None:
 
 
 def greedy(config: Any) -> Routing | None:
-    """DeepSeek-V2's scaled probabilities; its groups are judged by another rule than the kernel's."""
-    if config.topk_method != "greedy":
-        return None
-    return Routing(config.num_experts_per_tok, "softmax", scaling=config.routed_scaling_factor)
+    """DeepSeek-V2's scaled probabilities, of the best groups alone where the config says so. As transformers, it knows
+    no `norm_topk_prob`."""
+    routing = Routing(config.num_experts_per_tok, "softmax", scaling=config.routed_scaling_factor)
+    if config.topk_method == "group_limited_greedy":
+        return replace(routing, num_groups=config.n_group, top_groups=config.topk_group, best_of_group=1)
+    return routing if config.topk_method == "greedy" else None
 
 
 def sigmoid_in_groups(config: Any) -> Routing | None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are 
 
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
-OTHERS = {"olmoe_clipped", "deepseek_v2", "phimoe", "phimoe_window"}
+OTHERS = {"olmoe_clipped", "phimoe", "phimoe_window"}
 PLAIN = set(CASES) - OTHERS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -101,6 +102,9 @@ CASES = {
     "sigmoid": Case(routing=Routing(3, "sigmoid")),
     "ernie": Case(
         routing=Routing(3, "softmax", True), correction=True, biases=True, rotary="neighbours", shared=96, dense=(0, 2)
+    ),
+    "deepseek_v2": Case(
+        routing=Routing(3, "softmax", scaling=1.5, num_groups=4, top_groups=2, best_of_group=1), shared=48, dense=(0,)
     ),
     "deepseek_v2_lite": Case(
         routing=Routing(3, "softmax", scaling=1.5),
@@ -328,14 +332,26 @@ def test_quantised_experts(form: Form) -> None:
     torch.testing.assert_close(model.step().run(copy_of(inputs))[0].double(), expected, rtol=0, atol=2e-4)
 
 
-def test_the_first_of_equal_scores_is_chosen() -> None:
-    model = tiny(Case(routing=Routing(3, "softmax")))
+@pytest.mark.parametrize("routing", [Routing(3, "softmax"), CASES["deepseek_v2"].routing], ids=str)
+def test_the_first_of_equal_scores_is_chosen(routing: Routing) -> None:
+    model = tiny(Case(routing=routing))
     for b in model.blocks:
         assert b.router is not None
         b.router.weight.zero_()
     _, ids, weights = model.step().run(inputs_of(model.case, 2))
     assert ids.tolist() == [[[0, 1, 2]] * 2] * LAYERS
-    torch.testing.assert_close(weights, torch.full_like(weights, 1 / EXPERTS))
+    torch.testing.assert_close(weights, torch.full_like(weights, routing.scaling / EXPERTS))
+
+
+@pytest.mark.parametrize(("best_of_group", "chosen"), [(1, [2, 3]), (2, [0, 1])])
+def test_a_group_is_worth_its_best(best_of_group: Literal[1, 2], chosen: list[int]) -> None:
+    model = tiny(Case(routing=Routing(2, "softmax", num_groups=4, top_groups=1, best_of_group=best_of_group)))
+    scores = torch.tensor([1.0, 0.9, 1.2, -2.0, 0.1, 0.2, 0.3, 0.4])
+    router = LinearWeights(torch.zeros(EXPERTS, model.case.hidden), scores)
+    model.blocks = [replace(b, router=router) for b in model.blocks]
+    _, ids, weights = model.step().run(inputs_of(model.case, 2))
+    assert ids.tolist() == [[chosen] * 2] * LAYERS
+    torch.testing.assert_close(weights, scores.softmax(0)[chosen].expand_as(weights))
 
 
 def test_nan_stays_in_its_own_sequence() -> None:

@@ -76,7 +76,7 @@ struct Model {
     int64_t kv_tokens, page_size;
     int64_t norms_all_heads;
     int64_t rotary_dim, rotary_kind;
-    int64_t score_kind, renormalize, num_groups, top_groups;
+    int64_t score_kind, renormalize, num_groups, top_groups, best_of_group;
     int64_t activation;
     double activation_alpha, activation_limit;
     double norm_eps, latent_norm_eps, attention_scale, routing_scale, residual_scale;

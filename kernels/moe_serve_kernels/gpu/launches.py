@@ -89,6 +89,8 @@ def _around() -> Iterator[Launch]:
     yield Launch("top-k of 64", partial(routing.route, _new(8, 64), Routing(8, "softmax")))
     grouped_routing = Routing(8, "sigmoid", True, 2.5, 8, 4)
     yield Launch("8 groups of 256", partial(_route, grouped_routing, 256))
+    by_best = Routing(6, "softmax", scaling=16.0, num_groups=8, top_groups=3, best_of_group=1)
+    yield Launch("8 groups of 160", partial(routing.route, _new(8, 160, dtype=torch.float32), by_best))
     for head_dim in (64, 128, 192):
         yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
     for num_heads in (16, 128):

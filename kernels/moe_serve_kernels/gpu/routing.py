@@ -2,7 +2,8 @@
 
 | order | families | weights |
 |---|---|---|
-| softmax, then top-k | Qwen2-MoE, OLMoE, DeepSeek-V2; Qwen3-MoE (renormalized) | the chosen probabilities |
+| softmax, then top-k | Qwen2-MoE, OLMoE; Qwen3-MoE (renormalized) | the chosen probabilities |
+| the same inside the best groups | DeepSeek-V2 (V2-Lite: one group) | the chosen probabilities |
 | top-k, then softmax | Mixtral, GPT-OSS, GraniteMoE | softmax over the chosen logits |
 | sigmoid, then top-k | DeepSeek-V3, GLM-4.5: by score + bias, inside the best groups | the chosen scores, no bias |
 
@@ -44,6 +45,7 @@ def route(
             HAS_BIAS=bias is not None,
             GROUPS=routing.num_groups,
             TOP_GROUPS=routing.top_groups,
+            BEST_OF_GROUP=routing.best_of_group,
             BLOCK_E=triton.next_power_of_2(num_experts),
             BLOCK_K=triton.next_power_of_2(routing.top_k),
             num_warps=1,
@@ -59,15 +61,26 @@ def _best(rank, expert, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _in_best_groups(rank, expert, num_experts, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Ranks with -inf outside the best groups."""
+def _in_best_groups(
+    rank,
+    expert,
+    num_experts,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BEST_OF_GROUP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Ranks with -inf outside the best groups; a group is worth the sum of its best."""
     group = expert // (num_experts // GROUPS)
     worth = tl.full([BLOCK_E], float("-inf"), tl.float32)
     for g in tl.static_range(GROUPS):
         own = tl.where(group == g, rank, float("-inf"))
-        best = _best(own, expert, BLOCK_E)
-        second = tl.max(tl.where(expert == best, float("-inf"), own), 0)
-        worth = tl.where(expert == g, tl.max(own, 0) + tl.where(second == float("-inf"), 0.0, second), worth)
+        total = tl.max(own, 0)
+        for _ in tl.static_range(BEST_OF_GROUP - 1):
+            own = tl.where(expert == _best(own, expert, BLOCK_E), float("-inf"), own)
+            following = tl.max(own, 0)
+            total += tl.where(following == float("-inf"), 0.0, following)
+        worth = tl.where(expert == g, total, worth)
     allowed = tl.zeros([BLOCK_E], tl.int32)
     for _ in tl.static_range(TOP_GROUPS):
         g = _best(worth, expert, BLOCK_E)
@@ -90,6 +103,7 @@ def route_kernel(
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    BEST_OF_GROUP: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -108,9 +122,11 @@ def route_kernel(
     rank = score
     if HAS_BIAS:
         rank += tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    # -inf is for who cannot be chosen (any more). Were NaN left, an expert would be chosen that does not exist.
+    rank = tl.where(rank == rank, tl.maximum(rank, -1e38), -1e38)
     rank = tl.where(inside, rank, float("-inf"))
     if TOP_GROUPS < GROUPS:
-        rank = _in_best_groups(rank, expert, num_experts, GROUPS, TOP_GROUPS, BLOCK_E)
+        rank = _in_best_groups(rank, expert, num_experts, GROUPS, TOP_GROUPS, BEST_OF_GROUP, BLOCK_E)
     ids = tl.zeros([BLOCK_K], tl.int32)
     weights = tl.full([BLOCK_K], float("-inf"), tl.float32)
     for k in tl.static_range(TOP_K):

@@ -12,8 +12,8 @@ from moe_serve.hf.experts import SlottedExperts
 from ...families.tiny_checkpoints import random_model
 from ...families.tiny_configs import CASES
 
-OWN = {"phimoe", "phimoe_window", "deepseek_v2"}
-"""Ways of choosing that the kernel does not know; "deepseek_v2" chooses groups by their best expert."""
+OWN = {"phimoe", "phimoe_window"}
+"""Ways of choosing that the kernel does not know."""
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,8 @@ ROUTINGS = {
     "mixtral": Routing(2, "softmax_of_chosen"),
     "olmoe": Routing(8, "softmax"),
     "qwen3": Routing(4, "softmax", renormalize=True),
-    "deepseek_v2": Routing(3, "softmax", scaling=16.0),
+    "deepseek_v2_lite": Routing(3, "softmax", scaling=16.0),
+    "deepseek_v2": Routing(3, "softmax", scaling=16.0, num_groups=4, top_groups=2, best_of_group=1),
     "deepseek_v3": Routing(4, "sigmoid", renormalize=True, scaling=2.5, num_groups=4, top_groups=2),
     "glm4": Routing(3, "sigmoid", renormalize=True),
     "one": Routing(1, "softmax_of_chosen"),
@@ -35,10 +36,31 @@ def test_equal_scores_give_the_smaller_expert(device, name) -> None:
     assert got.tolist() == [list(range(ROUTINGS[name].top_k))] * 2
 
 
+@pytest.mark.parametrize(("best_of_group", "chosen"), [(1, [3, 4, 5]), (2, [0, 1, 2])])
+def test_a_group_is_worth_its_best(device, best_of_group, chosen) -> None:
+    logits = torch.tensor([[1.0, 0.9, 0.0, 1.2, -2.0, -3.0]], device=device)
+    routing = Routing(3, "softmax", num_groups=2, best_of_group=best_of_group)
+    ids, weights = route(logits, routing)
+    assert ids.tolist() == [chosen]
+    torch.testing.assert_close(weights, logits.softmax(-1)[:, chosen])
+
+
 def test_every_expert_chosen(device) -> None:
     ids, weights = route(torch.randn(3, 5, device=device), Routing(5, "softmax"))
     assert ids.sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
     torch.testing.assert_close(weights.sum(1), torch.ones(3, device=device))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_without_numbers_there_are_still_different_experts(device, name, value) -> None:
+    """One out of range would be memory that is not ours."""
+    logits = torch.full((2, 24), value, device=device)
+    logits[1, 5] = 1.0
+    ids, _ = route(logits, ROUTINGS[name], torch.zeros(24, device=device))
+    assert ids.min() >= 0
+    assert ids.max() < 24
+    assert all(len(set(chosen)) == ROUTINGS[name].top_k for chosen in ids.tolist())
 
 
 def test_no_tokens(device) -> None:
