@@ -82,6 +82,7 @@ def _around() -> Iterator[Launch]:
     """Everything but the experts in bf16; exact products in float32 use no matrix instruction."""
     yield Launch("float32", partial(_gate_up, "plain", SILU, configs.FLOAT32.gate_up, torch.float32))
     yield Launch("float32", partial(_down, "plain", configs.FLOAT32.down, torch.float32))
+    yield Launch("float32 latents", partial(_latent_attention, 16, torch.float32))
     for num_pairs in (128, align.ONE_BLOCK_PAIRS, 2 * align.ONE_BLOCK_PAIRS):
         yield Launch(f"{num_pairs} pairs", partial(align.align, _ids(num_pairs // TOP_K), EXPERTS, 16))
     yield Launch("", _combine)
@@ -92,6 +93,8 @@ def _around() -> Iterator[Launch]:
     yield Launch("8 groups of 160", partial(routing.route, _new(8, 160, dtype=torch.float32), by_best))
     for head_dim in (64, 128, 192):
         yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
+    for num_heads in (16, 128):
+        yield Launch(f"latents, {num_heads} heads", partial(_latent_attention, num_heads), {"attend_split": MMA})
     for num_slots in (32, 1024):
         yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
     yield Launch("", _copy)
@@ -119,6 +122,15 @@ def _attention(head_dim: int) -> None:
     lengths = _new(4, dtype=torch.int64)
     cache = _new(8, 4096, head_dim), _new(8, 4096, min(head_dim, 128))
     paged_attention.paged_decode(_new(4, 32, head_dim), *cache, pages, lengths, page_size=16, scale=0.1)
+
+
+def _latent_attention(num_heads: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """DeepSeek-V2-Lite has 16 heads, V3 128."""
+    pages = _new(4, 64, dtype=torch.int64)
+    lengths = _new(4, dtype=torch.int64)
+    rows = _new(1, 4096, 512 + 64, dtype=dtype)
+    query = _new(4, num_heads, 512 + 64, dtype=dtype)
+    paged_attention.paged_decode(query, rows, rows[:, :, :512], pages, lengths, page_size=16, scale=0.1)
 
 
 def _plan(num_slots: int) -> None:

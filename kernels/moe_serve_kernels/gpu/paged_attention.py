@@ -9,10 +9,17 @@ alone; their number follows from the page table's width, so that a graph can be 
 
 Per program, in torch terms, for each BLOCK_N tokens: s = q @ k.T; m, l, acc = softmax state updated with s and v.
 
+A latent cache (multi-head latent attention with absorbed projections, DeepSeek-V2; attended to in place as in FlashMLA
+and vLLM) has one key/value head of rows [latents, rotary values] that all query heads share; the latents are the values
+too. There a program takes 16 of the query heads and reads a row once: s = q_first @ k_first.T + q_rest @ k_rest.T, with
+v = k_first.
+
 Shape alphabet: N sequences, Hk key/value heads, G query heads per key/value head, D head dim, P pages, B page size.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,11 +29,18 @@ from moe_serve_kernels.gpu import is_available as _gpu_is_available
 from moe_serve_kernels.gpu import is_interpreted
 
 SPLIT_TOKENS = 512
-BLOCK_N = 64
-MIN_ROWS = 16
-"""Fewest rows of a matrix product: G query heads are padded to it."""
+MIN_SIDE = 16
+"""Of a matrix product: fewer query heads are padded to it."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = 1.4426950408889634
+
+
+class _Tile(NamedTuple):
+    """How a program takes its split: query heads at a time, tokens at a time, and Triton's software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -50,9 +64,12 @@ def paged_decode(
 
     query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64; lengths [N] int64,
     each >= 1; sinks [Hk*G]. All on one GPU, and contiguous but for the rows of page_table, which may be the beginnings
-    of longer ones; query, keys and values of one dtype of DTYPES.
+    of longer ones, and of values, which may be the beginnings of the keys' rows: a latent cache, keys[:, :, :Dv].
+    query, keys and values of one dtype of DTYPES.
     """
-    assert all(t.is_contiguous() for t in (query, keys, values, lengths))
+    latent = _begin_the_rows(values, keys)
+    assert all(t.is_contiguous() for t in (query, keys, lengths))
+    assert latent or values.is_contiguous()
     assert page_table.stride(1) == 1
     assert query.dtype == keys.dtype == values.dtype
     num_seqs, heads, key_dim = query.shape
@@ -64,8 +81,8 @@ def paged_decode(
     if num_seqs == 0:
         return out
     groups = heads // kv_heads
-    wide = max(key_dim, value_dim) > 128
-    attend_split[(num_seqs, kv_heads, splits)](
+    tile = _latent_tile(query.dtype) if latent else _tile(groups, max(key_dim, value_dim), query.dtype)
+    attend_split[(kv_heads * triton.cdiv(groups, tile.block_m), num_seqs, splits)](
         query,
         keys,
         values,
@@ -83,13 +100,14 @@ def paged_decode(
         VALUE_DIM=value_dim,
         PAGE_SIZE=page_size,
         SPLIT_TOKENS=SPLIT_TOKENS,
-        BLOCK_M=max(MIN_ROWS, triton.next_power_of_2(groups)),
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=max(16, triton.next_power_of_2(key_dim)),
-        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=_block(value_dim if latent else key_dim),
+        BLOCK_V=_block(value_dim),
+        BLOCK_REST=_block(key_dim - value_dim) if latent else 0,
         UPCAST=is_interpreted(),
         num_warps=4,
-        num_stages=2 if wide or query.dtype == torch.float32 else 3,
+        num_stages=tile.num_stages,
         enable_fp_fusion=True,
     )
     join_splits[(num_seqs, heads)](
@@ -109,6 +127,26 @@ def paged_decode(
         enable_fp_fusion=True,
     )
     return out
+
+
+def _begin_the_rows(values: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Values are a view of the beginnings of the keys' rows."""
+    is_view = values.data_ptr() == keys.data_ptr() and values.stride() == keys.stride()
+    return is_view and values.shape[2] < keys.shape[2]
+
+
+def _tile(groups: int, widest: int, dtype: torch.dtype) -> _Tile:
+    few_stages = widest > 128 or dtype == torch.float32
+    return _Tile(_block(groups), 64, 2 if few_stages else 3)
+
+
+def _latent_tile(dtype: torch.dtype) -> _Tile:
+    """No spills with DeepSeek's rows of 512 + 64. Of five stages two are blocks of rows, the others look up pages."""
+    return _Tile(16, 16, 2 if dtype == torch.float32 else 5)
+
+
+def _block(size: int) -> int:
+    return max(MIN_SIDE, int(triton.next_power_of_2(size)))
 
 
 @triton.jit
@@ -134,11 +172,19 @@ def attend_split(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (N, Hk, splits). Largest score (base 2), sum and unnormalised output of one split; none for an empty one."""
-    n = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    """Grid (Hk * chunks of BLOCK_M query heads, N, splits): chunks that read the same rows run at the same time.
+
+    Largest score (base 2), sum and unnormalised output of one split; none for an empty one. BLOCK_REST: of a latent
+    cache's rows, what is not a value; else 0.
+    """
+    LATENT: tl.constexpr = BLOCK_REST > 0
+    FIRST_DIM: tl.constexpr = VALUE_DIM if LATENT else KEY_DIM
+    CHUNKS: tl.constexpr = (GROUPS + BLOCK_M - 1) // BLOCK_M
+    n = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) // CHUNKS).to(tl.int64)
     split = tl.program_id(2)
     end = tl.load(lengths_ptr + n).to(tl.int32)
     begin = 0
@@ -148,14 +194,15 @@ def attend_split(
     last = tl.minimum(split * SPLIT_TOKENS + SPLIT_TOKENS, end)
     if first >= last:
         return
-    g = tl.arange(0, BLOCK_M)
+    g = tl.program_id(0) % CHUNKS * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     v = tl.arange(0, BLOCK_V)
-    row = n * tl.num_programs(1) * GROUPS + head * GROUPS + g
+    row = (n * (tl.num_programs(0) // CHUNKS) + head) * GROUPS + g
     is_head = g < GROUPS
-    is_key = (d < KEY_DIM)[None, :]
-    is_value = (v < VALUE_DIM)[None, :]
-    q = tl.load(query_ptr + row[:, None] * KEY_DIM + d[None, :], mask=is_head[:, None] & is_key, other=0.0)
+    q = _load(query_ptr, row, is_head, d, FIRST_DIM, KEY_DIM)
+    if LATENT:
+        r = VALUE_DIM + tl.arange(0, BLOCK_REST)
+        q_rest = _load(query_ptr, row, is_head, r, KEY_DIM, KEY_DIM)
     keys_ptr += head * num_slots * KEY_DIM
     values_ptr += head * num_slots * VALUE_DIM
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -166,8 +213,12 @@ def attend_split(
         is_seen = (at >= begin) & (at < last)
         page = tl.load(table_ptr + n * table_stride + at // PAGE_SIZE, mask=at < last, other=0)
         slot = page * PAGE_SIZE + at % PAGE_SIZE
-        k = tl.load(keys_ptr + slot[:, None] * KEY_DIM + d[None, :], mask=is_seen[:, None] & is_key, other=0.0)
-        scores = _dot(q, tl.trans(k), UPCAST) * scale
+        k = _load(keys_ptr, slot, is_seen, d, FIRST_DIM, KEY_DIM)
+        scores = _dot(q, tl.trans(k), UPCAST)
+        if LATENT:
+            k_rest = _load(keys_ptr, slot, is_seen, r, KEY_DIM, KEY_DIM)
+            scores += _dot(q_rest, tl.trans(k_rest), UPCAST)
+        scores *= scale
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         # A block may lie wholly before the window: nothing has been seen yet, and inf - inf is no number.
@@ -175,13 +226,21 @@ def attend_split(
         p = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p, 1)
-        w = tl.load(values_ptr + slot[:, None] * VALUE_DIM + v[None, :], mask=is_seen[:, None] & is_value, other=0.0)
+        w = k if LATENT else _load(values_ptr, slot, is_seen, v, VALUE_DIM, VALUE_DIM)
         acc = acc * shrink[:, None] + _dot(p.to(w.dtype), w, UPCAST)
         largest = new_largest
     at_state = row * tl.num_programs(2) + split
     tl.store(max_ptr + at_state, largest, mask=is_head)
     tl.store(sum_ptr + at_state, total, mask=is_head)
-    tl.store(partial_ptr + at_state[:, None] * VALUE_DIM + v[None, :], acc, mask=is_head[:, None] & is_value)
+    is_out = is_head[:, None] & (v < VALUE_DIM)[None, :]
+    tl.store(partial_ptr + at_state[:, None] * VALUE_DIM + v[None, :], acc, mask=is_out)
+
+
+@triton.jit
+def _load(ptr, row, is_row, column, END: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of rows of WIDTH numbers; 0 from column END on and where not is_row."""
+    mask = is_row[:, None] & (column < END)[None, :]
+    return tl.load(ptr + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -18,6 +18,15 @@ SHAPES = [
     (3, 19, 1, 20, 16, 48, 5),
 ]
 
+LATENTS = [
+    # sequences, longest context, group, rank, rest, page size
+    (3, 40, 16, 32, 16, 16),
+    (2, 70, 3, 24, 10, 8),
+    (1, 1, 1, 64, 8, 16),
+    (2, 19, 20, 16, 16, 5),
+    (1, 33, 40, 40, 64, 16),
+]
+
 
 def case(seqs, longest, kv_heads, groups, key_dim, value_dim, page_size, device, dtype=torch.float32):
     width = -(-longest // page_size)
@@ -94,3 +103,49 @@ def test_no_sequences(device) -> None:
     query, keys, values, table, lengths = case(*SHAPES[0], device)
     out = paged_decode(query[:0], keys, values, table[:0], lengths[:0], page_size=16, scale=1.0)
     assert out.shape == (0, 8, 32)
+
+
+def latent_case(seqs, longest, groups, rank, rest, page_size, device, dtype=torch.float32, kv_heads=1):
+    """As a latent cache has it: the values are the beginnings of the keys' rows."""
+    shape = (seqs, longest, kv_heads, groups, rank + rest, 1, page_size)
+    query, keys, _, table, lengths = case(*shape, device, dtype)
+    return query, keys, keys[:, :, :rank], table, lengths
+
+
+@pytest.mark.parametrize("shape", LATENTS)
+def test_latent_shapes(device, shape) -> None:
+    check(latent_case(*shape, device), shape[-1], 5e-6, scale=0.2)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_latents_of_two_heads_with_window_and_sinks(device, window) -> None:
+    tensors = latent_case(2, 40, 20, 16, 8, 16, device, kv_heads=2)
+    check(tensors, 16, 5e-6, scale=0.2, window=window, sinks=torch.randn(40, device=device))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_narrow_latents(device, dtype, tolerance) -> None:
+    check(latent_case(*LATENTS[0], device, dtype), 16, tolerance, scale=0.2)
+
+
+def test_several_splits_of_latents(device, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SPLIT_TOKENS", 64)
+    check(latent_case(2, 150, 20, 24, 10, 16, device), 16, 5e-6, scale=0.3)
+
+
+def test_latents_of_a_sequence_do_not_depend_on_its_neighbours(device) -> None:
+    query, keys, values, table, lengths = latent_case(*LATENTS[0], device)
+    settings = {"page_size": 16, "scale": 0.2}
+    together = paged_decode(query, keys, values, table, lengths, **settings)
+    wider = torch.nn.functional.pad(table[1:2], (0, 60))
+    alone = paged_decode(query[1:2], keys, values, wider, lengths[1:2], **settings)
+    assert torch.equal(together[1:2], alone)
+
+
+def test_latents_are_read_as_values_of_their_own_are(device) -> None:
+    """Another block size, so another order of summation."""
+    query, keys, values, table, lengths = latent_case(*LATENTS[0], device)
+    settings = {"page_size": 16, "scale": 0.2}
+    apart = paged_decode(query, keys, values.contiguous(), table, lengths, **settings)
+    got = paged_decode(query, keys, values, table, lengths, **settings)
+    torch.testing.assert_close(got, apart, rtol=0, atol=5e-6)
