@@ -1,6 +1,6 @@
 // Paged attention for decoding, float32: one query token per sequence, keys and values read in place.
 //
-//   for each sequence n and key/value head h:                    (one task, more where G is large; tasks run in parallel)
+//   for each sequence n and key/value head h:                    (a task, or some where G is large; they run in parallel)
 //     for each token t of the context, page by page:
 //       score[g][t] = scale * query[n][h*G + g] . key[h][t]      (G query heads share a KV head)
 //     weight = softmax(score, with the head's sink logit where there is one)
