@@ -51,7 +51,7 @@ def test_every_expert_chosen(device) -> None:
     torch.testing.assert_close(weights.sum(1), torch.ones(3, device=device))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy of NaN, in the interpreter
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_without_numbers_there_are_still_different_experts(device, name, value) -> None:
