@@ -57,6 +57,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
         server_config.shutdown_timeout,
     )
     asyncio.run(server.serve(sockets=[bound]))
+    gc.unfreeze()  # see _keep_for_good; what is never collected, some libraries call a leak at the end
     if door.failure is not None:
         raise door.failure
     if door.engine is not None:
