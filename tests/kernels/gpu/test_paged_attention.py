@@ -81,14 +81,18 @@ def test_large_scores_do_not_overflow(device) -> None:
     check((query * 300, *others), 16, 1e-3, scale=1.0)
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(device) -> None:
-    """Nor on how wide the page table is."""
-    query, keys, values, table, lengths = case(*SHAPES[0], device)
+def check_alone(tensors) -> None:
+    """A sequence depends neither on its neighbours nor on how wide the page table is."""
+    query, keys, values, table, lengths = tensors
     settings = {"page_size": 16, "scale": 0.2}
     together = paged_decode(query, keys, values, table, lengths, **settings)
     wider = torch.nn.functional.pad(table[1:2], (0, 60))
     alone = paged_decode(query[1:2], keys, values, wider, lengths[1:2], **settings)
     assert torch.equal(together[1:2], alone)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(device) -> None:
+    check_alone(case(*SHAPES[0], device))
 
 
 def test_a_table_that_is_the_beginning_of_a_longer_one(device) -> None:
@@ -134,12 +138,7 @@ def test_several_splits_of_latents(device, monkeypatch) -> None:
 
 
 def test_latents_of_a_sequence_do_not_depend_on_its_neighbours(device) -> None:
-    query, keys, values, table, lengths = latent_case(*LATENTS[0], device)
-    settings = {"page_size": 16, "scale": 0.2}
-    together = paged_decode(query, keys, values, table, lengths, **settings)
-    wider = torch.nn.functional.pad(table[1:2], (0, 60))
-    alone = paged_decode(query[1:2], keys, values, wider, lengths[1:2], **settings)
-    assert torch.equal(together[1:2], alone)
+    check_alone(latent_case(*LATENTS[0], device))
 
 
 def test_latents_are_read_as_values_of_their_own_are(device) -> None:
