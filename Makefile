@@ -58,7 +58,7 @@ clean:
 
 # torch comes first and alone, so that TORCH_INDEX is asked for nothing else; where that index cannot
 # be reached, pip says so and takes the build it finds elsewhere.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/moe_serve_kernels/cpu/*.[ci][pn][pc])
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/moe_serve_kernels/cpu/native/*/*.[chi]*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'moe-serve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

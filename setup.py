@@ -12,7 +12,7 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-HERE = "kernels/moe_serve_kernels/cpu"
+HERE = "kernels/moe_serve_kernels/cpu/native"
 
 
 class BuildInParallel(build_ext):
@@ -35,8 +35,9 @@ setup(
     ext_modules=[
         Extension(
             "moe_serve_kernels.cpu._native",
-            sources=[f"{HERE}/{name}.cpp" for name in ("decode_step", "expert_mlp", "paged_attention")],
-            depends=glob(f"{HERE}/*.inc") + glob(f"{HERE}/*.h"),
+            sources=sorted(glob(f"{HERE}/*/*.cpp")),
+            depends=glob(f"{HERE}/*/*.inc") + glob(f"{HERE}/*/*.h"),
+            include_dirs=[HERE],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-ffast-math", "-fno-finite-math-only", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from expert_cache.capacity import Slots
 from expert_cache.policies import find_policy
-from expert_cache.shadow import ShadowCache
-from expert_cache.slots import Slots
+from expert_cache.simulation.shadow import ShadowCache
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.scheduling.batch_choice import BatchChoice, ExpertAware, FirstComeFirstServed

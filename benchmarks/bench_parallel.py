@@ -34,14 +34,14 @@ from moe_serve import LLM, SamplingParams
 from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig
 from moe_serve.expert_routes.route_recorder import RouteRecorder
-from moe_serve.parallel import rank_model
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.environment import read_place
-from moe_serve.parallel.forecast import RowBytes, forecast
+from moe_serve.parallel.expert_plans import read_hosts
+from moe_serve.parallel.front.prescheduling import count_uses
 from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, follow
-from moe_serve.parallel.plans import read_hosts
-from moe_serve.parallel.prescheduling import count_uses
-from moe_serve.parallel.worker import Worker
+from moe_serve.parallel.ranks import rank_model
+from moe_serve.parallel.ranks.worker import Worker
+from moe_serve.parallel.traffic_forecast import RowBytes, forecast
+from moe_serve.parallel.wire.environment import read_place
 from placement.plan import save_plan
 from placement.problem import PlacementProblem
 from placement.solve import find_plan

@@ -63,7 +63,7 @@ class AlwaysWrong:
         self._num_layers, self._num_experts = num_layers, num_experts
 
     def advise(self, layer: int, experts: Sequence[int], hidden: Any) -> list[Any]:
-        from expert_cache.advice import Advice
+        from expert_cache.prefetch.advisors import Advice
 
         if layer + 1 == self._num_layers:
             return []

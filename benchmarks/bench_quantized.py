@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from expert_cache.store import matrices_of
+from expert_cache.storage.store import matrices_of
 from moe_serve.cli import main as moe_serve
 from moe_serve.cli.flags import default_model
 from moe_serve.demo.data import Corpus, read_corpus

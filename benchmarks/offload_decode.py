@@ -101,8 +101,8 @@ class Clock:
 
 def read_rate(cache: Any) -> float:
     """Bytes per second of the cache's own Fetcher, reading whole experts into slots' worth of memory."""
-    from expert_cache.arena import HostArena
-    from expert_cache.fetch import DEMAND, Fetch
+    from expert_cache.storage.arena import HostArena
+    from expert_cache.storage.fetch import DEMAND, Fetch
 
     store, arena = cache.store, HostArena(1, cache.store.slot_bytes)
     keys = [(layer, expert) for layer in store.layers for expert in range(store.num_experts)]

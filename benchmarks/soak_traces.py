@@ -38,7 +38,7 @@ from soak_server import StartedServer
 from steal_log import StealLog
 from trace_requests import TraceRequest, read_requests, schedule
 
-from moe_serve.cli.bench.summary import percentile
+from moe_serve.loadtest.summary import percentile
 
 TRACES = ("AzureLLMInferenceTrace_conv.csv", "mooncake_conversation_trace.jsonl")
 PATH = "/v1/completions"

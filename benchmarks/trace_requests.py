@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_serve.cli.bench.traces import TraceEntry, read_trace
+from moe_serve.loadtest.arrival_traces import TraceEntry, read_trace
 
 SCALE = {".csv": (8, 8), ".jsonl": (64, 8)}
 """Prompt and answer tokens are divided by these: mean prompts become about 150 (Azure) and 190 (Mooncake)."""

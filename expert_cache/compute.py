@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from expert_cache.store import ExpertWeights
+from expert_cache.storage.store import ExpertWeights
 from moe_serve_kernels.cpu import expert_layer
 from moe_serve_kernels.cpu import expert_mlp as native
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer

@@ -17,17 +17,17 @@ from typing import Protocol
 import torch
 
 from expert_cache.acquisition import Acquisition
-from expert_cache.advice import Advisor
 from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
-from expert_cache.device_experts import DeviceExperts
 from expert_cache.errors import ExpertReadError
-from expert_cache.host_lane import HostLane, HostRun
-from expert_cache.prefetch_audit import PrefetchAudit
+from expert_cache.gpu_managed.experts import DeviceExperts
+from expert_cache.host_compute.host_experts import HostLane, HostRun
+from expert_cache.prefetch.advisors import Advisor
+from expert_cache.prefetch.audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
-from expert_cache.routing_tap import RoutingTap
-from expert_cache.store import ExpertStore
+from expert_cache.route_buffer import RoutingTap
+from expert_cache.storage.store import ExpertStore
 from expert_cache.usage import ExpertUsage
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP

@@ -15,7 +15,7 @@ from expert_cache.acquisition import Acquisition
 from expert_cache.compute import PreparedWeights, in_place
 from expert_cache.counters import CacheCounters
 from expert_cache.report import Residency
-from expert_cache.store import ExpertStore, ExpertWeights
+from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 
 

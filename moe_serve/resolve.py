@@ -10,8 +10,8 @@ import os
 
 import torch
 
-from expert_cache.slot_layout import device_bytes
-from expert_cache.store import ExpertStore
+from expert_cache.gpu_managed.layout import device_bytes
+from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from expert_cache import expert_file
+    from expert_cache.storage import expert_file
     from moe_serve.hf import checkpoint
 
     if args.file.exists():

@@ -17,10 +17,10 @@ from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.errors import ConfigError, TraceFileError
 
 if TYPE_CHECKING:
-    from expert_cache.comparison import Row
-    from expert_cache.events import Events
-    from expert_cache.replay import ReplayResult
-    from expert_cache.slots import Slots
+    from expert_cache.capacity import Slots
+    from expert_cache.simulation.comparison import Row
+    from expert_cache.simulation.events import Events
+    from expert_cache.simulation.replay import ReplayResult
     from predictors.trace import RoutingTrace
 
 HELP = "Judge expert-cache policies on recorded routing, without a device."
@@ -127,8 +127,8 @@ def _compare(
     args: argparse.Namespace, trace: RoutingTrace, profile: RoutingTrace | None
 ) -> Iterable[tuple[float, list[Row]]]:
     """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
-    from expert_cache.comparison import compare
-    from expert_cache.events import events_of
+    from expert_cache.simulation.comparison import compare
+    from expert_cache.simulation.events import events_of
 
     if profile is not None:
         _require_same_model(trace, profile)
@@ -152,8 +152,8 @@ def _require_same_model(trace: RoutingTrace, profile: RoutingTrace) -> None:
 
 
 def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
-    from expert_cache.comparison import usable_policies
     from expert_cache.policies import find_policy
+    from expert_cache.simulation.comparison import usable_policies
 
     usable = usable_policies(has_profile)
     for name in wanted or ():
@@ -163,8 +163,8 @@ def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
 
 
 def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | None) -> Slots:
-    from expert_cache.quotas import quota_slots
-    from expert_cache.slots import Slots
+    from expert_cache.capacity import Slots
+    from expert_cache.simulation.quotas import quota_slots
 
     uniform = Slots.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
     if pool == "global":

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
 from moe_serve.config import EngineConfig, ServerConfig
-from moe_serve.parallel import rank
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.environment import is_launched, read_place
+from moe_serve.parallel.ranks import rank
+from moe_serve.parallel.wire.environment import is_launched, read_place
 
 HELP = "Serve a model over HTTP, as an OpenAI-compatible API."
 

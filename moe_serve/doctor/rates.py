@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from expert_cache.direct_io import BLOCK_BYTES, DirectFile
-from moe_serve.offload.assembly import DISK_READERS
+from expert_cache.storage.direct_io import BLOCK_BYTES, DirectFile
+from moe_serve.offload.build import DISK_READERS
 
 MIB = 1 << 20
 CHUNK_BYTES = 8 * MIB

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.engine.reception import InFlight, Reception
+from moe_serve.engine.request_queue import InFlight, Reception
 from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
 from moe_serve.scheduling.sequence import Request, SampleOutput

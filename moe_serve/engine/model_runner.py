@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.cache import ExpertCache
-from expert_cache.device_experts import DeviceExperts
-from expert_cache.direct_io import drop_cached_pages
+from expert_cache.gpu_managed.experts import DeviceExperts
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import Experts
 from expert_cache.report import ExpertReport
+from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, InvalidRequestError
@@ -33,7 +33,7 @@ from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.memory import free_bytes
-from moe_serve.offload import assembly
+from moe_serve.offload import build
 from moe_serve.offload.memory_guard import MemoryGuard
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
@@ -59,7 +59,7 @@ class ModelRunner:
         self.model = loaded.model
         self._loaded = loaded
         self._routers = find_routers(self.model, spec.num_experts, spec.hidden_size)
-        self.expert_layers = assembly.expert_layers(
+        self.expert_layers = build.expert_layers(
             config, loaded.store, spec, loaded.family.activation, loaded.hf_config, self._routers
         )
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
@@ -102,8 +102,8 @@ class ModelRunner:
         cache = self.expert_layers.experts
         if not isinstance(cache, ExpertCache):
             raise InvalidRequestError("mib", "this server was started without an expert cache (--moe-cache-mib)")
-        slot_bytes = assembly.slot_bytes_of(self.config, cache.store)
-        slots = assembly.num_slots(moe_cache_mib, cache.store, slot_bytes)
+        slot_bytes = build.slot_bytes_of(self.config, cache.store)
+        slots = build.num_slots(moe_cache_mib, cache.store, slot_bytes)
         if slots < 1:
             least = -(-slot_bytes // resolve.MIB)
             raise InvalidRequestError("mib", f"{moe_cache_mib} MiB do not hold a single expert; give at least {least}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from expert_cache.device_experts import DeviceExperts
+from expert_cache.gpu_managed.experts import DeviceExperts
 from moe_serve.execution.cuda_graph import Capture
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.scheduling.batch_plan import BatchPlan

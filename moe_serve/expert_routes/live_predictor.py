@@ -3,7 +3,8 @@
 Each running sequence is a stream of the predictor (predictors/predictor.py). Only single tokens are followed: in a step
 with a part of a prompt nearly every expert is used anyway. As an advisor it names the next layer's experts, for the
 prefetcher; and where the cache's policy is `predicted`, each layer's eviction is told of the tokens to come as soon as
-its router has chosen, as in expert_cache/forecast_replay.py. Knows plans and predictors; the cache knows neither.
+its router has chosen, as expert_cache/simulation/forecast_replay.py does.
+Knows plans and predictors; the cache knows neither.
 
 Shape alphabet: T tokens of the step, N of them decode, K experts per token.
 """
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.advice import Advice
 from expert_cache.policies.predicted import Predicted
+from expert_cache.prefetch.advisors import Advice
 from moe_serve.execution import forward_batch
 from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.scheduling.sequence import Sequence as Seq

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from expert_cache.events import events_of
-from expert_cache.forecast_replay import replay_forecasts
+from expert_cache.capacity import Slots
 from expert_cache.policies import find_policy
-from expert_cache.replay import ReplayResult, replay_belady, replay_events
-from expert_cache.slots import Slots
+from expert_cache.simulation.events import events_of
+from expert_cache.simulation.forecast_replay import replay_forecasts
+from expert_cache.simulation.replay import ReplayResult, replay_belady, replay_events
 from moe_serve.errors import ConfigError, TraceFileError
 from predictors.evaluation import Scores, evaluate, split_sequences
 from predictors.methods import find_method, method_names

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from expert_cache import expert_file
-from expert_cache.encoding import ROLES
-from expert_cache.safetensors_file import stored_tensors
-from expert_cache.store import ExpertStore, FusedLayout, StoredTensor, part_name
+from expert_cache.storage import expert_file
+from expert_cache.storage.encoding import ROLES
+from expert_cache.storage.safetensors_file import stored_tensors
+from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.hf.family import PART_OF, Family, find
 from moe_serve.hf.quantization_scheme import Scheme, scheme_of

@@ -13,9 +13,9 @@ import pkgutil
 import re
 from dataclasses import dataclass, field
 
-from expert_cache.activations import ActivationOf, gated
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf import families
+from moe_serve.hf.activations import ActivationOf, gated
 from moe_serve.hf.routings import RoutingOf, unknown
 from moe_serve_kernels.cpu.decoder import Rotary
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from expert_cache.expert_file import DTYPE_NAMES
-from expert_cache.store import ExpertStore, matrices_of
+from expert_cache.storage.expert_file import DTYPE_NAMES
+from expert_cache.storage.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.hf import attention, dense, latent_attention

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expert_cache.encoding import Encoding
+from expert_cache.storage.encoding import Encoding
 from moe_serve.errors import UnsupportedModelError
 from moe_serve_kernels.quantized import Kind
 
@@ -29,7 +29,7 @@ class Scheme:
 
     encoding: Encoding
     suffixes: Mapping[str, str]
-    """End of a tensor's name -> its role (expert_cache.encoding.ROLES)."""
+    """End of a tensor's name -> its role (expert_cache.storage.encoding.ROLES)."""
     unused: tuple[str, ...] = (".weight_shape", ".input_scale", ".k_scale", ".v_scale", ".input_global_scale")
     """Ends of names of what we do without."""
     stem: str = ".weight"

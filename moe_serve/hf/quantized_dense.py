@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from expert_cache.encoding import Encoding, Layout
-from expert_cache.store import StoredTensor
+from expert_cache.storage.encoding import Encoding, Layout
+from expert_cache.storage.store import StoredTensor
 from moe_serve.errors import CheckpointError
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve_kernels.quantized import BITS, QuantizedRows

@@ -7,16 +7,16 @@ from functools import partial
 
 import torch
 
-from expert_cache.arena import SlotArena
-from expert_cache.calibration import measure
 from expert_cache.compute import ExpertCompute
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import Fetcher
-from expert_cache.gpu_compute import GpuCompute
-from expert_cache.host_copies import HostCopies
-from expert_cache.host_lane import HostLane
-from expert_cache.miss_service import ByCrossover, MissService, WherePagesAre
-from expert_cache.store import ExpertStore
+from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.host_compute.calibration import measure
+from expert_cache.host_compute.host_copies import HostCopies
+from expert_cache.host_compute.host_experts import HostLane
+from expert_cache.host_compute.miss_choice import ByCrossover, MissService, WherePagesAre
+from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.fetch import Fetcher
+from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.offload.cpu_compute import cpu_compute

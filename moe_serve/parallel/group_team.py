@@ -14,13 +14,13 @@ import torch
 
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel.channel import Message
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.engine import ParallelEngine
-from moe_serve.parallel.plans import read_plan
-from moe_serve.parallel.prescheduling import Counts, Prescheduler, TokenAffinity
-from moe_serve.parallel.team_runner import TeamRunner
-from moe_serve.parallel.worker import Worker
+from moe_serve.parallel.expert_plans import read_plan
+from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.parallel.front.prescheduling import Counts, Prescheduler, TokenAffinity
+from moe_serve.parallel.front.team_runner import TeamRunner
+from moe_serve.parallel.ranks.worker import Worker
+from moe_serve.parallel.wire.channel import Message
 from moe_serve.scheduling.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids

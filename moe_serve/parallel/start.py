@@ -12,15 +12,15 @@ from moe_serve.engine.engine import Engine
 from moe_serve.errors import ConfigError
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel import environment
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.engine import ParallelEngine
-from moe_serve.parallel.links import Listener
-from moe_serve.parallel.plans import Hosts, read_plan
-from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, load_uses
-from moe_serve.parallel.spawner import Spawner
-from moe_serve.parallel.team import Team, new_secret
-from moe_serve.parallel.team_runner import TeamRunner
+from moe_serve.parallel.expert_plans import Hosts, read_plan
+from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.parallel.front.links import Listener
+from moe_serve.parallel.front.prescheduling import Prescheduler, TokenAffinity, load_uses
+from moe_serve.parallel.front.spawner import Spawner
+from moe_serve.parallel.front.team import Team, new_secret
+from moe_serve.parallel.front.team_runner import TeamRunner
+from moe_serve.parallel.wire import environment
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
     secret = os.environ.get(environment.SECRET, "")
     host, port = environment.front_address(place)
     listener = Listener(host, parallel.rank_port or port, secret)
-    subprocess.Popen([sys.executable, "-m", "moe_serve.parallel.rank"])
+    subprocess.Popen([sys.executable, "-m", "moe_serve.parallel.ranks.rank"])
     if config.num_threads is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or place.world_size)
         config = dataclasses.replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) // local))

@@ -14,7 +14,7 @@ import torch
 
 from expert_cache.layers import ExpertLayers
 from expert_cache.regroup import regroup
-from expert_cache.store import ExpertWeights
+from expert_cache.storage.store import ExpertWeights
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import ConfigError
 from moe_serve.hf import experts

@@ -20,28 +20,10 @@ from fastapi.responses import PlainTextResponse, Response
 
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError, ModelNotFoundError
-from moe_serve.server import (
-    answering,
-    chat,
-    completions,
-    dashboard,
-    expert_plan,
-    http_errors,
-    openapi,
-    operation,
-    prompts,
-    ranks,
-    recording,
-    responses,
-)
-from moe_serve.server.access_log import given_id
-from moe_serve.server.api_tables import ENDPOINTS
-from moe_serve.server.chat import ChatShapes
-from moe_serve.server.collect import Merger
-from moe_serve.server.completions import CompletionShapes
-from moe_serve.server.metrics import Metrics
-from moe_serve.server.parsing import parse
-from moe_serve.server.protocol import (
+from moe_serve.server.api import http_errors, openapi, prompts
+from moe_serve.server.api.answer_merger import Merger
+from moe_serve.server.api.parsing import parse
+from moe_serve.server.api.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -49,8 +31,24 @@ from moe_serve.server.protocol import (
     SamplingBody,
     TokenizeBody,
 )
-from moe_serve.server.stats_log import StatsLog
-from moe_serve.server.trace_requests import TraceRequests, Tracing
+from moe_serve.server.endpoints import (
+    answering,
+    chat,
+    completions,
+    dashboard,
+    expert_plan,
+    probes,
+    ranks,
+    recording,
+    responses,
+)
+from moe_serve.server.endpoints.api_tables import ENDPOINTS
+from moe_serve.server.endpoints.chat import ChatShapes
+from moe_serve.server.endpoints.completions import CompletionShapes
+from moe_serve.server.monitoring.access_log import given_id
+from moe_serve.server.monitoring.metrics import Metrics
+from moe_serve.server.monitoring.request_spans import TraceRequests, Tracing
+from moe_serve.server.monitoring.stats_log import StatsLog
 from moe_serve.text.response_templates import Template, template_of
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -121,7 +119,7 @@ def create_app(
     ranks.install(app, engine.engine, metrics.registry)
     if with_dashboard:
         dashboard.install(app, service)
-    operation.install(app, service)
+    probes.install(app, service)
     recording.install(app, service, Path(recording_dir) if recording_dir else None, recording_buffer_tokens)
     expert_plan.install(app, service)
     openapi.install(app, [*ENDPOINTS.values(), recording.RecordingBody])

@@ -23,17 +23,18 @@ from moe_serve import __version__
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.server import logs, operation, ranks
-from moe_serve.server.auth import read_keys
-from moe_serve.server.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
-from moe_serve.server.draining import DrainingServer
-from moe_serve.server.front_door import FrontDoor
+from moe_serve.server.endpoints import probes, ranks
+from moe_serve.server.monitoring import logs
+from moe_serve.server.transport.auth import read_keys
+from moe_serve.server.transport.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
+from moe_serve.server.transport.draining import DrainingServer
+from moe_serve.server.transport.loading_app import FrontDoor
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from moe_serve.engine.engine import Engine
-    from moe_serve.server.trace_requests import Tracing
+    from moe_serve.server.monitoring.request_spans import Tracing
 
 log = logging.getLogger("moe_serve")
 
@@ -44,7 +45,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     """Serve until SIGTERM or SIGINT. ConfigError: the port, the keys or the model cannot be used."""
     logs.set_up(server_config.log_format)
     keys = read_keys(server_config)
-    operation.warn_if_open(server_config, keys)
+    probes.warn_if_open(server_config, keys)
     tracing = _tracing(server_config)
     bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
     door = FrontDoor(
@@ -52,7 +53,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
         lambda: _end(server),
     )
     server = DrainingServer(
-        _uvicorn_config(operation.guard(door, server_config, keys), server_config),
+        _uvicorn_config(probes.guard(door, server_config, keys), server_config),
         door,
         server_config.shutdown_timeout,
     )
@@ -93,7 +94,7 @@ def _tracing(config: ServerConfig) -> Tracing | None:
     if not endpoint.startswith(("http://", "https://")):
         raise ConfigError(f"{flag_name('otlp_traces_endpoint')}: {endpoint!r} is no URL of OTLP over HTTP")
     try:
-        from moe_serve.server.otlp import OtlpTracing
+        from moe_serve.server.monitoring.otlp import OtlpTracing
     except ImportError as error:
         message = f"{flag_name('otlp_traces_endpoint')} needs OpenTelemetry's SDK ({error.name} is missing)"
         raise ConfigError(f"{message}: pip install 'moe-serve[otel]'") from error

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache import expert_file
-from expert_cache.direct_io import BLOCK_BYTES
+from expert_cache.storage import expert_file
+from expert_cache.storage.direct_io import BLOCK_BYTES
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
 from moe_serve.hf.checkpoint import open_all_experts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine.reception import Reception
+from moe_serve.engine.request_queue import Reception
 from moe_serve.errors import InvalidRequestError, OverloadedError
 from moe_serve.scheduling.sequence import Request, SampleOutput, SamplingParams
 

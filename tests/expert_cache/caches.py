@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
+from expert_cache.capacity import Slots
 from expert_cache.compute import ExpertCompute
-from expert_cache.direct_io import DirectFile
-from expert_cache.fetch import Fetcher
-from expert_cache.in_flight import START_EARLY_BYTES
+from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.in_flight import START_EARLY_BYTES
 from expert_cache.layers import ExpertLayers
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
-from expert_cache.slots import Slots
-from expert_cache.store import ExpertStore
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.fetch import Fetcher
+from expert_cache.storage.store import ExpertStore
 from moe_serve_kernels.cpu.expert_mlp import Activation
 
 NEVER = 1 << 60

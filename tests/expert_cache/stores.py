@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from expert_cache.safetensors_file import stored_tensors
-from expert_cache.store import ExpertStore, FusedLayout, StoredTensor
+from expert_cache.storage.safetensors_file import stored_tensors
+from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
 
 E, H, INNER = 5, 48, 40

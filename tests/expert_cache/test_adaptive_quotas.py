@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from expert_cache.adaptive_quotas import AdaptiveQuotas
-from expert_cache.quotas import best_split, lru_hit_curves
+from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
+from expert_cache.simulation.quotas import best_split, lru_hit_curves
 
 LAYERS, EXPERTS, STEPS = 3, 16, 64
 
@@ -51,7 +51,7 @@ def test_a_split_that_does_not_hold_for_the_newest_window_is_not_taken() -> None
 def test_best_split_takes_weighted_curves() -> None:
     quotas, rng = AdaptiveQuotas(LAYERS, EXPERTS, STEPS), np.random.default_rng(3)
     feed(quotas, (3, 5, 12), rng)
-    from expert_cache.events import events_from
+    from expert_cache.simulation.events import events_from
 
     curves = lru_hit_curves(events_from(quotas._sets, LAYERS, EXPERTS))
     assert best_split(curves, 20).tolist() == best_split(0.5 * curves, 20).tolist()

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.belady import belady_hits
-from expert_cache.belady_window import BeladyWindow, WindowReport
-from expert_cache.events import events_from, events_of
+from expert_cache.capacity import Slots
 from expert_cache.policies import find_policy
-from expert_cache.shadow import ShadowCache
-from expert_cache.slots import Slots
+from expert_cache.simulation.belady import belady_hits
+from expert_cache.simulation.belady_window import BeladyWindow, WindowReport
+from expert_cache.simulation.events import events_from, events_of
+from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 
 from .synthetic_traces import small_traces, sticky_trace, trace_of

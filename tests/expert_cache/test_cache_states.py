@@ -20,16 +20,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from expert_cache import fetch
 from expert_cache.acquisition import Acquisition
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
-from expert_cache.direct_io import DirectFile
+from expert_cache.capacity import Slots
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import Fetcher
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy, policy_names
-from expert_cache.slots import Slots
-from expert_cache.store import ExpertWeights
+from expert_cache.storage import fetch
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.fetch import Fetcher
+from expert_cache.storage.store import ExpertWeights
 
 from .caches import SteppedFetcher
 from .stores import LAYERS, E, split_store

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_cache.crossover import REPEATS, TOKEN_COUNTS, MissCosts, calibrate, cheapest_on_host
+from expert_cache.host_compute.crossover import REPEATS, TOKEN_COUNTS, MissCosts, calibrate, cheapest_on_host
 
 COSTS = MissCosts(copy_s=10.0, tokens=(1, 4, 16, 64), host_s=(2.0, 5.0, 17.0, 65.0))
 """One second per token and one per expert."""

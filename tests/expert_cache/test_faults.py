@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache import expert_file
-from expert_cache.direct_io import DirectFile
+from expert_cache.capacity import Slots
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import Fetcher
 from expert_cache.layers import ExpertLayers
-from expert_cache.slots import Slots
-from expert_cache.store import ExpertStore
+from expert_cache.storage import expert_file
+from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.fetch import Fetcher
+from expert_cache.storage.store import ExpertStore
 
 from .caches import cached_layers, mapped_layers
 from .stores import SILU, E, routing, split_store

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
-from expert_cache.calibration import measure
-from expert_cache.crossover import TOKEN_COUNTS, MissCosts
+from expert_cache.capacity import Slots
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import Fetcher
-from expert_cache.host_copies import HostCopies
-from expert_cache.host_lane import HostLane
+from expert_cache.host_compute.calibration import measure
+from expert_cache.host_compute.crossover import TOKEN_COUNTS, MissCosts
+from expert_cache.host_compute.host_copies import HostCopies
+from expert_cache.host_compute.host_experts import HostLane
+from expert_cache.host_compute.miss_choice import ByCrossover, MissService
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
-from expert_cache.miss_service import ByCrossover, MissService
 from expert_cache.policies import find_policy
-from expert_cache.slots import Slots
-from expert_cache.store import ExpertStore
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.fetch import Fetcher
+from expert_cache.storage.store import ExpertStore
 
 from .caches import compute_of, mapped_layers
 from .stores import SILU, STORES, E, routing, split_store

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.activations import clamped, gated
-from expert_cache.advice import Advice, FromAffinity, FromNextGate
-from expert_cache.cache import ExpertCache
-from expert_cache.direct_io import DirectFile
-from expert_cache.fetch import Fetcher
+from expert_cache.capacity import Slots
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
-from expert_cache.live_shadows import LiveShadows
 from expert_cache.policies import policy_names
+from expert_cache.prefetch.advisors import Advice, FromAffinity, FromNextGate
 from expert_cache.regroup import regroup
-from expert_cache.slots import Slots
+from expert_cache.simulation.live_shadows import LiveShadows
+from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.fetch import Fetcher
+from moe_serve.hf.activations import clamped, gated
 
 from .caches import cached_layers, mapped_layers
 from .stores import LAYERS, SILU, STORES, E, H, expected, routing, split_store
@@ -138,7 +138,7 @@ class SlowFile(DirectFile):
 def test_starting_before_the_whole_expert_is_there_keeps_the_bits(
     layout: str, capacity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expert_cache.fetch.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("expert_cache.storage.fetch.CHUNK_BYTES", 4096)
     make, activation = STORES[layout]
     store = make(tmp_path)
     want = run_steps(mapped_layers(store, activation))

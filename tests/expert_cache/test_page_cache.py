@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache import expert_file, page_cache
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
+from expert_cache.capacity import Slots
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import Fetcher
-from expert_cache.host_copies import HostCopies
-from expert_cache.host_lane import HostLane
+from expert_cache.host_compute.host_copies import HostCopies
+from expert_cache.host_compute.host_experts import HostLane
+from expert_cache.host_compute.miss_choice import WherePagesAre
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
-from expert_cache.miss_service import WherePagesAre
 from expert_cache.policies import find_policy
-from expert_cache.safetensors_file import stored_tensors
-from expert_cache.slots import Slots
-from expert_cache.store import ExpertStore
+from expert_cache.storage import expert_file, page_cache
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.fetch import Fetcher
+from expert_cache.storage.safetensors_file import stored_tensors
+from expert_cache.storage.store import ExpertStore
 
 from .caches import compute_of, mapped_layers
 from .stores import LAYERS, SILU, E, routing, split_store

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expert_cache import fetch
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
-from expert_cache.direct_io import DirectFile
-from expert_cache.fetch import DEMAND, Fetch
+from expert_cache.capacity import Slots
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy
-from expert_cache.slots import Slots
-from expert_cache.store import ExpertStore
+from expert_cache.storage import fetch
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.fetch import DEMAND, Fetch
+from expert_cache.storage.store import ExpertStore
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import LAYERS, SILU, E, H, matrices, routing, split_store, stored

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.belady import belady_hits
-from expert_cache.events import Events, events_of
+from expert_cache.capacity import Slots
 from expert_cache.policies import find_policy, policy_names
 from expert_cache.policies.policy import Policy
-from expert_cache.replay import replay_events
-from expert_cache.shadow import ShadowCache
-from expert_cache.slots import Slots
+from expert_cache.simulation.belady import belady_hits
+from expert_cache.simulation.events import Events, events_of
+from expert_cache.simulation.replay import replay_events
+from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 
 from .synthetic_traces import small_traces, sticky_trace

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from expert_cache.advice import Advice
 from expert_cache.counters import CacheCounters
-from expert_cache.prefetch_audit import (
+from expert_cache.prefetch.advisors import Advice
+from expert_cache.prefetch.audit import (
     BLOCK_STEPS,
     FEWEST_EXPERTS,
     FIRST_HOLD_STEPS,

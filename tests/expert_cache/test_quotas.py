@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from expert_cache.events import events_of
+from expert_cache.capacity import Slots
 from expert_cache.policies import find_policy
-from expert_cache.quotas import best_split, lru_hit_curves, quota_slots
-from expert_cache.replay import replay_events
-from expert_cache.slots import Slots
+from expert_cache.simulation.events import events_of
+from expert_cache.simulation.quotas import best_split, lru_hit_curves, quota_slots
+from expert_cache.simulation.replay import replay_events
 
 from .synthetic_traces import sticky_trace, trace_of
 

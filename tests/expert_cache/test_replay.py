@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.comparison import compare, usable_policies
-from expert_cache.events import Events, events_from, events_of
+from expert_cache.capacity import Slots
 from expert_cache.policies import find_policy
-from expert_cache.replay import gap_closed_frac, replay, replay_belady
-from expert_cache.shadow import ShadowCache
-from expert_cache.slots import Slots
+from expert_cache.simulation.comparison import compare, usable_policies
+from expert_cache.simulation.events import Events, events_from, events_of
+from expert_cache.simulation.replay import gap_closed_frac, replay, replay_belady
+from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 
 from .synthetic_traces import small_traces, sticky_trace, trace_of

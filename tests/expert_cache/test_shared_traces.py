@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from expert_cache.comparison import compare
-from expert_cache.events import events_of
-from expert_cache.slots import Slots
+from expert_cache.capacity import Slots
+from expert_cache.simulation.comparison import compare
+from expert_cache.simulation.events import events_of
 from predictors.trace import load
 
 TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces"

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
-from expert_cache.direct_io import DirectFile
+from expert_cache.capacity import Slots
 from expert_cache.errors import ExpertReadError
-from expert_cache.fetch import Fetcher
+from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.streaming import Streaming
 from expert_cache.policies import find_policy
-from expert_cache.slots import Slots
-from expert_cache.streaming import Streaming
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.fetch import Fetcher
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import SILU, E, routing, split_store

@@ -9,9 +9,9 @@ from typing import Any
 
 from moe_serve.engine.engine import Engine
 from moe_serve.expert_routes.route_recorder import RouteRecorder
-from moe_serve.parallel.engine import ParallelEngine
-from moe_serve.parallel.messages import params_from_json
-from moe_serve.parallel.plans import read_plan
+from moe_serve.parallel.expert_plans import read_plan
+from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.parallel.wire.messages import params_from_json
 from moe_serve.scheduling.sequence import Request
 from placement.cost import hosts_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from expert_cache import expert_file
-from expert_cache.cache import ExpertCache
+from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.storage import expert_file
 from moe_serve import LLM
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from expert_cache import expert_file
-from expert_cache.advice import Advice
-from expert_cache.cache import ExpertCache
+from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.prefetch.advisors import Advice
+from expert_cache.storage import expert_file
 from moe_serve import LLM, SamplingParams
 from moe_serve.errors import CheckpointError, ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
@@ -120,7 +120,7 @@ def test_a_budget_that_holds_no_expert_is_refused(checkpoint: Checkpoint, monkey
 
 def test_per_layer_pools_want_a_slot_for_each_layer(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_serve.resolve.MIB", 1)
-    monkeypatch.setattr("moe_serve.offload.assembly.MIB", 1)
+    monkeypatch.setattr("moe_serve.offload.build.MIB", 1)
     slot_bytes = cache_of(load(checkpoint("mixtral"), moe_cache_mib=10**6)).store.slot_bytes
     with pytest.raises(ConfigError, match=r"--moe-cache-pool per-layer.*holds 2 experts.*or choose global"):
         load(checkpoint("mixtral"), moe_cache_mib=2 * slot_bytes, moe_cache_pool="per-layer")

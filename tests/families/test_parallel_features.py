@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel.messages import params_to_json
+from moe_serve.parallel.wire.messages import params_to_json
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, SamplingParams
 from moe_serve.spec import ModelSpec
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from expert_cache.adaptive_quotas import AdaptiveQuotas
-from expert_cache.advice import Advice
-from expert_cache.cache import ExpertCache
-from expert_cache.prefetch_audit import PrefetchAudit
+from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.prefetch.advisors import Advice
+from expert_cache.prefetch.audit import PrefetchAudit
+from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
 from moe_serve import LLM, SamplingParams
 from moe_serve.errors import ConfigError
 from moe_serve.expert_routes.route_recorder import RouteRecorder

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache import expert_file
-from expert_cache.store import ExpertStore
+from expert_cache.storage import expert_file
+from expert_cache.storage.store import ExpertStore
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli import main
 from moe_serve.errors import CheckpointError, UnsupportedModelError

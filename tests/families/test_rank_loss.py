@@ -13,7 +13,7 @@ import pytest
 
 from moe_serve import LLM
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.engine import ParallelEngine
+from moe_serve.parallel.front.engine import ParallelEngine
 
 from .references import Reference
 from .serving import GREEDY, SMALL_ENGINE, tokens

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.engine.async_engine import AsyncEngine
-from moe_serve.parallel.plans import contiguous_plan, layout_to_json
+from moe_serve.parallel.expert_plans import contiguous_plan, layout_to_json
 from moe_serve.server.app import create_app
 
 from .references import Reference

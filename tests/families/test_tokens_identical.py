@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from expert_cache.cache import ExpertCache
+from expert_cache.host_managed.cache import ExpertCache
 
 from .references import PROMPT_LENGTHS, SHARED, Reference
 from .serving import StepLog, greedy, load, runner_of, tokens

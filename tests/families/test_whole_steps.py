@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_cache.cache import ExpertCache
+from expert_cache.host_managed.cache import ExpertCache
 from moe_serve import LLM
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve_kernels.cpu import library

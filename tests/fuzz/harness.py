@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from moe_serve.demo import evaluate
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.server.app import create_app
-from moe_serve.server.connections import KEEP_ALIVE_S
+from moe_serve.server.transport.connections import KEEP_ALIVE_S
 from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine
 

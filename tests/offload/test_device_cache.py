@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from expert_cache.compute import ExpertCompute
-from expert_cache.device_cache import shares
-from expert_cache.gpu_compute import GpuCompute
-from expert_cache.gpu_pool import SlotPool
-from expert_cache.slot_layout import layout_of
+from expert_cache.gpu_managed.cache import shares
+from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.gpu_managed.layout import layout_of
+from expert_cache.gpu_managed.pool import SlotPool
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
-from moe_serve.offload import device_cache as module
+from moe_serve.offload import gpu_managed as module
 
 from ..expert_cache import stores
 

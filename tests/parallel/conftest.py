@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from moe_serve.parallel.wire import SocketWire
+from moe_serve.parallel.wire.sockets import SocketWire
 
 Mesh = Callable[..., list[SocketWire]]
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped
-from moe_serve.parallel.exchange import Exchange
-from moe_serve.parallel.ownership import Ownership
-from moe_serve.parallel.sharing import SharedLayers
-from moe_serve.parallel.traffic import Traffic
-from moe_serve.parallel.wire import Wire
+from moe_serve.parallel.modes.expert_share import SharedLayers
+from moe_serve.parallel.modes.ownership import Ownership
+from moe_serve.parallel.wire.exchange import Exchange
+from moe_serve.parallel.wire.sockets import Wire
+from moe_serve.parallel.wire.traffic import Traffic
 
 HIDDEN = 4
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from expert_cache.report import ExpertReport, Residency
-from moe_serve.parallel.expert_reports import TeamReports, merge, report_from_json, report_to_json
+from moe_serve.parallel.front.reports import TeamReports, merge, report_from_json, report_to_json
 
 
 def report(ready: list[int], tokens: list[int], hits: int, unused: list[int] | None = None) -> ExpertReport:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moe_serve.parallel.coherent import Meeting, Travellers, settle
-from moe_serve.parallel.conventional import ConventionalLayers
-from moe_serve.parallel.forecast import RowBytes, forecast
-from moe_serve.parallel.recompute import RanksDivergedError, RecomputingLayers
-from moe_serve.parallel.sharing import LossNotes, SharedLayers
+from moe_serve.parallel.modes.coherent import Meeting, Travellers, settle
+from moe_serve.parallel.modes.conventional import ConventionalLayers
+from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers
+from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingLayers
+from moe_serve.parallel.traffic_forecast import RowBytes, forecast
 
 from .conftest import Mesh
 from .meshes import HIDDEN, at_once, expected, shared_layers

@@ -9,11 +9,11 @@ import socket
 import pytest
 
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.channel import Channel, ChannelClosed
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.environment import FRONT, front_address, read_place
-from moe_serve.parallel.links import Listener
-from moe_serve.parallel.messages import (
+from moe_serve.parallel.front.links import Listener
+from moe_serve.parallel.wire.channel import Channel, ChannelClosed
+from moe_serve.parallel.wire.environment import FRONT, front_address, read_place
+from moe_serve.parallel.wire.messages import (
     PlanReader,
     PlanWriter,
     merge_results,

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.forecast import RowBytes, cheaper_context, forecast
-from moe_serve.parallel.ownership import Ownership
-from moe_serve.parallel.plans import contiguous, read_hosts
-from moe_serve.parallel.prescheduling import Prescheduler, TokenAffinity, count_uses, load_uses, save_uses
+from moe_serve.parallel.expert_plans import contiguous, read_hosts
+from moe_serve.parallel.front.prescheduling import Prescheduler, TokenAffinity, count_uses, load_uses, save_uses
+from moe_serve.parallel.modes.ownership import Ownership
+from moe_serve.parallel.traffic_forecast import RowBytes, cheaper_context, forecast
 from placement.cost import Layout
 from placement.plan import make_plan, save_plan
 from placement.problem import PlacementProblem

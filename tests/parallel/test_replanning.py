@@ -11,10 +11,10 @@ import pytest
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel.plan_search import PlanSearchError, search
-from moe_serve.parallel.plans import contiguous_plan
+from moe_serve.parallel.expert_plans import contiguous_plan
+from moe_serve.parallel.front.plan_search import PlanSearchError, search
 from moe_serve.planning.replanning import Terms, judge, lacking, propose
-from moe_serve.server.expert_plan import read_plan
+from moe_serve.server.endpoints.expert_plan import read_plan
 from placement.cost import Layout, hosts_of
 from placement.plan import PlacementPlan
 from predictors.trace import RoutingTrace, offsets_of

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel import routes
-from moe_serve.parallel.routes import RouteTap
+from moe_serve.parallel.wire.routes import RouteTap
+from moe_serve.parallel.wire.sockets import routes
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 

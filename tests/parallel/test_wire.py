@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.addresses import INTERFACE, address_of, check_reachable, own_address
-from moe_serve.parallel.environment import Place
-from moe_serve.parallel.exchange import Exchange, pack, unpack
-from moe_serve.parallel.traffic import Traffic
-from moe_serve.parallel.wire import HELLO, RankGoneError, answer
+from moe_serve.parallel.wire.addresses import INTERFACE, address_of, check_reachable, own_address
+from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.exchange import Exchange, pack, unpack
+from moe_serve.parallel.wire.sockets import HELLO, RankGoneError, answer
+from moe_serve.parallel.wire.traffic import Traffic
 
 from .conftest import Mesh
 from .meshes import at_once

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from moe_serve.server.connections import connection_class
+from moe_serve.server.transport.connections import connection_class
 
 READ_S, WRITE_S, KEEP_ALIVE_S, LIMIT = 0.3, 0.5, 1, 8
 CHUNK = b"x" * 65536

@@ -14,8 +14,8 @@ from moe_serve.cli.flags import default_model
 from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.engine import Engine
-from moe_serve.server import dashboard
 from moe_serve.server.app import create_app
+from moe_serve.server.endpoints import dashboard
 
 GOOD = ("/v1/completions", {"prompt": [5, 6, 7, 8], "max_tokens": 5})
 DATA = ("/dashboard/data", None)

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.config import EngineConfig
-from moe_serve.server import expert_metrics
+from moe_serve.server.monitoring import expert_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

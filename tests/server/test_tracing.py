@@ -21,7 +21,7 @@ from moe_serve.config import ServerConfig
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import ConfigError
 from moe_serve.server.app import create_app
-from moe_serve.server.otlp import OtlpTracing
+from moe_serve.server.monitoring.otlp import OtlpTracing
 from moe_serve.server.run import _tracing as tracing_of
 from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine
@@ -182,7 +182,7 @@ def test_it_is_off_without_an_endpoint() -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    monkeypatch.delitem(sys.modules, "moe_serve.server.otlp")
+    monkeypatch.delitem(sys.modules, "moe_serve.server.monitoring.otlp")
     with pytest.raises(ConfigError, match=r"pip install 'moe-serve\[otel\]'"):
         tracing_of(ServerConfig(otlp_traces_endpoint="http://localhost:4318/v1/traces"))
 

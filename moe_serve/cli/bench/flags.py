@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moe_serve.cli.bench.datasets import DATASETS, DatasetOptions
-from moe_serve.cli.bench.summary import GOODPUT_METRICS, METRIC_TITLES, SummaryOptions
 from moe_serve.errors import ConfigError
+from moe_serve.loadtest.datasets import DATASETS, DatasetOptions
+from moe_serve.loadtest.summary import GOODPUT_METRICS, METRIC_TITLES, SummaryOptions
 
 ENDPOINT_OF: Mapping[str, str] = MappingProxyType(
     {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}

@@ -1,6 +1,6 @@
 """GPT-OSS (OpenAI): transposed, interleaved, biased experts with a clamped gate, and attention sinks."""
 
-from expert_cache.activations import clamped
+from moe_serve.hf.activations import clamped
 from moe_serve.hf.family import Family
 from moe_serve.hf.routings import softmax_of_chosen
 

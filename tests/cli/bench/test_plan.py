@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from moe_serve.cli import parse
-from moe_serve.cli.bench.arrivals import arrival_times
-from moe_serve.cli.bench.datasets import DatasetOptions, Pieces, PlannedRequest, plan_requests
 from moe_serve.cli.bench.flags import dataset_options
-from moe_serve.cli.bench.traces import TraceEntry, read_trace
-from moe_serve.cli.bench.vocabulary import Vocabulary
 from moe_serve.errors import ConfigError
+from moe_serve.loadtest.arrival_traces import TraceEntry, read_trace
+from moe_serve.loadtest.arrivals import arrival_times
+from moe_serve.loadtest.datasets import DatasetOptions, Pieces, PlannedRequest, plan_requests
+from moe_serve.loadtest.vocabulary import Vocabulary
 
 REAL_TRACES = Path("/work/shared/data/arrivals")
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_serve.cli.bench.client import Outcome
-from moe_serve.cli.bench.summary import (
+from moe_serve.loadtest.client import Outcome
+from moe_serve.loadtest.summary import (
     DETAIL_KEYS,
     SummaryOptions,
     percentile,

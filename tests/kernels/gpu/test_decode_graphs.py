@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.cache import ExpertCache
-from expert_cache.device_cache import DeviceCache
-from expert_cache.resident import ResidentExperts
-from expert_cache.slot_layout import PLAIN
+from expert_cache.gpu_managed.cache import DeviceCache
+from expert_cache.gpu_managed.layout import PLAIN
+from expert_cache.gpu_managed.resident import ResidentExperts
+from expert_cache.host_managed.cache import ExpertCache
 from moe_serve import LLM, SamplingParams
 from moe_serve.execution.cuda_graph import CudaCapture
 from moe_serve.hf.family import supported
@@ -52,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 def _cache_memory_in_kib(monkeypatch) -> None:
     """So that a budget can hold a part of these models."""
     monkeypatch.setattr("moe_serve.resolve.MIB", 1 << 10)
-    monkeypatch.setattr("moe_serve.offload.assembly.MIB", 1 << 10)
+    monkeypatch.setattr("moe_serve.offload.build.MIB", 1 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch
     settings = {"dtype": "float16", "moe_cache_mib": None if room == "for all" else 32}
     kept = load(tmp_path / "quantized", device, **settings)
     assert kept.engine.runner.expert_layers.compute.pool.layout.format == format
-    monkeypatch.setattr("expert_cache.slot_layout._format_of", lambda matrix: PLAIN)
+    monkeypatch.setattr("expert_cache.gpu_managed.layout._format_of", lambda matrix: PLAIN)
     floats = load(tmp_path / "quantized", device, **settings | {"moe_cache_mib": None})
     assert floats.engine.runner.expert_layers.compute.pool.layout.format == "plain"
     assert tokens(kept, [5]) == tokens(floats, [5])

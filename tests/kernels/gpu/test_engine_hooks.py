@@ -7,17 +7,17 @@ import gc
 import pytest
 import torch
 
-from expert_cache.arena import HostArena
-from expert_cache.cache import ExpertCache
-from expert_cache.cuda_slots import CudaTransit
-from expert_cache.fetch import Fetcher
-from expert_cache.gpu_compute import GpuCompute
-from expert_cache.gpu_pool import PooledExpert, SlotPool
+from expert_cache.capacity import Slots
+from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.gpu_managed.layout import layout_of
+from expert_cache.gpu_managed.pool import PooledExpert, SlotPool
+from expert_cache.gpu_managed.resident import ResidentExperts
+from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
 from expert_cache.policies import find_policy
-from expert_cache.resident import ResidentExperts
-from expert_cache.slot_layout import layout_of
-from expert_cache.slots import Slots
+from expert_cache.storage.arena import HostArena
+from expert_cache.storage.cuda_arena import CudaTransit
+from expert_cache.storage.fetch import Fetcher
 from moe_serve.execution.forward_batch import DecodeGroup
 from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve.hf import attend

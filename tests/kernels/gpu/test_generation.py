@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from expert_cache.cache import ExpertCache
-from expert_cache.crossover import MissCosts
-from expert_cache.device_cache import DeviceCache
-from expert_cache.gpu_compute import GpuCompute
-from expert_cache.miss_service import ByCrossover
-from expert_cache.resident import ResidentExperts
+from expert_cache.gpu_managed.cache import DeviceCache
+from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.gpu_managed.resident import ResidentExperts
+from expert_cache.host_compute.crossover import MissCosts
+from expert_cache.host_compute.miss_choice import ByCrossover
+from expert_cache.host_managed.cache import ExpertCache
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
 

@@ -1,0 +1,68 @@
+"""Observers: those who follow what is asked of an expert cache, to judge it or to advise it. They hold no expert."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expert_cache.capacity import Slots
+from expert_cache.policies.policy import Ints, Policy
+from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
+from expert_cache.simulation.belady_window import BeladyWindow
+from expert_cache.simulation.live_shadows import LiveShadows
+
+WINDOW_STEPS = 256
+"""Steps over which the cache is compared with the best possible one."""
+
+
+class Observers:
+    """The policy, the policies that might have been chosen instead, perfect foresight, and the layers' shares."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        slots: Slots,
+        num_layers: int,
+        num_experts: int,
+        shadows: LiveShadows | None,
+        quotas: AdaptiveQuotas | None,
+    ) -> None:
+        self.policy, self.shadows, self.quotas = policy, shadows, quotas
+        self._shape = num_layers, num_experts
+        self._slots = slots
+        self._window = self._new_window()
+
+    def record(self, index: int, experts: Ints, counts: Ints) -> None:
+        """A layer's distinct experts, ascending, and the tokens of each, before anything is evicted for them."""
+        self.policy.record(index, experts, counts, None)
+        if self.shadows is not None:
+            self.shadows.event(index, experts, counts)
+        if self.quotas is not None and self._slots.quotas is not None:
+            self.quotas.add(index, experts)
+
+    def found(self, index: int, experts: Ints, num_ready: int, resident: NDArray[np.bool_]) -> None:
+        """So many of them were ready; `resident` [L, E]."""
+        self._window.add(index, experts, num_ready, resident)
+
+    def resized(self, slots: Slots) -> None:
+        """The cache has other pools now."""
+        self._slots = slots
+        self._window = self._new_window()
+        if self.shadows is not None:
+            self.shadows.resize(slots)
+
+    @property
+    def belady_gap_frac(self) -> float | None:
+        """Of the misses of the last full window of events, the fraction that perfect foresight would have avoided."""
+        last = self._window.last
+        # The window after a resize starts as if the cache were empty, so the bound may lie below what was reached.
+        return None if last is None else max(0.0, last.avoidable_frac)
+
+    @property
+    def shadow_hits(self) -> dict[str, int]:
+        """What other policies would have hit so far, by name."""
+        return {} if self.shadows is None else self.shadows.hits()
+
+    def _new_window(self) -> BeladyWindow:
+        num_layers, num_experts = self._shape
+        return BeladyWindow(self._slots, num_layers, num_experts, WINDOW_STEPS * num_layers)

@@ -1,0 +1,48 @@
+"""Pools: sharing a number of slots out among layers.
+
+One global pool lets busy layers take slots from quiet ones; a pool per layer keeps a layer's slots
+from being swept by the layers after it. Sources disagree on which is better and traces decide
+(`moe-serve replay`), so both exist, and per-layer quotas need not be equal (ExpertFlow's PLEC).
+Knows numbers only.
+
+Shape alphabet: L layers, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expert_cache.capacity import Slots
+
+
+def global_pool(num_layers: int, num_experts: int, num_slots: int) -> Slots:
+    """One pool for all layers; slots beyond L * E are left out."""
+    return Slots.shared(max(1, min(num_slots, num_layers * num_experts)))
+
+
+def per_layer(num_layers: int, num_experts: int, num_slots: int) -> Slots:
+    """Quotas as equal as can be; `num_slots` must be at least L."""
+    return with_shares([1] * num_layers, num_experts, num_slots)
+
+
+def with_shares(shares: Sequence[float], num_experts: int, num_slots: int) -> Slots:
+    """A pool per layer, slots in proportion to `shares` [L], each between 1 and E.
+
+    Hands out one slot at a time to the layer that is furthest below its share, so the sum is exact.
+    Example: shares (1, 1, 2), 8 experts, 8 slots -> (2, 2, 4).
+    """
+    num_layers = len(shares)
+    assert num_slots >= num_layers
+    quotas = [1] * num_layers
+    for _ in range(min(num_slots, num_layers * num_experts) - num_layers):
+        open_layers = [i for i in range(num_layers) if quotas[i] < num_experts]
+        poorest = min(open_layers, key=lambda i: (quotas[i] + 0.5) / max(shares[i], 1e-12))
+        quotas[poorest] += 1
+    return Slots.per_layer(quotas)
+
+
+def resized(slots: Slots, num_layers: int, num_experts: int, num_slots: int) -> Slots:
+    """The same shares of another number of slots; one pool where there are fewer than layers."""
+    if slots.quotas is None or num_slots < num_layers:
+        return global_pool(num_layers, num_experts, num_slots)
+    return with_shares(slots.quotas, num_experts, num_slots)

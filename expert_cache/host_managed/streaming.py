@@ -1,0 +1,54 @@
+"""Streaming: what to do in a step that needs nearly all experts, as a long prompt or a wide batch does.
+
+Nobody has to predict then: the next layer will need nearly all of its experts too. So they are read ahead in the order
+of the file, through the slots in transit, while this layer computes (SE-MoE's ring memory), and the experts that
+decoding keeps in the pools stay where they are. A layer's own need decides for the next one, so the choice is made anew
+per layer and step, and a wrong one costs at most the ring.
+Knows experts and where they lie; knows no slots and no tokens.
+
+Shape alphabet: L layers by dense index, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from expert_cache.host_managed.slot_table import Key
+from expert_cache.storage.store import ExpertStore
+
+NEARLY_ALL_FRAC = 0.875
+"""Of a layer's experts: reading the rest for nothing is then cheaper than an idle disk."""
+FEWEST_RING_SLOTS = 2
+"""One is read into while the other computes; with fewer, slots of the pools have to help."""
+
+
+class Streaming:
+    """The order of a store's experts on their way through a ring of slots."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        self._num_experts = store.num_experts
+        self._num_layers = len(store.layers)
+        self._store = store
+        self._order: dict[int, list[int]] = {}
+
+    def suits(self, num_wanted: int) -> bool:
+        """A step that wants so many of a layer's experts wants nearly all of the next one's."""
+        return num_wanted >= NEARLY_ALL_FRAC * self._num_experts
+
+    def in_file_order(self, index: int, experts: Iterable[int]) -> list[int]:
+        """These experts of a layer as one reads the file from front to back."""
+        wanted = set(experts)
+        return [expert for expert in self._file_order(index) if expert in wanted]
+
+    def ahead(self, index: int) -> Iterator[Key]:
+        """Every expert of the layers after this one, nearest first."""
+        for later in range(index + 1, self._num_layers):
+            for expert in self._file_order(later):
+                yield later, expert
+
+    def _file_order(self, index: int) -> list[int]:
+        if index not in self._order:
+            reads, layer = self._store.reads, self._store.layers[index]
+            place = {e: (reads(layer, e)[0].file, reads(layer, e)[0].offset) for e in range(self._num_experts)}
+            self._order[index] = sorted(place, key=place.__getitem__)
+        return self._order[index]

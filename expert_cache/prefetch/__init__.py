@@ -1,0 +1,1 @@
+"""Experts brought ahead of time: who advises, and the audit of whether it pays."""

@@ -1,0 +1,1 @@
+"""Expert bytes: where they lie, and how they come from disk into slots."""

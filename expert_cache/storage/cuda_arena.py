@@ -1,0 +1,102 @@
+"""CudaArena: slots in GPU memory, filled through pinned staging buffers on a stream of their own.
+
+Bytes are read into pinned host memory and copied from there while the GPU computes; the compute
+stream waits for a slot's copy only when that slot is used. Pinned memory is bounded: beyond
+`num_staging` buffers a pageable one is used, which is slower and always there.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import torch
+
+from expert_cache.storage.direct_io import BLOCK_BYTES
+
+
+class CudaArena:
+    """Slots of `slot_bytes` bytes, each a tensor of its own, so that memory can be given back slot by slot."""
+
+    lands_in_place = False
+
+    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device, num_staging: int = 4) -> None:
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        self._device = device
+        self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._slots: dict[int, torch.Tensor] = {}
+        self._idle = [_pinned(slot_bytes) for _ in range(num_staging)]
+        self._draining: list[tuple[Any, torch.Tensor]] = []
+        self._landing: dict[int, torch.Tensor] = {}
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """The slot's memory as uint8 [slot_bytes] on the GPU."""
+        return self._memory(slot)
+
+    def _memory(self, slot: int) -> torch.Tensor:
+        if slot not in self._slots:
+            self._slots[slot] = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
+        return self._slots[slot]
+
+    def landing(self, slot: int) -> memoryview:
+        """A staging buffer, pinned if one is free."""
+        self._reclaim()
+        buffer = self._idle.pop() if self._idle else _pageable(self.slot_bytes)
+        self._landing[slot] = buffer
+        return _bytes_of(buffer)
+
+    def landed(self, slot: int) -> None:
+        """Issue the copy to the GPU; work issued to the current stream from now on comes after it."""
+        buffer = self._landing.pop(slot)
+        compute = torch.cuda.current_stream(self._device)
+        # The slot's previous expert may still be read by kernels that were issued but have not run.
+        self._copies.wait_stream(compute)
+        memory = self._memory(slot)
+        with torch.cuda.stream(self._copies):
+            memory.copy_(buffer, non_blocking=True)
+        done = self._copies.record_event()
+        compute.wait_event(done)
+        self._draining.append((done, buffer))
+
+    def dropped(self, slot: int) -> None:
+        """The staging buffer is free again."""
+        self._keep(self._landing.pop(slot))
+
+    def release(self, slot: int) -> None:
+        """Back to torch's allocator."""
+        self._slots.pop(slot, None)
+
+    def _reclaim(self) -> None:
+        """Take back buffers whose copies are done."""
+        while self._draining and self._draining[0][0].query():
+            self._keep(self._draining.pop(0)[1])
+
+    def _keep(self, buffer: torch.Tensor) -> None:
+        if buffer.is_pinned():
+            self._idle.append(buffer)
+
+
+class CudaTransit(CudaArena):
+    """Memory that experts only pass through, on their way into a pool in another layout (gpu_pool.py)."""
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """The slot's bytes, for the last time: they live as long as whoever asked keeps them."""
+        memory = self._memory(slot)
+        del self._slots[slot]
+        return memory
+
+
+def _bytes_of(buffer: torch.Tensor) -> memoryview:
+    data: memoryview = buffer.numpy().data
+    return data
+
+
+def _pinned(num_bytes: int) -> torch.Tensor:
+    """Pinned memory, block-aligned so that files can be read into it directly."""
+    memory = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+    start = -memory.data_ptr() % BLOCK_BYTES
+    return memory[start : start + num_bytes]
+
+
+def _pageable(num_bytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)

@@ -1,0 +1,162 @@
+"""The expert file: all experts of a checkpoint, one aligned blob each, with a checksum.
+
+Made once by `moe-serve pack`. It is an ordinary safetensors file whose tensors are laid out so that
+an expert's gate, up, down and biases follow one another, rows as our kernels read them, and start at
+a multiple of BLOCK_BYTES: one direct read brings a whole expert. The metadata holds the checksums and
+the fingerprint of the checkpoint it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+
+from expert_cache.storage.direct_io import BLOCK_BYTES
+from expert_cache.storage.encoding import Encoding
+from expert_cache.storage.safetensors_file import LENGTH_BYTES, read_header, stored_tensors
+from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
+from moe_serve_kernels.quantized import QuantizedRows
+
+FORMAT = "moe-serve-experts-1"
+NAME = re.compile(
+    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero)?)$"
+)
+MATRICES = ("gate", "up", "down")
+PADDING = "padding"
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+"""safetensors' names."""
+NO_CHECKSUM = "0" * 16
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Identifies a checkpoint by its files' names and headers (tensor names, shapes, places), not their contents."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        header, _ = read_header(file)
+        digest.update(json.dumps([file.name, header], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write(store: ExpertStore, path: Path, source: str, on_expert: Callable[[], None]) -> None:
+    """Write every expert of `store`. `source`: the fingerprint of its checkpoint. `on_expert`: after each one.
+
+    The file appears under its name only when it is complete. OSError if the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            start = len(_header_bytes(store, source, {}))
+            stream.seek(start)
+            checksums = {key: _write_expert(stream, store.weights(*key)) for key in _keys(store, on_expert)}
+            stream.seek(0)
+            stream.write(_header_bytes(store, source, checksums))
+            assert stream.tell() == start, "the header changed its length"
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[ExpertStore, str]:
+    """(store, fingerprint of the checkpoint it was made from). ValueError or OSError if this is no expert file."""
+    header, _ = read_header(path)
+    metadata = header.get("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"not an expert file of format {FORMAT}; make it with `moe-serve pack`")
+    tensors: dict[int, dict[tuple[str, int | None], StoredTensor]] = {}
+    for stored in stored_tensors(path, lambda name: NAME.match(name) is not None):
+        match = NAME.match(stored.name)
+        assert match
+        tensors.setdefault(int(match["layer"]), {})[match["part"], int(match["expert"])] = stored
+    num_experts = 1 + max(expert for _, expert in next(iter(tensors.values())) if expert is not None)
+    sums = {tuple(map(int, key.split("."))): value for key, value in json.loads(metadata["checksums"]).items()}
+    checksums = {(k[0], k[1]): v for k, v in sums.items()}
+    encoding, shape = _encoding_from(metadata.get("encoding", "null"))
+    return ExpertStore(tensors, num_experts, None, checksums, encoding, shape), metadata["source"]
+
+
+def _keys(store: ExpertStore, on_expert: Callable[[], None]) -> Iterator[tuple[int, int]]:
+    for layer in store.layers:
+        for expert in range(store.num_experts):
+            yield layer, expert
+            on_expert()
+
+
+def _present(weights: ExpertWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is written of an expert, in file order: the matrices, and then what is small."""
+    matrices = {part: getattr(weights, part) for part in MATRICES}
+    for part, matrix in matrices.items():
+        yield part, matrix.codes if isinstance(matrix, QuantizedRows) else matrix
+    for part, matrix in matrices.items():
+        if isinstance(matrix, QuantizedRows):
+            yield from zip((f"{part}_scale", f"{part}_zero"), matrix.tensors[1:], strict=False)
+    for part in MATRICES:
+        bias = getattr(weights, f"{part}_bias")
+        if bias is not None:
+            yield f"{part}_bias", bias
+
+
+def _encoding_of(store: ExpertStore) -> str:
+    """How the quantised matrices of all experts are written, as JSON."""
+    encoding = store.encoding
+    if encoding is None or not isinstance(store.weights(store.layers[0], 0).gate, QuantizedRows):
+        return "null"
+    names = ("kind", "group", "rows_per_scale", "zero")
+    return json.dumps({**{name: getattr(encoding, name) for name in names}, "shape": store.shape})
+
+
+def _encoding_from(text: str) -> tuple[Encoding | None, tuple[int, int]]:
+    fields = json.loads(text)
+    if fields is None:
+        return None, (0, 0)
+    inner, hidden = fields.pop("shape")
+    return Encoding("rows", **fields), (inner, hidden)
+
+
+def _write_expert(stream: IO[bytes], weights: ExpertWeights) -> str:
+    digest, size = xxhash.xxh3_64(), 0
+    for _, tensor in _present(weights):
+        data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        digest.update(data)
+        stream.write(data)
+        size += len(data)
+    stream.write(b"\0" * _padding(size))
+    return digest.hexdigest()
+
+
+def _padding(size: int) -> int:
+    return -size % BLOCK_BYTES
+
+
+def _header_bytes(store: ExpertStore, source: str, checksums: dict[tuple[int, int], str]) -> bytes:
+    """Length and header, filled up with blanks so that the data starts on a block; the same length for any sums."""
+    header: dict[str, Any] = {}
+    offset = 0
+    present = {layer: list(_present(store.weights(layer, 0))) for layer in store.layers}
+    for layer, expert in _keys(store, lambda: None):
+        first = offset
+        for part, tensor in present[layer]:
+            header[f"layers.{layer}.experts.{expert}.{part}"] = _entry(tensor.dtype, tensor.shape, offset)
+            offset += tensor.nbytes
+        if padding := _padding(offset - first):
+            header[f"layers.{layer}.experts.{expert}.{PADDING}"] = _entry(torch.uint8, (padding,), offset)
+            offset += padding
+    sums = {f"{layer}.{e}": checksums.get((layer, e), NO_CHECKSUM) for layer, e in _keys(store, lambda: None)}
+    header["__metadata__"] = {"format": FORMAT, "source": source, "checksums": json.dumps(sums)}
+    if (encoding := _encoding_of(store)) != "null":
+        header["__metadata__"]["encoding"] = encoding
+    text = json.dumps(header).encode()
+    text += b" " * _padding(LENGTH_BYTES + len(text))
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _entry(dtype: torch.dtype, shape: Iterable[int], offset: int) -> dict[str, Any]:
+    shape = list(shape)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}

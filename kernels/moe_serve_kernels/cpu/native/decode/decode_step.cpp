@@ -1,0 +1,227 @@
+// A decoding step of a few sequences as one call: all layers, or one layer's part before its experts.
+//
+//   for each layer:
+//     q, k, v = rows of [q; k; v] @ norm(x)                     rows split over threads, then a barrier
+//     per token and KV head: norms of heads, rotation, key and value into their page, attention        barrier
+//     x += o @ attended                                                                                barrier
+//     scores = router @ norm(x), top k                                                                 barrier
+//     inner = activation(gate, up) of the shared expert and the chosen ones                            barrier
+//     x += shared + weighted sum of down @ inner                                                       barrier
+//   logits = head @ norm(x)
+//
+// A layer without experts has no router, and its MLP is in the place of the shared expert. Latent attention
+// (DeepSeek-V2) caches one narrow row per token that all heads share. Their keys and values, which would be products of
+// that row, are never made: a head's query is carried over to the row's space, and what it attends to back.
+//
+// With one token a model's layers are short: starting threads, or asking Python what comes next, takes as long as
+// reading a layer's weights. So one team of threads stays awake for the whole step, and what every thread needs and
+// is cheaper to compute than to wait for (norms, order of inputs, choice of experts) each thread computes itself.
+// (llama.cpp's graphs do as much on CPUs, CUDA graphs on GPUs.) Plain C ABI, no libtorch.
+//
+// Shape alphabet: T tokens, one per sequence; H hidden, Hq query and Hk key/value heads of D, E experts, K choices,
+// I intermediate, V vocabulary; D is the width of queries and keys, Dv of values, R of rotary values.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include <omp.h>
+
+#include "attention/paged_attention.h"
+#include "experts/segments.h"
+
+namespace moe_serve {
+
+enum ScoreKind { SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN };
+enum RotaryKind { HALVES, NEIGHBOURS, NEIGHBOURS_TO_HALVES };
+
+// One decoder layer: decode_step.py fills these in. Linear layers are experts that have only `down`.
+struct Block {
+    const Expert *q, *k, *v, *o;          // k and v null: latent attention
+    const Expert* q_latent;               // q's input, or null: q takes what the layer is given
+    const Expert* kv_latent;              // [rank + R, H]: the latents, and the keys' rotary values
+    const Expert* const* into_latents;    // [Hq] of [rank, D - R]: what makes queries of latents
+    const Expert* const* from_latents;    // [Hq] of [Dv, rank]: what makes values of latents
+    const float *q_latent_norm, *kv_latent_norm;
+    const Expert* router;                 // null: no experts
+    const float* correction;              // [E] added to what experts are chosen by, or null
+    const Expert* shared;                 // what every token goes through beside its experts, or null
+    const Expert* shared_gate;            // [1, H] whose sigmoid the shared expert is multiplied by, or null
+    const float *input_norm, *post_norm;  // [H]
+    const float *q_norm, *k_norm;         // null: none; [D], or [Hq * D] and [Hk * D] where `norms_all_heads`
+    const float* sinks;                   // [Hq] or null
+    int64_t window;                       // 0: none
+    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; or [kv_tokens, rank + R], null
+    const Expert* const* experts;         // [E]; null where there are none or somebody else runs them
+    int64_t route;                        // where in ids and weights this layer's choices go
+};
+
+// What Memory has to know of the weights.
+struct Sizes {
+    int64_t intermediate, shared_intermediate;  // rows of an expert's gate, of the largest shared one's
+    int64_t width;                              // columns of the widest linear layer
+    int64_t kv, q_latent, kv_latent;            // rows of k, and of the others
+    int64_t scratch;
+};
+
+struct Model {
+    const Block* blocks;
+    int64_t num_blocks;
+    const float* final_norm;
+    const Expert* head;
+    int64_t hidden, heads, kv_heads, head_dim, value_dim, num_experts, top_k;
+    int64_t kv_tokens, page_size;
+    int64_t norms_all_heads;
+    int64_t rotary_dim, rotary_kind;
+    int64_t score_kind, renormalize, num_groups, top_groups, best_of_group;
+    int64_t activation;
+    double activation_alpha, activation_limit;
+    double norm_eps, latent_norm_eps, attention_scale, routing_scale, residual_scale;
+    Sizes sizes;  // moe_serve_decode_memory fills them in
+};
+
+struct Step {
+    int64_t num_tokens;
+    const float *cos, *sin;     // [T, rotary_dim / 2]
+    const int64_t* kv_slots;    // [T] where in keys and values the token's own belong
+    const int64_t* page_table;  // [T, table_width]
+    const int64_t* lengths;     // [T], own token included
+    int64_t table_width;
+    float* x;                   // [T, H], in and out
+    float* normed;              // [T, H] what the last block's experts are given
+    int64_t* ids;               // [blocks with a router, T, K]
+    float* weights;             // the same
+    float* logits;              // [T, V]
+};
+
+constexpr int64_t MOST_GRAIN = 128;  // columns that rows of Tokens are filled up to, whatever the weights' format
+
+// Memory of one step, in floats from one allocation. Shared by all threads first, then each thread's own.
+struct Memory {
+    float *q, *k, *v, *q_latent, *kv_latent, *attended, *products, *scores, *inputs, *inners, *shared_inners, *threads;
+    int64_t input_stride, inner_stride, thread_stride, scratch;
+
+    Memory(const Model& model, int64_t num_tokens, float* base) {
+        const int64_t pairs = num_tokens * (model.top_k + 1);  // the shared expert's come last
+        const Sizes& sizes = model.sizes;
+        input_stride = round_up(sizes.width, MOST_GRAIN);
+        inner_stride = round_up(sizes.intermediate, MOST_GRAIN);
+        scratch = round_up(sizes.scratch, 16);
+        float* next = base;
+        const auto take = [&](int64_t count) { return std::exchange(next, next + round_up(count, 16)); };
+        q = take(num_tokens * model.heads * model.head_dim);
+        k = take(num_tokens * sizes.kv);
+        v = take(num_tokens * sizes.kv);
+        q_latent = take(num_tokens * sizes.q_latent);
+        kv_latent = take(num_tokens * sizes.kv_latent);
+        attended = take(num_tokens * model.heads * model.value_dim);
+        products = take(pairs * model.hidden);
+        scores = take(num_tokens * model.num_experts);
+        inputs = take(pairs * input_stride);
+        inners = take(num_tokens * model.top_k * inner_stride);
+        shared_inners = take(num_tokens * round_up(sizes.shared_intermediate, MOST_GRAIN));
+        threads = next;
+        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
+                        round_up(heads_size(model, num_tokens), 16) +
+                        round_up(model.num_experts + model.num_groups, 16);
+    }
+
+    // Queries of heads that share keys; with latents those of all tokens, and what they attend to.
+    static int64_t heads_size(const Model& model, int64_t num_tokens) {
+        const int64_t latents = 2 * HEADS_AT_ONCE * num_tokens * model.sizes.kv_latent;
+        return std::max(latents, model.heads / model.kv_heads * model.head_dim);
+    }
+
+    int64_t size(int64_t num_threads, const float* base) const { return threads - base + num_threads * thread_stride; }
+};
+
+inline int64_t scratch_of(const Expert* expert, int64_t num_tokens) {
+    const Segment segment = plan({expert, 0, num_tokens});
+    return segment.steps.scratch(segment);
+}
+
+inline int64_t rows_of(const Expert* linear) { return linear ? linear->down.rows : 0; }
+
+inline void cover(Sizes& sizes, const Block& block, int64_t num_tokens) {
+    const auto grow = [](int64_t& size, int64_t least) { size = std::max(size, least); };
+    const Expert* into = block.into_latents ? block.into_latents[0] : nullptr;
+    const Expert* from = block.from_latents ? block.from_latents[0] : nullptr;
+    for (const Expert* linear : {block.q, block.k, block.v, block.o, block.q_latent, block.kv_latent, into, from,
+                                 block.router, block.shared_gate}) {
+        if (!linear) continue;
+        grow(sizes.width, linear->down.columns);
+        grow(sizes.scratch, scratch_of(linear, num_tokens));
+    }
+    grow(sizes.kv, rows_of(block.k));
+    grow(sizes.q_latent, rows_of(block.q_latent));
+    grow(sizes.kv_latent, rows_of(block.kv_latent));
+    if (block.shared) {
+        grow(sizes.shared_intermediate, block.shared->gate.rows);
+        grow(sizes.scratch, scratch_of(block.shared, num_tokens));
+    }
+    if (block.experts) {  // all of a model are alike
+        grow(sizes.intermediate, block.experts[0]->gate.rows);
+        grow(sizes.scratch, scratch_of(block.experts[0], num_tokens));
+    }
+}
+
+inline Sizes sizes_of(const Model& model, int64_t num_tokens) {
+    Sizes sizes{};
+    for (int64_t i = 0; i < model.num_blocks; ++i) cover(sizes, model.blocks[i], num_tokens);
+    sizes.scratch = std::max(sizes.scratch, scratch_of(model.head, num_tokens));
+    return sizes;
+}
+
+// Multiplications of a layer that take as long as waking a second thread.
+constexpr int64_t ALONE = 1 << 18;
+
+inline bool is_worth_threads(const Model& model) {
+    return model.hidden * (model.heads + model.kv_heads) * model.head_dim * 2 > ALONE;
+}
+
+}  // namespace moe_serve
+
+using namespace moe_serve;
+
+#define ARITHMETIC "decode/decode_step.inc"
+#include "simd/per_isa.inc"
+
+// Floats that the other functions need as `memory` for at most `num_tokens` tokens and so many threads.
+extern "C" int64_t moe_serve_decode_memory(Model* model, int64_t num_tokens, int32_t num_threads) {
+    model->sizes = sizes_of(*model, num_tokens);
+    return Memory(*model, num_tokens, nullptr).size(num_threads, nullptr);
+}
+
+// The whole step: x, ids and weights of every block with a router, and logits. All of these have their experts.
+extern "C" void moe_serve_decode_step(const Model* model, const Step* step, float* memory, int32_t num_threads) {
+    const Memory areas(*model, step->num_tokens, memory);
+#pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
+    FOR_THIS_CPU(run_step)(*model, *step, areas);
+}
+
+// One block up to its experts: x, and if it has a router, normed, ids and weights; without one x is complete. The
+// experts' part is added to x by others, after the shared expert's by moe_serve_decode_shared.
+extern "C" void moe_serve_decode_until_experts(const Model* model, const Step* step, int64_t block, float* memory,
+                                               int32_t num_threads) {
+    const Memory areas(*model, step->num_tokens, memory);
+#pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
+    FOR_THIS_CPU(run_until_experts)(*model, *step, areas, block);
+}
+
+// The shared expert of a block that has a router: x.
+extern "C" void moe_serve_decode_shared(const Model* model, const Step* step, int64_t block, float* memory,
+                                        int32_t num_threads) {
+    const Memory areas(*model, step->num_tokens, memory);
+#pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
+    FOR_THIS_CPU(run_shared)(*model, *step, areas, block);
+}
+
+// Logits of x.
+extern "C" void moe_serve_decode_head(const Model* model, const Step* step, float* memory, int32_t num_threads) {
+    const Memory areas(*model, step->num_tokens, memory);
+#pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
+    FOR_THIS_CPU(run_head)(*model, *step, areas);
+}

@@ -1,0 +1,191 @@
+"""What is sent: requests planned from a data set, before anything is known of the server's tokenizer.
+
+A synthetic prompt is a tuple of pieces (seed, length in tokens): equal pieces become equal tokens,
+so prefix sharing is planned here and spelt out by `vocabulary.py`. Example: two prompts
+((7, 256), (100, 20)) and ((7, 256), (101, 20)) share their first 256 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from moe_serve.errors import ConfigError
+from moe_serve.loadtest.arrival_traces import MOONCAKE_BLOCK_TOKENS, TraceEntry, read_trace
+
+Pieces = tuple[tuple[int, int], ...]
+PIECE_SEEDS = 2**48
+"""Random pieces draw their seeds from this many, far above any trace's hash ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """A prompt, given as text or as pieces, and how long its answer may be."""
+
+    prompt: str | Pieces
+    output_tokens: int | None
+    """None: as long as the recorded answer, whose text is `reference`."""
+    arrival_s: float | None = None
+    """Set by traces, which know when requests came."""
+    reference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetOptions:
+    """The flags of `bench serve` that choose and shape a data set."""
+
+    name: str
+    path: Path | None
+    num_prompts: int
+    seed: int
+    random_input_len: int
+    random_output_len: int
+    random_range_ratio: float
+    prefix_len: int
+    suffix_len: int
+    num_prefixes: int
+    prefix_output_len: int
+    custom_output_len: int
+    sharegpt_output_len: int | None
+    time_scale: float
+    length_scale: float
+    max_input_len: int | None
+    max_output_len: int | None
+
+
+def plan_requests(options: DatasetOptions) -> list[PlannedRequest]:
+    """At most `num_prompts` requests; files may hold fewer. The same options give the same plan."""
+    return DATASETS[options.name](options, random.Random(options.seed))
+
+
+def _random(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
+    def one() -> PlannedRequest:
+        piece = (_piece_seed(rng), _around(options.random_input_len, options.random_range_ratio, rng))
+        return PlannedRequest((piece,), _around(options.random_output_len, options.random_range_ratio, rng))
+
+    return [one() for _ in range(options.num_prompts)]
+
+
+def _around(length: int, ratio: float, rng: random.Random) -> int:
+    """Uniform in length * [1 - ratio, 1 + ratio], at least 1."""
+    return max(1, rng.randint(int(length * (1 - ratio)), int(length * (1 + ratio))))
+
+
+def _piece_seed(rng: random.Random) -> int:
+    return PIECE_SEEDS + rng.randrange(PIECE_SEEDS)
+
+
+def _prefix_repetition(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
+    """`num_prefixes` prefixes in turn, each request with a suffix of its own, in random order."""
+    prefixes = [(_piece_seed(rng), options.prefix_len) for _ in range(options.num_prefixes)]
+    requests = [
+        PlannedRequest((prefixes[i % len(prefixes)], (_piece_seed(rng), options.suffix_len)), options.prefix_output_len)
+        for i in range(options.num_prompts)
+    ]
+    rng.shuffle(requests)
+    return requests
+
+
+def _timed_trace(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
+    return [_from_trace(entry, options, rng) for entry in read_trace(_path(options), options.num_prompts)]
+
+
+def _from_trace(entry: TraceEntry, options: DatasetOptions, rng: random.Random) -> PlannedRequest:
+    pieces = _trace_pieces(entry, options.length_scale, _piece_seed(rng))
+    output = max(1, round(entry.output_tokens * options.length_scale))
+    return PlannedRequest(
+        _cut(pieces, options.max_input_len),
+        min(output, options.max_output_len or output),
+        arrival_s=entry.arrival_s * options.time_scale,
+    )
+
+
+def _trace_pieces(entry: TraceEntry, scale: float, own_seed: int) -> Pieces:
+    """One piece per hash id, then one of its own for tokens that no hash id covers.
+
+    Scaled block lengths depend on the block's position alone, so that prefixes shared in the trace
+    stay shared. Example: scale 0.01, blocks end at tokens 5, 10, 15, 20, 26, 31 ...
+    """
+    total = max(1, round(entry.input_tokens * scale))
+    ends = [round(MOONCAKE_BLOCK_TOKENS * scale * i) for i in range(len(entry.hash_ids) + 1)]
+    blocks = tuple((hash_id, ends[i + 1] - ends[i]) for i, hash_id in enumerate(entry.hash_ids))
+    return _cut((*blocks, (own_seed, max(0, total - ends[-1]))), total)
+
+
+def _cut(pieces: Pieces, limit: int | None) -> Pieces:
+    """The first `limit` tokens. Cutting the end keeps shared prefixes shared."""
+    if limit is None:
+        return pieces
+    kept: list[tuple[int, int]] = []
+    for seed, length in pieces:
+        if limit > 0 and length > 0:
+            kept.append((seed, min(length, limit)))
+        limit -= length
+    return tuple(kept)
+
+
+def _custom(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
+    """Lines {"prompt": ..., "output_tokens": optional}."""
+    plan = [
+        PlannedRequest(_text(row, "prompt", number), int(row.get("output_tokens", options.custom_output_len)))
+        for number, row in _rows(_path(options))
+    ]
+    return _sample(plan, options, rng)
+
+
+def _sharegpt(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
+    """The first question of each {"conversations": [{"value": ...}, ...]}; answers as long as recorded."""
+    plan = []
+    for number, row in _rows(_path(options)):
+        turns = row.get("conversations") or []
+        if len(turns) >= 2:
+            question, answer = _text(turns[0], "value", number), _text(turns[1], "value", number)
+            plan.append(PlannedRequest(question, options.sharegpt_output_len, reference=answer))
+    return _sample(plan, options, rng)
+
+
+def _sample(plan: list[PlannedRequest], options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
+    if not plan:
+        raise ConfigError(f"--dataset-path: {options.path} holds no usable request")
+    return rng.sample(plan, min(len(plan), options.num_prompts))
+
+
+def _path(options: DatasetOptions) -> Path:
+    if options.path is None:
+        raise ConfigError(f"--dataset-name {options.name} needs --dataset-path")
+    return options.path
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number, object) for each line of a .jsonl file, or each element of a .json list."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    except OSError as error:
+        raise ConfigError(f"--dataset-path: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--dataset-path: {path} is not JSON: {error}") from error
+    return enumerate(rows, start=1)
+
+
+def _text(row: Mapping[str, Any], key: str, number: int) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"--dataset-path: entry {number} has no text under {key!r}")
+    return value
+
+
+DATASETS: Mapping[str, Callable[[DatasetOptions, random.Random], list[PlannedRequest]]] = MappingProxyType(
+    {
+        "random": _random,
+        "sharegpt": _sharegpt,
+        "custom": _custom,
+        "timed_trace": _timed_trace,
+        "prefix_repetition": _prefix_repetition,
+    }
+)

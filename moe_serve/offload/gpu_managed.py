@@ -1,0 +1,78 @@
+"""Whether a GPU can manage its expert cache by itself, and why not: settings and machine against DeviceCache's needs.
+
+Knows no tokens and no requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from expert_cache.compute import ExpertCompute
+from expert_cache.gpu_managed.cache import DeviceCache, host_bytes
+from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.storage.store import ExpertStore
+from moe_serve.config import EngineConfig
+from moe_serve.errors import ConfigError
+from moe_serve.memory import free_bytes
+
+log = logging.getLogger(__name__)
+
+HOST_SHARE = 0.8
+"""Of the free host memory, for pinned experts: what is pinned cannot be taken back from us."""
+GIB = 1 << 30
+
+
+def device_cache(
+    config: EngineConfig, store: ExpertStore, compute: ExpertCompute, device: torch.device
+) -> DeviceCache | None:
+    """The cache that the GPU manages, or None, with a line in the log that says why not.
+
+    ConfigError where the user insists on it and it cannot be.
+    """
+    if config.moe_cache_manager == "host":
+        return None
+    found = _try(config, store, compute, device)
+    if isinstance(found, DeviceCache):
+        return found
+    if config.moe_cache_manager == "device":
+        raise ConfigError(f"--moe-cache-manager device: {found}; choose auto or host")
+    if isinstance(compute, GpuCompute):
+        log.warning("the host manages the expert cache, step by step: %s", found)
+    return None
+
+
+def _try(config: EngineConfig, store: ExpertStore, compute: ExpertCompute, device: torch.device) -> DeviceCache | str:
+    """The cache, or why there is none."""
+    if not isinstance(compute, GpuCompute):
+        return "there is no GPU with triton"
+    reason = next(_hindrances(config, store, compute), None)
+    if reason is not None:
+        return reason
+    try:
+        return DeviceCache(store, compute, device)
+    except (ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+
+
+def _hindrances(config: EngineConfig, store: ExpertStore, compute: GpuCompute) -> Iterator[str]:
+    """What speaks against it."""
+    if config.moe_cache_policy not in ("affinity", "lru"):  # the default, and what it is
+        yield f"the GPU knows no --moe-cache-policy {config.moe_cache_policy}"
+    if config.moe_cache_pool not in ("auto", "per-layer"):
+        yield f"the GPU knows no --moe-cache-pool {config.moe_cache_pool}"
+    for name in ("moe_cache_profile", "moe_cache_shadow", "moe_predictor"):
+        if getattr(config, name) is not None:
+            yield f"--{name.replace('_', '-')} is for a cache that the host manages"
+    if config.moe_prefetch != "off":
+        yield "--moe-prefetch is for a cache that the host manages"
+    if config.moe_cpu_misses:
+        yield "--moe-cpu-misses is for a cache that the host manages"
+    slots, layers = compute.pool.num_free, len(store.layers)
+    if slots < layers:
+        yield f"--moe-cache-mib holds {slots} experts, fewer than the {layers} layers"
+    needed, free = host_bytes(store, compute), free_bytes(torch.device("cpu"))
+    if needed > HOST_SHARE * free:
+        yield f"all experts take {needed / GIB:.1f} GiB of pinned memory, and only {free / GIB:.1f} GiB are free"

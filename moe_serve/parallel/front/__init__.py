@@ -1,0 +1,1 @@
+"""The front process: it holds no weights, starts the ranks, and runs the engine over them."""

@@ -1,0 +1,312 @@
+"""Team: all ranks as one thing that runs steps. Finds out that one is lost, says so, and brings the group back.
+
+States: starting -> ready -> recovering -> ready ... -> stopped or failed. A thread watches for lost ranks whether
+or not a step runs. Collectives cannot outlive a member, so after a loss every rank starts again. Knows messages
+and processes; knows no plans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import secrets
+import signal
+import threading
+import time
+from enum import StrEnum
+from typing import Any
+
+from moe_serve.config import EngineConfig
+from moe_serve.errors import ConfigError, EngineDeadError, MoEServeError
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.front.links import Link, Listener
+from moe_serve.parallel.front.spawner import Spawner
+from moe_serve.parallel.wire.channel import ChannelClosed, Message
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.2
+MAX_RESTARTS = 5
+"""In RESTART_WINDOW_S seconds; after more the team fails for good."""
+RESTART_WINDOW_S = 300.0
+
+
+class TeamState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RECOVERING = "recovering"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class RankLostError(MoEServeError):
+    """A rank died or stalled, and the step with it."""
+
+    http_status = 503
+    error_type = "rank_lost_error"
+
+
+class Team:
+    """The ranks of one server."""
+
+    def __init__(
+        self, config: EngineConfig, parallel: ParallelConfig, listener: Listener, secret: str, spawner: Spawner | None
+    ) -> None:
+        """`spawner`: None where a launcher starts the ranks; then a loss is final here and the launcher's to mend."""
+        self.parallel = parallel
+        self.num_ranks = parallel.devices
+        self.state = TeamState.STARTING
+        self.trouble = ""
+        """What is wrong, in words, while the state is not ready."""
+        self.failed = False
+        """The ranks are lost and will not come back by themselves."""
+        self.generation = 0
+        """Counts groups: what ranks of an older one remembered is lost."""
+        self.engine_config: EngineConfig | None = None
+        """As the ranks resolved it."""
+        self.layers: tuple[int, ...] = ()
+        """The model's decoder layers with experts."""
+        self.counted: dict[int, Message] = {}
+        """By rank, what the last answer counted."""
+        self._config = config
+        self._listener = listener
+        self._secret = secret
+        self._spawner = spawner
+        self._links: dict[int, Link] = {}
+        self._changed = threading.Condition()
+        self._losses: list[float] = []
+        self._next_step = 0
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+
+    # ---- starting ---------------------------------------------------------------------------------
+
+    def start(self) -> EngineConfig:
+        """Start all ranks and wait until they are ready. ConfigError is the first rank's that has one."""
+        try:
+            self._gather()
+        except BaseException:
+            self.stop()
+            raise
+        self._watcher.start()
+        assert self.engine_config is not None
+        return self.engine_config
+
+    def _gather(self) -> None:
+        """A new group: ranks say hello, get their settings, load, and say ready."""
+        deadline = time.monotonic() + self.parallel.rank_start_s
+        for link in self._links.values():
+            link.channel.close()
+        self._links = {}
+        if self._spawner is not None:
+            self._spawner.start(self._listener.address, self._secret)
+        while len(self._links) < self.num_ranks:
+            newcomer = self._listener.accept(WATCH_S)
+            if newcomer is not None:
+                self._links[newcomer.rank] = newcomer
+            self._check_starting(deadline)
+        settings = {"engine": dataclasses.asdict(self._config), "parallel": dataclasses.asdict(self.parallel)}
+        self._send_all(settings)
+        self._wait_ready(deadline)
+
+    def _wait_ready(self, deadline: float) -> None:
+        waiting = dict(self._links)
+        while waiting:
+            for rank, link in list(waiting.items()):
+                answer = _poll(link, WATCH_S / len(waiting))
+                if answer is None:
+                    continue
+                if answer["op"] == "failed":
+                    raise _error_of(rank, answer)
+                self.engine_config, self.layers = EngineConfig(**answer["engine"]), tuple(answer["layers"])
+                del waiting[rank]
+            self._check_starting(deadline)
+        with self._changed:
+            self.generation += 1
+            self.state, self.trouble = TeamState.READY, ""
+            self._changed.notify_all()
+
+    def _check_starting(self, deadline: float) -> None:
+        if self.state is TeamState.STOPPED:
+            raise EngineDeadError("the server is shutting down")
+        dead = self._spawner.first_dead() if self._spawner is not None else None
+        if dead is not None and not self._has_answer(dead[0]):
+            raise RankLostError(f"rank {dead[0]} ended with status {dead[1]} while starting; its log says why")
+        missing = [r for r in range(self.num_ranks) if r not in self._links]
+        if time.monotonic() > deadline:
+            raise RankLostError(
+                f"the ranks were not ready in {self.parallel.rank_start_s:g} s (--rank-start-s);"
+                + (f" ranks {missing} never connected" if missing else " loading takes longer")
+            )
+
+    def _has_answer(self, rank: int) -> bool:
+        return rank in self._links and not self._links[rank].answers.empty()
+
+    # ---- steps ------------------------------------------------------------------------------------
+
+    def wait_until_ready(self) -> int:
+        """The generation that is ready. EngineDeadError if none will be."""
+        with self._changed:
+            while self.state in (TeamState.STARTING, TeamState.RECOVERING):
+                self._changed.wait(1.0)
+            if self.state is not TeamState.READY:
+                raise EngineDeadError(self.trouble or "the ranks have been stopped")
+            return self.generation
+
+    def ask_all(self, message: Message) -> list[Message]:
+        """Send to every rank and wait for every answer, by rank. RankLostError."""
+        generation = self.generation
+        self._next_step += 1
+        number = self._next_step
+        try:
+            self._send_all({**message, "n": number})
+        except ChannelClosed:
+            self._raise_lost(generation)
+        answers: dict[int, Message] = {}
+        deadline = time.monotonic() + self.parallel.rank_step_s
+        while len(answers) < self.num_ranks:
+            if self.state is not TeamState.READY or self.generation != generation:
+                self._raise_lost(generation)
+            for rank, link in self._links.items():
+                if rank in answers:
+                    continue
+                answer = _poll(link, WATCH_S)
+                if answer is not None:
+                    answers[rank] = self._checked(rank, answer, number)
+            if time.monotonic() > deadline:
+                self._lose(f"a step took longer than {self.parallel.rank_step_s:g} s (--rank-step-s)")
+        self.counted = {rank: answer for rank, answer in answers.items() if "traffic" in answer} or self.counted
+        return [answers[rank] for rank in range(self.num_ranks)]
+
+    def _checked(self, rank: int, answer: Message, number: int) -> Message:
+        if answer["op"] == "failed":
+            time.sleep(WATCH_S)  # a rank often fails because another has just died, and that one is the news
+            dead = self._spawner.first_dead() if self._spawner is not None else None
+            is_cause = dead is None or dead[1] >= 0
+            self._lose(f"rank {rank} failed: {answer['message']}" if is_cause else self._find_trouble())
+            raise RankLostError(self.trouble)
+        assert answer["n"] == number, f"rank {rank} answers step {answer['n']} instead of {number}"
+        return answer
+
+    def _raise_lost(self, generation: int) -> None:
+        """Wait until the watcher has said what happened, then raise it."""
+        deadline = time.monotonic() + 2 * self.parallel.rank_stall_s
+        while self.state is TeamState.READY and self.generation == generation and time.monotonic() < deadline:
+            time.sleep(WATCH_S / 4)
+        raise RankLostError(self.trouble or "the ranks were lost and have started again")
+
+    def _send_all(self, message: Message) -> None:
+        for _, link in sorted(self._links.items()):
+            link.channel.send(message)
+
+    # ---- watching ---------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while self.state not in (TeamState.STOPPED, TeamState.FAILED):
+            if self.state is TeamState.READY:
+                trouble = self._find_trouble()
+                if trouble:
+                    self._lose(trouble)
+            if self.state is TeamState.RECOVERING:
+                self._recover()
+            time.sleep(WATCH_S)
+
+    def _find_trouble(self) -> str:
+        now = time.monotonic()
+        dead = self._spawner.first_dead() if self._spawner is not None else None
+        if dead is not None:
+            return f"rank {dead[0]} died (exit status {dead[1]})"
+        for rank, link in self._links.items():
+            if link.closed:
+                return f"rank {rank} has gone"
+            if now - link.heard_s > self.parallel.rank_stall_s:
+                return f"rank {rank} has given no sign of life for {self.parallel.rank_stall_s:g} s"
+        return ""
+
+    def _lose(self, trouble: str) -> None:
+        with self._changed:
+            if self.state is not TeamState.READY:
+                return
+            now = time.monotonic()
+            self._losses = [t for t in self._losses if now - t < RESTART_WINDOW_S] + [now]
+            may_restart = self._spawner is not None and len(self._losses) <= MAX_RESTARTS
+            self.state = TeamState.RECOVERING if may_restart else TeamState.FAILED
+            self.trouble = trouble
+            self._changed.notify_all()
+        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "nothing can be served any more")
+        if not may_restart:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Under a launcher the process ends, so that the launcher can start everything again."""
+        self.failed = True
+        if self._spawner is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _recover(self) -> None:
+        started = time.monotonic()
+        try:
+            self._gather()
+        except Exception as error:
+            log.error("the ranks could not be started again: %s", error)
+            with self._changed:
+                if self.state is not TeamState.STOPPED:
+                    self.state = TeamState.FAILED
+                self.failed = self.state is TeamState.FAILED
+                self.trouble = f"{self.trouble}; starting again failed: {error}"
+                self._changed.notify_all()
+        else:
+            log.info("all ranks are back after %.1f s", time.monotonic() - started)
+
+    # ---- stopping ---------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End every rank. Idempotent."""
+        with self._changed:
+            self.state = TeamState.STOPPED
+            self._changed.notify_all()
+        for link in self._links.values():
+            with contextlib.suppress(ChannelClosed):  # it may have gone already
+                link.channel.send({"op": "stop"})
+        if self._watcher.is_alive() and self._watcher is not threading.current_thread():
+            self._watcher.join()
+        for link in self._links.values():
+            link.channel.close()
+        if self._spawner is not None:
+            self._spawner.stop()
+        self._listener.close()
+
+    def reports(self) -> tuple[int, dict[int, Message]]:
+        """The generation, and what each rank's experts have done; nothing while ranks are lost. Any thread may ask."""
+        if self.state is not TeamState.READY:
+            return self.generation, {}
+        links = self._links.items()
+        return self.generation, {rank: link.report for rank, link in sorted(links) if link.report is not None}
+
+    def describe(self) -> dict[str, Any]:
+        """State and each rank's process and counts, for /health and metrics."""
+        ranks = [
+            {"rank": rank, "pid": link.pid, "heard_s_ago": round(time.monotonic() - link.heard_s, 1)}
+            for rank, link in sorted(self._links.items())
+        ]
+        return {"state": str(self.state), "trouble": self.trouble, "generation": self.generation, "ranks": ranks}
+
+
+def new_secret() -> str:
+    return secrets.token_hex(16)
+
+
+def _poll(link: Link, timeout_s: float) -> Message | None:
+    try:
+        return link.answers.get(timeout=timeout_s)
+    except queue.Empty:
+        return None
+
+
+def _error_of(rank: int, answer: Message) -> MoEServeError:
+    """What a rank could not start with: the user's mistake as it said it, else a crash."""
+    if answer["kind"] == "config":
+        return ConfigError(str(answer["message"]))
+    return RankLostError(f"rank {rank} failed while starting: {answer['message']}; its log says more")

@@ -1,0 +1,107 @@
+"""TeamRunner: the engine's Runner whose work is done by a team of ranks. Knows plans; knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertReport
+from moe_serve.config import EngineConfig
+from moe_serve.errors import InvalidRequestError
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.parallel.expert_plans import layout_to_json
+from moe_serve.parallel.front.prescheduling import Prescheduler
+from moe_serve.parallel.front.reports import TeamReports
+from moe_serve.parallel.front.team import Team
+from moe_serve.parallel.wire import routes
+from moe_serve.parallel.wire.messages import PlanWriter, merge_results
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from placement.cost import Layout, hosts_of
+
+
+class TeamExperts:
+    """The ranks' expert caches as one, for statistics."""
+
+    belady_gap_frac = None
+    """Each rank has its own, and their mean means nothing."""
+    shadow_hits: Mapping[str, int] = {}
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._last = self._before = ExpertTotals()
+        self.experts = self.counters = self
+
+    def totals(self) -> ExpertTotals:
+        """Sums over ranks, as of their last answers, and over the groups of ranks there have been."""
+        now = self._of_group()
+        if now.hits < self._last.hits:  # a new group counts from zero
+            self._before = _plus(self._before, self._last)
+        self._last = now
+        return _plus(self._before, now)
+
+    def _of_group(self) -> ExpertTotals:
+        counted = [answer["experts"] for answer in self._team.counted.values()]
+        names = counted[0] if counted else {}
+        return ExpertTotals(**{name: sum(each[name] for each in counted) for name in names})
+
+
+def _plus(left: ExpertTotals, right: ExpertTotals) -> ExpertTotals:
+    return ExpertTotals(*(getattr(left, f.name) + getattr(right, f.name) for f in fields(ExpertTotals)))
+
+
+class TeamRunner:
+    """A plan goes to all ranks; what each of them sampled comes back as one StepResult."""
+
+    def __init__(self, team: Team, config: EngineConfig, prescheduler: Prescheduler, shape: RoutingShape) -> None:
+        self.team = team
+        self.config = config
+        self.prescheduler = prescheduler
+        self.expert_layers = TeamExperts(team)
+        self.reports = TeamReports(team.reports)
+        self._shape = shape
+        self._routes = routes.OFF
+        self._writer = PlanWriter()
+
+    def forget(self) -> None:
+        """A new group of ranks knows no sequence."""
+        self._writer = PlanWriter()
+
+    def place(self, layout: Layout) -> None:
+        """Between two steps: every rank runs the experts that it has in `layout`. RankLostError."""
+        self.team.ask_all({"op": "place", **layout_to_json(layout)})
+        self.prescheduler.place(hosts_of(layout, self.team.parallel.ranks_per_group))
+
+    def run(self, plan: BatchPlan) -> StepResult:
+        """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""
+        starts = {}
+        if self.team.parallel.ep_mode == "coherent":
+            decoding = [item.seq for item in plan.scheduled if item.count == 1]
+            starts = self.prescheduler.starts(decoding)
+        wanted = self._routes
+        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, starts, wanted)})
+        result = merge_results(plan, answers)
+        return replace(result, routes=routes.gather(plan, answers, self._shape, wanted)) if wanted else result
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """Every rank gets this much. InvalidRequestError."""
+        for answer in self.team.ask_all({"op": "resize", "mib": moe_cache_mib}):
+            if "refused" in answer:
+                raise InvalidRequestError("mib", answer["refused"])
+
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        return self._shape.layer_ids
+
+    def resident_experts(self) -> None:
+        """Each rank has its own, and they change faster than ranks tell."""
+
+    def expert_report(self) -> ExpertReport | None:
+        """All ranks' together, of the last second or two."""
+        return self.reports.total()
+
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+        """From the next step on, ranks add routes to their answers, or stop to."""
+        self._routes = (routes.IDS_AND_WEIGHTS if weights else routes.IDS) if wanted else routes.OFF
+
+    def close(self) -> None:
+        self.team.stop()

@@ -1,0 +1,166 @@
+"""Context coherence without sending keys and values: every rank computes every token, and what travels are sums.
+
+In each MoE layer a rank runs its share of the experts for all tokens and sends the partial sums to the others.
+Then all have the token's hidden state, and with it compute the keys and values themselves: the context is
+everywhere, no token goes out before its experts run, and a layer costs one link delay. Every rank knows every
+route, so nobody counts either. Where keys and values are as wide as the hidden state, this sends less than sending
+those (`coherent.py`); the price is that attention runs on every rank.
+
+Ranks must compute alike to the bit, which machines of one kind do; a check of the routes in each message finds those
+that do not.
+
+Shape alphabet: T tokens of the step, K choices, H hidden, G ranks.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+from expert_cache.host_managed.cache import ExpertCache
+from moe_serve.parallel.modes.copies import Bools, Ints, visits
+from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers, share_of
+from moe_serve.parallel.wire.exchange import pack, unpack
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
+CHECK_BYTES = 4
+NOBODY = -1
+"""Stands for the rank of a choice that need not be sent for: all run it, or none."""
+
+
+class RanksDivergedError(RuntimeError):
+    """Two ranks computed different routes for the same tokens: the ranks start again."""
+
+
+class Visits:
+    """Who runs experts for a token and who needs the sum, in one layer."""
+
+    def __init__(self, runs: Bools, needs: Bools, device: torch.device) -> None:
+        """`runs` [T, G]: ranks that run some of a token's experts, for all who need the sum, `needs` [T, G]."""
+        self._runs = runs
+        self._needs = needs
+        self._is_whole = runs.sum(1) == 1
+        self._device = device
+
+    def rows(self, source: int, target: int) -> Rows:
+        """Rows that one rank sends to another."""
+        sent = self._runs[:, source] & self._needs[:, target]
+        whole, parts = (sent & self._is_whole).nonzero()[0], (sent & ~self._is_whole).nonzero()[0]
+        return torch.from_numpy(whole).to(self._device), torch.from_numpy(parts).to(self._device)
+
+
+class RecomputingLayers:
+    """Stands where ExpertLayers stood; every rank calls it with the same tokens. Routes are looked at on the host."""
+
+    def __init__(self, shared: SharedLayers, losses: LossNotes, last_layer: int) -> None:
+        """`last_layer`: the model's last decoder layer."""
+        self._shared = shared
+        self._losses = losses
+        self._last_layer = last_layer
+        # A token that everyone runs alone must not fail on one rank only: a cache's reads can.
+        self._runs_alone = not isinstance(shared.local.experts, ExpertCache)
+        self._homes = np.empty(0, np.int64)
+        self._sampled = np.empty(0, np.bool_)
+
+    def begin(self, homes: torch.Tensor, sampled: torch.Tensor) -> None:
+        """`homes` [T]: the rank that each token is booked on and may be sampled on; `sampled`: rows to sample."""
+        self._homes = homes.cpu().numpy()
+        self._sampled = np.zeros(len(homes), np.bool_)
+        self._sampled[sampled.cpu().numpy()] = True
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As ExpertLayers.run: hidden [T, H]; ids, weights [T, K] -> [T, H]. After the last decoder layer only the
+        homes of sampled tokens need them, and only those rows are computed."""
+        shared, me = self._shared, self._shared.exchange.rank
+        is_last = layer == self._last_layer
+        routes, weights = ids.cpu().numpy(), weights.to(torch.float32)
+        ranks = shared.ownership.agree(layer, routes, self._homes if is_last else None)
+        by_all = np.zeros_like(self._sampled)
+        if self._runs_alone and not is_last:
+            by_all = shared.ownership.everywhere(layer, routes)
+        ranks[by_all] = me
+        shared.count(layer, torch.from_numpy(ranks[self._homes == me]), me)
+        ranks[~self._sampled if is_last else by_all] = NOBODY
+        partial = self._share(layer, hidden, ids, torch.from_numpy(ranks).to(ids.device), weights)
+        total = self._sum(layer, self._visits(ranks, is_last, ids.device), partial, hidden.dtype, routes)
+        if by_all.any():  # by themselves, because results depend on what is computed beside them
+            rows = torch.from_numpy(by_all.nonzero()[0]).to(ids.device)
+            total[rows] = shared.run_share(layer, hidden[rows], ids[rows], weights[rows], self._losses)
+        return total.to(hidden.dtype)
+
+    def _share(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Partial sums [T, H] of the choices that `ranks` [T, K] gives to this rank; NaN where one cannot be read."""
+        notes = LossNotes()
+        ours = share_of(ids, ranks, self._shared.exchange.rank)
+        partial = self._shared.run_share(layer, hidden, ours, weights, notes)
+        for row, error in notes.take().items():
+            partial[row] = float("nan")
+            self._losses.add(row, error)
+        return partial
+
+    def _visits(self, ranks: Ints, is_last: bool, device: torch.device) -> Visits:
+        """`ranks` [T, K]: where choices run whose sums are sent."""
+        num_ranks = self._shared.exchange.num_ranks
+        runs = visits(ranks, num_ranks)
+        needs = self._homes[:, None] == np.arange(num_ranks) if is_last else np.ones_like(runs)
+        return Visits(runs, needs, device)
+
+    def _sum(self, layer: int, who: Visits, partial: torch.Tensor, dtype: torch.dtype, routes: Ints) -> torch.Tensor:
+        """Partial sums of all ranks, in the order of ranks, so that all get the same bits."""
+        arrived = self._trade(layer, who, partial, dtype, _check_of(routes).to(partial.device))
+        total = torch.zeros_like(partial)
+        for rank in range(self._shared.exchange.num_ranks):
+            if rank == self._shared.exchange.rank:
+                total += partial
+            elif rank in arrived:
+                rows, theirs = arrived[rank]
+                self._losses.note(rows, theirs, rank)
+                total.index_add_(0, rows, theirs)
+        return total
+
+    def _trade(
+        self, layer: int, who: Visits, partial: torch.Tensor, dtype: torch.dtype, check: torch.Tensor
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """By rank, the rows that it had a part in and that part [n, H]."""
+        exchange, index = self._shared.exchange, self._shared.index(layer)
+        leaving = {r: who.rows(exchange.rank, r) for r in exchange.others}
+        outgoing = {r: _pack(rows, partial, dtype, check) for r, rows in leaving.items() if any(map(len, rows))}
+        exchange.book(index, "control", CHECK_BYTES * len(outgoing))
+        exchange.book(index, "combine", sum(len(raw) - CHECK_BYTES for raw in outgoing.values()))
+        coming = {r: who.rows(r, exchange.rank) for r in exchange.others}
+        expected = {r: rows for r, rows in coming.items() if any(map(len, rows))}
+        raws = exchange.trade(index, outgoing, expected)
+        return {r: (torch.cat(rows), _unpack(raws[r], r, rows, partial, dtype, check)) for r, rows in expected.items()}
+
+
+def _check_of(routes: Ints) -> torch.Tensor:
+    """[CHECK_BYTES] uint8 that differ when the routes do."""
+    digest = zlib.crc32(routes.tobytes()).to_bytes(CHECK_BYTES, "big")
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+def _pack(rows: Rows, partial: torch.Tensor, dtype: torch.dtype, check: torch.Tensor) -> torch.Tensor:
+    """Whole sums as the model's type, as they would end anyway; parts as they are."""
+    whole, parts = rows
+    return torch.cat([check, pack(partial[whole].to(dtype)).flatten(), pack(partial[parts]).flatten()])
+
+
+def _unpack(
+    raw: torch.Tensor, rank: int, rows: Rows, like: torch.Tensor, dtype: torch.dtype, check: torch.Tensor
+) -> torch.Tensor:
+    """[n, H] in the order of `rows`, of the type of `like`. RanksDivergedError."""
+    width = like.shape[1]
+    whole_bytes, part_bytes = len(rows[0]) * width * dtype.itemsize, len(rows[1]) * width * like.element_size()
+    if len(raw) != CHECK_BYTES + whole_bytes + part_bytes or not torch.equal(raw[:CHECK_BYTES], check):
+        raise RanksDivergedError(
+            f"rank {rank} chose other experts for the same tokens: the devices do not compute alike;"
+            " use --ep-context send or --ep-mode conventional"
+        )
+    sections = torch.split(raw[CHECK_BYTES:], [whole_bytes, part_bytes])
+    (whole,), (parts,) = (unpack(raw, (width, t)) for raw, t in zip(sections, (dtype, like.dtype), strict=True))
+    return torch.cat([whole.to(like.dtype), parts])

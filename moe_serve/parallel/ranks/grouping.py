@@ -1,0 +1,36 @@
+"""Groups of ranks that have every expert among them, so that a sequence's tokens never leave its group.
+
+With `--ep-groups`, G ranks are that many groups side by side, and a plan says how each divides the experts. Within
+a group, ranks count from 0. Knows steps; knows no model.
+"""
+
+from __future__ import annotations
+
+from moe_serve.parallel.modes.runner import Outcome, RankRunner
+from moe_serve.parallel.wire import routes
+from moe_serve.parallel.wire.messages import RankStep
+from moe_serve.scheduling.batch_plan import BatchPlan
+
+
+class GroupRunner:
+    """Gives a mode the part of each step that its group has to do."""
+
+    def __init__(self, inner: RankRunner, first_rank: int, num_ranks: int) -> None:
+        """The group is `num_ranks` ranks from `first_rank` on."""
+        self._inner = inner
+        self._first_rank = first_rank
+        self._num_ranks = num_ranks
+
+    def run(self, step: RankStep) -> Outcome:
+        last = self._first_rank + self._num_ranks
+        chosen = [i for i, start in enumerate(step.starts) if self._first_rank <= start < last]
+        if not chosen:
+            return Outcome({}, {}, [])
+        plan = BatchPlan(tuple(step.plan.scheduled[i] for i in chosen))
+        starts = tuple(step.starts[i] - self._first_rank for i in chosen)
+        sampled, errors, pieces = self._inner.run(RankStep(plan, starts, step.routes))
+        return Outcome(
+            {chosen[i]: s for i, s in sampled.items()},
+            {chosen[i]: error for i, error in errors.items()},
+            routes.renumbered(pieces, [routes.spans(step.plan)[i] for i in chosen]),
+        )

@@ -1,0 +1,74 @@
+"""A rank's model: the dense part whole, and its share of the experts, joined to the other ranks.
+
+Knows settings and modules; knows no front and no messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.model_runner import ModelRunner, load_runner
+from moe_serve.errors import ConfigError
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.expert_plans import read_hosts
+from moe_serve.parallel.modes.expert_share import SharedLayers
+from moe_serve.parallel.modes.ownership import Ownership
+from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.exchange import Exchange
+from moe_serve.parallel.wire.sockets import GroupWire, connect_all
+from moe_serve.parallel.wire.traffic import Traffic
+from moe_serve.text.generation_defaults import eos_token_ids
+
+
+def join_group(place: Place, parallel: ParallelConfig, config: EngineConfig) -> None:
+    """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `rank_step_s`."""
+    on_gpu = _device_of(config, place).startswith("cuda")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"tcp://{place.master_addr}:{place.master_port}",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=parallel.rank_step_s),
+    )
+
+
+def load(config: EngineConfig, parallel: ParallelConfig, place: Place) -> tuple[ModelRunner, SharedLayers]:
+    """This rank's runner, whose pages are as many as the smallest rank has room for. ConfigError."""
+    if config.moe_prefetch != "off":
+        raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
+    if config.moe_cache_manager == "device":
+        raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
+    config = dataclasses.replace(config, device=_device_of(config, place), moe_cache_manager="host", enforce_eager=True)
+    eos = frozenset(eos_token_ids(config.model))
+    runner, spec = load_runner(config, eos)
+    local = runner.expert_layers
+    store = local.experts.store
+    size = parallel.ranks_per_group
+    first_rank = parallel.group_of(place.rank) * size
+    hosts = read_hosts(parallel.expert_plan, store.layers, store.num_experts, size)
+    device = runner.device
+    wire = connect_all(place, parallel.rank_step_s) if device.type == "cpu" else GroupWire(device)
+    exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
+    like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=device)
+    ownership = Ownership(hosts, store.layers, exchange.rank, device)
+    return runner, SharedLayers(local, ownership, exchange, spec.top_k, like)
+
+
+def _device_of(config: EngineConfig, place: Place) -> str:
+    """auto and cuda are the GPU with this rank's number on its machine."""
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{place.local_rank}"
+    return config.device
+
+
+def smallest(values: list[int], device: torch.device) -> list[int]:
+    """Each value's minimum over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    agreed: list[int] = tensor.tolist()
+    return agreed

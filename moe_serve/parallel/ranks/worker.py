@@ -1,0 +1,104 @@
+"""Worker: a rank's steps. Turns messages into runs of its model and the outcome into messages.
+
+Knows one rank; knows no sockets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from expert_cache.host_managed.cache import ExpertCache
+from moe_serve.config import EngineConfig
+from moe_serve.errors import InvalidRequestError
+from moe_serve.parallel.config import ParallelConfig
+from moe_serve.parallel.expert_plans import layout_from_json
+from moe_serve.parallel.front.reports import report_to_json
+from moe_serve.parallel.modes.ownership import Ownership
+from moe_serve.parallel.ranks import rank_model
+from moe_serve.parallel.ranks.choose import make_runner, way_of
+from moe_serve.parallel.ranks.grouping import GroupRunner
+from moe_serve.parallel.ranks.late_grammars import LateGrammars
+from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.messages import PlanReader, result_to_json
+from moe_serve.parallel.wire.sockets import Wire
+from placement.cost import hosts_of
+
+
+class Worker:
+    """One rank, loaded; the process group must have been joined (rank_model.join_group)."""
+
+    def __init__(self, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
+        self._runner, self._shared = rank_model.load(config, parallel, place)
+        pages, context = rank_model.smallest(
+            [self._runner.config.num_kv_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
+        )
+        self.config = dataclasses.replace(self._runner.config, num_kv_pages=pages, max_model_len=context)
+        self.layers = self._shared.layers
+        layers = self._runner.kv_cache.layers.values()
+        self.kv_sizes = sum(layer.shape.elements_per_token for layer in layers), len(layers)
+        """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
+        self.way = way_of(parallel, self._shared, self.kv_sizes)
+        """One of forecast.WAYS."""
+        mode = make_runner(self.way, self._runner, self._shared)
+        size = parallel.ranks_per_group
+        self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
+        self._reader = PlanReader(LateGrammars(self.config).start)
+
+    def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank has to say to the front's message."""
+        match message["op"]:
+            case "step":
+                return self.step(message)
+            case "place":
+                return self.place(message)
+            case "resize":
+                return self.resize(message["mib"])
+            case "report":
+                return self.report()
+        raise AssertionError(f"a rank knows no {message['op']!r}")
+
+    @property
+    def wire(self) -> Wire:
+        """The way to the other ranks."""
+        return self._shared.exchange.wire
+
+    @torch.inference_mode()
+    def step(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a step's share; the answer has this rank's tokens and what it counted so far."""
+        outcome = self._mode.run(self._reader.read(message))
+        return {**result_to_json(*outcome), **self._counted()}
+
+    def place(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Another placement from the next step on; experts that are no longer run here leave this rank's cache."""
+        shared = self._shared
+        hosts = hosts_of(layout_from_json(message), shared.exchange.num_ranks)
+        shared.ownership = Ownership(hosts, shared.layers, shared.exchange.rank, self._runner.device)
+        experts = self._runner.expert_layers.experts
+        if isinstance(experts, ExpertCache):
+            experts.keep_only(hosts[:, :, shared.exchange.rank])
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """What the experts here have done since the start. Any thread may ask."""
+        return report_to_json(self._runner.expert_report())
+
+    def resize(self, moe_cache_mib: int) -> dict[str, Any]:
+        """Change this rank's memory for experts; the answer says why not."""
+        try:
+            self._runner.resize_expert_cache(moe_cache_mib)
+        except InvalidRequestError as error:
+            return {"refused": error.message}
+        return {}
+
+    def _counted(self) -> dict[str, Any]:
+        traffic = self._shared.exchange.traffic
+        totals = self._runner.expert_layers.experts.counters.totals()
+        return {
+            "traffic": traffic.totals(),
+            "layer_bytes": traffic.by_layer(),
+            "experts": dataclasses.asdict(totals),
+        }

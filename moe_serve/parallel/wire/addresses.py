@@ -1,0 +1,50 @@
+"""The address under which other ranks reach this process. Knows sockets; knows no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+
+from moe_serve.errors import ConfigError
+from moe_serve.parallel.wire.environment import Place
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Network interface of this machine; what gloo obeys as well."""
+SIOCGIFADDR = 0x8915
+
+
+def own_address(place: Place, environ: Mapping[str, str] = os.environ) -> str:
+    """Of the interface in GLOO_SOCKET_IFNAME, else of the one from which the master is reached. ConfigError."""
+    name = environ.get(INTERFACE, "").split(",")[0]
+    if name:
+        return address_of(name)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((place.master_addr, place.master_port))  # a datagram socket sends nothing by that
+        except OSError as error:
+            raise ConfigError(f"MASTER_ADDR={place.master_addr!r} cannot be reached ({error})") from error
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def address_of(interface: str) -> str:
+    """Its IPv4 address. ConfigError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError as error:
+            raise ConfigError(f"{INTERFACE}={interface}: no such interface with an IPv4 address ({error})") from error
+    return socket.inet_ntoa(found[20:24])
+
+
+def check_reachable(addresses: Sequence[str]) -> None:
+    """ConfigError if some of the ranks' addresses mean something on their own machine only."""
+    local = [rank for rank, address in enumerate(addresses) if address.startswith("127.")]
+    if local and len(local) < len(addresses):
+        raise ConfigError(
+            f"ranks {local} know themselves only as {addresses[local[0]]}, which other machines cannot reach;"
+            f" set {INTERFACE} there to the network interface between the machines"
+        )

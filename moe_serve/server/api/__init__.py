@@ -1,0 +1,1 @@
+"""Bodies and answers: what the HTTP API takes and gives, as values."""

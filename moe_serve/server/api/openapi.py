@@ -1,0 +1,95 @@
+"""The OpenAPI document: what our raw-body endpoints take and answer, which FastAPI cannot see.
+
+Schemas come from the pydantic bodies that parse the requests, so the document cannot disagree with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from moe_serve.server.api.parsing import Body
+
+SCHEMAS = "#/components/schemas/"
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "The field that is wrong, if one is."},
+                "code": {"type": "integer", "description": "The HTTP status again."},
+            },
+        }
+    },
+}
+SSE_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "JSON of a chunk; [DONE] in the last event."}},
+}
+ERROR_STATUSES = {
+    "400": "The request can never succeed as written; `param` names the field.",
+    "404": "No such model.",
+    "503": "Overloaded, shutting down or dead; the header Retry-After says when to come again.",
+}
+
+
+def takes(body_class: type[Body], *, streams: bool = False, required: bool = True) -> dict[str, Any]:
+    """`openapi_extra` of an endpoint that parses `body_class` from the raw body."""
+    schema = {"$ref": SCHEMAS + body_class.__name__}
+    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    if streams:
+        answer["text/event-stream"] = {"schema": SSE_EVENT}
+    return {
+        "requestBody": {"required": required, "content": {"application/json": {"schema": schema}}},
+        "responses": {"200": {"description": "The answer.", "content": answer}},
+    }
+
+
+def install(app: FastAPI, bodies: Sequence[type[Body]]) -> None:
+    """Serve a complete document at /openapi.json: bodies' schemas, and errors on every endpoint."""
+    document = _Document(app, bodies)
+    app.openapi = document  # type: ignore[method-assign]
+
+
+class _Document:
+    """The document, made when first asked for."""
+
+    def __init__(self, app: FastAPI, bodies: Sequence[type[Body]]) -> None:
+        self._app = app
+        self._bodies = bodies
+        self._made: dict[str, Any] | None = None
+
+    def __call__(self) -> dict[str, Any]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _make(self) -> dict[str, Any]:
+        made = get_openapi(title=self._app.title, version=self._app.version, routes=self._app.routes)
+        models = [(body, "validation") for body in self._bodies]
+        definitions = models_json_schema(models, ref_template=SCHEMAS + "{model}")[1]["$defs"]  # type: ignore[arg-type]
+        schemas = made.setdefault("components", {}).setdefault("schemas", {})
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        schemas |= definitions | {"Error": ERROR}
+        for path in made["paths"].values():
+            for operation in path.values():
+                _add_errors(operation["responses"])
+        return made
+
+
+def _add_errors(responses: dict[str, Any]) -> None:
+    responses.pop("422", None)  # FastAPI's own validation, which no endpoint uses for bodies
+    content = {"application/json": {"schema": {"$ref": SCHEMAS + "Error"}}}
+    for status, description in ERROR_STATUSES.items():
+        responses.setdefault(status, {"description": description, "content": content})

@@ -1,0 +1,69 @@
+"""From a body's prompt or messages to token ids, and from its words to token ids.
+
+Between the bodies and the tokenizer; knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_serve.errors import InvalidRequestError
+from moe_serve.server.api.messages import Message
+from moe_serve.server.api.protocol import ChatBody, SamplingBody, TokenizeBody
+from moe_serve.text.tokenizer import Tokenizer
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+def render(body: ChatBody | TokenizeBody, messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a conversation; refuses what the chat template would silently leave out."""
+    kwargs = dict(body.chat_template_kwargs or {})
+    effort = getattr(body, "reasoning_effort", None)
+    ids = _render(
+        body, messages, tools, tokenizer, kwargs if effort is None else {**kwargs, "reasoning_effort": effort}
+    )
+    if effort is not None and ids == _render(body, messages, tools, tokenizer, kwargs):
+        raise InvalidRequestError("reasoning_effort", "this model's chat template does not use reasoning_effort")
+    if tools and ids == render(body, messages, (), tokenizer):
+        raise InvalidRequestError("tools", "this model's chat template does not show tools to the model")
+    return ids
+
+
+def _render(
+    body: ChatBody | TokenizeBody,
+    messages: Sequence[Message],
+    tools: Tools,
+    tokenizer: Tokenizer,
+    kwargs: dict[str, Any],
+) -> list[int]:
+    return tokenizer.render_chat(
+        [m.as_template_input(i) for i, m in enumerate(messages)],
+        tools=tools,
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=kwargs,
+    )
+
+
+def truncated(prompt: Sequence[int], body: SamplingBody, max_tokens: int | None, max_model_len: int) -> tuple[int, ...]:
+    """The last `truncate_prompt_tokens` tokens of a prompt; -1 means as many as leave room for max_tokens."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return tuple(prompt)
+    if keep == 0:
+        raise InvalidRequestError("truncate_prompt_tokens", "truncate_prompt_tokens must be -1 or at least 1")
+    if keep < 0:
+        keep = max(1, max_model_len - (max_tokens or 1))
+    return tuple(prompt[-keep:])
+
+
+def bad_words(words: Sequence[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as token sequences: at the start of a text, and after a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words or ():
+        if not word.strip():
+            raise InvalidRequestError("bad_words", "bad_words must not contain an empty word")
+        for text in (word, " " + word.lstrip()):
+            found[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+    return tuple(found)

@@ -1,0 +1,86 @@
+"""From checked requests to an HTTP answer, whole or streamed: what all endpoints that generate have in common.
+
+Knows AsyncEngine and what an answer's shape can do; knows no fields of any API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
+from moe_serve.scheduling.sequence import Completion, SampleOutput
+from moe_serve.server.api import http_errors, sse
+from moe_serve.server.api.answer_merger import Merger, Usage, collect, stream, unless_disconnected
+from moe_serve.server.api.protocol import SamplingBody
+from moe_serve.server.monitoring import request_log
+
+if TYPE_CHECKING:
+    from moe_serve.server.app import Service
+
+
+class Shapes(Protocol):
+    """OpenAI's JSON of one answer that is streamed in chunks."""
+
+    def first_chunks(self) -> list[dict[str, Any]]: ...
+    def chunk(self, index: int, output: SampleOutput) -> dict[str, Any] | None: ...
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
+
+
+async def answer(
+    service: Service,
+    http: HttpRequest,
+    merger: Merger,
+    whole: Callable[[Sequence[Completion]], dict[str, Any]],
+    events: AsyncGenerator[bytes] | None,
+) -> Response:
+    """Run a body's requests. `whole` shapes the answer, unless it is to be the stream `events`."""
+    for request in merger.requests:  # refuse the whole body before any part of it runs
+        if request.params.grammar is None:
+            service.engine.engine.check_request(request)
+        else:  # compiling may take a while, and the others must not wait
+            await asyncio.to_thread(service.engine.engine.check_request, request)
+    request_log.note(http, merger, service)
+    headers = {"X-Request-Id": merger.requests[0].request_id}
+    try:
+        if events is None:
+            choices = await unless_disconnected(http, collect(service.engine, merger))
+            return JSONResponse(whole(choices), headers=headers)
+        # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
+        first = await unless_disconnected(http, anext(events))
+    except (OverloadedError, EngineDeadError) as error:
+        service.metrics.on_rejected(error.error_type.removesuffix("_error"))
+        raise
+    return sse.EventStream(first, events, headers)
+
+
+async def chunks(service: Service, body: SamplingBody, merger: Merger, shapes: Shapes) -> AsyncGenerator[bytes]:
+    """SSE bytes of one completion. Errors before the first output raise; later ones become an event."""
+    options = body.stream_options
+    started = False
+    try:
+        async with aclosing(stream(service.engine, merger)) as outputs:
+            async for index, output in outputs:
+                if output.error is not None:
+                    raise MoEServeError(output.error)
+                head = [] if started else shapes.first_chunks()
+                started = True
+                chunk = shapes.chunk(index, output)
+                if chunk is not None and options is not None and options.continuous_usage_stats:
+                    chunk["usage"] = merger.usage.as_json()
+                if head or chunk is not None:
+                    yield sse.events([*head, *([] if chunk is None else [chunk])])
+    except MoEServeError as error:
+        if not started:
+            raise
+        merger.error_type = error.error_type
+        yield sse.event(http_errors.error_body(error))
+    else:
+        if options is not None and options.include_usage:
+            yield sse.event(shapes.usage_chunk(merger.usage))
+    yield sse.DONE

@@ -1,0 +1,210 @@
+"""/v1/chat/completions: messages to a request, outputs to OpenAI's chat JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_serve.errors import InvalidRequestError
+from moe_serve.scheduling.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
+from moe_serve.server.api import prompts
+from moe_serve.server.api.answer_merger import Merger, Usage, json_logprob
+from moe_serve.server.api.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
+from moe_serve.server.api.prompt_scores import prompt_scores
+from moe_serve.server.api.protocol import ChatBody
+from moe_serve.server.api.tools import ToolPlan, calls_or_answer, plan_tools
+from moe_serve.text.response_templates import Template, call_tags, start_parser, without_fields
+from moe_serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPlan:
+    """A chat body, resolved: what runs, and how each of its answers is read."""
+
+    request: Request
+    new_parser: Callable[[], AnswerParser]
+    calls_finish: bool
+    """An answer with tool calls ends with "tool_calls"; not so when the one function was named (OpenAI's rule)."""
+
+
+def plan(
+    body: ChatBody,
+    request_id: str,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    defaults: Mapping[str, Any],
+    max_model_len: int,
+) -> ChatPlan:
+    """Resolve a body; InvalidRequestError names what does not fit together."""
+    body.check_stream()
+    tools = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    grammar = _grammar(body, tools, template, tokenizer)
+    if tools.mode == "auto" and template is None:
+        raise InvalidRequestError(
+            "tool_choice",
+            "this model's tokenizer has no response_template to find tool calls by; use required or a name",
+        )
+    limit = body.completion_limit()
+    params = body.sampling_params(
+        defaults, limit, body.num_logprobs(), grammar=grammar, bad_words=prompts.bad_words(body.bad_words, tokenizer)
+    )
+    rendered = prompts.render(body, body.messages, tools.shown, tokenizer)
+    prompt = prompts.truncated(rendered, body, limit, max_model_len)
+    needed = _template_for(tools, template) if grammar is None or tools.mode == "auto" else None
+    if needed is not None:
+        params = replace(params, skip_special_tokens=False)  # they may be what the template looks for
+    new_parser = _parser_for(tools, needed, tokenizer.decode(prompt, skip_special_tokens=False))
+    request = Request(request_id, prompt, params, time.monotonic(), body.priority or 0, body.cache_salt or "")
+    return ChatPlan(request, new_parser, tools.mode != "named")
+
+
+def _grammar(body: ChatBody, tools: ToolPlan, template: Template | None, tokenizer: Tokenizer) -> GrammarSpec | None:
+    """What constrains the answer: a forced call, which leaves no content to constrain, or the request's own grammar."""
+    own = body.grammar()
+    if own is None or tools.grammar is not None or tools.mode == "none":
+        return tools.grammar or own
+    tags = call_tags(template) if template is not None else None
+    if tags is None:
+        raise InvalidRequestError(
+            own.param, f"{own.param}: with tools and tool_choice auto only where the model writes calls as tagged JSON"
+        )
+    first, last = (tag if tag in tokenizer.hf.all_special_tokens else json.dumps(tag) for tag in tags)
+    return calls_or_answer(tools, own, (first, last))
+
+
+def _template_for(tools: ToolPlan, template: Template | None) -> Template | None:
+    """The template as far as this request needs it: without tools there are no calls to be found."""
+    if template is None or tools.mode == "auto":
+        return template
+    return without_fields(template, ["tool_calls"])
+
+
+def _parser_for(tools: ToolPlan, template: Template | None, prompt: str) -> Callable[[], AnswerParser]:
+    if tools.mode == "named":
+        return lambda: NamedCall(tools.name)
+    if tools.mode == "required":
+        return ListOfCalls
+    if template is None:
+        return PlainText
+    shown = [dict(tool) for tool in tools.shown]
+    return lambda: TemplateAnswer(start_parser(template, prompt, shown), tools.is_parallel)
+
+
+class ChatShapes:
+    """The JSON of one request's answer, whole or in chunks."""
+
+    def __init__(
+        self, body: ChatBody, plan: ChatPlan, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger
+    ) -> None:
+        self._body = body
+        self._head = {"id": request_id, "created": int(time.time()), "model": model}
+        self._tokenizer = tokenizer
+        self._merger = merger
+        self._calls_finish = plan.calls_finish
+        self._parsers = [plan.new_parser() for _ in range(plan.request.params.n)]
+        self._with_calls: set[int] = set()
+        """Choices that have made tool calls."""
+
+    def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
+        """The answer of a request that is not streamed."""
+        shaped = [self._whole_choice(c) for c in choices]
+        usage = self._merger.usage.as_json()
+        answer = {**self._head, "object": "chat.completion", "choices": shaped, "usage": usage} | self._prompt_ids()
+        if self._body.prompt_logprobs is not None:
+            request_id = self._merger.requests[0].request_id
+            answer["prompt_logprobs"] = prompt_scores(self._merger.scores_of(request_id), self._tokenizer)
+        return answer
+
+    def _whole_choice(self, choice: Completion) -> dict[str, Any]:
+        delta = self._read(choice.index, choice.text, True)
+        message: dict[str, Any] = {"role": "assistant", "content": delta.content, "refusal": None}
+        if delta.calls:
+            message["content"] = delta.content or None
+            message["tool_calls"] = [{k: v for k, v in c.as_json().items() if k != "index"} for c in delta.calls]
+        if delta.reasoning:
+            message["reasoning_content"] = delta.reasoning
+        shaped = {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": self._finish_reason(choice.index, choice.finish_reason),
+            "stop_reason": choice.stop_reason,
+        }
+        if self._body.return_token_ids:
+            shaped["token_ids"] = choice.token_ids
+        return shaped
+
+    def _read(self, index: int, text: str, is_last: bool) -> Delta:
+        delta = self._parsers[index].feed(text, is_last)
+        if delta.calls:
+            self._with_calls.add(index)
+        if self._body.include_reasoning is False:
+            delta.reasoning = ""
+        return delta
+
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        if reason is FinishReason.STOP and self._calls_finish and index in self._with_calls:
+            return "tool_calls"
+        return reason
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        ids = list(self._merger.requests[0].prompt_token_ids)
+        return {"prompt_token_ids": ids} if self._body.return_token_ids else {}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """One chunk per choice that only names the role."""
+        chunks = [
+            self._chunk(i, {"role": "assistant", "content": ""}, None, None, None) for i in range(len(self._parsers))
+        ]
+        chunks[0] |= self._prompt_ids()
+        return chunks
+
+    def chunk(self, index: int, output: SampleOutput) -> dict[str, Any] | None:
+        """One streamed chunk, or None when the output shows nothing yet."""
+        read = self._read(index, output.text, output.finish_reason is not None)
+        if not read and output.finish_reason is None and not output.logprobs and not self._body.return_token_ids:
+            return None
+        finish_reason = self._finish_reason(index, output.finish_reason)
+        chunk = self._chunk(index, _as_json(read), self._logprobs(output.logprobs), finish_reason, output.stop_reason)
+        if self._body.return_token_ids:
+            chunk["choices"][0]["token_ids"] = list(output.token_ids)
+        return chunk
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage.as_json()}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: Any, stop_reason: Any
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        if stop_reason is not None:
+            choice["stop_reason"] = stop_reason
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """OpenAI's chat shape: one object per token."""
+        if not self._body.logprobs:
+            return None
+        return {"content": [{**self._token(p.token_id, p.logprob), "top_logprobs": self._top(p)} for p in logprobs]}
+
+    def _top(self, logprob: TokenLogprob) -> list[dict[str, Any]]:
+        return [self._token(token_id, value) for token_id, value in logprob.top]
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer.token_text(token_id)
+        shown = f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text
+        return {"token": shown, "logprob": json_logprob(logprob), "bytes": self._tokenizer.token_bytes(token_id)}
+
+
+def _as_json(delta: Delta) -> dict[str, Any]:
+    shaped: dict[str, Any] = {}
+    if delta.content:
+        shaped["content"] = delta.content
+    if delta.reasoning:
+        shaped["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        shaped["tool_calls"] = [call.as_json() for call in delta.calls]
+    return shaped

@@ -1,0 +1,150 @@
+"""/v1/completions: prompts to requests, outputs to OpenAI's text-completion JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moe_serve.errors import InvalidRequestError
+from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
+from moe_serve.server.api import prompts
+from moe_serve.server.api.answer_merger import Merger, Usage, json_logprob
+from moe_serve.server.api.prompt_scores import prompt_scores
+from moe_serve.server.api.protocol import CompletionBody
+from moe_serve.text.tokenizer import Tokenizer
+
+MAX_PROMPTS = 128
+
+
+def requests_of(
+    body: CompletionBody, request_id: str, tokenizer: Tokenizer, defaults: Mapping[str, Any], max_model_len: int
+) -> list[Request]:
+    """One request for each prompt of the body."""
+    body.check_stream()
+    words = prompts.bad_words(body.bad_words, tokenizer)
+    params = body.sampling_params(defaults, body.max_tokens, body.logprobs, grammar=body.grammar(), bad_words=words)
+    if body.echo and params.prompt_logprobs is None:
+        params = replace(params, prompt_logprobs=params.logprobs)
+    now, priority, salt = time.monotonic(), body.priority or 0, body.cache_salt or ""
+    return [
+        Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, priority, salt)
+        for i, prompt in enumerate(_prompts_of(body, tokenizer, max_model_len))
+    ]
+
+
+def _prompts_of(body: CompletionBody, tokenizer: Tokenizer, max_model_len: int) -> list[tuple[int, ...]]:
+    """Token ids of each prompt in the body."""
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if given and isinstance(given[0], int):
+        given = [given]
+    if not given or len(given) > MAX_PROMPTS:
+        raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(given)}")
+    tokenized = [tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in given]
+    return [prompts.truncated(p, body, body.max_tokens, max_model_len) for p in tokenized]
+
+
+class CompletionShapes:
+    """The JSON of one request's answer, whole or in chunks."""
+
+    def __init__(self, body: CompletionBody, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger) -> None:
+        self._body = body
+        self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._tokenizer = tokenizer
+        self._merger = merger
+        self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
+        """Choices of which something has been shown."""
+
+    def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
+        """The answer of a request that is not streamed."""
+        shaped = [
+            self._choice(c.index, c.text, c.token_ids, c.logprobs, c.finish_reason, c.stop_reason) for c in choices
+        ]
+        return {**self._head, "choices": shaped, "usage": self._merger.usage.as_json()}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunk(self, index: int, output: SampleOutput) -> dict[str, Any] | None:
+        """One streamed chunk, or None when the output shows nothing yet."""
+        if not output.text and output.finish_reason is None and not output.logprobs and not self._body.return_token_ids:
+            return None
+        choice = self._choice(
+            index, output.text, output.token_ids, output.logprobs, output.finish_reason, output.stop_reason
+        )
+        return {**self._head, "choices": [choice]}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return {**self._head, "choices": [], "usage": usage.as_json()}
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob],
+        finish_reason: Any,
+        stop_reason: int | str | None,
+    ) -> dict[str, Any]:
+        is_first = index not in self._begun
+        self._begun.add(index)
+        choice = {
+            "index": index,
+            "text": self._echo(index) + text if is_first else text,
+            "logprobs": self._logprobs(index, logprobs, is_first) if self._body.logprobs is not None else None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_scores(self._scores(index), self._tokenizer)
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+            if is_first:
+                choice["prompt_token_ids"] = list(self._prompt(index))
+        return choice
+
+    def _echo(self, index: int) -> str:
+        """The prompt's text, when the request asked for it."""
+        return self._tokenizer.decode(self._prompt(index)) if self._body.echo else ""
+
+    def _request(self, index: int) -> Request:
+        return self._merger.requests[index // self._merger.requests[0].params.n]
+
+    def _prompt(self, index: int) -> tuple[int, ...]:
+        return self._request(index).prompt_token_ids
+
+    def _scores(self, index: int) -> tuple[TokenLogprob, ...]:
+        """Of the choice's prompt but its first token."""
+        return self._merger.scores_of(self._request(index).request_id)
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob], is_first: bool) -> dict[str, Any]:
+        """OpenAI's legacy shape: parallel lists over tokens, those of an echoed prompt first."""
+        ids = [p.token_id for p in logprobs]
+        known: list[TokenLogprob | None] = list(logprobs)
+        if is_first and self._body.echo:
+            ids = [*self._prompt(index), *ids]
+            known = [None, *self._scores(index), *known]
+        texts = [self._tokenizer.token_text(i) for i in ids]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(text)
+        return {
+            "tokens": [self._shown(i) for i in ids],
+            "token_logprobs": [None if p is None else json_logprob(p.logprob) for p in known],
+            "top_logprobs": [None if p is None else self._top(p) for p in known] if self._body.logprobs else None,
+            "text_offset": offsets,
+        }
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens by their text; where texts are equal, the likelier one's value."""
+        found: dict[str, float] = {}
+        for token_id, value in logprob.top:
+            found.setdefault(self._shown(token_id), json_logprob(value))
+        return found
+
+    def _shown(self, token_id: int) -> str:
+        as_id = self._body.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if as_id else self._tokenizer.token_text(token_id)

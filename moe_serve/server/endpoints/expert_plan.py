@@ -1,0 +1,148 @@
+"""Another placement of the experts while serving over ranks.
+
+    GET  /expert_plan      the plan in force, as `moe-serve plan --output` writes it
+    POST /expert_plan      {"plan": {...}}      brings a plan into force
+                           {}, or no body       has one made from recent traffic, and takes it if it is better
+
+Knows FastAPI; what a replacement is, moe_serve/parallel/front/live_placement.py says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from prometheus_client.core import CounterMetricFamily, Metric
+from pydantic import Field
+
+from moe_serve.errors import ConfigError, InvalidRequestError
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.parallel import expert_plans as plans
+from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.parallel.front.live_placement import Decision, Replacement
+from moe_serve.planning import problems
+from moe_serve.planning.replanning import Terms
+from moe_serve.server.api import openapi
+from moe_serve.server.api.parsing import Body, parse
+from moe_serve.server.endpoints import ranks
+from placement.errors import PlacementError
+from placement.plan import PlacementPlan
+from predictors.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from moe_serve.server.app import Service
+
+DEFAULT_TIME_LIMIT_S = 10.0
+
+
+class ExpertPlanBody(Body):
+    """POST /expert_plan."""
+
+    plan: dict[str, Any] | None = None
+    """A plan as `moe-serve plan --output` writes it. Without it one is made from recent traffic."""
+    margin_frac: Annotated[float | None, Field(ge=0, lt=1)] = None
+    """Share of the recent traffic between ranks that the new plan must save. Default: --expert-plan-margin; a plan that
+    is given without it is taken as it is."""
+    time_limit_s: Annotated[float, Field(gt=0, le=600)] = DEFAULT_TIME_LIMIT_S
+    """For the search."""
+
+
+def install(app: FastAPI, service: Service) -> None:
+    """Add the endpoints, and where there are ranks the metrics and what --expert-plan-interval asks for."""
+    engine = service.engine.engine
+    replacement = Replacement(service.engine, engine) if isinstance(engine, ParallelEngine) else None
+    if isinstance(engine, ParallelEngine) and replacement is not None:
+        service.metrics.registry.register(DecisionCollector(replacement))
+        _repeat_while_serving(app, engine, replacement)
+
+    @app.get("/expert_plan")
+    async def show_expert_plan() -> Response:
+        """The plan in force."""
+        return Response(json.dumps(_present(replacement).plan.to_json()), media_type="application/json")
+
+    @app.post("/expert_plan", openapi_extra=openapi.takes(ExpertPlanBody, required=False))
+    async def change_expert_plan(http: HttpRequest) -> dict[str, Any]:
+        """Another plan, given or made from recent traffic; answers when it is in force or was found not worth it."""
+        body = await parse(http, ExpertPlanBody) if await http.body() else ExpertPlanBody()
+        found = _present(replacement)
+        assert isinstance(engine, ParallelEngine)
+        decision = await _change(body, found, engine)
+        return {**decision.to_json(), "placements": engine.num_placements}
+
+
+async def _change(body: ExpertPlanBody, replacement: Replacement, engine: ParallelEngine) -> Decision:
+    size = engine.team.parallel.ranks_per_group
+    candidate = None if body.plan is None else read_plan(body.plan, engine.routing_shape(), size)
+    if candidate is not None and body.margin_frac is None:
+        return await replacement.adopt(candidate)
+    default = engine.team.parallel.expert_plan_margin
+    margin = default if body.margin_frac is None else body.margin_frac
+    return await replacement.consider(Terms(margin, body.time_limit_s), candidate)
+
+
+def _present(replacement: Replacement | None) -> Replacement:
+    if replacement is None:
+        raise InvalidRequestError("plan", "this server runs on one device; start it with --devices above 1")
+    return replacement
+
+
+def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> PlacementPlan:
+    """A plan from a request. InvalidRequestError names the field that is wrong or does not fit the model."""
+    try:
+        plan = PlacementPlan.from_json(data)
+        plans.check_fit(plan, shape.layer_ids, shape.num_experts, num_ranks)
+    except PlacementError as error:
+        raise InvalidRequestError(f"plan.{error.field}", f"plan.{error}") from error
+    try:  # its settings are those of the next search
+        problems.problem_of_plan(plan, _any_trace(shape))
+    except (PlacementError, ConfigError, TypeError, ValueError, ArithmeticError) as error:
+        raise InvalidRequestError("plan.objective", f"plan.objective: {error}; make the plan again") from error
+    return plan
+
+
+def _any_trace(shape: RoutingShape) -> RoutingTrace:
+    """One token, to try a plan's settings on."""
+    row = np.tile(np.arange(shape.top_k), (1, len(shape.layer_ids), 1))
+    return RoutingTrace(row, np.array([0, 1]), np.array(shape.layer_ids), shape.num_experts)
+
+
+def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Replacement) -> None:
+    """A task beside the application, where --expert-plan-interval asks for one."""
+    parallel, inner = engine.team.parallel, app.router.lifespan_context
+    interval_s = parallel.expert_plan_interval
+    if interval_s is None:
+        return
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with inner(app) as state:
+            terms = Terms(parallel.expert_plan_margin, min(DEFAULT_TIME_LIMIT_S, interval_s))
+            task = asyncio.create_task(replacement.repeat(terms, interval_s))
+            try:
+                yield state
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+
+    app.router.lifespan_context = lifespan
+
+
+class DecisionCollector:
+    """Reads the replacement's counts when Prometheus asks."""
+
+    def __init__(self, replacement: Replacement) -> None:
+        self._replacement = replacement
+
+    def collect(self) -> Iterator[Metric]:
+        name = ranks.PREFIX + "expert_plan_decisions"
+        family = CounterMetricFamily(name, "Other placements considered, by outcome.", labels=["outcome"])
+        for outcome, count in self._replacement.counts.items():
+            family.add_metric([outcome], count)
+        yield family

@@ -1,0 +1,127 @@
+"""What the server says about its ranks: /ranks, metrics by rank, and a sentence for /health while some are lost.
+
+Knows teams of ranks; a server on one device has none, and then nothing here shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from moe_serve.engine.async_engine import EngineLike
+from moe_serve.errors import EngineDeadError
+from moe_serve.parallel.front.team import Team, TeamState
+
+if TYPE_CHECKING:
+    from expert_cache.report import ExpertReport
+    from moe_serve.parallel.front.engine import ParallelEngine
+    from moe_serve.parallel.front.reports import TeamReports
+
+PREFIX = "moe_serve:ep_"
+
+
+def team_of(engine: EngineLike) -> Team | None:
+    """The ranks behind an engine, if it has any."""
+    team: Team | None = getattr(engine, "team", None)  # no isinstance: the server imports this before it has torch
+    return team
+
+
+def trouble_of(engine: EngineLike) -> dict[str, Any] | None:
+    """What /health says instead of ready; None while every rank is there."""
+    team = team_of(engine)
+    if team is None or team.state is TeamState.READY:
+        return None
+    return {"status": str(team.state), "error": team.trouble}
+
+
+def raise_failure(engine: EngineLike) -> None:
+    """EngineDeadError if ranks were lost for good: a launcher that may start everything again must see a failure."""
+    team = team_of(engine)
+    if team is not None and team.failed:
+        raise EngineDeadError(team.trouble)
+
+
+def install(app: FastAPI, engine: EngineLike, registry: CollectorRegistry) -> None:
+    """Add the endpoint and the metrics, where there are ranks."""
+    team = team_of(engine)
+    if team is None:
+        return
+    over_ranks: ParallelEngine = engine  # type: ignore[assignment]
+    reports = over_ranks.expert_reports
+
+    @app.get("/ranks")
+    async def ranks() -> dict[str, Any]:
+        """Every rank's process, its last sign of life, what it sent to others, and by layer what its experts did."""
+        counted = {rank: answer["traffic"] for rank, answer in sorted(team.counted.items())}
+        layers = {rank: answer["layer_bytes"] for rank, answer in sorted(team.counted.items())}
+        return {
+            **team.describe(),
+            "placements": over_ranks.num_placements,
+            "traffic": counted,
+            "sent_bytes_by_layer": layers,
+            "experts": {rank: _experts(report) for rank, report in reports.by_rank().items()},
+        }
+
+    registry.register(TeamCollector(team, reports))
+
+
+def _experts(report: ExpertReport) -> dict[str, Any]:
+    """One rank's experts since it started."""
+    residency, counts = report.residency, report.counts
+    return {
+        "tokens": report.tokens.sum(axis=1).tolist(),
+        "resident": residency.ready.sum(axis=1).tolist(),
+        "num_slots": residency.num_slots,
+        "used_bytes": residency.used_bytes,
+        "hits": int(counts["hits"].sum()),
+        "misses": int(counts["misses"].sum()),
+        "stall_s": round(float(counts["stall_s"].sum()), 3),
+        "belady_gap_frac": report.belady_gap_frac,
+    }
+
+
+class TeamCollector:
+    """Reads the team's counts when Prometheus asks."""
+
+    def __init__(self, team: Team, reports: TeamReports) -> None:
+        self._team = team
+        self._reports = reports
+
+    def collect(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily(PREFIX + "ready", "1 while all ranks are there.")
+        ready.add_metric([], float(self._team.state is TeamState.READY))
+        yield ready
+        starts = CounterMetricFamily(PREFIX + "group_starts", "Times that the ranks were started as a group.")
+        starts.add_metric([], self._team.generation)
+        yield starts
+        sent = CounterMetricFamily(PREFIX + "sent_bytes", "Payload sent to other ranks.", labels=["rank", "kind"])
+        rows = CounterMetricFamily(
+            PREFIX + "expert_rows", "(token, choice) pairs by where they ran.", labels=["rank", "place"]
+        )
+        layers = CounterMetricFamily(
+            PREFIX + "layer_sent_bytes", "Payload sent to other ranks, by MoE layer.", labels=["rank", "layer"]
+        )
+        trips = CounterMetricFamily(PREFIX + "trips", "Waits for other ranks, a link's delay each.", labels=["rank"])
+        for rank, answer in sorted(self._team.counted.items()):
+            trips.add_metric([str(rank)], answer["traffic"]["trips"])
+            for name, amount in answer["traffic"].items():
+                if name in ("local_rows", "remote_rows"):
+                    rows.add_metric([str(rank), name.removesuffix("_rows")], amount)
+                elif name.endswith("_bytes") and name != "unmerged_bytes":
+                    sent.add_metric([str(rank), name.removesuffix("_bytes")], amount)
+            for layer, amount in zip(self._team.layers, answer["layer_bytes"], strict=True):
+                layers.add_metric([str(rank), str(layer)], amount)
+        yield from (sent, rows, trips, layers, self._expert_tokens())
+
+    def _expert_tokens(self) -> Metric:
+        """By where they were computed: how evenly the placement loads the ranks."""
+        family = CounterMetricFamily(
+            PREFIX + "expert_tokens", "(token, choice) pairs computed by this rank's experts.", labels=["rank"]
+        )
+        for rank, report in self._reports.by_rank().items():
+            family.add_metric([str(rank)], int(report.tokens.sum()))
+        return family

@@ -1,0 +1,1 @@
+"""Connections, limits, keys and draining: what comes before and after a request's own work."""
