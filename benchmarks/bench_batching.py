@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.shadow import ShadowCache
 from moe_serve.expert_routes.route_recorder import RoutingShape
@@ -108,7 +108,9 @@ class Account:
     def __init__(self, trace: RoutingTrace, cache_frac: float) -> None:
         shape = trace.num_layers, trace.num_experts
         self.ended: dict[str, int] = {}
-        self._cache = ShadowCache(find_policy("affinity")(*shape), Slots.of_capacity(cache_frac, *shape), *shape, True)
+        self._cache = ShadowCache(
+            find_policy("affinity")(*shape), Capacity.of_capacity(cache_frac, *shape), *shape, True
+        )
         self._widths: list[int] = []
         self._distinct: list[float] = []
         self._waits: list[int] = []

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True)
-class Slots:
+class Capacity:
     """`quotas` is None for one pool that all layers share."""
 
     total: int
@@ -24,22 +24,22 @@ class Slots:
             raise ValueError(f"{self} leaves a pool without a slot; give every pool at least 1")
 
     @staticmethod
-    def per_layer(quotas: Sequence[int] | npt.NDArray[np.int64]) -> Slots:
+    def per_layer(quotas: Sequence[int] | npt.NDArray[np.int64]) -> Capacity:
         """One pool per layer, [L] slots each."""
         numbers = tuple(int(quota) for quota in quotas)
-        return Slots(sum(numbers), numbers)
+        return Capacity(sum(numbers), numbers)
 
     @staticmethod
-    def uniform(num_slots: int, num_layers: int) -> Slots:
+    def uniform(num_slots: int, num_layers: int) -> Capacity:
         """One pool of `num_slots` per layer."""
-        return Slots.per_layer([num_slots] * num_layers)
+        return Capacity.per_layer([num_slots] * num_layers)
 
     @staticmethod
-    def shared(total: int) -> Slots:
+    def shared(total: int) -> Capacity:
         """One pool for all layers."""
-        return Slots(total)
+        return Capacity(total)
 
     @staticmethod
-    def of_capacity(capacity_frac: float, num_layers: int, num_experts: int) -> Slots:
+    def of_capacity(capacity_frac: float, num_layers: int, num_experts: int) -> Capacity:
         """Uniform pools that hold this fraction of the experts, at least one expert each."""
-        return Slots.uniform(max(1, round(capacity_frac * num_experts)), num_layers)
+        return Capacity.uniform(max(1, round(capacity_frac * num_experts)), num_layers)

@@ -21,12 +21,12 @@ from expert_cache.compute import ExpertCompute
 from expert_cache.counters import CacheCounters
 from expert_cache.errors import ExpertReadError
 from expert_cache.gpu_managed.experts import DeviceExperts
-from expert_cache.host_compute.host_experts import HostLane, HostRun
+from expert_cache.host_compute.host_experts import HostExperts, HostRun
 from expert_cache.prefetch.advisors import Advisor
 from expert_cache.prefetch.audit import PrefetchAudit
 from expert_cache.regroup import Regrouped, regroup
 from expert_cache.report import ExpertReport, Residency
-from expert_cache.route_buffer import RoutingTap
+from expert_cache.route_buffer import RouteBuffer
 from expert_cache.storage.store import ExpertStore
 from expert_cache.usage import ExpertUsage
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
@@ -75,7 +75,7 @@ class ExpertLayers:
         compute: ExpertCompute,
         advisor: Advisor | None = None,
         audit: PrefetchAudit | None = None,
-        host: HostLane | None = None,
+        host: HostExperts | None = None,
     ) -> None:
         """`advisor`: whose expectations are brought ahead of time; None: only what the router asks for.
         `audit`: who decides whether that pays; None: always. `host`: who computes what `experts` leaves on the host."""
@@ -85,7 +85,7 @@ class ExpertLayers:
         self.usage = ExpertUsage(experts.store.layers, experts.store.num_experts)
         self.audit = audit
         self.host = host
-        self.tap = RoutingTap(len(experts.store.layers), experts.store.num_experts)
+        self.tap = RouteBuffer(len(experts.store.layers), experts.store.num_experts)
         self.watcher: RouteWatcher | None = None
         """Who wants to see every layer's routes before anything is evicted for them."""
         self._failed_rows: dict[int, ExpertReadError] = {}

@@ -1,4 +1,4 @@
-"""RoutingTap: what the routers chose during one forward pass, for those who record or forecast.
+"""RouteBuffer: what the routers chose during one forward pass, for those who record or forecast.
 
 Keeps the routers' own tensors and copies nothing until the pass is over, so that a GPU is not waited for
 in every layer. Knows no tokens' owners.
@@ -13,7 +13,7 @@ import torch
 from expert_cache.policies.policy import Floats, Ints
 
 
-class RoutingTap:
+class RouteBuffer:
     """Off until someone wants to know: then `add` once per layer, and `take` after each pass."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.crossover import MissCosts, calibrate
-from expert_cache.host_compute.host_experts import HostLane
+from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.storage.arena import SlotArena
 from expert_cache.storage.fetch import DEMAND, Fetch, Fetcher
 from expert_cache.storage.store import ExpertStore
@@ -22,7 +22,7 @@ def measure(
     store: ExpertStore,
     arena: SlotArena,
     fetcher: Fetcher,
-    lane: HostLane,
+    lane: HostExperts,
     dtype: torch.dtype,
     synchronize: Callable[[], None],
 ) -> MissCosts:

@@ -1,4 +1,4 @@
-"""HostLane: computes missing experts from their host copies, beside a device or instead of reading them.
+"""HostExperts: computes missing experts from their host copies, beside a device or instead of reading them.
 
 Tokens go to the host, results come back (Fiddler: activations are smaller than weights). On a CPU the same kernel runs
 as for experts in slots, so not a bit differs; beside a GPU it runs on a thread of its own while the GPU works, and its
@@ -44,7 +44,7 @@ class HostRun:
         return failed
 
 
-class HostLane:
+class HostExperts:
     """One model's experts on the host's CPU."""
 
     def __init__(self, copies: HostCopies, compute: ExpertCompute, beside_device: bool) -> None:

@@ -1,4 +1,4 @@
-"""MissService: how a layer's missing experts are served in this step: brought into slots, or computed on the host.
+"""MissChoice: how a layer's missing experts are served in this step: brought into slots, or computed on the host.
 
 On a CPU an expert can be computed straight from the mapped file, which pays exactly while the page cache holds it: no
 byte moves. Below a GPU it can be computed on the CPU, which pays for few tokens. Steps that stream (streaming.py) are
@@ -15,7 +15,7 @@ from expert_cache.host_compute.crossover import MissCosts, cheapest_on_host
 from expert_cache.host_compute.host_copies import HostCopies
 
 
-class MissService(Protocol):
+class MissChoice(Protocol):
     """Asked once per layer and step in which something is missing."""
 
     def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
@@ -28,18 +28,18 @@ class MissService(Protocol):
         ...
 
 
-class WherePagesAre:
+class FromPageCache:
     """For a CPU: from the mapped file whatever the page cache holds, as long as it holds it."""
 
     def __init__(self, copies: HostCopies) -> None:
         self._copies = copies
 
     def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
-        """See MissService."""
+        """See MissChoice."""
         return [expert for expert in missing if self._copies.is_in_memory(layer, expert)]
 
     def stays(self, layer: int, expert: int) -> bool:
-        """See MissService."""
+        """See MissChoice."""
         return self._copies.is_in_memory(layer, expert)
 
 
@@ -50,7 +50,7 @@ class ByCrossover:
         self.costs = costs
 
     def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
-        """See MissService."""
+        """See MissChoice."""
         return [missing[i] for i in cheapest_on_host(counts, self.costs, num_coming)]
 
     def stays(self, layer: int, expert: int) -> bool:

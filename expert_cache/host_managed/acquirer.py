@@ -15,8 +15,8 @@ import numpy as np
 
 from expert_cache.acquisition import Acquisition
 from expert_cache.errors import ExpertReadError
-from expert_cache.host_compute.miss_choice import MissService
-from expert_cache.host_managed.holdings import Stock
+from expert_cache.host_compute.miss_choice import MissChoice
+from expert_cache.host_managed.holdings import Holdings
 from expert_cache.host_managed.observers import Observers
 from expert_cache.host_managed.slot_table import Key
 from expert_cache.host_managed.streaming import FEWEST_RING_SLOTS, Streaming
@@ -26,7 +26,7 @@ from expert_cache.storage.fetch import DEMAND, LATER
 class Acquirer:
     """Acquires and releases a Stock's experts."""
 
-    def __init__(self, stock: Stock, observers: Observers, misses: MissService | None) -> None:
+    def __init__(self, stock: Holdings, observers: Observers, misses: MissChoice | None) -> None:
         """`misses`: who leaves missing experts on the host, if anyone."""
         self._stock, self._observers, self.misses = stock, observers, misses
         self._table, self._in_flight, self._claims = stock.table, stock.in_flight, stock.claims
@@ -170,7 +170,7 @@ class Acquirer:
                 return
             self._in_flight.start(key, -float(distance))
 
-    def _leave_on_host(self, misses: MissService, wanted: Acquisition, count_of: dict[int, int]) -> None:
+    def _leave_on_host(self, misses: MissChoice, wanted: Acquisition, count_of: dict[int, int]) -> None:
         """Some of what waits for a slot is computed where it is."""
         missing = list(wanted.waiting)
         wanted.on_host = misses.on_host(wanted.layer, missing, [count_of[e] for e in missing], len(wanted.in_flight))

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expert_cache.acquisition import Acquisition
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.compute import PreparedWeights, in_place
-from expert_cache.host_compute.miss_choice import MissService
+from expert_cache.host_compute.miss_choice import MissChoice
 from expert_cache.host_managed.acquirer import Acquirer
-from expert_cache.host_managed.holdings import Stock
+from expert_cache.host_managed.holdings import Holdings
 from expert_cache.host_managed.in_flight import START_EARLY_BYTES
 from expert_cache.host_managed.observers import Observers
 from expert_cache.host_managed.pools import resized
@@ -45,14 +45,14 @@ class ExpertCache:
         store: ExpertStore,
         prepare: Callable[[ExpertWeights], PreparedWeights],
         arena: SlotArena,
-        slots: Slots,
+        slots: Capacity,
         num_transit: int,
         policy: Policy,
         fetcher: Fetcher,
         start_early_bytes: int = START_EARLY_BYTES,
         shadows: LiveShadows | None = None,
         quotas: AdaptiveQuotas | None = None,
-        misses: MissService | None = None,
+        misses: MissChoice | None = None,
     ) -> None:
         """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays. `quotas`: who
         solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host, if anyone.
@@ -63,7 +63,7 @@ class ExpertCache:
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
         self.quotas = quotas
         self.table = SlotTable(*shape, arena.num_slots, slots, num_transit, policy)
-        self._stock = Stock(store, prepare, arena, self.table, fetcher, start_early_bytes)
+        self._stock = Holdings(store, prepare, arena, self.table, fetcher, start_early_bytes)
         self.counters, self.in_flight = self._stock.counters, self._stock.in_flight
         self.observers = Observers(policy, slots, *shape, shadows, quotas)
         self.acquirer = Acquirer(self._stock, self.observers, misses)
@@ -149,7 +149,7 @@ class ExpertCache:
                 self.cancel_prefetches()
                 self._reallot(slots)
 
-    def _reallot(self, allowed: Slots) -> None:
+    def _reallot(self, allowed: Capacity) -> None:
         """Other pools; what no longer fits is evicted and its memory freed."""
         self._in_place = None
         self.table.allowed = allowed

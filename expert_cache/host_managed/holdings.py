@@ -18,7 +18,7 @@ from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.quantized import QuantizedRows
 
 
-class Stock:
+class Holdings:
     """Slots, the weights in them, and reads that fill others. Layers are dense indices, except in `index_of`."""
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
 from expert_cache.simulation.belady_window import BeladyWindow
@@ -21,7 +21,7 @@ class Observers:
     def __init__(
         self,
         policy: Policy,
-        slots: Slots,
+        slots: Capacity,
         num_layers: int,
         num_experts: int,
         shadows: LiveShadows | None,
@@ -44,7 +44,7 @@ class Observers:
         """So many of them were ready; `resident` [L, E]."""
         self._window.add(index, experts, num_ready, resident)
 
-    def resized(self, slots: Slots) -> None:
+    def resized(self, slots: Capacity) -> None:
         """The cache has other pools now."""
         self._slots = slots
         self._window = self._new_window()

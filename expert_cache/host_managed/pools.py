@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 
 
-def global_pool(num_layers: int, num_experts: int, num_slots: int) -> Slots:
+def global_pool(num_layers: int, num_experts: int, num_slots: int) -> Capacity:
     """One pool for all layers; slots beyond L * E are left out."""
-    return Slots.shared(max(1, min(num_slots, num_layers * num_experts)))
+    return Capacity.shared(max(1, min(num_slots, num_layers * num_experts)))
 
 
-def per_layer(num_layers: int, num_experts: int, num_slots: int) -> Slots:
+def per_layer(num_layers: int, num_experts: int, num_slots: int) -> Capacity:
     """Quotas as equal as can be; `num_slots` must be at least L."""
     return with_shares([1] * num_layers, num_experts, num_slots)
 
 
-def with_shares(shares: Sequence[float], num_experts: int, num_slots: int) -> Slots:
+def with_shares(shares: Sequence[float], num_experts: int, num_slots: int) -> Capacity:
     """A pool per layer, slots in proportion to `shares` [L], each between 1 and E.
 
     Hands out one slot at a time to the layer that is furthest below its share, so the sum is exact.
@@ -38,10 +38,10 @@ def with_shares(shares: Sequence[float], num_experts: int, num_slots: int) -> Sl
         open_layers = [i for i in range(num_layers) if quotas[i] < num_experts]
         poorest = min(open_layers, key=lambda i: (quotas[i] + 0.5) / max(shares[i], 1e-12))
         quotas[poorest] += 1
-    return Slots.per_layer(quotas)
+    return Capacity.per_layer(quotas)
 
 
-def resized(slots: Slots, num_layers: int, num_experts: int, num_slots: int) -> Slots:
+def resized(slots: Capacity, num_layers: int, num_experts: int, num_slots: int) -> Capacity:
     """The same shares of another number of slots; one pool where there are fewer than layers."""
     if slots.quotas is None or num_slots < num_layers:
         return global_pool(num_layers, num_experts, num_slots)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Policy
 
 Key = tuple[int, int]
@@ -22,7 +22,7 @@ class SlotTable:
     """Slots 0..num_slots-1, some of which may be owned at a time."""
 
     def __init__(
-        self, num_layers: int, num_experts: int, num_slots: int, allowed: Slots, num_transit: int, policy: Policy
+        self, num_layers: int, num_experts: int, num_slots: int, allowed: Capacity, num_transit: int, policy: Policy
     ) -> None:
         """`num_slots` exist; the pools may own what `allowed` says, and `num_transit` more are in transit."""
         assert allowed.total + num_transit <= num_slots

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Ints
 from expert_cache.simulation.events import events_from
 from expert_cache.simulation.quotas import best_split, lru_hit_curves
@@ -48,7 +48,7 @@ class AdaptiveQuotas:
         """A window is full."""
         return len(self._sets) >= self._num_events
 
-    def proposal(self, quotas: Sequence[int]) -> Slots | None:
+    def proposal(self, quotas: Sequence[int]) -> Capacity | None:
         """Better quotas than the ones in force, with the same sum; None where they would not pay. Ends the window."""
         events = events_from(self._sets, *self._shape)
         self._sets = []
@@ -62,4 +62,4 @@ class AdaptiveQuotas:
         if hits_then - hits_now <= WORTH_FRAC * (len(events.experts) - hits_now):
             return None
         self.num_changes += 1
-        return Slots.per_layer(candidate)
+        return Capacity.per_layer(candidate)

@@ -15,13 +15,13 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.simulation.events import NEVER, Events
 
 Mask = npt.NDArray[np.bool_]
 
 
-def belady_hits(events: Events, slots: Slots, resident: Mask | None = None) -> npt.NDArray[np.int64]:
+def belady_hits(events: Events, slots: Capacity, resident: Mask | None = None) -> npt.NDArray[np.int64]:
     """[L] hits of the best cache; `resident` [L, E] is what it holds at the start, nothing by default.
 
     Exact per layer and for a shared pool.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Ints
 from expert_cache.simulation.belady import belady_hits
 from expert_cache.simulation.events import events_from
@@ -35,7 +35,7 @@ class BeladyWindow:
     The best cache does not see past the window's end, so the bound is that of the window, not of the whole run.
     """
 
-    def __init__(self, slots: Slots, num_layers: int, num_experts: int, num_events: int) -> None:
+    def __init__(self, slots: Capacity, num_layers: int, num_experts: int, num_events: int) -> None:
         self.last: WindowReport | None = None
         """The newest full window's."""
         self._slots = slots

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy, policy_names
 from expert_cache.policies.policy import Values
 from expert_cache.simulation.events import Events
@@ -34,7 +34,7 @@ def usable_policies(has_popularity: bool) -> list[str]:
 def compare(
     events: Events,
     policies: Sequence[str],
-    slots: Slots,
+    slots: Capacity,
     popularity: Values | None = None,
     bypass: bool = False,
 ) -> list[Row]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.predicted import Predicted
 from expert_cache.simulation.replay import ReplayResult
 from expert_cache.simulation.shadow import ShadowCache
@@ -17,7 +17,7 @@ from predictors.predictor import Foresight, Predictor
 from predictors.trace import RoutingTrace
 
 
-def replay_forecasts(trace: RoutingTrace, predictor: Predictor, slots: Slots) -> ReplayResult:
+def replay_forecasts(trace: RoutingTrace, predictor: Predictor, slots: Capacity) -> ReplayResult:
     """The trace through a cache that keeps what `predictor` expects. TypeError where it has no `upcoming`."""
     if not isinstance(predictor, Foresight):
         raise TypeError(f"{type(predictor).__name__} does not look beyond the current token")

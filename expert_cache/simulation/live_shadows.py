@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Ints
 from expert_cache.simulation.shadow import ShadowCache
@@ -19,7 +19,7 @@ from expert_cache.simulation.shadow import ShadowCache
 class LiveShadows:
     """One ShadowCache per policy, as large as the real cache."""
 
-    def __init__(self, names: Iterable[str], slots: Slots, num_layers: int, num_experts: int) -> None:
+    def __init__(self, names: Iterable[str], slots: Capacity, num_layers: int, num_experts: int) -> None:
         """Raises ValueError for a policy there is not."""
         self._makers = {name: find_policy(name) for name in names}
         self._shape = num_layers, num_experts
@@ -32,7 +32,7 @@ class LiveShadows:
         for cache in self._caches.values():
             cache.event(layer, experts, counts)
 
-    def resize(self, slots: Slots) -> None:
+    def resize(self, slots: Capacity) -> None:
         """Start again, empty, at another size; hits so far stay counted."""
         self._hits_before |= self.hits()
         self._caches = {

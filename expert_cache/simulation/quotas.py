@@ -14,13 +14,13 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.simulation.events import Events
 
 Hits = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 
-def quota_slots(events: Events, total: int, min_slots: int = 1) -> Slots:
+def quota_slots(events: Events, total: int, min_slots: int = 1) -> Capacity:
     """The best split of `total` slots over the layers, each between `min_slots` and E.
 
     Raises ValueError where that many slots cannot be given out.
@@ -30,7 +30,7 @@ def quota_slots(events: Events, total: int, min_slots: int = 1) -> Slots:
             f"total is {total}; for {events.num_layers} layers it lies between {min_slots * events.num_layers} "
             f"and {events.num_layers * events.num_experts} slots"
         )
-    return Slots.per_layer(best_split(lru_hit_curves(events), total, min_slots))
+    return Capacity.per_layer(best_split(lru_hit_curves(events), total, min_slots))
 
 
 def lru_hit_curves(events: Events) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Policy
 from expert_cache.simulation.belady import belady_hits
 from expert_cache.simulation.events import Events, events_of
@@ -46,13 +46,13 @@ class ReplayResult:
 
 
 def replay(
-    trace: RoutingTrace, policy: Policy, slots: Slots, concurrency: int = 1, bypass: bool = False
+    trace: RoutingTrace, policy: Policy, slots: Capacity, concurrency: int = 1, bypass: bool = False
 ) -> ReplayResult:
     """All sequences of the trace, `concurrency` at a time, through a `ShadowCache` that starts empty."""
     return replay_events(events_of(trace, concurrency), policy, slots, bypass)
 
 
-def replay_events(events: Events, policy: Policy, slots: Slots, bypass: bool = False) -> ReplayResult:
+def replay_events(events: Events, policy: Policy, slots: Capacity, bypass: bool = False) -> ReplayResult:
     """The same from events, which replays of several policies can share."""
     cache = ShadowCache(policy, slots, events.num_layers, events.num_experts, bypass)
     for layer, experts, counts, weights in events:
@@ -60,7 +60,7 @@ def replay_events(events: Events, policy: Policy, slots: Slots, bypass: bool = F
     return _result(events, np.array(cache.hits), slots)
 
 
-def replay_belady(events: Events, slots: Slots) -> ReplayResult:
+def replay_belady(events: Events, slots: Capacity) -> ReplayResult:
     """The bound: no policy misses less."""
     return _result(events, belady_hits(events, slots), slots)
 
@@ -70,6 +70,6 @@ def gap_closed_frac(hits: float, lru_hits: float, belady_hits: float) -> float:
     return float((hits - lru_hits) / (belady_hits - lru_hits)) if belady_hits > lru_hits else float("nan")
 
 
-def _result(events: Events, hits: npt.NDArray[np.int64], slots: Slots) -> ReplayResult:
+def _result(events: Events, hits: npt.NDArray[np.int64], slots: Capacity) -> ReplayResult:
     misses = events.uses_by_layer() - hits
     return ReplayResult(hits, misses, events.num_tokens, events.num_events, slots.total)

@@ -12,14 +12,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Floats, Ints, Policy, Values
 
 
 class ShadowCache:
     """Residency by (layer, expert). Starts empty, keeps its state across sequences, as a server does."""
 
-    def __init__(self, policy: Policy, slots: Slots, num_layers: int, num_experts: int, bypass: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, slots: Capacity, num_layers: int, num_experts: int, bypass: bool = False
+    ) -> None:
         """`bypass`: misses are fetched to spare slots outside the pool, as many as one event needs; afterwards the
         pool keeps whatever is worth most, which need not be what was just used."""
         if slots.quotas is not None and len(slots.quotas) != num_layers:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args, given
 from moe_serve.cli.generate import vars_of
-from moe_serve.cli.openai_stream import parse_line, reply_error, text_of
 from moe_serve.cli.sampling import HELP_OF, add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig
 from moe_serve.errors import MoEServeError
+from moe_serve.loadtest.openai_stream import parse_line, reply_error, text_of
 
 if TYPE_CHECKING:
     import httpx

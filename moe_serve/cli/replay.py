@@ -17,7 +17,7 @@ from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.errors import ConfigError, TraceFileError
 
 if TYPE_CHECKING:
-    from expert_cache.capacity import Slots
+    from expert_cache.capacity import Capacity
     from expert_cache.simulation.comparison import Row
     from expert_cache.simulation.events import Events
     from expert_cache.simulation.replay import ReplayResult
@@ -162,13 +162,13 @@ def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
     return list(wanted or usable)
 
 
-def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | None) -> Slots:
-    from expert_cache.capacity import Slots
+def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | None) -> Capacity:
+    from expert_cache.capacity import Capacity
     from expert_cache.simulation.quotas import quota_slots
 
-    uniform = Slots.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+    uniform = Capacity.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
     if pool == "global":
-        return Slots.shared(uniform.total)
+        return Capacity.shared(uniform.total)
     if pool == "quota" and profile is not None:
         return quota_slots(profile, uniform.total, min(trace.top_k, uniform.total // trace.num_layers))
     return uniform

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.engine.request_queue import InFlight, Reception
+from moe_serve.engine.request_queue import InFlight, RequestQueue
 from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
 from moe_serve.scheduling.sequence import Request, SampleOutput
@@ -71,7 +71,7 @@ class AsyncEngine:
         self.state = EngineState.READY
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._reception = Reception(engine.config, functools.partial(self._post, self._give_up))
+        self._reception = RequestQueue(engine.config, functools.partial(self._post, self._give_up))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="moe-serve-engine", daemon=True)

@@ -30,7 +30,7 @@ class InFlight:
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
-class Reception:
+class RequestQueue:
     """Requests in flight, and the limits of the queue."""
 
     def __init__(self, config: EngineConfig, give_up: Callable[[str, str], None]) -> None:

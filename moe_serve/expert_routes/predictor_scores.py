@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.events import events_of
 from expert_cache.simulation.forecast_replay import replay_forecasts
@@ -125,8 +125,8 @@ def _replay_policies(test: RoutingTrace, report: Report) -> None:
         by_name.setdefault(BOUND, Replayed()).add(replay_belady(events, slots))
 
 
-def slots_of(percent: float, trace: RoutingTrace) -> Slots:
-    return Slots.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+def slots_of(percent: float, trace: RoutingTrace) -> Capacity:
+    return Capacity.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
 
 
 def added(one: Scores, two: Scores) -> Scores:

@@ -12,8 +12,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moe_serve.cli.openai_stream import parse_line, reply_error, text_of
 from moe_serve.errors import MoEServeError
+from moe_serve.loadtest.openai_stream import parse_line, reply_error, text_of
 from moe_serve.loadtest.vocabulary import ReadyRequest
 
 if TYPE_CHECKING:

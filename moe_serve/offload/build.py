@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.compute import ExpertCompute
 from expert_cache.gpu_managed import pool as gpu_pool
 from expert_cache.gpu_managed.compute import GpuCompute
@@ -168,7 +168,7 @@ def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | No
     return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())
 
 
-def _shadows(config: EngineConfig, store: ExpertStore, slots: Slots) -> LiveShadows | None:
+def _shadows(config: EngineConfig, store: ExpertStore, slots: Capacity) -> LiveShadows | None:
     if config.moe_cache_shadow is None:
         return None
     names = [name.strip() for name in config.moe_cache_shadow.split(",")]
@@ -183,7 +183,7 @@ def _shadows(config: EngineConfig, store: ExpertStore, slots: Slots) -> LiveShad
 
 def slots_of(
     config: EngineConfig, store: ExpertStore, top_k: int, profile: RoutingTrace | None = None
-) -> tuple[Slots, int]:
+) -> tuple[Capacity, int]:
     """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
     assert config.moe_cache_mib is not None
     slot_bytes = slot_bytes_of(config, store)

@@ -12,8 +12,8 @@ from expert_cache.errors import ExpertReadError
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.host_copies import HostCopies
-from expert_cache.host_compute.host_experts import HostLane
-from expert_cache.host_compute.miss_choice import ByCrossover, MissService, WherePagesAre
+from expert_cache.host_compute.host_experts import HostExperts
+from expert_cache.host_compute.miss_choice import ByCrossover, FromPageCache, MissChoice
 from expert_cache.storage.arena import SlotArena
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def host_side(
     config: EngineConfig, store: ExpertStore, compute: ExpertCompute, arena: SlotArena, fetcher: Fetcher
-) -> tuple[HostLane | None, MissService | None]:
+) -> tuple[HostExperts | None, MissChoice | None]:
     """Who computes experts on the host, and who chooses them; `arena` is not in use yet.
 
     Experts that must be copied before the kernel can read them have no host copy to compute from.
@@ -35,13 +35,13 @@ def host_side(
         if not config.moe_page_cache or store.is_copied:
             return None, None
         copies = HostCopies(store, compute.prepare)
-        return HostLane(copies, compute, beside_device=False), WherePagesAre(copies)
+        return HostExperts(copies, compute, beside_device=False), FromPageCache(copies)
     if not config.moe_cpu_misses:
         return None, None
     if store.is_copied:
         raise ConfigError("--moe-cpu-misses: the CPU's kernel cannot read this checkpoint's encoding where it lies")
     on_cpu = cpu_compute(compute.activation, getattr(torch, config.dtype))
-    lane = HostLane(HostCopies(store, on_cpu.prepare), on_cpu, beside_device=True)
+    lane = HostExperts(HostCopies(store, on_cpu.prepare), on_cpu, beside_device=True)
     return lane, _by_crossover(config, store, arena, fetcher, lane)
 
 
@@ -51,7 +51,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _by_crossover(
-    config: EngineConfig, store: ExpertStore, arena: SlotArena, fetcher: Fetcher, lane: HostLane
+    config: EngineConfig, store: ExpertStore, arena: SlotArena, fetcher: Fetcher, lane: HostExperts
 ) -> ByCrossover:
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
     try:

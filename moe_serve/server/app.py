@@ -21,7 +21,7 @@ from fastapi.responses import PlainTextResponse, Response
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError, ModelNotFoundError
 from moe_serve.server.api import http_errors, openapi, prompts
-from moe_serve.server.api.answer_merger import Merger
+from moe_serve.server.api.answer_merger import AnswerMerger
 from moe_serve.server.api.parsing import parse
 from moe_serve.server.api.protocol import (
     ChatBody,
@@ -142,7 +142,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         request_id = _request_id("cmpl", body, http)
         limit = service.engine.engine.max_model_len
-        merger = Merger(completions.requests_of(body, request_id, service.tokenizer, service.sampling_defaults, limit))
+        merger = AnswerMerger(
+            completions.requests_of(body, request_id, service.tokenizer, service.sampling_defaults, limit)
+        )
         shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
         events = answering.chunks(service, body, merger, shapes) if body.stream else None
         return await answering.answer(service, http, merger, shapes.whole, events)
@@ -155,7 +157,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         limit = service.engine.engine.max_model_len
         defaults, template = service.sampling_defaults, service.response_template
         plan = chat.plan(body, request_id, service.tokenizer, template, defaults, limit)
-        merger = Merger([plan.request])
+        merger = AnswerMerger([plan.request])
         shapes = ChatShapes(body, plan, request_id, service.model_name, service.tokenizer, merger)
         events = answering.chunks(service, body, merger, shapes) if body.stream else None
         return await answering.answer(service, http, merger, shapes.whole, events)

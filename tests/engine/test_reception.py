@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine.request_queue import Reception
+from moe_serve.engine.request_queue import RequestQueue
 from moe_serve.errors import InvalidRequestError, OverloadedError
 from moe_serve.scheduling.sequence import Request, SampleOutput, SamplingParams
 
@@ -18,7 +18,7 @@ class Desk:
 
     def __init__(self, **settings: Any) -> None:
         self.given_up: list[str] = []
-        self.reception = Reception(
+        self.reception = RequestQueue(
             EngineConfig(**settings), lambda request_id, reason: self.given_up.append(request_id)
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.compute import ExpertCompute
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.in_flight import START_EARLY_BYTES
@@ -39,7 +39,7 @@ def mapped_layers(
 def cached_layers(
     store: ExpertStore,
     activation: Activation,
-    slots: Slots,
+    slots: Capacity,
     dtype: torch.dtype = torch.float32,
     policy: str = "lru",
     fetcher: Fetcher | None = None,

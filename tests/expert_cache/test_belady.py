@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.belady import belady_hits
 from expert_cache.simulation.belady_window import BeladyWindow, WindowReport
@@ -49,7 +49,7 @@ def sets_of_all(trace: RoutingTrace) -> list[frozenset[int]]:
 @given(trace=small_traces(), num_slots=st.integers(1, 4))
 def test_pools_per_layer_against_exhaustive_search(trace: RoutingTrace, num_slots: int) -> None:
     """Also where a set is larger than its pool."""
-    hits = belady_hits(events_of(trace), Slots.uniform(num_slots, trace.num_layers))
+    hits = belady_hits(events_of(trace), Capacity.uniform(num_slots, trace.num_layers))
     assert hits.tolist() == [most_hits(sets_of_layer(trace, layer), num_slots) for layer in range(trace.num_layers)]
 
 
@@ -57,7 +57,7 @@ def test_pools_per_layer_against_exhaustive_search(trace: RoutingTrace, num_slot
 @given(trace=small_traces(), num_slots=st.integers(1, 5))
 def test_a_shared_pool_against_exhaustive_search(trace: RoutingTrace, num_slots: int) -> None:
     trace = trace.head(6)
-    assert belady_hits(events_of(trace), Slots.shared(num_slots)).sum() == most_hits(sets_of_all(trace), num_slots)
+    assert belady_hits(events_of(trace), Capacity.shared(num_slots)).sum() == most_hits(sets_of_all(trace), num_slots)
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,32 +67,32 @@ def test_a_start_that_is_not_empty(trace: RoutingTrace, num_slots: int, data: st
     trace = RoutingTrace(trace.ids[:, :1], trace.seq_offsets, trace.layer_ids[:1], trace.num_experts)
     resident = np.isin(np.arange(trace.num_experts), list(held))[None]
     best = most_hits(sets_of_layer(trace, 0), num_slots, held)
-    for slots in (Slots.uniform(num_slots, 1), Slots.shared(num_slots)):
+    for slots in (Capacity.uniform(num_slots, 1), Capacity.shared(num_slots)):
         assert belady_hits(events_of(trace), slots, resident).sum() == best
 
 
 def test_quotas_bound_their_own_layer() -> None:
     events = events_of(sticky_trace())
-    hits = belady_hits(events, Slots.per_layer([3, 5, 8]))
+    hits = belady_hits(events, Capacity.per_layer([3, 5, 8]))
     for layer, num_slots in enumerate((3, 5, 8)):
-        assert hits[layer] == belady_hits(events, Slots.uniform(num_slots, 3))[layer]
+        assert hits[layer] == belady_hits(events, Capacity.uniform(num_slots, 3))[layer]
 
 
 def test_all_slots_leave_only_first_uses_to_miss() -> None:
     trace = trace_of([[[0, 1]], [[1, 2]], [[0, 2]]], num_experts=3)
-    assert belady_hits(events_of(trace), Slots.uniform(3, 1)).tolist() == [3]
+    assert belady_hits(events_of(trace), Capacity.uniform(3, 1)).tolist() == [3]
 
 
 def test_no_events_no_hits() -> None:
     empty = events_from([], num_layers=2, num_experts=4)
-    for slots in (Slots.uniform(2, 2), Slots.shared(4)):
+    for slots in (Capacity.uniform(2, 2), Capacity.shared(4)):
         assert belady_hits(empty, slots).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_windows_add_up_to_the_events_and_bound_the_cache(shared: bool) -> None:
     events = events_of(sticky_trace(200))
-    slots = Slots.shared(15) if shared else Slots.uniform(5, 3)
+    slots = Capacity.shared(15) if shared else Capacity.uniform(5, 3)
     cache_ = ShadowCache(find_policy("lru")(3, 16), slots, 3, 16)
     window = BeladyWindow(slots, 3, 16, num_events=150)
     reports: list[WindowReport] = []

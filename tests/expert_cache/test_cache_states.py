@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expert_cache.acquisition import Acquisition
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy, policy_names
@@ -35,8 +35,8 @@ from .caches import SteppedFetcher
 from .stores import LAYERS, E, split_store
 
 SLOTS = st.one_of(
-    st.integers(1, 10).map(Slots.shared),
-    st.tuples(st.integers(1, 5), st.integers(1, 5)).map(Slots.per_layer),
+    st.integers(1, 10).map(Capacity.shared),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)).map(Capacity.per_layer),
 )
 EXPERT_SETS = st.sets(st.integers(0, E - 1), min_size=1).map(sorted)
 
@@ -53,7 +53,7 @@ class FlakyFile(DirectFile):
 
 
 class LeavesOnHost:
-    """A MissService that leaves some missing experts, and says of some that they need not be brought."""
+    """A MissChoice that leaves some missing experts, and says of some that they need not be brought."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -79,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         slots=SLOTS, policy=st.sampled_from(policy_names()), num_transit=st.integers(0, 3), leaves=st.integers(0, 2)
     )
-    def build(self, slots: Slots, policy: str, num_transit: int, leaves: int) -> None:
+    def build(self, slots: Capacity, policy: str, num_transit: int, leaves: int) -> None:
         self.store = split_store(self.folder)
         arena = HostArena(self.store.num_total + num_transit, self.store.slot_bytes)
         keeper = find_policy(policy)(len(LAYERS), E)
@@ -204,7 +204,7 @@ def test_threads_and_a_random_order_of_everything(tmp_path: Path) -> None:
     """The machine above is single-threaded to be repeatable; here two threads read while the cache changes."""
     store, chooser = split_store(tmp_path), random.Random(0)
     arena = HostArena(store.num_total + 1, store.slot_bytes)
-    cache = ExpertCache(store, lambda w: w, arena, Slots.shared(4), 1, find_policy("lru")(2, E), Fetcher(2))
+    cache = ExpertCache(store, lambda w: w, arena, Capacity.shared(4), 1, find_policy("lru")(2, E), Fetcher(2))
     for _ in range(400):
         layer, experts = chooser.choice(LAYERS), sorted(chooser.sample(range(E), chooser.randint(1, E)))
         if chooser.random() < 0.5:
@@ -225,8 +225,8 @@ def test_threads_and_a_random_order_of_everything(tmp_path: Path) -> None:
     cache.close()
 
 
-@pytest.mark.parametrize("slots", [Slots.shared(1), Slots.uniform(1, 2)], ids=["shared", "per_layer"])
-def test_prefetching_never_takes_a_pinned_slot(slots: Slots, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [Capacity.shared(1), Capacity.uniform(1, 2)], ids=["shared", "per_layer"])
+def test_prefetching_never_takes_a_pinned_slot(slots: Capacity, tmp_path: Path) -> None:
     store = split_store(tmp_path)
     arena = HostArena(store.num_total, store.slot_bytes)
     cache = ExpertCache(store, lambda w: w, arena, slots, 0, find_policy("lru")(2, E), Fetcher())

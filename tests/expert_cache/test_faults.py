@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.errors import ExpertReadError
 from expert_cache.layers import ExpertLayers
 from expert_cache.storage import expert_file
@@ -49,7 +49,7 @@ def test_a_flipped_byte_fails_its_expert_and_no_other(tmp_path: Path) -> None:
     want = want.clone()
     flip_byte(path, store, 2)
     store = expert_file.read(path)[0]  # a start after the damage, so that the file itself is unchanged
-    with cached_layers(store, SILU, Slots.shared(10)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(10)) as layers:
         out, failures = run_all(layers)
         assert list(failures) == [2]
         message = failures[2].message
@@ -68,7 +68,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     file = tmp_path / "layer3.safetensors"
     os.truncate(file, store.reads(3, 4)[0].offset + 100)
-    with cached_layers(store, SILU, Slots.shared(10)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(10)) as layers:
         _, failures = run_all(layers)
         assert 4 in failures
         assert "truncated" in failures[4].message
@@ -79,7 +79,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 
 def test_a_file_written_to_while_serving_is_refused(tmp_path: Path) -> None:
     store = split_store(tmp_path)
-    with cached_layers(store, SILU, Slots.shared(1)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(1)) as layers:
         assert run_all(layers)[1] == {}
         with (tmp_path / "layer3.safetensors").open("r+b") as stream:
             stream.seek(4000)
@@ -92,7 +92,7 @@ def test_a_file_written_to_while_serving_is_refused(tmp_path: Path) -> None:
 def test_a_file_replaced_while_serving_does_not_matter(tmp_path: Path) -> None:
     """A new file under the old name: what was opened lives on."""
     store = split_store(tmp_path)
-    with cached_layers(store, SILU, Slots.shared(1)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(1)) as layers:
         want, _ = run_all(layers)
         other = tmp_path / "other"
         other.write_bytes(os.urandom((tmp_path / "layer3.safetensors").stat().st_size))
@@ -118,7 +118,7 @@ def test_a_read_error_leaves_the_other_experts_running(tmp_path: Path) -> None:
     want, _ = run_all(mapped_layers(store, SILU))
     read = store.reads(3, 1)[0]
     BadSector.bad = (read.offset, read.offset + 1)
-    with cached_layers(store, SILU, Slots.shared(2), fetcher=Fetcher(2, BadSector)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(2), fetcher=Fetcher(2, BadSector)) as layers:
         out, failures = run_all(layers)
         assert list(failures) == [1]
         assert "Input/output error" in failures[1].message
@@ -132,7 +132,7 @@ def test_a_read_error_leaves_the_other_experts_running(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error_of_the_request(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     (tmp_path / "layer3.safetensors").unlink()
-    with cached_layers(store, SILU, Slots.shared(10)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(10)) as layers:
         _, failures = run_all(layers)
         assert len(failures) == E
         assert "cannot be opened" in failures[0].message
@@ -140,7 +140,7 @@ def test_a_missing_file_is_an_error_of_the_request(tmp_path: Path) -> None:
 
 def test_a_bug_in_the_computation_leaves_the_cache_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = split_store(tmp_path)
-    with cached_layers(store, SILU, Slots.shared(2)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(2)) as layers:
 
         def explode(*args: object) -> None:
             raise RuntimeError("boom")

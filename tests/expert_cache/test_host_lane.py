@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.crossover import TOKEN_COUNTS, MissCosts
 from expert_cache.host_compute.host_copies import HostCopies
-from expert_cache.host_compute.host_experts import HostLane
-from expert_cache.host_compute.miss_choice import ByCrossover, MissService
+from expert_cache.host_compute.host_experts import HostExperts
+from expert_cache.host_compute.miss_choice import ByCrossover, MissChoice
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
 from expert_cache.policies import find_policy
@@ -32,19 +32,19 @@ FEW_TOKENS = MissCosts(copy_s=1.0, tokens=(1, 2), host_s=(0.4, 0.8))
 
 
 @contextmanager
-def layers_of(store: ExpertStore, misses: MissService, num_slots: int, num_transit: int = 0) -> Iterator[ExpertLayers]:
+def layers_of(store: ExpertStore, misses: MissChoice, num_slots: int, num_transit: int = 0) -> Iterator[ExpertLayers]:
     compute = compute_of(SILU)
     cache = ExpertCache(
         store,
         compute.prepare,
         HostArena(store.num_total + num_transit, store.slot_bytes),
-        Slots.shared(num_slots),
+        Capacity.shared(num_slots),
         num_transit,
         find_policy("lru")(len(store.layers), store.num_experts),
         Fetcher(2),
         misses=misses,
     )
-    layers = ExpertLayers(cache, compute, host=HostLane(HostCopies(store, compute.prepare), compute, True))
+    layers = ExpertLayers(cache, compute, host=HostExperts(HostCopies(store, compute.prepare), compute, True))
     yield layers
     cache.check_integrity()
     layers.close()
@@ -104,7 +104,7 @@ def test_many_tokens_are_copied_and_few_computed() -> None:
 def test_calibration_measures_real_reads_and_the_real_kernel(layout: str, tmp_path: Path) -> None:
     make, activation = STORES[layout]
     store, compute, fetcher = make(tmp_path), compute_of(activation), Fetcher(2)
-    lane, waits = HostLane(HostCopies(store, compute.prepare), compute, beside_device=True), []
+    lane, waits = HostExperts(HostCopies(store, compute.prepare), compute, beside_device=True), []
     costs = measure(store, HostArena(1, store.slot_bytes), fetcher, lane, torch.float32, lambda: waits.append(1))
     assert costs.tokens == TOKEN_COUNTS
     assert costs.copy_s > 0
@@ -116,7 +116,7 @@ def test_calibration_measures_real_reads_and_the_real_kernel(layout: str, tmp_pa
 
 def test_calibration_on_a_damaged_file_says_so(tmp_path: Path) -> None:
     store, compute, fetcher = split_store(tmp_path), compute_of(SILU), Fetcher()
-    lane = HostLane(HostCopies(store, compute.prepare), compute, beside_device=True)
+    lane = HostExperts(HostCopies(store, compute.prepare), compute, beside_device=True)
     for file in tmp_path.glob("*.safetensors"):
         os.truncate(file, 200)
     with pytest.raises(ExpertReadError, match="truncated"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
 from expert_cache.policies import policy_names
@@ -25,12 +25,12 @@ from .caches import cached_layers, mapped_layers
 from .stores import LAYERS, SILU, STORES, E, H, expected, routing, split_store
 
 CAPACITIES = {
-    "one_slot_in_all": Slots.shared(1),
-    "fewer_than_a_token_needs": Slots.shared(2),
-    "one_per_layer": Slots.uniform(1, 2),
-    "uneven": Slots.per_layer([1, 4]),
-    "half": Slots.shared(5),
-    "all": Slots.shared(10),
+    "one_slot_in_all": Capacity.shared(1),
+    "fewer_than_a_token_needs": Capacity.shared(2),
+    "one_per_layer": Capacity.uniform(1, 2),
+    "uneven": Capacity.per_layer([1, 4]),
+    "half": Capacity.shared(5),
+    "all": Capacity.shared(10),
 }
 
 
@@ -162,7 +162,7 @@ def test_starting_before_the_whole_expert_is_there_keeps_the_bits(
 def test_the_same_bits_under_any_policy(policy: str, tmp_path: Path) -> None:
     store = split_store(tmp_path)
     want = run_steps(mapped_layers(store, SILU))
-    with cached_layers(store, SILU, Slots.uniform(2, 2), policy=policy) as layers:
+    with cached_layers(store, SILU, Capacity.uniform(2, 2), policy=policy) as layers:
         assert_same_bits(run_steps(layers), want)
 
 
@@ -170,7 +170,7 @@ def test_every_expert_in_every_step_with_one_slot(tmp_path: Path) -> None:
     """Each step needs all five experts and there is room for one: five waves, nothing dropped."""
     store = split_store(tmp_path)
     want = run_steps(mapped_layers(store, SILU), choices=E)
-    with cached_layers(store, SILU, Slots.shared(1)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(1)) as layers:
         assert_same_bits(run_steps(layers, choices=E), want)
 
 
@@ -205,7 +205,7 @@ def test_the_same_bits_whatever_is_predicted(advisor: object, capacity: str, tmp
 def test_a_growing_and_shrinking_cache_keeps_the_bits(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     want = run_steps(mapped_layers(store, SILU))
-    with cached_layers(store, SILU, Slots.uniform(2, 2)) as layers:
+    with cached_layers(store, SILU, Capacity.uniform(2, 2)) as layers:
         cache = layers.experts
         assert isinstance(cache, ExpertCache)
         for num_slots in (10, 3, 1, 7):
@@ -255,8 +255,8 @@ def test_unknown_activation_is_an_error_that_lists_the_known_ones() -> None:
 def test_shadows_count_what_other_policies_would_have_hit(tmp_path: Path) -> None:
     """A shadow of the cache's own policy, at its size, hits exactly what the cache hits."""
     store = split_store(tmp_path)
-    shadows = LiveShadows(["lru", "lfu"], Slots.shared(4), 2, E)
-    with cached_layers(store, SILU, Slots.shared(4)) as layers:
+    shadows = LiveShadows(["lru", "lfu"], Capacity.shared(4), 2, E)
+    with cached_layers(store, SILU, Capacity.shared(4)) as layers:
         cache = layers.experts
         assert isinstance(cache, ExpertCache)
         cache.observers.shadows = shadows

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.host_copies import HostCopies
-from expert_cache.host_compute.host_experts import HostLane
-from expert_cache.host_compute.miss_choice import WherePagesAre
+from expert_cache.host_compute.host_experts import HostExperts
+from expert_cache.host_compute.miss_choice import FromPageCache
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.layers import ExpertLayers
 from expert_cache.policies import find_policy
@@ -107,9 +107,9 @@ def in_place_layers(
     copies = HostCopies(store, compute.prepare)
     arena = HostArena(store.num_total, store.slot_bytes)
     keeper = find_policy("lru")(len(store.layers), store.num_experts)
-    misses = WherePagesAre(copies)
-    cache = ExpertCache(store, compute.prepare, arena, Slots.shared(num_slots), 0, keeper, Fetcher(2), misses=misses)
-    layers = ExpertLayers(cache, compute, host=HostLane(copies, compute, beside_device=False))
+    misses = FromPageCache(copies)
+    cache = ExpertCache(store, compute.prepare, arena, Capacity.shared(num_slots), 0, keeper, Fetcher(2), misses=misses)
+    layers = ExpertLayers(cache, compute, host=HostExperts(copies, compute, beside_device=False))
     yield layers
     cache.check_integrity()
     layers.close()

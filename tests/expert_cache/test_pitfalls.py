@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy
 from expert_cache.storage import fetch
@@ -29,7 +29,7 @@ from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import LAYERS, SILU, E, H, matrices, routing, split_store, stored
 
 
-def cache_with(store: ExpertStore, slots: Slots, num_transit: int = 0) -> tuple[ExpertCache, SteppedFetcher]:
+def cache_with(store: ExpertStore, slots: Capacity, num_transit: int = 0) -> tuple[ExpertCache, SteppedFetcher]:
     arena = HostArena(store.num_total + num_transit, store.slot_bytes)
     fetcher = SteppedFetcher()
     return ExpertCache(store, lambda w: w, arena, slots, num_transit, find_policy("lru")(2, E), fetcher), fetcher
@@ -51,7 +51,7 @@ def bytes_of(store: ExpertStore, *keys: tuple[int, int]) -> int:
 
 def test_an_expert_on_its_way_is_not_fetched_twice(tmp_path: Path) -> None:
     store = split_store(tmp_path)
-    cache, fetcher = cache_with(store, Slots.shared(4))
+    cache, fetcher = cache_with(store, Capacity.shared(4))
     cache.prefetch(3, [1, 2], [2.0, 1.0])
     cache.prefetch(3, [2, 1], [2.0, 1.0])
     run_out(cache, 3, [1, 2])
@@ -62,7 +62,7 @@ def test_an_expert_on_its_way_is_not_fetched_twice(tmp_path: Path) -> None:
 def test_waves_read_every_expert_once(tmp_path: Path) -> None:
     """omlx read prompts' experts seventeen times over: here a step reads each expert it needs once."""
     store = split_store(tmp_path)
-    cache, fetcher = cache_with(store, Slots.shared(2))
+    cache, fetcher = cache_with(store, Capacity.shared(2))
     run_out(cache, 3, list(range(E)))
     assert fetcher.num_bytes == bytes_of(store, *((3, e) for e in range(E)))
 
@@ -70,7 +70,7 @@ def test_waves_read_every_expert_once(tmp_path: Path) -> None:
 def test_overflow_keeps_what_it_can(tmp_path: Path) -> None:
     """The same wide step again: residents run first, so an LRU sweep does not evict each just before its use."""
     store = split_store(tmp_path)
-    cache, _ = cache_with(store, Slots.shared(3))
+    cache, _ = cache_with(store, Capacity.shared(3))
     run_out(cache, 3, list(range(E)))
     run_out(cache, 3, list(range(E)))
     assert cache.counters.hits.sum() >= 2
@@ -78,7 +78,7 @@ def test_overflow_keeps_what_it_can(tmp_path: Path) -> None:
 
 def test_a_prefetched_expert_outlives_an_older_one(tmp_path: Path) -> None:
     store = split_store(tmp_path)
-    cache, fetcher = cache_with(store, Slots.shared(3))
+    cache, fetcher = cache_with(store, Capacity.shared(3))
     run_out(cache, 7, [0])
     run_out(cache, 7, [4])
     cache.prefetch(3, [1], [1.0])
@@ -94,7 +94,7 @@ def test_a_prefetched_expert_outlives_an_older_one(tmp_path: Path) -> None:
 
 def test_a_prefetch_evicts_nobody(tmp_path: Path) -> None:
     store = split_store(tmp_path)
-    cache, fetcher = cache_with(store, Slots.uniform(1, 2), num_transit=1)
+    cache, fetcher = cache_with(store, Capacity.uniform(1, 2), num_transit=1)
     run_out(cache, 3, [0])
     cache.prefetch(3, [1, 2], [2.0, 1.0])
     while fetcher.step():
@@ -109,7 +109,9 @@ def test_a_prefetch_evicts_nobody(tmp_path: Path) -> None:
 def test_an_expert_used_once_passes_through_without_displacing_a_better_one(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     arena = HostArena(store.num_total + 1, store.slot_bytes)
-    cache = ExpertCache(store, lambda w: w, arena, Slots.uniform(1, 2), 1, find_policy("lfu")(2, E), SteppedFetcher())
+    cache = ExpertCache(
+        store, lambda w: w, arena, Capacity.uniform(1, 2), 1, find_policy("lfu")(2, E), SteppedFetcher()
+    )
     for _ in range(5):
         run_out(cache, 3, [0])
     run_out(cache, 3, [4])
@@ -160,7 +162,7 @@ def test_experts_without_tokens_are_not_touched(tmp_path: Path) -> None:
     store = ExpertStore({3: {(t.name.split(".")[1], int(t.name.split(".")[0])): t for t in tensors}}, E)
     hidden, ids, weights = routing(12)
     ids[ids == 1] = 0
-    with cached_layers(store, SILU, Slots.shared(2)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(2)) as layers:
         for source in (layers, mapped_layers(store, SILU)):
             out = source.run(3, hidden, ids, weights)
             assert out.shape == (12, H)
@@ -200,7 +202,7 @@ def test_reading_leaves_nothing_in_the_page_cache(tmp_path: Path) -> None:
 def test_files_are_opened_for_reading_only(tmp_path: Path) -> None:
     """Evicting a clean expert writes nothing back: it could not."""
     store = split_store(tmp_path)
-    with cached_layers(store, SILU, Slots.shared(1)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(1)) as layers:
         layers.run(3, *routing(9))
         descriptor = layers.experts.fetcher._files[tmp_path / "layer3.safetensors"]._fd  # type: ignore[attr-defined]
         flags = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
@@ -209,7 +211,7 @@ def test_files_are_opened_for_reading_only(tmp_path: Path) -> None:
 
 def test_a_layers_pool_is_not_swept_by_the_others(tmp_path: Path) -> None:
     store = split_store(tmp_path)
-    cache, _ = cache_with(store, Slots.uniform(1, 2))
+    cache, _ = cache_with(store, Capacity.uniform(1, 2))
     run_out(cache, LAYERS[0], [2])
     run_out(cache, LAYERS[1], [0, 1, 3])
     run_out(cache, LAYERS[0], [2])

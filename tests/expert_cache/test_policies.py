@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy, policy_names
 from expert_cache.policies.policy import Policy
 from expert_cache.simulation.belady import belady_hits
@@ -83,7 +83,7 @@ def test_no_policy_peeks(name: str) -> None:
     """Hits before the cut are the same whether or not the trace goes on."""
     trace = sticky_trace()
     whole, cut = events_of(trace), events_of(trace.head(40))
-    caches = [ShadowCache(make(name), Slots.uniform(6, L), L, E) for _ in range(2)]
+    caches = [ShadowCache(make(name), Capacity.uniform(6, L), L, E) for _ in range(2)]
     hits = [[cache.event(*event) for event in events] for cache, events in zip(caches, (whole, cut), strict=True)]
     assert hits[0][: cut.num_events] == hits[1]
 
@@ -124,7 +124,7 @@ def test_names_of_experts_mean_nothing(name: str) -> None:
 @given(trace=small_traces(), num_slots=st.integers(1, 6), shared=st.booleans(), concurrency=st.integers(1, 3))
 def test_no_policy_passes_belady(trace: RoutingTrace, num_slots: int, shared: bool, concurrency: int) -> None:
     events = events_of(trace, concurrency)
-    slots = Slots.shared(num_slots) if shared else Slots.uniform(num_slots, trace.num_layers)
+    slots = Capacity.shared(num_slots) if shared else Capacity.uniform(num_slots, trace.num_layers)
     bound = belady_hits(events, slots)
     for name in POLICIES:
         result = replay_events(events, make(name, trace.num_layers, trace.num_experts), slots)
@@ -137,7 +137,7 @@ def test_no_policy_passes_belady(trace: RoutingTrace, num_slots: int, shared: bo
 def test_an_online_policy_beats_evicting_at_random(name: str) -> None:
     """On routing with popular and sticky experts, which all of them claim to use."""
     events = events_of(sticky_trace(400))
-    slots = Slots.uniform(6, L)
+    slots = Capacity.uniform(6, L)
 
     class Random:
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.events import events_of
 from expert_cache.simulation.quotas import best_split, lru_hit_curves, quota_slots
@@ -21,7 +21,7 @@ def test_curves_are_what_replay_counts() -> None:
     curves = lru_hit_curves(events)
     assert curves.shape == (3, 17)
     for num_slots in (3, 4, 9, 16):
-        replayed = replay_events(events, find_policy("lru")(3, 16), Slots.uniform(num_slots, 3))
+        replayed = replay_events(events, find_policy("lru")(3, 16), Capacity.uniform(num_slots, 3))
         assert replayed.hits.tolist() == curves[:, num_slots].tolist()
 
 
@@ -53,7 +53,7 @@ def test_a_total_that_cannot_be_given_out(total: int, least: int) -> None:
 
 def test_quotas_do_not_lose_lru_hits_on_their_own_trace() -> None:
     events = events_of(sticky_trace(300))
-    uniform, quotas = Slots.uniform(6, 3), quota_slots(events, 18, min_slots=3)
+    uniform, quotas = Capacity.uniform(6, 3), quota_slots(events, 18, min_slots=3)
     assert sum(quotas.quotas or ()) == 18
     hits = [replay_events(events, find_policy("lru")(3, 16), slots).hits.sum() for slots in (uniform, quotas)]
     assert hits[1] >= hits[0]

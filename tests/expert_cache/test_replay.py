@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.comparison import compare, usable_policies
 from expert_cache.simulation.events import Events, events_from, events_of
@@ -61,7 +61,7 @@ def run(
     sets: list[list[int]], num_slots: int, policy: str = "lru", num_experts: int = 6
 ) -> tuple[list[int], list[int]]:
     """Hits of each event, and what one layer's cache holds at the end."""
-    cache = ShadowCache(find_policy(policy)(1, num_experts), Slots.uniform(num_slots, 1), 1, num_experts)
+    cache = ShadowCache(find_policy(policy)(1, num_experts), Capacity.uniform(num_slots, 1), 1, num_experts)
     hits = [cache.event(0, np.array(s), np.ones(len(s), dtype=np.int64)) for s in sets]
     return hits, np.flatnonzero(cache.resident[0]).tolist()
 
@@ -96,7 +96,7 @@ def test_a_set_larger_than_the_slots_runs_in_waves() -> None:
 )
 def test_the_cache_holds_what_it_may(trace: RoutingTrace, num_slots: int, shared: bool, name: str) -> None:
     """Never more than the slots; the newest set is there, or as much of it as fits."""
-    slots = Slots.shared(num_slots) if shared else Slots.uniform(num_slots, trace.num_layers)
+    slots = Capacity.shared(num_slots) if shared else Capacity.uniform(num_slots, trace.num_layers)
     shape = (trace.num_layers, trace.num_experts)
     cache = ShadowCache(find_policy(name)(*shape), slots, *shape)
     for layer, experts, counts, weights in events_of(trace):
@@ -111,13 +111,13 @@ def test_a_shared_pool_moves_slots_to_the_layer_that_needs_them() -> None:
     """Layer 0 always uses expert 0, layer 1 cycles through three: four slots are enough, two and two are not."""
     trace = trace_of([[[0], [n % 3]] for n in range(40)], num_experts=4)
     lru = find_policy("lru")
-    assert replay(trace, lru(2, 4), Slots.uniform(2, 2)).hits.tolist() == [39, 0]
-    assert replay(trace, lru(2, 4), Slots.shared(4)).hits.tolist() == [39, 37]
+    assert replay(trace, lru(2, 4), Capacity.uniform(2, 2)).hits.tolist() == [39, 0]
+    assert replay(trace, lru(2, 4), Capacity.shared(4)).hits.tolist() == [39, 37]
 
 
 def test_result_figures() -> None:
     trace = trace_of([[[0, 1], [0, 1]], [[1, 2], [0, 1]]], num_experts=4)
-    result = replay(trace, find_policy("lru")(2, 4), Slots.uniform(2, 2))
+    result = replay(trace, find_policy("lru")(2, 4), Capacity.uniform(2, 2))
     assert result.hits.tolist() == [1, 2]
     assert result.misses.tolist() == [3, 2]
     assert result.hit_frac == 3 / 8
@@ -130,12 +130,12 @@ def test_the_gap_runs_from_lru_to_belady() -> None:
     assert gap_closed_frac(8, 10, 20) == -0.2
     assert math.isnan(gap_closed_frac(10, 10, 10))
     events = events_of(sticky_trace(300))
-    rows = {row.policy: row for row in compare(events, ["affinity", "lru"], Slots.uniform(5, 3))}
+    rows = {row.policy: row for row in compare(events, ["affinity", "lru"], Capacity.uniform(5, 3))}
     assert list(rows) == ["affinity", "lru", "belady"]
     assert rows["lru"].gap_closed_frac == 0
     assert rows["belady"].gap_closed_frac == 1
     assert 0 < rows["affinity"].gap_closed_frac < 1
-    assert (rows["belady"].result.hits == replay_belady(events, Slots.uniform(5, 3)).hits).all()
+    assert (rows["belady"].result.hits == replay_belady(events, Capacity.uniform(5, 3)).hits).all()
 
 
 def test_what_needs_something_else_is_not_usable_alone() -> None:
@@ -145,13 +145,13 @@ def test_what_needs_something_else_is_not_usable_alone() -> None:
 
 def test_slots_must_be_there() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Slots.shared(0)
+        Capacity.shared(0)
     with pytest.raises(ValueError, match="at least 1"):
-        Slots.per_layer([3, 0])
+        Capacity.per_layer([3, 0])
     with pytest.raises(ValueError, match="one for each of 3 layers"):
-        ShadowCache(find_policy("lru")(3, 4), Slots.per_layer([1, 1]), 3, 4)
-    assert Slots.of_capacity(0.25, 3, 16).quotas == (4, 4, 4)
-    assert Slots.of_capacity(0.01, 3, 16).quotas == (1, 1, 1)
+        ShadowCache(find_policy("lru")(3, 4), Capacity.per_layer([1, 1]), 3, 4)
+    assert Capacity.of_capacity(0.25, 3, 16).quotas == (4, 4, 4)
+    assert Capacity.of_capacity(0.01, 3, 16).quotas == (1, 1, 1)
 
 
 def test_events_from_live_sets_match_the_trace() -> None:

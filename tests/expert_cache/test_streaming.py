@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.errors import ExpertReadError
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.streaming import Streaming
@@ -43,7 +43,7 @@ def test_the_order_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 @contextmanager
-def stepped_cache(folder: Path, slots: Slots, num_transit: int) -> Iterator[tuple[ExpertCache, SteppedFetcher]]:
+def stepped_cache(folder: Path, slots: Capacity, num_transit: int) -> Iterator[tuple[ExpertCache, SteppedFetcher]]:
     store, fetcher = split_store(folder), SteppedFetcher()
     arena = HostArena(store.num_total, store.slot_bytes)
     cache = ExpertCache(store, lambda w: w, arena, slots, num_transit, find_policy("lru")(2, E), fetcher)
@@ -66,7 +66,7 @@ def run_all(cache: ExpertCache, layer: int, experts: list[int]) -> list[int]:
 
 
 def test_a_stream_leaves_the_pools_alone_and_reads_the_next_layer_meanwhile(tmp_path: Path) -> None:
-    with stepped_cache(tmp_path, Slots.per_layer([2, 2]), num_transit=2) as (cache, fetcher):
+    with stepped_cache(tmp_path, Capacity.per_layer([2, 2]), num_transit=2) as (cache, fetcher):
         for layer in (3, 7):
             run_all(cache, layer, [1])
             run_all(cache, layer, [3])
@@ -86,7 +86,7 @@ def test_a_stream_leaves_the_pools_alone_and_reads_the_next_layer_meanwhile(tmp_
 
 def test_what_travels_runs_before_what_stays(tmp_path: Path) -> None:
     """Each run in the ring frees a slot that the stream needs; the pools' experts fill the waiting."""
-    with stepped_cache(tmp_path, Slots.per_layer([2, 2]), num_transit=2) as (cache, fetcher):
+    with stepped_cache(tmp_path, Capacity.per_layer([2, 2]), num_transit=2) as (cache, fetcher):
         run_all(cache, 7, [0, 1])
         run_all(cache, 3, EVERYTHING)
         while fetcher.step():
@@ -96,7 +96,7 @@ def test_what_travels_runs_before_what_stays(tmp_path: Path) -> None:
 
 
 def test_an_empty_cache_is_filled_ahead(tmp_path: Path) -> None:
-    with stepped_cache(tmp_path, Slots.shared(10), num_transit=0) as (cache, _):
+    with stepped_cache(tmp_path, Capacity.shared(10), num_transit=0) as (cache, _):
         wanted = cache.acquire(3, EVERYTHING, [1] * E)
         assert len(wanted.in_flight) == E
         assert len(cache.in_flight.of_layer(1)) == E
@@ -104,8 +104,8 @@ def test_an_empty_cache_is_filled_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_transit", [0, 1, 2, 4])
-@pytest.mark.parametrize("slots", [Slots.shared(1), Slots.shared(3), Slots.per_layer([1, 2])], ids=str)
-def test_the_same_bits_and_nothing_forgotten(slots: Slots, num_transit: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [Capacity.shared(1), Capacity.shared(3), Capacity.per_layer([1, 2])], ids=str)
+def test_the_same_bits_and_nothing_forgotten(slots: Capacity, num_transit: int, tmp_path: Path) -> None:
     store = split_store(tmp_path)
     plain = mapped_layers(store, SILU)
     with cached_layers(store, SILU, slots, num_transit=num_transit, fetcher=Fetcher(2)) as layers:
@@ -119,7 +119,7 @@ def test_the_same_bits_and_nothing_forgotten(slots: Slots, num_transit: int, tmp
 
 def test_a_layer_that_needs_less_than_was_read_ahead(tmp_path: Path) -> None:
     """What the router does not want is cancelled or let go, and its bytes are counted as wasted."""
-    with stepped_cache(tmp_path, Slots.per_layer([1, 1]), num_transit=2) as (cache, fetcher):
+    with stepped_cache(tmp_path, Capacity.per_layer([1, 1]), num_transit=2) as (cache, fetcher):
         run_all(cache, 3, EVERYTHING)
         while fetcher.step():
             pass
@@ -128,7 +128,7 @@ def test_a_layer_that_needs_less_than_was_read_ahead(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_in_the_middle_leaves_nothing_pinned(tmp_path: Path) -> None:
-    with stepped_cache(tmp_path, Slots.per_layer([2, 2]), num_transit=2) as (cache, fetcher):
+    with stepped_cache(tmp_path, Capacity.per_layer([2, 2]), num_transit=2) as (cache, fetcher):
         run_all(cache, 3, [0, 1])
         wanted = cache.acquire(3, EVERYTHING, [1] * E)
         fetcher.step()
@@ -145,7 +145,7 @@ class Unreadable(DirectFile):
 
 def test_read_errors_fail_every_expert_of_a_stream_once(tmp_path: Path) -> None:
     store = split_store(tmp_path)
-    with cached_layers(store, SILU, Slots.shared(2), num_transit=2, fetcher=Fetcher(2, Unreadable)) as layers:
+    with cached_layers(store, SILU, Capacity.shared(2), num_transit=2, fetcher=Fetcher(2, Unreadable)) as layers:
         hidden, ids, weights = routing(E, E)
         layers.run(3, hidden, ids, weights)
         assert set(layers.take_failures()) == set(range(E))

@@ -21,7 +21,7 @@ from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.group_team import GroupTeam, engine_over, follow
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker
-from moe_serve.parallel.wire.environment import Place, read_place
+from moe_serve.parallel.wire.environment import RankAddress, read_place
 from moe_serve.parallel.wire.sockets import GroupWire
 from tests.families import rank_cases
 
@@ -45,7 +45,7 @@ def random_uses(worker: Worker, case: dict[str, Any]) -> Any:
     return torch.randint(0, 50, (vocab, len(worker.layers), case["num_experts"]), generator=generator).numpy()
 
 
-def check_group_wire(place: Place) -> None:
+def check_group_wire(place: RankAddress) -> None:
     """What GPUs trade over, here over gloo: messages of any length, also none."""
     others = [rank for rank in range(place.world_size) if rank != place.rank]
     outgoing = {rank: torch.full((5 * place.rank,), rank, dtype=torch.uint8) for rank in others}

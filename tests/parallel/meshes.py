@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from expert_cache.errors import ExpertReadError
 from expert_cache.regroup import Regrouped
-from moe_serve.parallel.modes.expert_share import SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.ownership import Ownership
 from moe_serve.parallel.wire.exchange import Exchange
 from moe_serve.parallel.wire.sockets import Wire
@@ -69,7 +69,7 @@ class FakeExperts:
 
 def shared_layers(
     wires: Sequence[Wire], hosts: NDArray[np.bool_], top_k: int, dtype: torch.dtype = torch.float32
-) -> list[SharedLayers]:
+) -> list[ExpertShare]:
     """Every rank's; hosts [L, E, G]."""
     num_layers, num_experts, num_ranks = hosts.shape
     found = []
@@ -77,7 +77,7 @@ def shared_layers(
         local: Any = FakeExperts(num_layers, num_experts)
         ownership = Ownership(hosts, range(num_layers), rank, torch.device("cpu"))
         exchange = Exchange(rank, num_ranks, Traffic(num_layers), wire)
-        found.append(SharedLayers(local, ownership, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
+        found.append(ExpertShare(local, ownership, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
     return found
 
 

@@ -11,8 +11,8 @@ from moe_serve.errors import ConfigError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.modes.runner import Outcome
 from moe_serve.parallel.ranks.grouping import GroupRunner
+from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.sockets import routes
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 

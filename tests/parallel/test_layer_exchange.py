@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moe_serve.parallel.modes.coherent import Meeting, Travellers, settle
 from moe_serve.parallel.modes.conventional import ConventionalLayers
-from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes
 from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingLayers
 from moe_serve.parallel.traffic_forecast import RowBytes, forecast
 
@@ -54,7 +54,7 @@ class NoContext:
         assert not len(raw)
 
 
-def total(shared: list[SharedLayers], name: str) -> int:
+def total(shared: list[ExpertShare], name: str) -> int:
     return sum(each.exchange.traffic.totals()[name] for each in shared)
 
 
@@ -70,7 +70,7 @@ def test_conventional(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.
     assert total(shared, "trips") <= 2 * num_ranks
 
 
-def recompute(shared: list[SharedLayers], tokens: Any, homes: torch.Tensor, layer: int, last_layer: int) -> list[Any]:
+def recompute(shared: list[ExpertShare], tokens: Any, homes: torch.Tensor, layer: int, last_layer: int) -> list[Any]:
     """The layer on every rank, all tokens sampled but the first."""
     calls = []
     for each in shared:

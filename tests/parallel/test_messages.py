@@ -14,8 +14,8 @@ from moe_serve.parallel.front.links import Listener
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
 from moe_serve.parallel.wire.environment import FRONT, front_address, read_place
 from moe_serve.parallel.wire.messages import (
-    PlanReader,
-    PlanWriter,
+    StepReader,
+    StepWriter,
     merge_results,
     params_from_json,
     params_to_json,
@@ -50,7 +50,7 @@ def no_grammar(spec: GrammarSpec) -> object:
 
 def test_mirrors_follow_the_front() -> None:
     seq = Sequence(Request("r", (1, 2, 3), SamplingParams(temperature=0)), 0, [1, 2, 3], 10, page_ids=[4])
-    writer, reader = PlanWriter(), PlanReader(no_grammar)
+    writer, reader = StepWriter(), StepReader(no_grammar)
     first = BatchPlan((ScheduledSequence(seq, 0, 3),))
     step = reader.read(json.loads(json.dumps(writer.write(first, {}))))
     assert step.plan.scheduled[0].needs_sample
@@ -67,8 +67,8 @@ def test_mirrors_follow_the_front() -> None:
 def test_a_mirror_has_a_matcher_of_its_own() -> None:
     grammar = GrammarSpec(GrammarKind.REGEX, "a")
     seq = Sequence(Request("r", (1,), SamplingParams(grammar=grammar)), 0, [1], 5, page_ids=[0])
-    message = PlanWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), {}, routes=1)
-    step = PlanReader(lambda spec: ("matcher of", spec)).read(json.loads(json.dumps(message)))
+    message = StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), {}, routes=1)
+    step = StepReader(lambda spec: ("matcher of", spec)).read(json.loads(json.dumps(message)))
     assert step.plan.scheduled[0].seq.matcher == ("matcher of", grammar)
     assert step.routes == 1
 

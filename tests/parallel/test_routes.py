@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel.wire.routes import RouteTap
-from moe_serve.parallel.wire.sockets import routes
+from moe_serve.parallel.wire import routes
+from moe_serve.parallel.wire.routes import RouteNoter
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
@@ -39,7 +39,7 @@ def chosen(token: int, layer: int) -> list[int]:
     return [(token + layer) % 8, (token + layer + 4) % 8]
 
 
-def call(tap: RouteTap, layer: int, tokens: list[int]) -> None:
+def call(tap: RouteNoter, layer: int, tokens: list[int]) -> None:
     """The router of `layer` has chosen for the tokens with these plan-order numbers."""
     ids = torch.tensor([chosen(token, layer) for token in tokens])
     tap.run(layer, torch.zeros(len(tokens), 4), ids, ids / 8)
@@ -59,7 +59,7 @@ def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
     places = routes.spans(plan)
     answers = []
     for own, tokens in (([0], [0, 1, 2]), ([1, 2], [4, 3])):
-        tap = RouteTap(Nothing(), LAYERS, 8, lambda tokens=tokens: torch.arange(len(tokens)))
+        tap = RouteNoter(Nothing(), LAYERS, 8, lambda tokens=tokens: torch.arange(len(tokens)))
         tap.begin(routes.IDS_AND_WEIGHTS)
         for layer in LAYERS:
             call(tap, layer, tokens)
@@ -80,7 +80,7 @@ def test_coherent_ranks_send_what_was_where(plan: BatchPlan) -> None:
     answers = []
     for here, then in (([0, 2, 3, 4], [1, 2, 3, 4]), ([1], [0])):
         rows: list[torch.Tensor | None] = []
-        tap = RouteTap(Nothing(), LAYERS, 8, lambda rows=rows: rows[-1])
+        tap = RouteNoter(Nothing(), LAYERS, 8, lambda rows=rows: rows[-1])
         tap.begin(routes.IDS)
         for layer, batch_rows in zip(LAYERS, (here, then), strict=True):
             rows.append(torch.tensor(batch_rows))
@@ -94,7 +94,7 @@ def test_coherent_ranks_send_what_was_where(plan: BatchPlan) -> None:
 
 
 def test_a_rank_that_forgets_a_layer_is_noticed(plan: BatchPlan) -> None:
-    tap = RouteTap(Nothing(), LAYERS, 8, lambda: torch.arange(5))
+    tap = RouteNoter(Nothing(), LAYERS, 8, lambda: torch.arange(5))
     tap.begin(routes.IDS)
     call(tap, 1, list(range(5)))
     with pytest.raises(AssertionError, match="routes of 5 instead of 10"):
@@ -102,7 +102,7 @@ def test_a_rank_that_forgets_a_layer_is_noticed(plan: BatchPlan) -> None:
 
 
 def test_nothing_is_noted_unless_wanted_and_nothing_of_a_failed_step() -> None:
-    tap = RouteTap(Nothing(), LAYERS, 8, lambda: torch.arange(5))
+    tap = RouteNoter(Nothing(), LAYERS, 8, lambda: torch.arange(5))
     call(tap, 1, list(range(5)))
     assert tap.take(np.arange(5)) == []
     tap.begin(routes.IDS)

@@ -9,7 +9,7 @@ import torch
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.wire.addresses import INTERFACE, address_of, check_reachable, own_address
-from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.environment import RankAddress
 from moe_serve.parallel.wire.exchange import Exchange, pack, unpack
 from moe_serve.parallel.wire.sockets import HELLO, RankGoneError, answer
 from moe_serve.parallel.wire.traffic import Traffic
@@ -104,7 +104,7 @@ def test_rows_survive_packing() -> None:
 
 
 def test_addresses() -> None:
-    place = Place(0, 2, 0, "127.0.0.1", 29500)
+    place = RankAddress(0, 2, 0, "127.0.0.1", 29500)
     assert own_address(place, {}) == "127.0.0.1"
     assert own_address(place, {INTERFACE: "lo"}) == address_of("lo") == "127.0.0.1"
     with pytest.raises(ConfigError, match="no such interface"):

@@ -18,11 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moe_serve.cli.bench.flags import add_flags, dataset_options, endpoint, request_settings, summary_options
 from moe_serve.errors import MoEServeError
 from moe_serve.loadtest.arrivals import arrival_times
 from moe_serve.loadtest.client import Clients, Outcome, Target, send, send_all, wait_until_ready
 from moe_serve.loadtest.datasets import PlannedRequest, plan_requests
+from moe_serve.loadtest.flags import add_flags, dataset_options, endpoint, request_settings, summary_options
 from moe_serve.loadtest.summary import SummaryOptions, summarise, table, without_details
 from moe_serve.loadtest.vocabulary import ReadyRequest, TokenCounter, spell
 

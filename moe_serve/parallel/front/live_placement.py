@@ -38,7 +38,7 @@ class Decision:
         return {**facts, "adopted": self.adopted, "why": self.why}
 
 
-class Replacement:
+class LivePlacement:
     """One decision at a time. Its methods run on the event loop; the engine's part between two steps."""
 
     def __init__(self, serving: AsyncEngine, engine: ParallelEngine) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from moe_serve.parallel.wire.environment import FRONT, SECRET, Place
+from moe_serve.parallel.wire.environment import FRONT, SECRET, RankAddress
 
 
 class Spawner:
@@ -28,7 +28,7 @@ class Spawner:
         self.stop()
         port = _free_port()
         for rank in range(self._num_ranks):
-            place = Place(rank, self._num_ranks, rank, "127.0.0.1", port)
+            place = RankAddress(rank, self._num_ranks, rank, "127.0.0.1", port)
             environ = {**self._environ, **place.variables(), FRONT: f"{front[0]}:{front[1]}", SECRET: secret}
             # A session of its own: Ctrl-C ends the front, which drains and then ends the ranks.
             self._processes.append(

@@ -15,7 +15,7 @@ from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.reports import TeamReports
 from moe_serve.parallel.front.team import Team
 from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.messages import PlanWriter, merge_results
+from moe_serve.parallel.wire.messages import StepWriter, merge_results
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from placement.cost import Layout, hosts_of
 
@@ -61,11 +61,11 @@ class TeamRunner:
         self.reports = TeamReports(team.reports)
         self._shape = shape
         self._routes = routes.OFF
-        self._writer = PlanWriter()
+        self._writer = StepWriter()
 
     def forget(self) -> None:
         """A new group of ranks knows no sequence."""
-        self._writer = PlanWriter()
+        self._writer = StepWriter()
 
     def place(self, layout: Layout) -> None:
         """Between two steps: every rank runs the experts that it has in `layout`. RankLostError."""

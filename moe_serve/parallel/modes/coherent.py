@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_serve.parallel.modes.context import ContextShare
-from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers, share_of
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
 from moe_serve.parallel.wire.exchange import pack, unpack
 
 
@@ -81,7 +81,7 @@ def settle(ranks: torch.Tensor, me: int, num_ranks: int) -> torch.Tensor:
 class Meeting:
     """One rank's side of the exchanges of a MoE layer."""
 
-    def __init__(self, shared: SharedLayers, losses: LossNotes, context: ContextShare) -> None:
+    def __init__(self, shared: ExpertShare, losses: LossNotes, context: ContextShare) -> None:
         self._shared = shared
         self._losses = losses
         self._context = context

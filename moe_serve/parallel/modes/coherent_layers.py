@@ -22,7 +22,7 @@ from moe_serve.errors import UnsupportedModelError
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.hf.experts import SlottedExperts, find_experts
 from moe_serve.parallel.modes.coherent import Meeting, Travellers, settle
-from moe_serve.parallel.modes.expert_share import SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare
 
 BLOCK_NORM = "post_attention_layernorm"
 """What every family served here calls the norm before its MoE block."""
@@ -72,7 +72,7 @@ class CoherentLayers:
 class CoherentModel:
     """A model whose decoder layers move tokens; `walk` is set for each step."""
 
-    def __init__(self, model: nn.Module, shared: SharedLayers, meeting: Meeting) -> None:
+    def __init__(self, model: nn.Module, shared: ExpertShare, meeting: Meeting) -> None:
         self.walk: Walk | None = None
         self.shared = shared
         self.meeting = meeting

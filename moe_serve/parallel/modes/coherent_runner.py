@@ -16,25 +16,25 @@ from moe_serve.hf import experts
 from moe_serve.parallel.modes.coherent import Meeting, numbers, read_numbers
 from moe_serve.parallel.modes.coherent_layers import CoherentModel, Walk
 from moe_serve.parallel.modes.context import ContextShare
-from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes
 from moe_serve.parallel.modes.runner import Outcome
 from moe_serve.parallel.modes.step_rows import errors_of, sample_rows, start_ranks
 from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteTap
+from moe_serve.parallel.wire.routes import RouteNoter
 
 
 class CoherentRunner:
     """Decoding tokens end a layer where their experts ran; sampling happens where a token ends up."""
 
-    def __init__(self, runner: ModelRunner, shared: SharedLayers) -> None:
+    def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
         self._runner = runner
         self._exchange = shared.exchange
         self._losses = LossNotes()
         self._context = ContextShare(runner.kv_cache, shared.layers)
         self._model = CoherentModel(runner.model, shared, Meeting(shared, self._losses, self._context))
         num_experts = runner.expert_layers.experts.store.num_experts
-        self._tap = RouteTap(self._model.experts, shared.layers, num_experts, self._model.choosing_rows)
+        self._tap = RouteNoter(self._model.experts, shared.layers, num_experts, self._model.choosing_rows)
         experts.connect(runner.model, self._tap)
 
     def run(self, step: RankStep) -> Outcome:

@@ -14,14 +14,14 @@ import torch
 
 from expert_cache.errors import ExpertReadError
 from expert_cache.layers import Experts
-from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers, share_of
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
 from moe_serve.parallel.wire.exchange import pack, unpack
 
 
 class ConventionalLayers:
     """Stands where ExpertLayers stood; every rank must call `run` or `join` for each MoE layer of a step."""
 
-    def __init__(self, shared: SharedLayers) -> None:
+    def __init__(self, shared: ExpertShare) -> None:
         self.shared = shared
         self.experts: Experts = shared.local.experts
         self._losses = LossNotes()

@@ -1,4 +1,4 @@
-"""SharedLayers: what both modes need of a MoE layer of which this rank runs a share.
+"""ExpertShare: what both modes need of a MoE layer of which this rank runs a share.
 
 Sums are float32 and in the router's order, so that with two choices per token, wherever they run, the
 bits are those of one rank; with more they differ by the rounding of a float32 sum.
@@ -47,7 +47,7 @@ class LossNotes:
         return rows
 
 
-class SharedLayers:
+class ExpertShare:
     """One rank's experts, where the others are, and the way to them."""
 
     def __init__(

@@ -21,7 +21,7 @@ import torch
 
 from expert_cache.host_managed.cache import ExpertCache
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
-from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers, share_of
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
 from moe_serve.parallel.wire.exchange import pack, unpack
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -55,7 +55,7 @@ class Visits:
 class RecomputingLayers:
     """Stands where ExpertLayers stood; every rank calls it with the same tokens. Routes are looked at on the host."""
 
-    def __init__(self, shared: SharedLayers, losses: LossNotes, last_layer: int) -> None:
+    def __init__(self, shared: ExpertShare, losses: LossNotes, last_layer: int) -> None:
         """`last_layer`: the model's last decoder layer."""
         self._shared = shared
         self._losses = losses

@@ -13,26 +13,26 @@ from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits
 from moe_serve.hf import experts
-from moe_serve.parallel.modes.expert_share import LossNotes, SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes
 from moe_serve.parallel.modes.recompute import RecomputingLayers
 from moe_serve.parallel.modes.runner import Outcome
 from moe_serve.parallel.modes.step_rows import errors_of, sample_rows, start_ranks
 from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteTap
+from moe_serve.parallel.wire.routes import RouteNoter
 
 
 class RecomputingRunner:
     """All ranks walk through all tokens; a token is sampled where it began."""
 
-    def __init__(self, runner: ModelRunner, shared: SharedLayers) -> None:
+    def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
         self._runner = runner
         self._rank = shared.exchange.rank
         self._losses = LossNotes()
         self._layers = RecomputingLayers(shared, self._losses, max(runner.kv_cache.layers))
         self._own = torch.empty(0, dtype=torch.int64)
         num_experts = runner.expert_layers.experts.store.num_experts
-        self._tap = RouteTap(self._layers, shared.layers, num_experts, lambda: self._own)
+        self._tap = RouteNoter(self._layers, shared.layers, num_experts, lambda: self._own)
         experts.connect(runner.model, self._tap)
 
     def run(self, step: RankStep) -> Outcome:

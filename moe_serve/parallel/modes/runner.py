@@ -13,10 +13,10 @@ from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.hf import experts
 from moe_serve.parallel.modes.conventional import ConventionalLayers
-from moe_serve.parallel.modes.expert_share import SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.messages import RankStep, Sampled
-from moe_serve.parallel.wire.routes import RouteTap
+from moe_serve.parallel.wire.routes import RouteNoter
 from moe_serve.scheduling.batch_plan import BatchPlan
 
 
@@ -40,13 +40,13 @@ class RankRunner(Protocol):
 class ConventionalRunner:
     """Each sequence's tokens are computed on its home; only experts are elsewhere."""
 
-    def __init__(self, runner: ModelRunner, shared: SharedLayers) -> None:
+    def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
         self._runner = runner
         self._layers = ConventionalLayers(shared)
         self._rank = shared.exchange.rank
         self._num_tokens = 0
         num_experts = runner.expert_layers.experts.store.num_experts
-        self._tap = RouteTap(self._layers, shared.layers, num_experts, lambda: torch.arange(self._num_tokens))
+        self._tap = RouteNoter(self._layers, shared.layers, num_experts, lambda: torch.arange(self._num_tokens))
         experts.connect(runner.model, self._tap)
 
     def run(self, step: RankStep) -> Outcome:

@@ -23,7 +23,7 @@ from moe_serve.errors import MoEServeError
 from moe_serve.openmp import spin_briefly
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed, connect
-from moe_serve.parallel.wire.environment import SECRET, Place, front_address, read_place
+from moe_serve.parallel.wire.environment import SECRET, RankAddress, front_address, read_place
 
 log = logging.getLogger("moe_serve.rank")
 
@@ -80,7 +80,7 @@ def _report(channel: Channel, error: Exception) -> None:
         channel.send({"op": "failed", "kind": kind, "message": text})
 
 
-def _serve(channel: Channel, heart: Heart, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
+def _serve(channel: Channel, heart: Heart, place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> None:
     worker = _load(place, config, parallel)
     facts = {"engine": dataclasses.asdict(worker.config), "layers": worker.layers}
     channel.send({"op": "ready", **facts, "report": worker.report()})
@@ -92,7 +92,7 @@ def _serve(channel: Channel, heart: Heart, place: Place, config: EngineConfig, p
         channel.send({"op": "done", "n": message["n"], **worker.answer(message)})
 
 
-def _load(place: Place, config: EngineConfig, parallel: ParallelConfig) -> Any:
+def _load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> Any:
     """The worker; torch is imported only now, so that a wrong environment is found at once."""
     from moe_serve.parallel.ranks.rank_model import join_group
     from moe_serve.parallel.ranks.worker import Worker

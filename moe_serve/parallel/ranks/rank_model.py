@@ -16,16 +16,16 @@ from moe_serve.engine.model_runner import ModelRunner, load_runner
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_hosts
-from moe_serve.parallel.modes.expert_share import SharedLayers
+from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.environment import RankAddress
 from moe_serve.parallel.wire.exchange import Exchange
 from moe_serve.parallel.wire.sockets import GroupWire, connect_all
 from moe_serve.parallel.wire.traffic import Traffic
 from moe_serve.text.generation_defaults import eos_token_ids
 
 
-def join_group(place: Place, parallel: ParallelConfig, config: EngineConfig) -> None:
+def join_group(place: RankAddress, parallel: ParallelConfig, config: EngineConfig) -> None:
     """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `rank_step_s`."""
     on_gpu = _device_of(config, place).startswith("cuda")
     dist.init_process_group(
@@ -37,7 +37,7 @@ def join_group(place: Place, parallel: ParallelConfig, config: EngineConfig) -> 
     )
 
 
-def load(config: EngineConfig, parallel: ParallelConfig, place: Place) -> tuple[ModelRunner, SharedLayers]:
+def load(config: EngineConfig, parallel: ParallelConfig, place: RankAddress) -> tuple[ModelRunner, ExpertShare]:
     """This rank's runner, whose pages are as many as the smallest rank has room for. ConfigError."""
     if config.moe_prefetch != "off":
         raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
@@ -56,10 +56,10 @@ def load(config: EngineConfig, parallel: ParallelConfig, place: Place) -> tuple[
     exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
     like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=device)
     ownership = Ownership(hosts, store.layers, exchange.rank, device)
-    return runner, SharedLayers(local, ownership, exchange, spec.top_k, like)
+    return runner, ExpertShare(local, ownership, exchange, spec.top_k, like)
 
 
-def _device_of(config: EngineConfig, place: Place) -> str:
+def _device_of(config: EngineConfig, place: RankAddress) -> str:
     """auto and cuda are the GPU with this rank's number on its machine."""
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{place.local_rank}"

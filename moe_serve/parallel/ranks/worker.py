@@ -22,8 +22,8 @@ from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.choose import make_runner, way_of
 from moe_serve.parallel.ranks.grouping import GroupRunner
 from moe_serve.parallel.ranks.late_grammars import LateGrammars
-from moe_serve.parallel.wire.environment import Place
-from moe_serve.parallel.wire.messages import PlanReader, result_to_json
+from moe_serve.parallel.wire.environment import RankAddress
+from moe_serve.parallel.wire.messages import StepReader, result_to_json
 from moe_serve.parallel.wire.sockets import Wire
 from placement.cost import hosts_of
 
@@ -31,7 +31,7 @@ from placement.cost import hosts_of
 class Worker:
     """One rank, loaded; the process group must have been joined (rank_model.join_group)."""
 
-    def __init__(self, place: Place, config: EngineConfig, parallel: ParallelConfig) -> None:
+    def __init__(self, place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> None:
         self._runner, self._shared = rank_model.load(config, parallel, place)
         pages, context = rank_model.smallest(
             [self._runner.config.num_kv_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
@@ -46,7 +46,7 @@ class Worker:
         mode = make_runner(self.way, self._runner, self._shared)
         size = parallel.ranks_per_group
         self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
-        self._reader = PlanReader(LateGrammars(self.config).start)
+        self._reader = StepReader(LateGrammars(self.config).start)
 
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """What this rank has to say to the front's message."""

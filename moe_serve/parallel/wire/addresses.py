@@ -9,14 +9,14 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.environment import RankAddress
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """Network interface of this machine; what gloo obeys as well."""
 SIOCGIFADDR = 0x8915
 
 
-def own_address(place: Place, environ: Mapping[str, str] = os.environ) -> str:
+def own_address(place: RankAddress, environ: Mapping[str, str] = os.environ) -> str:
     """Of the interface in GLOO_SOCKET_IFNAME, else of the one from which the master is reached. ConfigError."""
     name = environ.get(INTERFACE, "").split(",")[0]
     if name:

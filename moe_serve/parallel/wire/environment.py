@@ -16,7 +16,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankAddress:
     """One rank of a group. Example: rank 5 of 8, the second on its machine."""
 
     rank: int
@@ -40,7 +40,7 @@ def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     return all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def read_place(environ: Mapping[str, str] = os.environ) -> Place:
+def read_place(environ: Mapping[str, str] = os.environ) -> RankAddress:
     """ConfigError names the variable that is missing or is no number."""
     values: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
@@ -53,10 +53,10 @@ def read_place(environ: Mapping[str, str] = os.environ) -> Place:
     address = environ.get("MASTER_ADDR", "")
     if not address:
         raise ConfigError("MASTER_ADDR is not set; start the ranks with a launcher")
-    return Place(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], address, values["MASTER_PORT"])
+    return RankAddress(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], address, values["MASTER_PORT"])
 
 
-def front_address(place: Place, environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
+def front_address(place: RankAddress, environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Where a rank finds the front."""
     text = environ.get(FRONT)
     if text is None:

@@ -40,7 +40,7 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-class PlanWriter:
+class StepWriter:
     """The front's side: plans as messages, and which sequences the ranks know already."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class RankStep:
 
 
 @dataclass
-class PlanReader:
+class StepReader:
     """A rank's side: messages as plans over mirrored sequences."""
 
     start_grammar: Callable[[GrammarSpec], object]

@@ -1,6 +1,6 @@
 """Routes over ranks: each notes what its routers chose, and the front puts a step's tokens together again.
 
-On a rank a `RouteTap` stands before the mode's layers. Its notes travel with the answer to a step as pieces: so
+On a rank a `RouteNoter` stands before the mode's layers. Its notes travel with the answer to a step as pieces: so
 many tokens in so many layers. A conventional rank sends one piece, since its tokens are the same in all layers; a
 coherent one sends a piece per layer, since tokens move. Knows token rows; knows no sequences' contents.
 
@@ -42,7 +42,7 @@ class Note(NamedTuple):
     """[n, K]"""
 
 
-class RouteTap:
+class RouteNoter:
     """Stands before a mode's layers: notes what the routers chose and hands on."""
 
     def __init__(
@@ -107,7 +107,7 @@ def plan_numbers(plan: BatchPlan, places: Items[slice]) -> Rows:
     return numbers
 
 
-def whole_step(tap: RouteTap, step: RankStep) -> list[dict[str, Any]]:
+def whole_step(tap: RouteNoter, step: RankStep) -> list[dict[str, Any]]:
     """The pieces of a rank whose batch is the whole step."""
     return tap.take(plan_numbers(step.plan, spans(step.plan))) if step.routes else []
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from moe_serve.parallel.wire.addresses import check_reachable, own_address
-from moe_serve.parallel.wire.environment import Place
+from moe_serve.parallel.wire.environment import RankAddress
 
 LENGTH = struct.Struct("!Q")
 TOKEN_BYTES = 16
@@ -154,7 +154,7 @@ class _Receiving:
         return True
 
 
-def connect_all(place: Place, timeout_s: float) -> SocketWire:
+def connect_all(place: RankAddress, timeout_s: float) -> SocketWire:
     """A mesh of the ranks of the process group, over which they learn each other's addresses. ConfigError, OSError."""
     peers: dict[int, socket.socket] = {}
     address = own_address(place)

@@ -54,7 +54,7 @@ class Usage:
 
 
 @dataclass(slots=True)
-class Merger:
+class AnswerMerger:
     """Numbers the samples of several requests through: choice = request's position * n + sample."""
 
     requests: Sequence[Request]
@@ -85,7 +85,7 @@ class Merger:
             self.ended.append(output.stats)
 
 
-async def stream(engine: AsyncEngine, merger: Merger) -> AsyncGenerator[tuple[int, SampleOutput]]:
+async def stream(engine: AsyncEngine, merger: AnswerMerger) -> AsyncGenerator[tuple[int, SampleOutput]]:
     """(choice index, output) of all requests, in order of arrival. Leaving it aborts what is left."""
     if len(merger.requests) == 1:
         async with aclosing(engine.generate(merger.requests[0])) as outputs:
@@ -146,7 +146,7 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-async def collect(engine: AsyncEngine, merger: Merger) -> list[Completion]:
+async def collect(engine: AsyncEngine, merger: AnswerMerger) -> list[Completion]:
     """All choices, finished."""
     choices = [Completion(i) for i in range(sum(r.params.n for r in merger.requests))]
     async with aclosing(stream(engine, merger)) as outputs:

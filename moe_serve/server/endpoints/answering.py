@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
 from moe_serve.scheduling.sequence import Completion, SampleOutput
 from moe_serve.server.api import http_errors, sse
-from moe_serve.server.api.answer_merger import Merger, Usage, collect, stream, unless_disconnected
+from moe_serve.server.api.answer_merger import AnswerMerger, Usage, collect, stream, unless_disconnected
 from moe_serve.server.api.protocol import SamplingBody
 from moe_serve.server.monitoring import request_log
 
@@ -35,7 +35,7 @@ class Shapes(Protocol):
 async def answer(
     service: Service,
     http: HttpRequest,
-    merger: Merger,
+    merger: AnswerMerger,
     whole: Callable[[Sequence[Completion]], dict[str, Any]],
     events: AsyncGenerator[bytes] | None,
 ) -> Response:
@@ -59,7 +59,7 @@ async def answer(
     return sse.EventStream(first, events, headers)
 
 
-async def chunks(service: Service, body: SamplingBody, merger: Merger, shapes: Shapes) -> AsyncGenerator[bytes]:
+async def chunks(service: Service, body: SamplingBody, merger: AnswerMerger, shapes: Shapes) -> AsyncGenerator[bytes]:
     """SSE bytes of one completion. Errors before the first output raise; later ones become an event."""
     options = body.stream_options
     started = False

@@ -11,7 +11,7 @@ from typing import Any
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
 from moe_serve.server.api import prompts
-from moe_serve.server.api.answer_merger import Merger, Usage, json_logprob
+from moe_serve.server.api.answer_merger import AnswerMerger, Usage, json_logprob
 from moe_serve.server.api.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
 from moe_serve.server.api.prompt_scores import prompt_scores
 from moe_serve.server.api.protocol import ChatBody
@@ -97,7 +97,7 @@ class ChatShapes:
     """The JSON of one request's answer, whole or in chunks."""
 
     def __init__(
-        self, body: ChatBody, plan: ChatPlan, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger
+        self, body: ChatBody, plan: ChatPlan, request_id: str, model: str, tokenizer: Tokenizer, merger: AnswerMerger
     ) -> None:
         self._body = body
         self._head = {"id": request_id, "created": int(time.time()), "model": model}

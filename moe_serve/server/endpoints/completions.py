@@ -10,7 +10,7 @@ from typing import Any
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
 from moe_serve.server.api import prompts
-from moe_serve.server.api.answer_merger import Merger, Usage, json_logprob
+from moe_serve.server.api.answer_merger import AnswerMerger, Usage, json_logprob
 from moe_serve.server.api.prompt_scores import prompt_scores
 from moe_serve.server.api.protocol import CompletionBody
 from moe_serve.text.tokenizer import Tokenizer
@@ -48,7 +48,9 @@ def _prompts_of(body: CompletionBody, tokenizer: Tokenizer, max_model_len: int) 
 class CompletionShapes:
     """The JSON of one request's answer, whole or in chunks."""
 
-    def __init__(self, body: CompletionBody, request_id: str, model: str, tokenizer: Tokenizer, merger: Merger) -> None:
+    def __init__(
+        self, body: CompletionBody, request_id: str, model: str, tokenizer: Tokenizer, merger: AnswerMerger
+    ) -> None:
         self._body = body
         self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer

@@ -26,7 +26,7 @@ from moe_serve.errors import ConfigError, InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel import expert_plans as plans
 from moe_serve.parallel.front.engine import ParallelEngine
-from moe_serve.parallel.front.live_placement import Decision, Replacement
+from moe_serve.parallel.front.live_placement import Decision, LivePlacement
 from moe_serve.planning import problems
 from moe_serve.planning.replanning import Terms
 from moe_serve.server.api import openapi
@@ -57,7 +57,7 @@ class ExpertPlanBody(Body):
 def install(app: FastAPI, service: Service) -> None:
     """Add the endpoints, and where there are ranks the metrics and what --expert-plan-interval asks for."""
     engine = service.engine.engine
-    replacement = Replacement(service.engine, engine) if isinstance(engine, ParallelEngine) else None
+    replacement = LivePlacement(service.engine, engine) if isinstance(engine, ParallelEngine) else None
     if isinstance(engine, ParallelEngine) and replacement is not None:
         service.metrics.registry.register(DecisionCollector(replacement))
         _repeat_while_serving(app, engine, replacement)
@@ -77,7 +77,7 @@ def install(app: FastAPI, service: Service) -> None:
         return {**decision.to_json(), "placements": engine.num_placements}
 
 
-async def _change(body: ExpertPlanBody, replacement: Replacement, engine: ParallelEngine) -> Decision:
+async def _change(body: ExpertPlanBody, replacement: LivePlacement, engine: ParallelEngine) -> Decision:
     size = engine.team.parallel.ranks_per_group
     candidate = None if body.plan is None else read_plan(body.plan, engine.routing_shape(), size)
     if candidate is not None and body.margin_frac is None:
@@ -87,7 +87,7 @@ async def _change(body: ExpertPlanBody, replacement: Replacement, engine: Parall
     return await replacement.consider(Terms(margin, body.time_limit_s), candidate)
 
 
-def _present(replacement: Replacement | None) -> Replacement:
+def _present(replacement: LivePlacement | None) -> LivePlacement:
     if replacement is None:
         raise InvalidRequestError("plan", "this server runs on one device; start it with --devices above 1")
     return replacement
@@ -113,7 +113,7 @@ def _any_trace(shape: RoutingShape) -> RoutingTrace:
     return RoutingTrace(row, np.array([0, 1]), np.array(shape.layer_ids), shape.num_experts)
 
 
-def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Replacement) -> None:
+def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: LivePlacement) -> None:
     """A task beside the application, where --expert-plan-interval asks for one."""
     parallel, inner = engine.team.parallel, app.router.lifespan_context
     interval_s = parallel.expert_plan_interval
@@ -137,7 +137,7 @@ def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Rep
 class DecisionCollector:
     """Reads the replacement's counts when Prometheus asks."""
 
-    def __init__(self, replacement: Replacement) -> None:
+    def __init__(self, replacement: LivePlacement) -> None:
         self._replacement = replacement
 
     def collect(self) -> Iterator[Metric]:

@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from moe_serve.errors import MoEServeError
 from moe_serve.scheduling.sequence import Completion, FinishReason, SampleOutput, TokenLogprob
 from moe_serve.server.api import openapi, sse
-from moe_serve.server.api.answer_merger import Merger, json_logprob, stream
+from moe_serve.server.api.answer_merger import AnswerMerger, json_logprob, stream
 from moe_serve.server.api.parsing import parse
 from moe_serve.server.api.responses_body import ResponsesBody, our_names
 from moe_serve.server.api.responses_items import Event, OutputItems
@@ -41,13 +41,13 @@ def install(app: FastAPI, service: Service) -> None:
         asked = body.as_chat()
         with our_names():
             plan = chat.plan(asked, request_id, service.tokenizer, service.response_template, defaults, limit)
-            merger = Merger([plan.request])
+            merger = AnswerMerger([plan.request])
             shape = ResponseShape(body, plan, service.model_name, service.tokenizer, merger)
             events = _events(service, merger, shape) if body.stream else None
             return await answering.answer(service, http, merger, shape.whole, events)
 
 
-async def _events(service: Service, merger: Merger, shape: ResponseShape) -> AsyncGenerator[bytes]:
+async def _events(service: Service, merger: AnswerMerger, shape: ResponseShape) -> AsyncGenerator[bytes]:
     """SSE bytes of one response. Errors before the first output raise; later ones become response.failed."""
     started = False
     try:
@@ -69,7 +69,9 @@ async def _events(service: Service, merger: Merger, shape: ResponseShape) -> Asy
 class ResponseShape:
     """The JSON of one response, whole or as events."""
 
-    def __init__(self, body: ResponsesBody, plan: ChatPlan, model: str, tokenizer: Tokenizer, merger: Merger) -> None:
+    def __init__(
+        self, body: ResponsesBody, plan: ChatPlan, model: str, tokenizer: Tokenizer, merger: AnswerMerger
+    ) -> None:
         self._body = body
         self._request = plan.request
         self._parser = plan.new_parser()

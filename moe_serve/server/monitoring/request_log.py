@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request as HttpRequest
 
 from moe_serve.scheduling.sequence import Request
-from moe_serve.server.api.answer_merger import Merger
+from moe_serve.server.api.answer_merger import AnswerMerger
 from moe_serve.server.monitoring.logs import FIELDS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def note(http: HttpRequest, merger: Merger, service: Service) -> None:
+def note(http: HttpRequest, merger: AnswerMerger, service: Service) -> None:
     """Let access log and tracing know the request; with --log-requests, log each prompt as the model sees it."""
     http.state.merger = merger
     http.state.logged = lambda: _counts(merger)
@@ -26,7 +26,7 @@ def note(http: HttpRequest, merger: Merger, service: Service) -> None:
             _write(request, service)
 
 
-def _counts(merger: Merger) -> dict[str, Any]:
+def _counts(merger: AnswerMerger) -> dict[str, Any]:
     usage = merger.usage
     return {
         "prompt_tokens": sum(len(request.prompt_token_ids) for request in merger.requests),

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_serve.scheduling.stats import FinishedStats
-from moe_serve.server.api.answer_merger import Merger
+from moe_serve.server.api.answer_merger import AnswerMerger
 
 Attributes = Mapping[str, str | int | float | Sequence[str]]
 
@@ -52,13 +52,13 @@ class TraceRequests:
         try:
             await self._app(scope, receive, watch)
         finally:
-            merger: Merger | None = scope.get("state", {}).get("merger")
+            merger: AnswerMerger | None = scope.get("state", {}).get("merger")
             if merger is not None:
                 attributes = {**span_attributes(merger, self._model_name), **_outcome(merger, status)}
                 self._tracing.add(Headers(scope=scope), start_ns, time.time_ns(), attributes)
 
 
-def span_attributes(merger: Merger, model_name: str) -> Attributes:
+def span_attributes(merger: AnswerMerger, model_name: str) -> Attributes:
     """Of one HTTP request, over all its prompts and samples."""
     params, usage = merger.requests[0].params, merger.usage
     limit = {} if params.max_tokens is None else {"gen_ai.request.max_tokens": params.max_tokens}
@@ -92,7 +92,7 @@ def _latencies(ended: Sequence[FinishedStats]) -> Attributes:
     }
 
 
-def _outcome(merger: Merger, status: int) -> Attributes:
+def _outcome(merger: AnswerMerger, status: int) -> Attributes:
     """The HTTP status, and in `error.type` what went wrong, if anything."""
     found: dict[str, str | int] = {"http.response.status_code": status} if status else {}
     if merger.error_type or status >= 400:

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from moe_serve.cli import parse
-from moe_serve.cli.bench.flags import dataset_options
 from moe_serve.errors import ConfigError
 from moe_serve.loadtest.arrival_traces import TraceEntry, read_trace
 from moe_serve.loadtest.arrivals import arrival_times
 from moe_serve.loadtest.datasets import DatasetOptions, Pieces, PlannedRequest, plan_requests
+from moe_serve.loadtest.flags import dataset_options
 from moe_serve.loadtest.vocabulary import Vocabulary
 
 REAL_TRACES = Path("/work/shared/data/arrivals")

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from expert_cache.capacity import Slots
+from expert_cache.capacity import Capacity
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import layout_of
 from expert_cache.gpu_managed.pool import PooledExpert, SlotPool
@@ -38,7 +38,7 @@ def cached(store, device, num_slots) -> ExpertLayers:
     make = HostArena if device.type == "cpu" else lambda *size: CudaTransit(*size, device)
     policy = find_policy("lru")(len(store.layers), store.num_experts)
     arena = make(num_slots, store.slot_bytes)
-    cache = ExpertCache(store, compute.prepare, arena, Slots.shared(num_slots), 0, policy, Fetcher())
+    cache = ExpertCache(store, compute.prepare, arena, Capacity.shared(num_slots), 0, policy, Fetcher())
     return ExpertLayers(cache, compute)
 
 
