@@ -70,8 +70,8 @@ class EngineConfig(FromDict):
     tokenizer: str | None = option(None, "Folder of the tokenizer, where it is not the model's own.")
     dtype: str = option(
         "auto",
-        "Type of weights and activations. auto: the checkpoint's type on a GPU or on a CPU with native bf16"
-        " arithmetic, float32 on any other CPU.",
+        "Type of weights and activations. auto: the checkpoint's type on a GPU, float32 on a CPU, where a request's"
+        " tokens then do not depend on the other requests of its batch.",
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")

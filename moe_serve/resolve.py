@@ -39,9 +39,7 @@ def dtype_of(config: EngineConfig, spec: ModelSpec, device: torch.device) -> tor
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    if device.type == "cpu" and not (spec.dtype == torch.bfloat16 and has_native_bf16()):
-        return torch.float32
-    return spec.dtype
+    return torch.float32 if device.type == "cpu" else spec.dtype
 
 
 def has_native_bf16() -> bool:
