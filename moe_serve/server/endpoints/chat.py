@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.scheduling.sequence import Completion, FinishReason, GrammarSpec, Request, SampleOutput, TokenLogprob
+from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.sequence import Completion, GrammarSpec, Request, SampleOutput, TokenLogprob
 from moe_serve.server.api import prompts
 from moe_serve.server.api.answer_merger import AnswerMerger, Usage, json_logprob
 from moe_serve.server.api.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer

@@ -16,7 +16,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from moe_serve.errors import MoEServeError
-from moe_serve.scheduling.sequence import Completion, FinishReason, SampleOutput, TokenLogprob
+from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.sequence import Completion, SampleOutput, TokenLogprob
 from moe_serve.server.api import openapi, sse
 from moe_serve.server.api.answer_merger import AnswerMerger, json_logprob, stream
 from moe_serve.server.api.parsing import parse
