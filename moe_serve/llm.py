@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.start import make_engine
+from moe_serve.parallel.front.start import make_engine
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
 
 Prompt = str | Sequence[int]

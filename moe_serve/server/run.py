@@ -110,7 +110,7 @@ def _load(
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.engine.async_engine import AsyncEngine
-    from moe_serve.parallel.start import make_engine
+    from moe_serve.parallel.front.start import make_engine
     from moe_serve.server.app import create_app
     from moe_serve.text.generation_defaults import read_generation_defaults
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import reduce
 
 from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
 from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel.expert_plans import layout_to_json
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.reports import TeamReports
+from moe_serve.parallel.front.step_writer import StepWriter, merge
 from moe_serve.parallel.front.team import Team
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.messages import StepWriter, merge_results
+from moe_serve.parallel.wire.messages import (
+    NO_ROUTES,
+    ROUTE_IDS,
+    ROUTE_IDS_AND_WEIGHTS,
+    Place,
+    Placed,
+    Resize,
+    Resized,
+    StepDone,
+)
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from placement.cost import Layout, hosts_of
 
@@ -41,9 +50,7 @@ class TeamExperts:
         return _plus(self._before, now)
 
     def _of_group(self) -> ExpertTotals:
-        counted = [answer["experts"] for answer in self._team.counted.values()]
-        names = counted[0] if counted else {}
-        return ExpertTotals(**{name: sum(each[name] for each in counted) for name in names})
+        return reduce(_plus, (counted.experts for counted in self._team.counted.values()), ExpertTotals())
 
 
 def _plus(left: ExpertTotals, right: ExpertTotals) -> ExpertTotals:
@@ -60,7 +67,7 @@ class TeamRunner:
         self.expert_layers = TeamExperts(team)
         self.reports = TeamReports(team.reports)
         self._shape = shape
-        self._routes = routes.OFF
+        self._routes = NO_ROUTES
         self._writer = StepWriter()
 
     def forget(self) -> None:
@@ -69,21 +76,19 @@ class TeamRunner:
 
     def place(self, layout: Layout) -> None:
         """Between two steps: every rank runs the experts that it has in `layout`. RankLostError."""
-        self.team.ask_all({"op": "place", **layout_to_json(layout)})
+        self.team.ask_all(Place(layout), Placed)
         self.prescheduler.place(hosts_of(layout, self.team.parallel.ranks_per_group))
 
     def run(self, plan: BatchPlan) -> StepResult:
         """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""
-        wanted = self._routes
-        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, wanted)})
-        result = merge_results(plan, answers)
-        return replace(result, routes=routes.gather(plan, answers, self._shape, wanted)) if wanted else result
+        answers = self.team.ask_all(self._writer.write(plan, self._routes), StepDone)
+        return merge(plan, answers, self._shape, self._routes)
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Every rank gets this much. InvalidRequestError."""
-        for answer in self.team.ask_all({"op": "resize", "mib": moe_cache_mib}):
-            if "refused" in answer:
-                raise InvalidRequestError("mib", answer["refused"])
+        for answer in self.team.ask_all(Resize(moe_cache_mib), Resized):
+            if answer.refused is not None:
+                raise InvalidRequestError("mib", answer.refused)
 
     def moe_layer_ids(self) -> tuple[int, ...]:
         return self._shape.layer_ids
@@ -97,7 +102,7 @@ class TeamRunner:
 
     def watch_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, ranks add routes to their answers, or stop to."""
-        self._routes = (routes.IDS_AND_WEIGHTS if weights else routes.IDS) if wanted else routes.OFF
+        self._routes = (ROUTE_IDS_AND_WEIGHTS if weights else ROUTE_IDS) if wanted else NO_ROUTES
 
     def close(self) -> None:
         self.team.stop()

@@ -10,7 +10,6 @@ Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -19,12 +18,10 @@ from expert_cache.layers import Experts
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.hf import experts
+from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
-from moe_serve.parallel.modes.runner import Outcome
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.exchange import pack, unpack
-from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteNoter
+from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan
 
 
@@ -95,27 +92,21 @@ class ConventionalRunner:
         self._runner = runner
         self._layers = ConventionalLayers(shared)
         self._rank = shared.exchange.rank
-        self._tap = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
-        experts.connect(runner.model, self._tap)
+        self._noter = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
+        experts.connect(runner.model, self._noter)
 
     def run(self, step: RankStep) -> Outcome:
         own = step.part_of(self._rank)
         if not own:
             for layer in self._layers.shared.layers:
                 self._layers.join(layer)
-            return Outcome({}, {}, [])
+            return Outcome({}, {}, None)
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in own))
-        self._tap.begin(step.routes)
+        self._noter.begin(step.routes)
         result = self._runner.run(plan)
         failures = forward_batch.by_sequence(plan, self._layers.take_failures())
         sampled = [i for i in own if step.plan.scheduled[i].needs_sample]
         tokens = dict(zip(sampled, zip(result.token_ids, result.logprobs, strict=True), strict=True))
         messages = {seq: error.message for seq, error in failures.items()} | dict(result.errors)
         errors = {i: messages[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in messages}
-        return Outcome(tokens, errors, self._routes(step, plan, own))
-
-    def _routes(self, step: RankStep, plan: BatchPlan, own: list[int]) -> list[dict[str, Any]]:
-        if not step.routes:
-            return []
-        places = routes.spans(step.plan)
-        return self._tap.take(routes.plan_numbers(plan, [places[i] for i in own]))
+        return Outcome(tokens, errors, self._noter.take(step, own))

@@ -1,9 +1,9 @@
-"""ExpertShare: what both modes need of a MoE layer of which this rank runs a share.
+"""ExpertShare: a MoE layer's experts divided among ranks: those of this rank, and the way to the others.
 
 Sums are float32 and in the router's order, so that with two choices per token, wherever they run, the
 bits are those of one rank; with more they differ by the rounding of a float32 sum.
 
-Shape alphabet: T tokens, K choices, H hidden.
+Shape alphabet: T tokens, K choices, H hidden, L MoE layers, E experts, G ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from expert_cache.errors import ExpertReadError
 from expert_cache.layers import ExpertLayers
 from expert_cache.regroup import regroup_pairs
+from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.wire.exchange import Exchange
+from placement.cost import Hosts
 
 NOT_HERE = -1
 """Stands for the expert of a choice that another rank runs."""
@@ -50,16 +51,18 @@ class LossNotes:
 class ExpertShare:
     """One rank's experts, where the others are, and the way to them."""
 
-    def __init__(
-        self, local: ExpertLayers, ownership: Ownership, exchange: Exchange, top_k: int, like: torch.Tensor
-    ) -> None:
-        """`like` [.., H]: a tensor of the model's width, type and device."""
+    def __init__(self, local: ExpertLayers, hosts: Hosts, exchange: Exchange, top_k: int, like: torch.Tensor) -> None:
+        """hosts [L, E, G]; `like` [.., H]: a tensor of the model's width, type and device."""
         self.local = local
-        self.ownership = ownership
         self.exchange = exchange
         self.top_k = top_k
         self._like = like
         self._index = {layer: i for i, layer in enumerate(local.experts.store.layers)}
+        self.place(hosts)
+
+    def place(self, hosts: Hosts) -> None:
+        """From now on experts live as hosts [L, E, G] says."""
+        self.ownership = Ownership(hosts, self.layers, self.exchange.rank, self._like.device)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from moe_serve.parallel.expert_plans import Hosts
 from moe_serve.parallel.modes.copies import Bools, Ints, choose_copies
+from placement.cost import Hosts
 
 FORGET = 0.9
 """What remains of a rank's counted load after each layer call: the last ten calls decide."""

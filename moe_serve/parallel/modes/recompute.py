@@ -24,13 +24,11 @@ from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits
 from moe_serve.hf import experts
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
+from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
-from moe_serve.parallel.modes.runner import Outcome
+from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_rows
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.exchange import pack, unpack
-from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteNoter
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
@@ -154,8 +152,8 @@ class RecomputingRunner:
         self._rank = shared.exchange.rank
         self._losses = LossNotes()
         self._layers = RecomputingLayers(shared, self._losses, max(runner.kv_cache.layers))
-        self._tap = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
-        experts.connect(runner.model, self._tap)
+        self._noter = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
+        experts.connect(runner.model, self._noter)
 
     def run(self, step: RankStep) -> Outcome:
         self._runner.relieve_memory()
@@ -163,7 +161,7 @@ class RecomputingRunner:
         batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
         homes = home_ranks(step, device)
         self._layers.begin(homes, batch.sample_rows)
-        self._tap.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
+        self._noter.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
         rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
         logits: torch.Tensor = self._runner.model(
             input_ids=batch.input_ids,
@@ -174,7 +172,7 @@ class RecomputingRunner:
             kv_cache=self._runner.kv_cache,
         ).logits[0]
         sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        return Outcome(sampled, errors_of(step, self._losses) | lost, routes.whole_step(self._tap, step))
+        return Outcome(sampled, errors_of(step, self._losses) | lost, self._noter.take(step))
 
 
 def _check_of(routes: Ints) -> torch.Tensor:

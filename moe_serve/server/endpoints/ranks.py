@@ -56,13 +56,12 @@ def install(app: FastAPI, engine: EngineLike, registry: CollectorRegistry) -> No
     @app.get("/ranks")
     async def ranks() -> dict[str, Any]:
         """Every rank's process, its last sign of life, what it sent to others, and by layer what its experts did."""
-        counted = {rank: answer["traffic"] for rank, answer in sorted(team.counted.items())}
-        layers = {rank: answer["layer_bytes"] for rank, answer in sorted(team.counted.items())}
+        counted = sorted(team.counted.items())
         return {
             **team.describe(),
             "placements": over_ranks.num_placements,
-            "traffic": counted,
-            "sent_bytes_by_layer": layers,
+            "traffic": {rank: each.traffic for rank, each in counted},
+            "sent_bytes_by_layer": {rank: each.layer_bytes for rank, each in counted},
             "experts": {rank: _experts(report) for rank, report in reports.by_rank().items()},
         }
 
@@ -106,14 +105,14 @@ class TeamCollector:
             PREFIX + "layer_sent_bytes", "Payload sent to other ranks, by MoE layer.", labels=["rank", "layer"]
         )
         trips = CounterMetricFamily(PREFIX + "trips", "Waits for other ranks, a link's delay each.", labels=["rank"])
-        for rank, answer in sorted(self._team.counted.items()):
-            trips.add_metric([str(rank)], answer["traffic"]["trips"])
-            for name, amount in answer["traffic"].items():
+        for rank, counted in sorted(self._team.counted.items()):
+            trips.add_metric([str(rank)], counted.traffic["trips"])
+            for name, amount in counted.traffic.items():
                 if name in ("local_rows", "remote_rows"):
                     rows.add_metric([str(rank), name.removesuffix("_rows")], amount)
                 elif name.endswith("_bytes") and name != "unmerged_bytes":
                     sent.add_metric([str(rank), name.removesuffix("_bytes")], amount)
-            for layer, amount in zip(self._team.layers, answer["layer_bytes"], strict=True):
+            for layer, amount in zip(self._team.layers, counted.layer_bytes, strict=True):
                 layers.add_metric([str(rank), str(layer)], amount)
         yield from (sent, rows, trips, layers, self._expert_tokens())
 
