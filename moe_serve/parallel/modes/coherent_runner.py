@@ -40,7 +40,7 @@ class CoherentRunner:
     def run(self, step: RankStep) -> Outcome:
         self._runner.relieve_memory()
         config, device = self._runner.config, self._runner.device
-        batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
+        batch = forward_batch.make(step.plan, config.kv.page_size, device, GroupLimits())
         walk = self._begin(step, batch)
         self._model.walk = walk
         self._tap.begin(step.routes)
