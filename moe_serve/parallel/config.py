@@ -23,26 +23,26 @@ class ParallelConfig(Settings):
     )
     ep_mode: str = option(
         "conventional",
-        "How tokens meet their experts. conventional: tokens go out and results come back, in each layer."
-        " coherent: while decoding, a token stays where its expert ran, and every rank holds the whole KV cache.",
+        "How tokens meet their experts. conventional: each token has one home rank; in every layer it is sent to its"
+        " experts and their results come back. coherent: every rank computes every token up to its experts, and only"
+        " the experts' results are sent.",
         ("conventional", "coherent"),
     )
     ep_context: str = option(
-        "auto",
-        "With --ep-mode coherent, how a rank gets the context of the other ranks' tokens. send: as keys and values."
-        " recompute: from hidden states; every rank computes every token. auto: what sends less.",
-        ("auto", "send", "recompute"),
+        "recompute",
+        "With --ep-mode coherent: how every rank gets the keys and values of every token. recompute, the only way:"
+        " each rank computes them itself.",
     )
     ep_groups: int = option(
         1,
         "Split the ranks into N groups; every group holds all experts, and a sequence stays in its group."
-        " --expert-plan is then for the devices of one group.",
+        " The plan is then for one group: as many devices as a group has ranks.",
         bound="positive",
     )
     ep_predictor: str | None = option(
         None,
-        "Table of the experts that each token id used (.npz). Sequences and tokens start on the rank that is expected"
-        " to hold their experts.",
+        "File that `moe-serve predictor tokens` made from a trace of this model (.npz): how often each token id used"
+        " each expert. A new sequence then lives on the rank that is expected to hold its experts.",
     )
     expert_plan_interval_s: float | None = option(
         None,
@@ -70,6 +70,13 @@ class ParallelConfig(Settings):
     )
 
     def check(self) -> None:
+        if self.ep_context == "send":
+            raise ConfigError(
+                "--ep-context send: sending keys and values has been removed, since it never sent fewer bytes than"
+                " --ep-mode conventional with a plan; use --ep-context recompute"
+            )
+        if self.ep_context not in ("auto", "recompute"):  # auto: the old spelling of the one way that is left
+            raise ConfigError(f"--ep-context: {self.ep_context!r} is not recompute")
         if self.devices % self.ep_groups:
             raise ConfigError(f"--ep-groups {self.ep_groups} does not divide --devices {self.devices}")
         if not 0 <= self.expert_plan_margin < 1:

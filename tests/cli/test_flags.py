@@ -21,7 +21,7 @@ from moe_serve.scheduling.sequence import SamplingParams
 
 CONFIGS = (EngineConfig, ServerConfig, ParallelConfig)
 SETTINGS = [(config, setting) for config in CONFIGS for setting in settings_of(config)]
-VALUE_OF = {"device": "cuda:1", "expert_plan_margin": 0.5, "ep_groups": 2}
+VALUE_OF = {"device": "cuda:1", "expert_plan_margin": 0.5, "ep_groups": 2, "ep_context": "auto"}
 NEEDS: dict[str, dict[str, Any]] = {
     "expert_aware_batching": {"max_num_batched_seqs": 4},
     "moe_prefetch": {"moe_predictor": "file"},
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_by_name(values: dict[str, Any], complaint: st
         (EngineConfig.of(max_skipped_steps=3), "--max-skipped-steps has no effect without --max-num-batched-seqs"),
         (ServerConfig(recording_buffer_tokens=3), "--recording-buffer-tokens has no effect without --recording-dir"),
         (ParallelConfig(ep_mode="coherent"), "--ep-mode has no effect on one device"),
-        (ParallelConfig(devices=2, ep_context="send"), "--ep-context has no effect without --ep-mode coherent"),
+        (ParallelConfig(devices=2, ep_context="auto"), "--ep-context has no effect without --ep-mode coherent"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -155,7 +155,7 @@ def test_a_flag_without_effect_is_refused(config: Settings, complaint: str) -> N
     [
         EngineConfig.of(moe_predictor="file", moe_cache_policy="predicted"),
         EngineConfig.of(moe_cache_mib=0, moe_expert_file="file"),
-        ParallelConfig(devices=2, ep_mode="coherent", ep_context="send"),
+        ParallelConfig(devices=2, ep_mode="coherent", ep_context="auto"),
         *(config() for config in CONFIGS),
     ],
 )
