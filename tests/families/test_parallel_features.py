@@ -26,7 +26,11 @@ from .test_parallel import LAUNCH_S, free_port, launch, torchrun, write_plan
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 
-WAYS = ({}, {"ep_mode": "coherent", "ep_context": "send"}, {"ep_mode": "coherent", "ep_context": "recompute"})
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"ep_mode": "coherent", "ep_context": "send"},
+    {"ep_mode": "coherent", "ep_context": "recompute"},
+)
 ENGINE = {**SMALL_ENGINE, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
 GRAMMAR = SamplingParams(temperature=0, max_tokens=20, grammar=GrammarSpec(GrammarKind.REGEX, "[a-d]{4}(xy|z){2,3}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -54,12 +55,16 @@ def told(*answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return parsed
 
 
+def last_of(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    return rows[-1]
+
+
 def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
     """Rank 0 has the prompt, rank 1 the others, in the order of its batch: the shorter context first."""
     places = routes.spans(plan)
     answers = []
     for own, tokens in (([0], [0, 1, 2]), ([1, 2], [4, 3])):
-        tap = RouteNoter(Nothing(), LAYERS, 8, lambda tokens=tokens: torch.arange(len(tokens)))
+        tap = RouteNoter(Nothing(), LAYERS, 8, functools.partial(torch.arange, len(tokens)))
         tap.begin(routes.IDS_AND_WEIGHTS)
         for layer in LAYERS:
             call(tap, layer, tokens)
@@ -80,7 +85,7 @@ def test_coherent_ranks_send_what_was_where(plan: BatchPlan) -> None:
     answers = []
     for here, then in (([0, 2, 3, 4], [1, 2, 3, 4]), ([1], [0])):
         rows: list[torch.Tensor | None] = []
-        tap = RouteNoter(Nothing(), LAYERS, 8, lambda rows=rows: rows[-1])
+        tap = RouteNoter(Nothing(), LAYERS, 8, functools.partial(last_of, rows))
         tap.begin(routes.IDS)
         for layer, batch_rows in zip(LAYERS, (here, then), strict=True):
             rows.append(torch.tensor(batch_rows))
