@@ -2,7 +2,7 @@
 
 libgomp's default lets a thread spin for milliseconds after its work, which on a machine with few cores
 takes them from the threads that read experts; sleeping at once costs a wake-up of 20 us or more per
-parallel region. A short spin is better than both (docs/log.md, 2026-11-21). Imports no torch.
+parallel region. A short spin is better than both (docs/log/cpu-kernels.md). Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/architecture.md points at files and names that exist, so a reader finds each step where it says."""
+"""docs/architecture.md and docs/glossary.md point at files and names that exist, so a reader finds what they name."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "docs" / "architecture.md").read_text()
+WALK = (ROOT / "docs" / "architecture.md").read_text()
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
 FOLDERS = r"(?:moe_serve|expert_cache|kernels|predictors|placement|tests)"
-POINTERS = re.findall(rf"`({FOLDERS}/[\w/]+\.py)`,\s+`([\w.]+)`", TEXT)
-PATHS = re.findall(rf"`({FOLDERS}/[\w/]*[\w.]*)`", TEXT)
+POINTER = rf"`({FOLDERS}/[\w/]+\.py)`,\s+`([\w.]+)`"
+PATHS = re.findall(rf"`({FOLDERS}/[\w/]*[\w.]*)`", WALK + GLOSSARY)
+WORDS = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", GLOSSARY, flags=re.MULTILINE)
 
 
 def defined_names(path: Path) -> set[str]:
-    """Functions, classes and methods (as Class.method) of a file."""
+    """Functions, classes, methods (as Class.method) and constants of a file."""
     names = set()
     for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         for inner in ast.walk(node):
             if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(inner.name)
@@ -30,11 +34,18 @@ def defined_names(path: Path) -> set[str]:
 
 
 def test_the_walk_is_long_enough_to_be_one() -> None:
-    assert len(POINTERS) >= 20
+    assert len(re.findall(POINTER, WALK)) >= 20
 
 
-@pytest.mark.parametrize(("path", "name"), POINTERS)
-def test_every_step_is_where_the_walk_says(path: str, name: str) -> None:
+def test_every_word_of_the_glossary_has_one_meaning_and_a_place() -> None:
+    words = [word for word, _ in WORDS if word not in ("Word", "---")]
+    assert len(words) >= 40
+    assert len(set(words)) == len(words)
+    assert [word for word, where in WORDS if word not in ("Word", "---") and not re.search(POINTER, where)] == []
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(set(re.findall(POINTER, WALK + GLOSSARY))))
+def test_every_name_is_where_the_docs_say(path: str, name: str) -> None:
     assert name in defined_names(ROOT / path)
 
 

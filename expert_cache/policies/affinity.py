@@ -8,8 +8,8 @@ lift   which experts follow which: after expert q was used, how much more often 
 
 value = log rate + 2 mean log lift, a naive Bayes estimate of "used soon" with the evidence toned down, since the
 experts of one step are not independent witnesses. The constants were chosen on parts of two traces, and results
-barely depend on them (docs/log.md). ExFlow counts transitions between the experts of successive layers to place
-experts; here they are counted within a layer, over the next tokens, and protect from eviction.
+barely depend on them (docs/log/policies.md). ExFlow counts transitions between the experts of successive layers
+to place experts; here they are counted within a layer, over the next tokens, and protect from eviction.
 """
 
 from __future__ import annotations

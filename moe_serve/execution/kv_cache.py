@@ -4,7 +4,7 @@ Knows shapes and copies; knows nothing of who owns a page (moe_serve/scheduling/
 
 Layout: [KV heads, P * B, head dim], heads outermost, so that the tokens of one head lie in one
 contiguous run after a gather: SDPA on CPU is up to 2.4x slower on the token-major layout when
-there is one query per KV head (docs/log.md, 2026-11-21).
+there is one query per KV head (docs/log/cpu-kernels.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayerKVShape:
 class Scratch:
     """Named buffers that grow and are reused, because fresh memory costs a page fault per 4 KiB.
 
-    Without it, half the time of a gather went into faults (docs/log.md, 2026-11-21).
+    Without it, half the time of a gather went into faults (docs/log/engine.md).
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 Successive tokens of a sequence share experts far more often than tokens of different sequences. So the decaying
 average of a sequence's use of each expert is a forecast that costs one pass over [L, E] per token and needs no
-training. On DeepSeek-V2-Lite's routes a short memory did best (docs/log.md). Knows no torch.
+training. On DeepSeek-V2-Lite's routes a short memory did best (docs/log/policies.md). Knows no torch.
 
 Shape alphabet: C sequences, L MoE layers, E experts per layer, K experts per token.
 """
