@@ -61,7 +61,7 @@ def main() -> None:
         place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig.of(device="cpu")
     )
     check_group_wire(place)
-    results = []
+    results: list[dict[str, Any]] = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])
         with torch.inference_mode():
