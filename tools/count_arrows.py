@@ -134,7 +134,8 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def _reached(graph: Graph, start: str) -> set[str]:
-    seen, queue = set(), [start]
+    seen: set[str] = set()
+    queue = [start]
     while queue:
         for target in graph[queue.pop()] - seen:
             seen.add(target)

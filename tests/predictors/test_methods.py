@@ -33,7 +33,7 @@ def sticky_trace(lengths: tuple[int, ...] = (15, 9, 16), seed: int = 0) -> Routi
         np.put_along_axis(recent, ids[n].astype(int), 2.0, axis=1)
     weights = rng.random(ids.shape, dtype=np.float32)
     tokens = rng.integers(0, V, len(ids)).astype(np.int32)
-    return RoutingTrace(ids, offsets_of(lengths), np.arange(L), E, weights, token_ids=tokens)
+    return RoutingTrace(ids, offsets_of(lengths), np.arange(L, dtype=np.int32), E, weights, token_ids=tokens)
 
 
 def training(trace: RoutingTrace) -> Training:
@@ -57,7 +57,8 @@ Forecasts = npt.NDArray[Any]
 
 def hidden_of(trace: RoutingTrace) -> npt.NDArray[np.float32]:
     """[N, L, H], from the ids, so that equal routes have equal hidden states."""
-    return np.random.default_rng(3).normal(size=(E, H)).astype(np.float32)[trace.ids].sum(axis=2)
+    vectors = np.random.default_rng(3).normal(size=(E, H)).astype(np.float32)
+    return np.asarray(vectors[trace.ids].sum(axis=2))
 
 
 def forecasts(
@@ -72,9 +73,9 @@ def forecasts(
             predictor.reveal(stream, part(trace, rows))  # type: ignore[attr-defined]
     found = []
     for n in range(len(rows_of[0])):
-        rows = np.array([r[n] for r in rows_of])
-        predictor.step(numbers, None if trace.token_ids is None else trace.token_ids[rows])
-        found.append(one_token(predictor, trace, numbers, rows, hidden))
+        newest = np.array([r[n] for r in rows_of])
+        predictor.step(numbers, None if trace.token_ids is None else trace.token_ids[newest])
+        found.append(one_token(predictor, trace, numbers, newest, hidden))
     return list(np.array(found).transpose(2, 0, 1, 3))
 
 

@@ -16,7 +16,7 @@ from ...families.tiny_configs import CASES
 
 @pytest.mark.parametrize("name", CASES)
 @torch.inference_mode()
-def test_chooses_as_the_family_does(device, name) -> None:
+def test_chooses_as_the_family_does(device: torch.device, name: str) -> None:
     case = CASES[name]
     config = case.config()
     found = family.find(config.model_type)
