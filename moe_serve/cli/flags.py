@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import moe_serve
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.settings import Setting, Settings, flag_name, kind_of, settings_of
+from moe_serve.hf.families import family_names
 
 S = TypeVar("S", bound=Settings)
 
@@ -42,7 +43,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=default_model(),
         help="Folder of a Hugging Face checkpoint, or a model id in the local Hugging Face cache (org/name)."
-        " Default: the small demo model in this package.",
+        f" Its model_type is one of {', '.join(family_names())}. Default: the small demo model in this package.",
     )
 
 

@@ -1,4 +1,4 @@
-"""FinishReason and FinishedStats: why a sequence ended, and how long it took. Imports no numpy."""
+"""Why a sequence ended, and what is reported of it then. Without numpy, so that `--help` stays quick."""
 
 from __future__ import annotations
 
