@@ -33,9 +33,8 @@ import torch.distributed as dist
 
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli.flags import default_model
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.expert_routes.route_recorder import RouteRecorder
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.front.token_uses import count_uses
 from moe_serve.parallel.ranks import rank_model
@@ -133,9 +132,11 @@ def main() -> None:
     place = read_place()
     rank_model.join_group(place, "cpu", PATIENCE_S)
     with torch.inference_mode():
-        job = [prepare(args, place.world_size) if place.is_first else None]
-        dist.broadcast_object_list(job)
-        run(args, place, job[0])
+        jobs = [prepare(args, place.world_size) if place.is_first else None]
+        dist.broadcast_object_list(jobs)
+        (job,) = jobs
+        assert job is not None
+        run(args, place, job)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -154,7 +155,7 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     routes = record(llm, prompts, args.new_tokens)
     folder = Path(tempfile.mkdtemp())
     planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
-    plans = {"contiguous": None}
+    plans: dict[str, str | None] = {"contiguous": None}
     for name, devices, spare in (
         ("planned", num_ranks, 0),
         ("replicas", num_ranks, REPLICAS),
@@ -202,7 +203,7 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     for v in chosen:
         settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan]}
         parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
-        config = EngineConfig(**settings(args), num_threads=1, device="cpu")
+        config = EngineConfig.of(**settings(args), num_threads=1, device="cpu")
         workers.append((parallel, Worker(rank_model.load(place, config, parallel))))
     teams = [CountingTeam(worker, parallel, wire) for parallel, worker in workers]
     tokens: list[Any] = []

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from moe_serve import __version__
-from moe_serve.config import EngineConfig, ServerConfig, flag_name
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig, flag_name
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.endpoints import probes, ranks
 from moe_serve.server.monitoring import logs
 from moe_serve.server.transport.auth import read_keys
@@ -55,7 +54,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     server = DrainingServer(
         _uvicorn_config(probes.guard(door, server_config, keys), server_config),
         door,
-        server_config.shutdown_timeout,
+        server_config.shutdown_timeout_s,
     )
     asyncio.run(server.serve(sockets=[bound]))
     gc.unfreeze()  # see _keep_for_good; what is never collected, some libraries call a leak at the end
@@ -75,7 +74,7 @@ def _end(server: DrainingServer) -> None:
 def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=connection_class(config.read_timeout, config.write_timeout, raise_file_limit()),
+        http=connection_class(config.read_timeout_s, config.write_timeout_s, raise_file_limit()),
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=LISTEN_BACKLOG,
@@ -175,8 +174,8 @@ def _log_engine(engine: Engine, seconds: float) -> None:
         config.num_threads,
         engine.max_model_len,
         engine.num_pages,
-        engine.block_size,
-        config.moe_cache_mib,
+        engine.page_size,
+        config.experts.cache_mib,
     )
 
 

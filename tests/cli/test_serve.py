@@ -9,8 +9,7 @@ import pytest
 
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
-from moe_serve.config import EngineConfig, ServerConfig
-from moe_serve.parallel.config import ParallelConfig
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 
 
 def test_serve_passes_the_configs_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,5 +18,5 @@ def test_serve_passes_the_configs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run.serve = lambda *configs: started.append(configs)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moe_serve.server.run", run)
     assert main(["serve", "--port", "0", "--no-enable-prefix-caching", "--block-size", "8"]) == 0
-    engine = EngineConfig(model=default_model(), enable_prefix_caching=False, block_size=8)
+    engine = EngineConfig.of(model=default_model(), enable_prefix_caching=False, page_size=8)
     assert started == [(ServerConfig(port=0), engine, ParallelConfig())]

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.front.token_uses import TokenUses
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker
@@ -63,11 +62,11 @@ def main() -> None:
     rank_model.join_group(place, "cpu", 60)
     check_group_wire(place)
     wire = connect_all(place, 60)
-    results = []
+    results: list[dict[str, Any]] = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])
         with torch.inference_mode():
-            config = EngineConfig(model=case["folder"], **case["engine"])
+            config = EngineConfig.of(model=case["folder"], **case["engine"])
             worker = Worker(rank_model.load(place, config, parallel))
             if place.is_first:
                 print(len(results), case["parallel"], file=sys.stderr, flush=True)

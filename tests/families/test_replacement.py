@@ -106,7 +106,8 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
         assert start["device_of"] == expected.layout.device_of.tolist()
         assert start["replicas"] == expected.layout.replicas.tolist()
         assert "0 tokens of 0 sequences" in (await place(client))["why"]
-        first, _ = await complete(client, prompts), await refuse_nonsense(client, start)
+        first = await complete(client, prompts)
+        await refuse_nonsense(client, start)
         await replace_under_load(client, first, start)
         await check_counts(client, 2)
         await outlive_a_lost_rank(client, first, start)

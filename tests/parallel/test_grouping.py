@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_serve.config import ParallelConfig
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.ranks.grouping import GroupRunner
 from moe_serve.parallel.wire.messages import RoutePiece

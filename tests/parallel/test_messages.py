@@ -11,10 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from expert_cache.counters import ExpertTotals
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.front.step_writer import StepWriter, merge
 from moe_serve.parallel.ranks.step_reader import StepReader
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
@@ -28,7 +27,7 @@ from moe_serve.parallel.wire.messages import (
     Order,
     Outcome,
     Place,
-    Settings,
+    Start,
     StepDone,
     Stop,
     encode,
@@ -36,8 +35,8 @@ from moe_serve.parallel.wire.messages import (
     read_rank,
 )
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import (
-    FinishReason,
     GrammarKind,
     GrammarSpec,
     Request,
@@ -65,7 +64,7 @@ def no_grammar(spec: GrammarSpec) -> object:
 
 
 def test_settings_survive() -> None:
-    settings = Settings(EngineConfig(model="folder", max_num_seqs=3), ParallelConfig(devices=2, ep_mode="coherent"))
+    settings = Start(EngineConfig(model="folder", max_num_seqs=3), ParallelConfig(devices=2, ep_mode="coherent"))
     assert read_front(encode(settings)) == settings
 
 

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import ConfigError
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.links import Listener

@@ -18,9 +18,8 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from expert_cache.report import ExpertReport
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError, EngineDeadError, MoEServeError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.front.links import Link, Listener
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.wire.channel import ChannelClosed
@@ -33,7 +32,7 @@ from moe_serve.parallel.wire.messages import (
     Order,
     Outcome,
     Ready,
-    Settings,
+    Start,
     StepDone,
     Stop,
     encode,
@@ -130,7 +129,7 @@ class Team:
             self._meet(deadline)
         finally:
             self._listener.shut()
-        self._send_all(Settings(self._config, self.parallel))
+        self._send_all(Start(self._config, self.parallel))
         self._wait_ready(deadline)
 
     def _meet(self, deadline: float) -> None:

@@ -29,7 +29,7 @@ from moe_serve.parallel.wire.messages import (
     Ask,
     Failed,
     Ready,
-    Settings,
+    Start,
     Stop,
     encode,
     read_front,
@@ -55,7 +55,7 @@ def main() -> int:
     threading.Thread(target=heart.beat, daemon=True).start()
     try:
         settings = read_front(channel.receive())
-        assert isinstance(settings, Settings)
+        assert isinstance(settings, Start)
         _serve(channel, heart, place, settings)
     except ChannelClosed as error:
         log.info("the front has gone, or hung up on a rank that does not know %s: %s", SECRET, error)
@@ -95,7 +95,7 @@ def _report(channel: Channel, error: Exception) -> None:
         channel.send(encode(Failed(text, is_users)))
 
 
-def _serve(channel: Channel, heart: Heart, place: RankAddress, settings: Settings) -> None:
+def _serve(channel: Channel, heart: Heart, place: RankAddress, settings: Start) -> None:
     worker = _load(place, settings)
     channel.send(encode(Ready(worker.config, worker.layers, worker.report())))
     heart.report = worker.report
@@ -107,7 +107,7 @@ def _serve(channel: Channel, heart: Heart, place: RankAddress, settings: Setting
         channel.send(encode(Answer(message.number, worker.answer(message.order))))
 
 
-def _load(place: RankAddress, settings: Settings) -> Worker:
+def _load(place: RankAddress, settings: Start) -> Worker:
     """torch is imported only now, so that a wrong environment is found at once."""
     from moe_serve.parallel.ranks.rank_model import join_group, load
     from moe_serve.parallel.ranks.worker import Worker

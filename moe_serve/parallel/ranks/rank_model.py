@@ -5,17 +5,15 @@ Knows settings and modules; knows no front and no messages.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.engine.model_runner import ModelRunner, load_runner
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
@@ -56,17 +54,17 @@ def join_group(place: RankAddress, device: str, timeout_s: float) -> None:
 
 def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> RankModel:
     """The process group must have been joined. ConfigError."""
-    if config.moe_prefetch != "off":
+    if config.experts.prefetch != "off":
         raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
-    if config.moe_cache_manager == "device":
+    if config.experts.cache_manager == "device":
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
     device = _device_of(config.device, place)
-    config = dataclasses.replace(config, device=device, moe_cache_manager="host", enforce_eager=True)
+    config = config.replace(device=device, moe_cache_manager="host", enforce_eager=True)
     eos = frozenset(eos_token_ids(config.model))
     runner, spec = load_runner(config, eos)
     share = _share(place, parallel, runner, spec)
-    pages, context = _smallest([runner.config.num_kv_pages or 0, runner.config.max_model_len or 0], runner.device)
-    config = dataclasses.replace(runner.config, num_kv_pages=pages, max_model_len=context)
+    pages, context = _smallest([runner.config.kv.num_pages or 0, runner.config.max_model_len or 0], runner.device)
+    config = runner.config.replace(num_kv_pages=pages, max_model_len=context)
     return RankModel(runner, share, config, _mode(place, parallel, runner, share))
 
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport
-from moe_serve.config import EngineConfig
-from moe_serve.parallel.config import ParallelConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.scheduling.sequence import SamplingParams, TokenLogprob
 from placement.cost import Layout
 
@@ -57,7 +56,7 @@ class Item(Struct, frozen=True, array_like=True):
     """All of its KV pages, in order."""
 
 
-class Settings(Struct, frozen=True, tag=True):
+class Start(Struct, frozen=True, tag=True):
     """The front's first word."""
 
     engine: EngineConfig
@@ -177,7 +176,7 @@ class Alive(Struct, frozen=True, tag=True):
     """What the rank's experts have done, if that has changed since the last sign."""
 
 
-FromFront = Settings | Ask | Stop
+FromFront = Start | Ask | Stop
 FromRank = Ready | Failed | Alive | Answer
 
 
