@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli.trace_files import KINDS, read_traces
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from predictors.methods import method_names
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 HELP = "Judge predictors on recorded routing: recall by lookahead, and what a cache gains."
 DISTANCES = (1, 2, 4, 8)
-MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
