@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(next(arg for arg in sys.argv[1:] if arg.endswith(".json"))).read_text())
     place = read_place()
-    rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig(device="cpu"))
+    rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=300), EngineConfig(device="cpu"))
     check_group_wire(place)
     results: list[dict[str, Any]] = []
     for case in job["cases"]:
