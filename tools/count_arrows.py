@@ -19,6 +19,7 @@ FOLDER_OF = {
     "expert_cache": "expert_cache",
     "placement": "placement",
     "predictors": "predictors",
+    "moe_serve_base": "moe_serve_base",
     "moe_serve_kernels": "kernels/moe_serve_kernels",
 }
 """Package -> its folder."""
