@@ -52,3 +52,10 @@ def test_every_name_is_where_the_docs_say(path: str, name: str) -> None:
 @pytest.mark.parametrize("path", sorted(set(PATHS)))
 def test_every_path_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_the_readme_names_every_family() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Model families")[2].partition("\n## ")[0]
+    listed = re.sub(r"\([^)]*\)", "", section).partition(", in ")[0]
+    families = {path.stem for path in (ROOT / "moe_serve/hf/families").glob("*.py")} - {"__init__"}
+    assert {name.strip() for name in listed.split(",")} == families
