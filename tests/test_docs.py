@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from moe_serve.hf.family import family_names, find
+
 ROOT = Path(__file__).resolve().parents[1]
 WALK = (ROOT / "docs" / "architecture.md").read_text()
+README = (ROOT / "README.md").read_text()
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
 FOLDERS = r"(?:moe_serve|expert_cache|kernels|predictors|placement|tests)"
 POINTER = rf"`({FOLDERS}/[\w/]+\.py)`,\s+`([\w.]+)`"
@@ -54,8 +57,9 @@ def test_every_path_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-def test_the_readme_names_every_family() -> None:
-    section = (ROOT / "README.md").read_text().partition("## Model families")[2].partition("\n## ")[0]
-    listed = re.sub(r"\([^)]*\)", "", section).partition(", in ")[0]
-    families = {path.stem for path in (ROOT / "moe_serve/hf/families").glob("*.py")} - {"__init__"}
-    assert {name.strip() for name in listed.split(",")} == families
+def test_the_readme_lists_each_family_by_how_it_decodes() -> None:
+    rows = re.findall(r"^\| (decoding in one|through transf)[^|]* \| ([^|]+) \|$", README, flags=re.MULTILINE)
+    listed = {kind: cells.strip().split(", ") for kind, cells in rows}
+    plain = [name for name in family_names() if find(name).plain_layers]
+    assert listed == {"decoding in one": plain, "through transf": [n for n in family_names() if n not in plain]}
+    assert f"{len(family_names())} of transformers' architectures" in README
