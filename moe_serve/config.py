@@ -187,6 +187,13 @@ class EngineConfig(FromDict):
     request_timeout: float | None = option(
         None, "Seconds after which a request that has not finished is ended with an error. Default: no limit."
     )
+    grammar_timeout: float = option(
+        10.0, "Longest that compiling one grammar or JSON schema of a request may take, in seconds; then it is a 400."
+    )
+    grammar_memory_mib: int = option(
+        1024,
+        "Most memory that one grammar's process may take, in MiB; all together may take four times as much.",
+    )
     seed: int = option(0, "Seed for requests that bring none of their own.")
     chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
     generation_config: str = option(
@@ -212,6 +219,8 @@ class EngineConfig(FromDict):
             "max_queue_wait",
             "max_prompt_tokens",
             "request_timeout",
+            "grammar_timeout",
+            "grammar_memory_mib",
         )
         if self.moe_cache_mib is not None and self.moe_cache_mib < 0:
             raise ConfigError(f"--moe-cache-mib must not be negative, got {self.moe_cache_mib}")
