@@ -39,7 +39,7 @@ class EngineLike(Protocol):
     observer: StatsObserver | None
     max_model_len: int
     num_pages: int
-    block_size: int
+    page_size: int
 
     def check_request(self, request: Request) -> None: ...
     def begin_check(self, request: Request) -> Future[Any] | None: ...

@@ -83,7 +83,7 @@ class FakeEngine:
     observer: StatsObserver | None = None
     max_model_len: int = 512
     num_pages: int = 64
-    block_size: int = 16
+    page_size: int = 16
     delay_s: float = 0.0
     failing_steps: int = 0
     """So many of the next steps with work raise."""

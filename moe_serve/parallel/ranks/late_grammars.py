@@ -34,5 +34,5 @@ class LateGrammars:
         tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
         vocab_size = ModelSpec.from_hf(read_config(config.model)).vocab_size
         eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
-        limits = GrammarLimits(config.grammar_timeout, config.grammar_memory_mib)
+        limits = GrammarLimits(config.queue.grammar_timeout_s, config.queue.grammar_memory_mib)
         return Grammars(tokenizer, vocab_size, eos, limits)
