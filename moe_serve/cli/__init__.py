@@ -19,6 +19,7 @@ from moe_serve.cli.foreign_flags import HINTS
 from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.openmp import spin_briefly
 from moe_serve_base.extensions import ExtensionError
+from moe_serve_base.whole_files import OutputError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (ConfigError, InvalidRequestError, ExtensionError) as error:
+    except (ConfigError, InvalidRequestError, ExtensionError, OutputError) as error:
         return _complain(error, EXIT_USAGE)
     except MoEServeError as error:
         return _complain(error, EXIT_FAILED)
