@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
 from moe_serve_kernels.gpu import paged_attention as module
 from moe_serve_kernels.gpu.paged_attention import paged_decode
+from tests.support.cpu_references import paged_decode_reference
 
 SHAPES = [
     # sequences, longest context, KV heads, group, key dim, value dim, page size
