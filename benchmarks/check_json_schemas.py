@@ -23,7 +23,8 @@ from random_schemas import random_schema
 
 from moe_serve import LLM, SamplingParams
 from moe_serve.demo import evaluate
-from moe_serve.scheduling.sequence import Completion, FinishReason, GrammarKind, GrammarSpec
+from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.sequence import Completion, GrammarKind, GrammarSpec
 
 PROMPT = "Here is the JSON of a record:\n"
 

@@ -20,7 +20,26 @@ from moe_serve.spec import ModelSpec
 from moe_serve.text.tokenizer import Tokenizer
 
 
-class RandomRunner:
+class WithoutExperts:
+    """The part of a Runner that is about experts, for models that have none."""
+
+    def resize_expert_cache(self, moe_cache_mib: int) -> None:
+        """There is none."""
+
+    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+        """There are none."""
+
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        return ()
+
+    def resident_experts(self) -> None:
+        """No expert is anywhere."""
+
+    def expert_report(self) -> None:
+        """It has no experts."""
+
+
+class RandomRunner(WithoutExperts):
     """Logits are noise, a function of the tokens so far; `script` (ids) is what it says instead, if it may."""
 
     def __init__(self, vocab_size: int, eos: frozenset[int], config: EngineConfig) -> None:
@@ -53,12 +72,6 @@ class RandomRunner:
         if seq.num_generated < len(self.script):
             logits[self.script[seq.num_generated]] += 50.0
         return logits
-
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """There is none."""
-
-    def expert_report(self) -> None:
-        """It has no experts."""
 
     def close(self) -> None:
         self._masks.close()

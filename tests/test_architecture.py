@@ -13,20 +13,14 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tools.count_arrows import FOLDER_OF, Graph, Import, arrows, circles, file_graph, module_files, read_imports
+
 ROOT = Path(__file__).parent.parent
 
-FOLDER_OF = {
-    "moe_serve": "moe_serve",
-    "expert_cache": "expert_cache",
-    "placement": "placement",
-    "predictors": "predictors",
-    "moe_serve_kernels": "kernels/moe_serve_kernels",
-}
 MAY_IMPORT = {
     "moe_serve": {"moe_serve", "expert_cache", "placement", "predictors", "moe_serve_kernels"},
     "expert_cache": {"expert_cache", "predictors", "moe_serve_kernels"},
@@ -70,71 +64,12 @@ TORCH_FREE = (
 # The first column of the table in the docs: what lies directly in moe_serve/; each imports only from those before it.
 TABLE_ROWS = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
 MOE_SERVE_ORDER = re.findall(r"`(\w+)`", " ".join(TABLE_ROWS))
+# Package -> most arrows between its rooms (tools/count_arrows.py).
+MOST_ARROWS = {"expert_cache": 107, "moe_serve.parallel": 66, "moe_serve.server": 77, "moe_serve_kernels": 13}
 HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}
 
 
-@dataclass(frozen=True)
-class Import:
-    """`module` (ours) names `target` on `line`. `at_load`: it happens when `module` is imported."""
-
-    module: str
-    target: str
-    line: int
-    at_load: bool
-
-    def __str__(self) -> str:
-        return f"{self.module}:{self.line} imports {self.target}"
-
-
 Rule = Callable[[list[Import]], Iterable[str]]
-
-
-def module_files(root: Path) -> dict[str, Path]:
-    """Every module of ours by its import name."""
-    found = {}
-    for package, folder in FOLDER_OF.items():
-        for path in sorted((root / folder).rglob("*.py")):
-            parts = path.relative_to(root / folder).with_suffix("").parts
-            found[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return found
-
-
-def _is_type_checking(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def _nodes(body: Iterable[ast.AST], at_load: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes below `body`, each with whether it runs when the module loads."""
-    for node in body:
-        yield node, at_load
-        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if isinstance(node, ast.If) and _is_type_checking(node):
-            yield from _nodes(node.body, False)
-            yield from _nodes(node.orelse, at_load)
-        else:
-            yield from _nodes(ast.iter_child_nodes(node), at_load and not deferred)
-
-
-def _targets(node: ast.AST, module: str, is_package: bool) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    base = node.module or ""
-    if node.level:
-        parents = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
-        base = ".".join([*parents, *([base] if base else [])])
-    return [f"{base}.{alias.name}" for alias in node.names]
-
-
-def read_imports(root: Path) -> list[Import]:
-    found = []
-    for module, path in module_files(root).items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node, at_load in _nodes(tree.body, True):
-            for target in _targets(node, module, path.name == "__init__.py"):
-                found.append(Import(module, target, getattr(node, "lineno", 0), at_load))
-    return found
 
 
 def top(name: str) -> str:
@@ -223,6 +158,21 @@ def test_imports_keep_the_rule(rule: Rule) -> None:
     assert sorted(set(rule(read_imports(ROOT)))) == []
 
 
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return file_graph(read_imports(ROOT), module_files(ROOT))
+
+
+def test_no_file_imports_itself_through_others(graph: Graph) -> None:
+    found = circles(graph)
+    assert [circle for circle in found if not all(inside(module, ["moe_serve.server"]) for module in circle)] == []
+
+
+@pytest.mark.parametrize("package", MOST_ARROWS)
+def test_the_rooms_of_a_package_import_little_of_one_another(graph: Graph, package: str) -> None:
+    assert len(arrows(graph, package)) <= MOST_ARROWS[package]
+
+
 def test_the_table_in_the_docs_names_everything_in_the_folder() -> None:
     found = {module.split(".")[1] for module in module_files(ROOT) if module.startswith("moe_serve.")}
     assert sorted(MOE_SERVE_ORDER) == sorted(found)
@@ -293,6 +243,21 @@ def test_a_planted_violation_is_caught(tmp_path: Path, where: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert [line for line in rule(read_imports(tmp_path)) if complaint in line]
+
+
+def test_a_planted_circle_and_its_arrows_are_found(tmp_path: Path) -> None:
+    sources = {
+        "placement/a/one.py": "from placement.b.two import f\nimport placement.a.inner",
+        "placement/a/inner.py": "",
+        "placement/b/two.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from placement.c import g",
+        "placement/c.py": "def g():\n    from placement.a import one",
+    }
+    for where, source in sources.items():
+        (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / where).write_text(source)
+    graph = file_graph(read_imports(tmp_path), module_files(tmp_path))
+    assert circles(graph) == [["placement.a.one", "placement.b.two", "placement.c"]]
+    assert len(arrows(graph, "placement")) == 3
 
 
 @pytest.mark.parametrize(

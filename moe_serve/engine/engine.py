@@ -21,10 +21,12 @@ from moe_serve.engine.step_stats import StepRecorder, finished_stats
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.execution.grammar import Grammars
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
+from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
 from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
-from moe_serve.scheduling.sequence import FinishReason, Request, SampleOutput, Sequence
+from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.scheduling.stats import EngineLoad, StatsObserver
 from moe_serve.spec import ModelSpec
 from moe_serve.text.detokenizer import IncrementalDetokenizer
@@ -67,7 +69,7 @@ class Engine:
         self.block_size = config.block_size
         self._sequences: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
-        expert_aware.install(self)
+        self._choose_batches_by_experts()
 
     @staticmethod
     def from_config(config: EngineConfig) -> Engine:
@@ -77,6 +79,14 @@ class Engine:
         runner.run_whole_steps()
         tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
         return Engine(runner, tokenizer, spec, eos | frozenset(tokenizer.eos_token_ids))
+
+    def _choose_batches_by_experts(self) -> None:
+        """Install expert-aware batching where settings and model ask for it."""
+        forecast = UsageForecast(self.routing_shape())
+        choice = expert_aware.choice_for(self.config, self.spec, self.runner.resident_experts, forecast)
+        if choice is not None:
+            self.listen_to_routes(forecast)
+            self.scheduler.choice = choice
 
     # ---- requests ---------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
-from moe_serve.scheduling.sequence import FinishReason, Sequence
+from moe_serve.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,23 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from moe_serve.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from moe_serve.scheduling.stats import FinishedStats
+from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.stats import FinishedStats
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
-
-
-class FinishReason(StrEnum):
-    """Why a sequence ended, in the OpenAI API's words where it has one."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
 
 
 class GrammarKind(StrEnum):

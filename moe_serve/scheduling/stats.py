@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from expert_cache.counters import ExpertTotals
-from moe_serve.scheduling.sequence import FinishReason
+from moe_serve.scheduling.finish import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

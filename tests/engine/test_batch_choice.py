@@ -11,7 +11,7 @@ from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.scheduling.batch_choice import ExpertAware, FirstComeFirstServed, choosing_pays
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult, StepRoutes
-from moe_serve.scheduling.sequence import FinishReason
+from moe_serve.scheduling.finish import FinishReason
 
 E = 12
 

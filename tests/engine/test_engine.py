@@ -12,14 +12,16 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
-from moe_serve.scheduling.sequence import FinishReason, Request, SamplingParams
+from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
 from moe_serve.text.tokenizer import Tokenizer
+from tests.random_model import WithoutExperts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-class AlphabetRunner:
+class AlphabetRunner(WithoutExperts):
     """A model that always continues the alphabet: after `c` comes `d`."""
 
     def __init__(self) -> None:
@@ -33,12 +35,6 @@ class AlphabetRunner:
         ids = tuple((s.seq.token_ids[-1] + 1) % 26 for s in plan.scheduled if s.needs_sample)
         broken = {s.seq: "bad bytes" for s in plan.scheduled if s.seq.request.request_id in self.broken_requests}
         return StepResult(ids, tuple(None for _ in ids), broken)
-
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """There is none."""
-
-    def expert_report(self) -> None:
-        """It has no experts."""
 
     def close(self) -> None:
         """Nothing to stop."""

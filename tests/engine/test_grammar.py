@@ -13,7 +13,8 @@ import pytest
 from moe_serve.demo import evaluate
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
-from moe_serve.scheduling.sequence import FinishReason, GrammarKind, GrammarSpec, Request, SamplingParams
+from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SamplingParams
 from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine, run_all
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_serve.scheduling.sequence import FinishReason
+from moe_serve.scheduling.finish import FinishReason
 
 
 def scored_tokens(seq) -> list[int]:

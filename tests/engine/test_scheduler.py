@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_serve.scheduling.sequence import FinishReason
+from moe_serve.scheduling.finish import FinishReason
 
 
 def test_prompt_in_chunks_then_decode(make_driver, make_seq) -> None:
