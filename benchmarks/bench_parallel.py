@@ -128,12 +128,14 @@ def main() -> None:
     torch.set_num_threads(1)
     place = read_place()
     rank_model.join_group(
-        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig(device="cpu")
+        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig.of(device="cpu")
     )
     with torch.inference_mode():
-        job = [prepare(args, place.world_size) if place.is_first else None]
-        dist.broadcast_object_list(job)
-        run(args, place, job[0])
+        jobs = [prepare(args, place.world_size) if place.is_first else None]
+        dist.broadcast_object_list(jobs)
+        (job,) = jobs
+        assert job is not None
+        run(args, place, job)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -152,7 +154,7 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     routes = record(llm, prompts, args.new_tokens)
     folder = Path(tempfile.mkdtemp())
     planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
-    plans = {"contiguous": None}
+    plans: dict[str, str | None] = {"contiguous": None}
     for name, devices, spare in (
         ("planned", num_ranks, 0),
         ("replicas", num_ranks, REPLICAS),
@@ -193,7 +195,9 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     for v in chosen:
         settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan]}
         parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
-        workers.append((parallel, Worker(place, EngineConfig(**settings(args), num_threads=1, device="cpu"), parallel)))
+        workers.append(
+            (parallel, Worker(place, EngineConfig.of(**settings(args), num_threads=1, device="cpu"), parallel))
+        )
     teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
     tokens: list[Any] = []
     for _ in range(args.rounds):

@@ -38,7 +38,7 @@ class EngineLike(Protocol):
     observer: StatsObserver | None
     max_model_len: int
     num_pages: int
-    block_size: int
+    page_size: int
 
     def check_request(self, request: Request) -> None: ...
     def add_request(self, request: Request) -> None: ...

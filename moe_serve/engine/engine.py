@@ -53,20 +53,20 @@ class Engine:
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, spec: ModelSpec, eos_token_ids: frozenset[int]) -> None:
         config = runner.config
-        assert config.num_kv_pages is not None
+        assert config.kv.num_pages is not None
         assert config.max_model_len is not None
         self.config = config
         self.runner = runner
         self.tokenizer = tokenizer
         self.spec = spec
-        self.pool = PagePool(config.num_kv_pages, config.block_size)
+        self.pool = PagePool(config.kv.num_pages, config.kv.page_size)
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
         self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
         self.observer: StatsObserver | None = None
         self._route_listeners: list[RouteListener] = []
         self.max_model_len = config.max_model_len
-        self.num_pages = config.num_kv_pages
-        self.block_size = config.block_size
+        self.num_pages = config.kv.num_pages
+        self.page_size = config.kv.page_size
         self._sequences: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
         self._choose_batches_by_experts()
@@ -104,7 +104,7 @@ class Engine:
             bad = next((t for t in ids if t >= self.spec.vocab_size), None)
             if bad is not None:
                 raise InvalidRequestError(name, f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
-        most = self.config.max_prompt_tokens
+        most = self.config.queue.max_prompt_tokens
         if most is not None and len(prompt) > most:
             raise InvalidRequestError(
                 "prompt", f"the prompt has {len(prompt)} tokens; this server takes at most {most}"
@@ -259,7 +259,7 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.kv.enable_prefix_caching,
         max_num_batched_seqs=config.max_num_batched_seqs,
     )
 

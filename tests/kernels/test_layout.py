@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_arguments_of_the_wrong_type_are_refused() -> None:
         library.native().moe_serve_linear(None, None)
 
 
-def test_a_file_that_is_no_library_is_an_error_of_its_own(tmp_path) -> None:
+def test_a_file_that_is_no_library_is_an_error_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "_native.so"
     path.write_bytes(b"nothing")
     with pytest.raises(OSError, match=r"_native\.so"):

@@ -29,7 +29,12 @@ class Visitor:
         self.received = b""
         self._body: dict[str, Any] | None = {"type": "http.request", "body": json.dumps(body).encode()}
         self._gone = asyncio.Event()
-        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST", "path": PATH}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "method": "POST",
+            "path": PATH,
+        }
         scope |= {"query_string": b"", "headers": [], "server": ("test", 80), "scheme": "http", "http_version": "1.1"}
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 
@@ -57,7 +62,7 @@ def run(served: Any, scenario: Callable[[Any], Coroutine[Any, Any, None]]) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_full_queue_is_503_with_retry_after(make: Any, stream: bool) -> None:
-    served = make(config=EngineConfig(max_num_seqs=1, max_num_queued_reqs=1))
+    served = make(config=EngineConfig.of(max_num_seqs=1, max_num_queued_reqs=1))
 
     async def scenario(client: Any) -> None:
         served.engine.gate.clear()
@@ -77,7 +82,7 @@ def test_full_queue_is_503_with_retry_after(make: Any, stream: bool) -> None:
 
 
 def test_queued_prompt_tokens_are_limited(make: Any) -> None:
-    served = make(config=EngineConfig(max_num_seqs=1, max_num_queued_tokens=10))
+    served = make(config=EngineConfig.of(max_num_seqs=1, max_num_queued_tokens=10))
 
     async def scenario(client: Any) -> None:
         served.engine.gate.clear()
@@ -91,7 +96,7 @@ def test_queued_prompt_tokens_are_limited(make: Any) -> None:
 
 
 def test_part_of_a_body_that_finds_the_queue_full_takes_the_rest_along(make: Any) -> None:
-    served = make(config=EngineConfig(max_num_seqs=1, max_num_queued_reqs=1), delay_s=0.005)
+    served = make(config=EngineConfig.of(max_num_seqs=1, max_num_queued_reqs=1), delay_s=0.005)
 
     async def scenario(client: Any) -> None:
         assert (await client.post(PATH, json={**LONG, "prompt": ["a", "b", "c"]})).status_code == 503
@@ -140,7 +145,7 @@ def test_failed_step_is_500_for_its_requests_and_no_one_else(served: Any) -> Non
 
 
 def test_waiting_requests_survive_a_failed_step(make: Any) -> None:
-    served = make(config=EngineConfig(max_num_seqs=1))
+    served = make(config=EngineConfig.of(max_num_seqs=1))
 
     async def scenario(client: Any) -> None:
         served.engine.gate.clear()
