@@ -10,11 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Protocol
 
 from moe_serve.errors import InvalidRequestError
+from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+class Closeable(Protocol):
+    """What a sequence holds and gives back when it has ended."""
+
+    def close(self) -> None: ...
 
 
 class GrammarKind(StrEnum):
@@ -53,8 +61,8 @@ class SamplingParams:
 
     n: int = 1
     max_tokens: int | None = None
-    """Completion length limit in tokens; None means up to the end of the context window, 0 that only the prompt is
-    computed."""
+    """Completion length limit in tokens. None, the default: up to the end of the context window (vLLM: 16). 0: only the
+    prompt is computed."""
     min_tokens: int = 0
     """No end-of-sequence or stop token is sampled before this many tokens."""
     temperature: float = 1.0
@@ -70,7 +78,7 @@ class SamplingParams:
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None = None
     """Same seed, same prompt, same parameters: same tokens, whatever else runs in the batch."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()  # a string is one of them; kept as a tuple
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -88,6 +96,8 @@ class SamplingParams:
     """The same of the prompt's tokens; such a prompt is computed whole, whatever prefix is cached."""
 
     def __post_init__(self) -> None:
+        for name, value in kept_values(self):
+            object.__setattr__(self, name, value)
         _require(1 <= self.n <= 128, "n", f"must be between 1 and 128, got {self.n}")
         _require((self.max_tokens or 0) >= 0, "max_tokens", f"must not be negative, got {self.max_tokens}")
         _require(self.min_tokens >= 0, "min_tokens", f"must not be negative, got {self.min_tokens}")
@@ -199,8 +209,8 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of prompt tokens 1, 2, ... (nothing comes before token 0), as far as they are computed; sample 0 has them."""
-    matcher: object | None = None
-    """A moe_serve.execution.grammar.Matcher when the request has a grammar."""
+    matcher: Closeable | None = None
+    """A moe_serve.grammars.matcher.Matcher when the request has a grammar; closed when the sequence ends."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if any."""

@@ -59,9 +59,9 @@ def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(next(arg for arg in sys.argv[1:] if arg.endswith(".json"))).read_text())
     place = read_place()
-    rank_model.join_group(place, "cpu", 60)
+    rank_model.join_group(place, "cpu", 300)
     check_group_wire(place)
-    wire = connect_all(place, 60)
+    wire = connect_all(place, 300)
     results: list[dict[str, Any]] = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.errors import MoEServeError
+from moe_serve.loadtest.api_key import headers_of
 from moe_serve.loadtest.arrivals import arrival_times
 from moe_serve.loadtest.client import Clients, Outcome, Target, send, send_all, wait_until_ready
 from moe_serve.loadtest.datasets import PlannedRequest, plan_requests
 from moe_serve.loadtest.flags import add_flags, dataset_options, endpoint, request_settings, summary_options
 from moe_serve.loadtest.summary import SummaryOptions, summarise, table, without_details
 from moe_serve.loadtest.vocabulary import ReadyRequest, TokenCounter, spell
+from moe_serve_base.whole_files import write_text
 
 HELP = "Measure an OpenAI-compatible server under load."
 
@@ -46,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(args: argparse.Namespace, plan: list[PlannedRequest], options: SummaryOptions) -> dict[str, Any]:
-    async with aclosing(Clients(args.base_url)) as clients, clients.take() as client:
-        first_model = await wait_until_ready(client, args.ready_check_timeout_sec)
+    async with aclosing(Clients(args.base_url, headers_of(args.api_key))) as clients, clients.take() as client:
+        first_model = await wait_until_ready(client, args.ready_check_timeout_s)
         target = Target(endpoint(args), args.model or first_model, request_settings(args))
         requests = await spell(plan, TokenCounter(client, target.model), as_text=target.is_chat)
         for request in requests[: args.num_warmups]:
@@ -104,4 +106,4 @@ def _save(args: argparse.Namespace, result: dict[str, Any]) -> None:
     default = f"{args.label or args.backend}-{result['request_rate']}qps{concurrency}-{model}-{result['date']}.json"
     args.result_dir.mkdir(parents=True, exist_ok=True)
     path = args.result_dir / (args.result_filename or default)
-    path.write_text(json.dumps(result if args.save_detailed else without_details(result)), encoding="utf-8")
+    write_text(path, json.dumps(result if args.save_detailed else without_details(result)))

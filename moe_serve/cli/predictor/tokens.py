@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import read_traces
-from moe_serve.errors import ConfigError
+from moe_serve.config.units import MIB
 
 HELP = "Count which experts each token id used in a recorded trace, for serve --ep-predictor."
 
@@ -23,16 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="Routing of one model with its token ids (.npz), as `moe-serve trace` writes it.",
     )
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="The .npz file to write.")
+    add_force_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {args.output}: its folder does not exist; create it first")
+    check_outputs(args, output=args.output)
     from moe_serve.parallel.front.token_uses import count_uses
 
     uses = count_uses(read_traces(args.traces, None))
     uses.save(args.output)
     num_ids, num_layers, num_experts = uses.counts.shape
-    mib = args.output.stat().st_size / (1 << 20)
+    mib = args.output.stat().st_size / MIB
     print(f"{args.output}: {num_ids} token ids, {num_layers} layers of {num_experts} experts, {mib:.1f} MiB")
     return 0

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_serve.errors import ConfigError, TraceFileError
+from moe_serve_base.whole_files import whole_file
 from predictors.trace import RoutingTrace
 
 FIELDS = ("token_ids", "counts", "layer_ids")
@@ -38,7 +39,7 @@ class TokenUses:
         """Counts in the smallest unsigned type that holds them."""
         narrow = np.min_scalar_type(int(self.counts.max(initial=0)))
         arrays = {"token_ids": self.token_ids, "counts": self.counts.astype(narrow), "layer_ids": self.layer_ids}
-        with path.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
     def check_fit(self, path: str, layers: Sequence[int], num_experts: int) -> None:

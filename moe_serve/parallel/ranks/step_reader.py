@@ -8,20 +8,22 @@ from dataclasses import dataclass, field
 from moe_serve.parallel.modes.runner import RankStep
 from moe_serve.parallel.wire.messages import NewSequence, Step
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
-from moe_serve.scheduling.sequence import GrammarSpec, Request, Sequence
+from moe_serve.scheduling.sequence import Closeable, GrammarSpec, Request, Sequence
 
 
 @dataclass
 class StepReader:
     """Keeps a mirror of every live sequence."""
 
-    start_grammar: Callable[[GrammarSpec], object]
+    start_grammar: Callable[[GrammarSpec], Closeable]
     """Makes the matcher of a sequence with a grammar."""
     _sequences: dict[int, Sequence] = field(default_factory=dict)
 
     def read(self, message: Step) -> RankStep:
         for key in message.gone:
-            del self._sequences[key]
+            gone = self._sequences.pop(key)
+            if gone.matcher is not None:
+                gone.matcher.close()
         for entry in message.new:
             seq = self._sequences[entry.key] = _mirror(entry)
             if seq.params.grammar is not None:
