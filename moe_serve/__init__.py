@@ -39,10 +39,9 @@ __all__ = [
 def _home_of(name: str) -> str | None:
     """Our module that defines a public name; None if the name is not public."""
     homes = {
-        "config": ("EngineConfig", "ExpertCacheConfig", "KVConfig", "QueueConfig"),
+        "config": ("EngineConfig", "ExpertCacheConfig", "KVConfig", "ParallelConfig", "QueueConfig"),
         "errors": ("ConfigError", "InvalidRequestError", "MoEServeError"),
         "llm": ("LLM", "RequestResult"),
-        "parallel.config": ("ParallelConfig",),
         "scheduling.sequence": ("Completion", "SampleOutput", "SamplingParams", "TokenLogprob"),
     }
     return next((home for home, names in homes.items() if name in names), None)
