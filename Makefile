@@ -58,7 +58,7 @@ fix: $(READY)
 	$(BIN)/clang-format -i $(CPP)
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # BENCH_PORT is not serve's port, so a running server is neither measured nor disturbed by accident.
 bench: $(READY)
