@@ -110,7 +110,7 @@ def read_rate(cache: Any) -> float:
     seconds = 0.0
     for i, key in enumerate(keys[: RATE_EXPERTS + 1]):
         start = time.perf_counter()
-        fetch = Fetch(key, store.reads(*key), arena.landing(0), DEMAND, store.checksums.get(key))
+        fetch = Fetch.of(store, key, arena.landing(0), DEMAND)
         cache.fetcher.submit(fetch)
         cache.fetcher.wait_until(lambda f=fetch: f.is_done)
         seconds += time.perf_counter() - start if i else 0.0  # the first one also maps the memory

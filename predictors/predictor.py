@@ -10,7 +10,7 @@ that stream alone. So a forecast depends neither on the other rows of a call nor
 
 Knows numpy only; neither slots nor models. Hidden states pass through untouched, in whatever the caller computes in.
 
-Shape alphabet: T rows, L MoE layers by dense index, E experts per layer, K experts per token, H hidden.
+Shape alphabet: T rows, L MoE layers, E experts per layer, K experts per token, H hidden.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ one step: per-access bookkeeping would make the experts of one token look more r
 A policy knows numpy only; neither slots nor bytes nor devices. `record` and `keep_values` run once per layer and
 step of a live engine: 20 us each, at E = 64, is the budget.
 
-Shape alphabet: L layers (by dense index 0..L-1), E experts per layer, n distinct experts of one event.
+Shape alphabet: L MoE layers, E experts per layer, n distinct experts of one event.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from moe_serve.errors import ConfigError, TraceFileError
 
 if TYPE_CHECKING:
     from expert_cache.capacity import Capacity
-    from expert_cache.simulation.comparison import Row
+    from expert_cache.simulation.replay import Row
     from expert_cache.simulation.events import Events
     from expert_cache.simulation.replay import ReplayResult
     from predictors.trace import RoutingTrace
@@ -127,7 +127,7 @@ def _compare(
     args: argparse.Namespace, trace: RoutingTrace, profile: RoutingTrace | None
 ) -> Iterable[tuple[float, list[Row]]]:
     """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
-    from expert_cache.simulation.comparison import compare
+    from expert_cache.simulation.replay import compare
     from expert_cache.simulation.events import events_of
 
     if profile is not None:
@@ -153,7 +153,7 @@ def _require_same_model(trace: RoutingTrace, profile: RoutingTrace) -> None:
 
 def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
     from expert_cache.policies import find_policy
-    from expert_cache.simulation.comparison import usable_policies
+    from expert_cache.simulation.replay import usable_policies
 
     usable = usable_policies(has_profile)
     for name in wanted or ():
@@ -166,7 +166,7 @@ def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | Non
     from expert_cache.capacity import Capacity
     from expert_cache.simulation.quotas import quota_slots
 
-    uniform = Capacity.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+    uniform = Capacity.of_frac(percent / 100, trace.num_layers, trace.num_experts)
     if pool == "global":
         return Capacity.shared(uniform.total)
     if pool == "quota" and profile is not None:

@@ -34,7 +34,7 @@ from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.memory import free_bytes
 from moe_serve.offload import build
-from moe_serve.offload.memory_guard import MemoryGuard
+from expert_cache.host_managed.memory_guard import MemoryGuard
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
 

@@ -3,7 +3,7 @@
 Each running sequence is a stream of the predictor (predictors/predictor.py). Only single tokens are followed: in a step
 with a part of a prompt nearly every expert is used anyway. As an advisor it names the next layer's experts, for the
 prefetcher; and where the cache's policy is `predicted`, each layer's eviction is told of the tokens to come as soon as
-its router has chosen, as expert_cache/simulation/forecast_replay.py does.
+its router has chosen, as expert_cache/simulation/replay.py does.
 Knows plans and predictors; the cache knows neither.
 
 Shape alphabet: T tokens of the step, N of them decode, K experts per token.

@@ -18,7 +18,7 @@ from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import device_bytes, layout_of
 from expert_cache.gpu_managed.resident import ResidentExperts
 from expert_cache.host_managed.cache import SLOTS_PER_TRANSIT, ExpertCache
-from expert_cache.host_managed.pools import global_pool, per_layer
+from expert_cache.capacity import global_pool, per_layer
 from expert_cache.layers import ExpertLayers
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy

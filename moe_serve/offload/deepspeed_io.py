@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.direct_io import DirectFile
 from moe_serve.errors import ConfigError
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from expert_cache.compute import ExpertCompute
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.host_copies import HostCopies

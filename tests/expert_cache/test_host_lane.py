@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.crossover import TOKEN_COUNTS, MissCosts
 from expert_cache.host_compute.host_copies import HostCopies

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import FromPageCache

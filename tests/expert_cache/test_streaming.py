@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.streaming import Streaming
 from expert_cache.policies import find_policy

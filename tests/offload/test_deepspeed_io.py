@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.direct_io import BLOCK_BYTES
 from moe_serve.errors import ConfigError
 from moe_serve.offload import deepspeed_io

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.regroup import Regrouped
 from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.ownership import Ownership

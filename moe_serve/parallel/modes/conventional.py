@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.layers import Experts
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
 from moe_serve.parallel.wire.exchange import pack, unpack

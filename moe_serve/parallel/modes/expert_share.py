@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.layers import ExpertLayers
 from expert_cache.regroup import regroup_pairs
 from moe_serve.parallel.modes.ownership import Ownership
