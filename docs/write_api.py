@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_serve.server.endpoints.api_tables import tables
+from moe_serve.server.endpoints.reference.api_tables import tables
 
 MARK = "<!-- Below: written by docs/write_api.py from the code. -->\n"
 

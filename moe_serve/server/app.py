@@ -20,10 +20,12 @@ from fastapi.responses import PlainTextResponse, Response
 
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError, ModelNotFoundError
-from moe_serve.server.api import http_errors, openapi, prompts
-from moe_serve.server.api.answer_merger import AnswerMerger
-from moe_serve.server.api.parsing import parse
-from moe_serve.server.api.protocol import (
+from moe_serve.server.endpoints import chat, completions, dashboard, expert_plan, probes, ranks, recording, responses
+from moe_serve.server.endpoints.answers import generation
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger
+from moe_serve.server.endpoints.bodies import prompts
+from moe_serve.server.endpoints.bodies.parsing import parse
+from moe_serve.server.endpoints.bodies.sampling_body import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -31,24 +33,15 @@ from moe_serve.server.api.protocol import (
     SamplingBody,
     TokenizeBody,
 )
-from moe_serve.server.endpoints import (
-    answering,
-    chat,
-    completions,
-    dashboard,
-    expert_plan,
-    probes,
-    ranks,
-    recording,
-    responses,
-)
-from moe_serve.server.endpoints.api_tables import ENDPOINTS
 from moe_serve.server.endpoints.chat import ChatShapes
 from moe_serve.server.endpoints.completions import CompletionShapes
+from moe_serve.server.endpoints.reference import openapi
+from moe_serve.server.endpoints.reference.api_tables import ENDPOINTS
 from moe_serve.server.monitoring.access_log import given_id
 from moe_serve.server.monitoring.metrics import Metrics
 from moe_serve.server.monitoring.request_spans import TraceRequests, Tracing
 from moe_serve.server.monitoring.stats_log import StatsLog
+from moe_serve.server.transport import http_errors
 from moe_serve.text.response_templates import Template, template_of
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -146,8 +139,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             completions.requests_of(body, request_id, service.tokenizer, service.sampling_defaults, limit)
         )
         shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
-        events = answering.chunks(service, body, merger, shapes) if body.stream else None
-        return await answering.answer(service, http, merger, shapes.whole, events)
+        events = generation.chunks(service, body, merger, shapes) if body.stream else None
+        return await generation.answer(service, http, merger, shapes.whole, events)
 
     @app.post("/v1/chat/completions", openapi_extra=openapi.takes(ChatBody, streams=True))
     async def create_chat_completion(http: HttpRequest) -> Response:
@@ -159,8 +152,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         plan = chat.plan(body, request_id, service.tokenizer, template, defaults, limit)
         merger = AnswerMerger([plan.request])
         shapes = ChatShapes(body, plan, request_id, service.model_name, service.tokenizer, merger)
-        events = answering.chunks(service, body, merger, shapes) if body.stream else None
-        return await answering.answer(service, http, merger, shapes.whole, events)
+        events = generation.chunks(service, body, merger, shapes) if body.stream else None
+        return await generation.answer(service, http, merger, shapes.whole, events)
 
 
 def _request_id(prefix: str, body: SamplingBody, http: HttpRequest) -> str:

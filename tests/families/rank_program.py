@@ -18,12 +18,12 @@ import torch.distributed as dist
 from moe_serve.config import EngineConfig
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.group_team import GroupTeam, engine_over, follow
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker
 from moe_serve.parallel.wire.environment import RankAddress, read_place
 from moe_serve.parallel.wire.sockets import GroupWire
 from tests.families import rank_cases
+from tests.support.group_team import GroupTeam, engine_over, follow
 
 
 def lead(worker: Worker, parallel: ParallelConfig, case: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import Request
-from moe_serve.server.api import prompts
-from moe_serve.server.api.http_errors import error_body
-from moe_serve.server.api.parsing import Body, parse
-from moe_serve.server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from moe_serve.server.endpoints import chat, completions
+from moe_serve.server.endpoints.bodies import prompts
+from moe_serve.server.endpoints.bodies.parsing import Body, parse
+from moe_serve.server.endpoints.bodies.sampling_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from moe_serve.server.transport.http_errors import error_body
 from moe_serve.text.response_templates import template_of
 from tests.fuzz.harness import demo_tokenizer, fuzz_for_minutes
 from tests.random_model import random_engine

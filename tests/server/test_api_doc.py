@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from moe_serve.server.endpoints.api_tables import tables
+from moe_serve.server.endpoints.reference.api_tables import tables
 
 DOCS = Path(__file__).parents[2] / "docs"
 

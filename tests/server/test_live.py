@@ -9,7 +9,7 @@ from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport, Residency
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.stats import FinishedStats, StepStats
-from moe_serve.server.monitoring.live import LiveStats
+from moe_serve.server.monitoring.last_minute import LiveStats
 
 
 class Clock:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI
 
-from moe_serve.server.api.protocol import ChatBody
+from moe_serve.server.endpoints.bodies.sampling_body import ChatBody
 from tests.fuzz.harness import random_app, served
 
 WITHOUT_BODY = {"/ping", "/stop_expert_distribution_record", "/dump_expert_distribution_record"}

@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 
-from moe_serve.server.api.responses_input import messages_of
+from moe_serve.server.endpoints.bodies.responses_input import messages_of
 from tests.server.scripted_model import Model, refused_param
 from tests.server.test_tools_and_grammars import CALL, PARAMETERS, VERDICT
 

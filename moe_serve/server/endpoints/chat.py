@@ -11,12 +11,19 @@ from typing import Any
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, GrammarSpec, Request, SampleOutput, TokenLogprob
-from moe_serve.server.api import prompts
-from moe_serve.server.api.answer_merger import AnswerMerger, Usage, json_logprob
-from moe_serve.server.api.answers import AnswerParser, Delta, ListOfCalls, NamedCall, PlainText, TemplateAnswer
-from moe_serve.server.api.prompt_scores import prompt_scores
-from moe_serve.server.api.protocol import ChatBody
-from moe_serve.server.api.tools import ToolPlan, calls_or_answer, plan_tools
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, json_logprob
+from moe_serve.server.endpoints.answers.answer_parsers import (
+    AnswerParser,
+    Delta,
+    ListOfCalls,
+    NamedCall,
+    PlainText,
+    TemplateAnswer,
+)
+from moe_serve.server.endpoints.answers.prompt_scores import prompt_scores
+from moe_serve.server.endpoints.bodies import prompts
+from moe_serve.server.endpoints.bodies.sampling_body import ChatBody
+from moe_serve.server.endpoints.bodies.tools import ToolPlan, calls_or_answer, plan_tools
 from moe_serve.text.response_templates import Template, call_tags, start_parser, without_fields
 from moe_serve.text.tokenizer import Tokenizer
 

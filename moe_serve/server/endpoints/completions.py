@@ -9,10 +9,10 @@ from typing import Any
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
-from moe_serve.server.api import prompts
-from moe_serve.server.api.answer_merger import AnswerMerger, Usage, json_logprob
-from moe_serve.server.api.prompt_scores import prompt_scores
-from moe_serve.server.api.protocol import CompletionBody
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, json_logprob
+from moe_serve.server.endpoints.answers.prompt_scores import prompt_scores
+from moe_serve.server.endpoints.bodies import prompts
+from moe_serve.server.endpoints.bodies.sampling_body import CompletionBody
 from moe_serve.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.server.monitoring.live import LiveStats
-from moe_serve.server.monitoring.minute_window import Window
+from moe_serve.server.monitoring.interval import Window
+from moe_serve.server.monitoring.last_minute import LiveStats
 
 if TYPE_CHECKING:
     from moe_serve.server.app import Service

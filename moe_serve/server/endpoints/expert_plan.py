@@ -29,9 +29,9 @@ from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.live_placement import Decision, LivePlacement
 from moe_serve.planning import problems
 from moe_serve.planning.replanning import Terms
-from moe_serve.server.api import openapi
-from moe_serve.server.api.parsing import Body, parse
 from moe_serve.server.endpoints import ranks
+from moe_serve.server.endpoints.bodies.parsing import Body, parse
+from moe_serve.server.endpoints.reference import openapi
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan
 from predictors.trace import RoutingTrace

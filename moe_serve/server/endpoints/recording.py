@@ -22,8 +22,8 @@ from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
-from moe_serve.server.api import openapi
-from moe_serve.server.api.parsing import Body, parse
+from moe_serve.server.endpoints.bodies.parsing import Body, parse
+from moe_serve.server.endpoints.reference import openapi
 
 if TYPE_CHECKING:
     from moe_serve.server.app import Service

@@ -18,13 +18,14 @@ from fastapi.responses import Response
 from moe_serve.errors import MoEServeError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, SampleOutput, TokenLogprob
-from moe_serve.server.api import openapi, sse
-from moe_serve.server.api.answer_merger import AnswerMerger, json_logprob, stream
-from moe_serve.server.api.parsing import parse
-from moe_serve.server.api.responses_body import ResponsesBody, our_names
-from moe_serve.server.api.responses_items import Event, OutputItems
-from moe_serve.server.endpoints import answering, chat
+from moe_serve.server.endpoints import chat
+from moe_serve.server.endpoints.answers import generation, sse
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, json_logprob, stream
+from moe_serve.server.endpoints.answers.responses_items import Event, OutputItems
+from moe_serve.server.endpoints.bodies.parsing import parse
+from moe_serve.server.endpoints.bodies.responses_body import ResponsesBody, our_names
 from moe_serve.server.endpoints.chat import ChatPlan
+from moe_serve.server.endpoints.reference import openapi
 from moe_serve.server.monitoring.access_log import given_id
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ def install(app: FastAPI, service: Service) -> None:
             merger = AnswerMerger([plan.request])
             shape = ResponseShape(body, plan, service.model_name, service.tokenizer, merger)
             events = _events(service, merger, shape) if body.stream else None
-            return await answering.answer(service, http, merger, shape.whole, events)
+            return await generation.answer(service, http, merger, shape.whole, events)
 
 
 async def _events(service: Service, merger: AnswerMerger, shape: ResponseShape) -> AsyncGenerator[bytes]:

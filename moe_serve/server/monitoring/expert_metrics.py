@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from expert_cache.report import ExpertReport
-from moe_serve.server.monitoring.live import LiveStats
-from moe_serve.server.monitoring.minute_window import Window
+from moe_serve.server.monitoring.interval import Window
+from moe_serve.server.monitoring.last_minute import LiveStats
 
 
 class Family(NamedTuple):

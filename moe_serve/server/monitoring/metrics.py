@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from expert_cache.report import ExpertReport
 from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
-from moe_serve.server.monitoring.live import LiveStats
+from moe_serve.server.monitoring.last_minute import LiveStats
 
 PREFIX = "moe_serve:"
 TTFT_S = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request as HttpRequest
 
 from moe_serve.scheduling.sequence import Request
-from moe_serve.server.api.answer_merger import AnswerMerger
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger
 from moe_serve.server.monitoring.logs import FIELDS
 
 if TYPE_CHECKING:

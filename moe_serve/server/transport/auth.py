@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_serve.config import ServerConfig
 from moe_serve.errors import ConfigError, UnauthorizedError
-from moe_serve.server.api.http_errors import error_response
+from moe_serve.server.transport.http_errors import error_response
 
 KEY_VARIABLE = "MOE_SERVE_API_KEY"
 OPEN_PATHS = frozenset({"/health", "/live", "/ping", "/version"})

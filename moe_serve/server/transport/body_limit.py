@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_serve.errors import BodyTooLargeError, SlowClientError
-from moe_serve.server.api.http_errors import CLOSE, error_response
+from moe_serve.server.transport.http_errors import CLOSE, error_response
 
 
 class BodyLimit:

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from moe_serve.errors import NotServingError
-from moe_serve.server.api.http_errors import CLOSE, error_response
+from moe_serve.server.transport.http_errors import CLOSE, error_response
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -9,10 +9,16 @@ import json
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from moe_serve.server.api.parsing import Body
-from moe_serve.server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, ExpertCacheBody, TokenizeBody
-from moe_serve.server.api.responses_body import ResponsesBody
-from moe_serve.server.api.unsupported_fields import Refusal
+from moe_serve.server.endpoints.bodies.parsing import Body
+from moe_serve.server.endpoints.bodies.responses_body import ResponsesBody
+from moe_serve.server.endpoints.bodies.sampling_body import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ExpertCacheBody,
+    TokenizeBody,
+)
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 from moe_serve.server.endpoints.expert_plan import ExpertPlanBody
 
 ENDPOINTS: Mapping[str, type[Body]] = MappingProxyType(

@@ -14,14 +14,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.server.api import unsupported_fields
-from moe_serve.server.api.json_types import Flag, Int, Number
-from moe_serve.server.api.parsing import Body
-from moe_serve.server.api.protocol import ChatBody
-from moe_serve.server.api.responses_input import messages_of
-from moe_serve.server.api.structured import JsonSchema
-from moe_serve.server.api.tools import Function
-from moe_serve.server.api.unsupported_fields import Refusal
+from moe_serve.server.endpoints.bodies import unsupported_fields
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, Number
+from moe_serve.server.endpoints.bodies.parsing import Body
+from moe_serve.server.endpoints.bodies.responses_input import messages_of
+from moe_serve.server.endpoints.bodies.sampling_body import ChatBody
+from moe_serve.server.endpoints.bodies.structured import JsonSchema
+from moe_serve.server.endpoints.bodies.tools import Function
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 
 SAME_FIELDS = (
     "model",

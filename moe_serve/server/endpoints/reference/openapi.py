@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from moe_serve.server.api.parsing import Body
+from moe_serve.server.endpoints.bodies.parsing import Body
 
 SCHEMAS = "#/components/schemas/"
 ERROR = {

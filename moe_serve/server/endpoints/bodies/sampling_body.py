@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import SamplingParams
-from moe_serve.server.api import unsupported_fields
-from moe_serve.server.api.json_types import Flag, Int, Number
-from moe_serve.server.api.messages import Message
-from moe_serve.server.api.parsing import Body
-from moe_serve.server.api.structured import StructuredFields
-from moe_serve.server.api.tools import Tool, ToolChoice
-from moe_serve.server.api.unsupported_fields import Refusal
+from moe_serve.server.endpoints.bodies import unsupported_fields
+from moe_serve.server.endpoints.bodies.chat_messages import Message
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, Number
+from moe_serve.server.endpoints.bodies.parsing import Body
+from moe_serve.server.endpoints.bodies.structured import StructuredFields
+from moe_serve.server.endpoints.bodies.tools import Tool, ToolChoice
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 
 DIRECT_FIELDS = (
     "n",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
-from moe_serve.server.api.json_types import Flag
+from moe_serve.server.endpoints.bodies.json_types import Flag
 
 JsonSchema = dict[str, Any]
 Choices = Annotated[list[str], Field(min_length=1, max_length=10_000)]

@@ -11,7 +11,7 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
-from moe_serve.server.api.unsupported_fields import Refusal
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 
 
 class Body(BaseModel):

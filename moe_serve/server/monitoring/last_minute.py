@@ -17,7 +17,7 @@ import numpy as np
 
 from expert_cache.report import ExpertReport
 from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
-from moe_serve.server.monitoring.minute_window import Moment, Totals, Window
+from moe_serve.server.monitoring.interval import Moment, Totals, Window
 
 WINDOW_S = 60.0
 PERIOD_S = 1.0

@@ -15,10 +15,11 @@ from fastapi.responses import JSONResponse, Response
 
 from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
 from moe_serve.scheduling.sequence import Completion, SampleOutput
-from moe_serve.server.api import http_errors, sse
-from moe_serve.server.api.answer_merger import AnswerMerger, Usage, collect, stream, unless_disconnected
-from moe_serve.server.api.protocol import SamplingBody
+from moe_serve.server.endpoints.answers import sse
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, collect, stream, unless_disconnected
+from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.monitoring import request_log
+from moe_serve.server.transport import http_errors
 
 if TYPE_CHECKING:
     from moe_serve.server.app import Service

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.server.api.messages import Message
-from moe_serve.server.api.protocol import ChatBody, SamplingBody, TokenizeBody
+from moe_serve.server.endpoints.bodies.chat_messages import Message
+from moe_serve.server.endpoints.bodies.sampling_body import ChatBody, SamplingBody, TokenizeBody
 from moe_serve.text.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]

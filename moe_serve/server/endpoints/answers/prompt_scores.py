@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_serve.scheduling.sequence import TokenLogprob
-from moe_serve.server.api.answer_merger import json_logprob
+from moe_serve.server.endpoints.answers.answer_merger import json_logprob
 from moe_serve.text.tokenizer import Tokenizer
 
 

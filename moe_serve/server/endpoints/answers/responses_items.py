@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from moe_serve.server.api.answers import CallDelta, Delta
+from moe_serve.server.endpoints.answers.answer_parsers import CallDelta, Delta
 
 Event = dict[str, Any]
 PART_EVENTS = {"output_text": "response.output_text", "reasoning_text": "response.reasoning_text"}

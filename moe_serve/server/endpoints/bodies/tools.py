@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_serve.errors import InvalidRequestError
 from moe_serve.execution.grammar import JSON_WHITESPACE
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
-from moe_serve.server.api.json_types import Flag
-from moe_serve.server.api.structured import schema_grammar
+from moe_serve.server.endpoints.bodies.json_types import Flag
+from moe_serve.server.endpoints.bodies.structured import schema_grammar
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 

@@ -1,1 +1,0 @@
-"""Bodies and answers: what the HTTP API takes and gives, as values."""

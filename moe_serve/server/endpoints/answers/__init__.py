@@ -1,0 +1,1 @@
+"""What an answer is: outputs merged, read, shaped and sent."""

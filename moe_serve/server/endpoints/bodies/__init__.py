@@ -1,0 +1,1 @@
+"""What a request's body is, and how it becomes a request of the engine."""

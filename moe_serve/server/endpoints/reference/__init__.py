@@ -1,0 +1,1 @@
+"""What the endpoints say about themselves: the OpenAPI document and docs/api.md's tables."""
