@@ -31,9 +31,7 @@ class InPlaceExperts:
         self._routes = routes
         self._count = count
 
-    def run(
-        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As Experts.run, but for the routes: hidden [T, H] float32, ids and weights [T, K] -> [T, H]."""
         out, counts = self.layers[layer].run(hidden, ids, weights, self._activation)
         self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])

@@ -27,7 +27,6 @@ from expert_cache.storage.store import ExpertStore
 from moe_serve_kernels.gpu.pool import Bank
 from predictors.shape import MoELayer
 
-
 CHUNK_BYTES = 1 << 30
 ALIGN_BYTES = 16
 """Of every piece: what a copying kernel moves at a time."""

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expert_cache.host_managed.acquisition import Acquisition
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_compute.miss_choice import MissChoice
+from expert_cache.host_managed.acquisition import Acquisition
 from expert_cache.host_managed.holdings import Holdings
 from expert_cache.host_managed.observers import Observers
-from predictors.shape import Key, MoELayer
 from expert_cache.host_managed.streaming import FEWEST_RING_SLOTS, Streaming
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import DEMAND, LATER
+from predictors.shape import Key, MoELayer
 
 
 class Acquirer:

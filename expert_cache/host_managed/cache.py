@@ -1,6 +1,7 @@
-"""ExpertCache: experts in slots and on their way: what happens ahead of time, between steps, and what the outside sees.
+"""ExpertCache: experts in slots and on their way: ahead of time, between steps, and what the outside sees.
 
-One thread, the engine's, calls it; the Fetcher's threads only fill memory. A layer's step is `acquirer`'s. Knows no tokens and no arithmetic.
+One thread, the engine's, calls it; the Fetcher's threads only fill memory. A layer's step is `acquirer`'s. Knows no
+tokens and no arithmetic.
 
 Shape alphabet: L layers, E experts per layer, S slots.
 """

@@ -227,9 +227,7 @@ class HostManagedExperts(RegroupedExperts[Plan]):
     def report(self) -> ExpertReport:
         """See Experts."""
         observers = self.cache.observers
-        return replace(
-            super().report(), shadow_hits=observers.shadow_hits, belady_gap_frac=observers.belady_gap_frac
-        )
+        return replace(super().report(), shadow_hits=observers.shadow_hits, belady_gap_frac=observers.belady_gap_frac)
 
     def check_integrity(self) -> None:
         """AssertionError if the cache's books disagree."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_managed.slot_table import SlotTable
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import DEMAND, Fetch, Fetcher
 from expert_cache.storage.store import ExpertStore, ExpertWeights, views_in
 from predictors.shape import Key, MoELayer

@@ -22,7 +22,6 @@ from predictors.evaluation import run_streams, show
 from predictors.predictor import Foresight, Predictor
 from predictors.trace import RoutingTrace
 
-
 BOUND = "belady"
 REFERENCE = "lru"
 

@@ -49,7 +49,9 @@ class ShadowCache:
 
     def _admit(self, layer: int, experts: Ints, num_misses: int) -> None:
         shared = self._capacity.quotas is None
-        pool, size = (0, self._capacity.total) if self._capacity.quotas is None else (layer, self._capacity.quotas[layer])
+        pool, size = (
+            (0, self._capacity.total) if self._capacity.quotas is None else (layer, self._capacity.quotas[layer])
+        )
         resident = self.resident.reshape(-1) if shared else self.resident[layer]
         members = experts + layer * self._num_experts if shared else experts
         num_evictions = num_misses - self._free[pool]

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import xxhash
 
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.store import ExpertStore, Read
 from predictors.shape import Key
 

@@ -18,9 +18,8 @@ from moe_serve.errors import ConfigError, TraceFileError
 
 if TYPE_CHECKING:
     from expert_cache.capacity import Capacity
-    from expert_cache.simulation.replay import Row
     from expert_cache.simulation.events import Events
-    from expert_cache.simulation.replay import ReplayResult
+    from expert_cache.simulation.replay import ReplayResult, Row
     from predictors.trace import RoutingTrace
 
 HELP = "Judge expert-cache policies on recorded routing, without a device."
@@ -127,8 +126,8 @@ def _compare(
     args: argparse.Namespace, trace: RoutingTrace, profile: RoutingTrace | None
 ) -> Iterable[tuple[float, list[Row]]]:
     """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
-    from expert_cache.simulation.replay import compare
     from expert_cache.simulation.events import events_of
+    from expert_cache.simulation.replay import compare
 
     if profile is not None:
         _require_same_model(trace, profile)

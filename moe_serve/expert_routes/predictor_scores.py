@@ -15,8 +15,7 @@ import numpy as np
 from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.events import events_of
-from expert_cache.simulation.replay import replay_forecasts
-from expert_cache.simulation.replay import ReplayResult, replay_belady, replay_events
+from expert_cache.simulation.replay import ReplayResult, replay_belady, replay_events, replay_forecasts
 from moe_serve.errors import ConfigError, TraceFileError
 from predictors.evaluation import Scores, evaluate, split_sequences
 from predictors.methods import find_method, method_names

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.layers import ExpertLayers
 from expert_cache.storage import expert_file
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
 

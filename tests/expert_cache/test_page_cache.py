@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import FromPageCache
@@ -21,6 +20,7 @@ from expert_cache.layers import ExpertLayers
 from expert_cache.policies import find_policy
 from expert_cache.storage import expert_file, page_cache
 from expert_cache.storage.arena import HostArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore

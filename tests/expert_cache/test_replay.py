@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
-from expert_cache.simulation.replay import compare, usable_policies
 from expert_cache.simulation.events import Events, events_from, events_of
-from expert_cache.simulation.replay import gap_closed_frac, replay, replay_belady
+from expert_cache.simulation.replay import compare, gap_closed_frac, replay, replay_belady, usable_policies
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from expert_cache.capacity import Capacity
-from expert_cache.simulation.replay import compare
 from expert_cache.simulation.events import events_of
+from expert_cache.simulation.replay import compare
 from predictors.trace import load
 
 TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces"

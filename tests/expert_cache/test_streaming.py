@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.streaming import Streaming
 from expert_cache.policies import find_policy
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers

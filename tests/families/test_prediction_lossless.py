@@ -99,9 +99,9 @@ def test_same_bits_with_every_trained_predictor(
     folder, ref = checkpoint("mixtral"), reference("mixtral")
     resident = load(folder, moe_cache_mib=0, enable_prefix_caching=False)
     recorder = RouteRecorder(resident.engine.routing_shape(), 1000, token_ids=True)
-    resident.engine.listen_to_routes(recorder)
+    resident.engine.observe_routes(recorder)
     expected = bits(resident, ref)
-    resident.engine.listen_to_routes(recorder, wanted=False)
+    resident.engine.observe_routes(recorder, wanted=False)
     spec = resident.engine.spec
     routers = find_routers(runner_of(resident).model, spec.num_experts, spec.hidden_size)
     training = Training(recorder.trace({}), [(w.detach(), b) for w, b in routers])

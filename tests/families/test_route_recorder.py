@@ -27,9 +27,9 @@ FEW_PAGES = {"block_size": 4, "num_kv_pages": 24, "enable_prefix_caching": False
 
 def recorded(llm: LLM, ref: Reference, num_tokens: int = 1000, weights: bool = False) -> RoutingTrace:
     recorder = RouteRecorder(llm.engine.routing_shape(), num_tokens, weights)
-    llm.engine.listen_to_routes(recorder)
+    llm.engine.observe_routes(recorder)
     greedy(llm, ref.prompts)
-    llm.engine.listen_to_routes(recorder, wanted=False)
+    llm.engine.observe_routes(recorder, wanted=False)
     return recorder.trace({"model": "tiny"})
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.storage.errors import ExpertReadError
 from expert_cache.regroup import Regrouped
+from expert_cache.storage.errors import ExpertReadError
 from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.ownership import Ownership
 from moe_serve.parallel.wire.exchange import Exchange
