@@ -44,7 +44,7 @@ class MoEServe:
     @property
     def experts(self) -> Any:
         """What runs its experts, with counters."""
-        return self._llm.engine.runner.expert_layers.experts
+        return self._llm.engine.runner.experts
 
     def close(self) -> None:
         """Stop its threads."""

@@ -1,6 +1,6 @@
 """InPlaceExperts: all experts of all layers where the CPU's kernels read them, so that none has to be brought.
 
-Knows no cache: whoever has all experts makes one.
+Knows no cache.
 
 Shape alphabet: T tokens, H hidden, K choices per token, L MoE layers.
 """
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from expert_cache.compute import PreparedWeights
-from expert_cache.usage import RouteBuffer, UseCounter
+from expert_cache.counters import CacheCounters
+from expert_cache.usage import ExpertUsage, RouteBuffer
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
 from predictors.shape import Key, MoELayer
@@ -23,13 +24,17 @@ class InPlaceExperts:
     """Runs a layer at once, and books what a kernel has run by itself."""
 
     def __init__(
-        self, layers: Sequence[ExpertLayer], activation: Activation, routes: RouteBuffer, count: UseCounter
+        self,
+        layers: Sequence[ExpertLayer],
+        activation: Activation,
+        routes: RouteBuffer,
+        usage: ExpertUsage,
+        counters: CacheCounters,
     ) -> None:
-        """`layers` [L]. `count`: is told which experts were used, and for how many tokens."""
+        """`layers` [L]. The others: the books of the Experts that have them."""
         self.layers = layers
         self._activation = activation
-        self._routes = routes
-        self._count = count
+        self._routes, self._usage, self._counters = routes, usage, counters
 
     def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As Experts.run, but for the routes: hidden [T, H] float32, ids and weights [T, K] -> [T, H]."""
@@ -44,6 +49,11 @@ class InPlaceExperts:
         for layer, experts in enumerate(ids.flatten(1).tolist()):
             counts = Counter(experts)
             self._count(MoELayer(layer), list(counts), list(counts.values()))
+
+    def _count(self, layer: MoELayer, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """These were used where they are, each for this many tokens."""
+        self._usage.use(layer, experts, counts)
+        self._counters.hits[layer] += len(experts)
 
 
 def layers_of(weights: Mapping[Key, PreparedWeights]) -> list[ExpertLayer]:

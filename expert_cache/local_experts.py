@@ -9,7 +9,7 @@ Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs, L MoE 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Generic
 
 import numpy as np
@@ -158,11 +158,6 @@ class RegroupedExperts(LocalExperts[Plan]):
         meanwhile: Callable[[], None],
     ) -> None:
         """Run the groups: hidden [T, H] -> `out` [P, H] in the order of groups, zero where an expert cannot be read."""
-
-    def count_hits(self, layer: MoELayer, experts: Sequence[int], counts: Sequence[int]) -> None:
-        """These were used where they are, each for this many tokens."""
-        self.usage.use(layer, experts, counts)
-        self.counters.hits[layer] += len(experts)
 
     def keep_only(self, wanted: NDArray[np.bool_]) -> None:
         """Experts outside `wanted` [L, E] will not be asked for any more."""

@@ -43,7 +43,7 @@ class MappedExperts(RegroupedExperts[object]):
             layers = layers_of({key: self.prepared(key) for key in keys})
             self._can_be_in_place = bool(layers)
             if layers:
-                self._in_place = InPlaceExperts(layers, self.compute.activation, self.routes, self.count_hits)
+                self._in_place = InPlaceExperts(layers, self.compute.activation, self.routes, self.usage, self.counters)
         return self._in_place
 
     def prepared(self, key: Key) -> PreparedWeights:

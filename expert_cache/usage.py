@@ -9,7 +9,7 @@ Shape alphabet: L layers, E experts per layer, T tokens of a step, K choices per
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from predictors.shape import MoELayer
 
 PREDICTION_COUNTS = ("predicted_used", "predicted_unused", "unpredicted")
 """True positives, false positives and false negatives of the advice, as `ExpertUsage.predictions` names them."""
-UseCounter = Callable[[MoELayer, Sequence[int], Sequence[int]], None]
-"""Is told a layer, the distinct experts that were used there, and the tokens of each."""
 
 
 class ExpertUsage:

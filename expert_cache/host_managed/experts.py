@@ -93,7 +93,7 @@ class HostManagedExperts(RegroupedExperts[Plan]):
         if not layers:
             self._in_place = None
         elif self._in_place is None or self._in_place.layers is not layers:
-            self._in_place = InPlaceExperts(layers, self.compute.activation, self.routes, self.count_hits)
+            self._in_place = InPlaceExperts(layers, self.compute.activation, self.routes, self.usage, self.counters)
         return self._in_place
 
     def run(

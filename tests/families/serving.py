@@ -56,7 +56,7 @@ def greedy(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[RequestResult]:
     """Complete all prompts together, then prove that nothing is left behind."""
     results = llm.generate(prompts, GREEDY)
     llm.engine.check_integrity()
-    runner_of(llm).expert_layers.experts.check_integrity()
+    runner_of(llm).experts.check_integrity()
     assert llm.engine.pool.num_free == llm.engine.num_pages
     return results
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.prefetch.advisors import Advice
 from expert_cache.prefetch.audit import PrefetchAudit
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
@@ -34,6 +34,12 @@ References = Callable[[str], Reference]
 WITH_LOGPROBS = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=3)
 NARROW = {"expert_aware_batching": "on", "max_num_batched_seqs": 2, "max_skipped_steps": 4}
 RANDOM = {"moe_prefetch": "affinity"}
+
+
+def experts_of(llm: LLM) -> HostManagedExperts[Any]:
+    experts = runner_of(llm).experts
+    assert isinstance(experts, HostManagedExperts)
+    return experts
 
 
 def bits(llm: LLM, ref: Reference) -> list[tuple[Any, Any]]:
@@ -70,16 +76,15 @@ def test_same_bits(case: str, settings: dict[str, Any], checkpoint: Checkpoint, 
     ref = reference(case)
     resident = bits(load(checkpoint(case), moe_cache_mib=0), ref)
     llm = load(checkpoint(case), moe_cache_mib=4, **settings)
-    layers = runner_of(llm).expert_layers
-    cache = layers.experts
-    assert isinstance(cache, ExpertCache)
+    experts = experts_of(llm)
+    cache = experts.cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
     if cache.quotas is not None:  # a window of a few steps, so that it comes to changes
         cache.quotas = AdaptiveQuotas(len(cache.store.layers), cache.store.num_experts, window_steps=6)
     if settings is RANDOM:
-        layers.advisor = AtRandom(len(cache.store.layers), cache.store.num_experts)
-    assert (layers.audit is not None) == ("moe_prefetch" in settings)
+        experts.advisor = AtRandom(len(cache.store.layers), cache.store.num_experts)
+    assert (experts.audit is not None) == ("moe_prefetch" in settings)
     for _ in range(3):
         llm.engine.pool.clear_cache()
         got = bits(llm, ref)
@@ -109,8 +114,7 @@ def test_same_bits_with_every_trained_predictor(
     files.save(path, method, find_method(method).fit(training), training.shape, checkpoint_fingerprint(str(folder)))
     used = {"moe_prefetch": "predictor", "moe_prefetch_audit": False, "moe_cache_policy": "predicted"}
     llm = load(folder, moe_cache_mib=4, moe_predictor=str(path), **used)
-    cache = runner_of(llm).expert_layers.experts
-    assert isinstance(cache, ExpertCache)
+    cache = experts_of(llm).cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
     llm.engine.pool.clear_cache()
@@ -134,10 +138,10 @@ def test_no_predictor_is_refused(settings: dict[str, Any], message: str, checkpo
 
 def test_advice_is_held_against_what_was_used(checkpoint: Checkpoint, reference: References) -> None:
     llm = load(checkpoint("mixtral"), moe_cache_mib=4, moe_prefetch="next-gate")
-    layers = runner_of(llm).expert_layers
-    assert isinstance(layers.audit, PrefetchAudit)
+    experts = experts_of(llm)
+    assert isinstance(experts.audit, PrefetchAudit)
     bits(llm, reference("mixtral"))
-    predicted_used = layers.usage.predictions()["predicted_used"]
+    predicted_used = experts.usage.predictions()["predicted_used"]
     assert predicted_used[0] == 0
     assert (predicted_used[1:] > 0).all()
     llm.close()

@@ -51,7 +51,7 @@ def pair(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 def answers(folder: Path, **settings: Any) -> list[tuple[Any, Any]]:
     llm = load(folder, **settings)
     results = llm.generate(make_prompts()[:3], SAMPLING)
-    runner_of(llm).expert_layers.experts.check_integrity()
+    runner_of(llm).experts.check_integrity()
     return [(r.completions[0].token_ids, r.completions[0].logprobs) for r in results]
 
 
@@ -103,8 +103,8 @@ def test_an_expert_takes_as_few_bytes_as_its_codes(pair, name, tmp_path) -> None
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ORDERED])
 def test_the_kernel_runs_on_the_codes(pair, name) -> None:
     runner = runner_of(load(pair(name)[0]))
-    experts = runner.expert_layers.experts
-    weights = runner.expert_layers.compute.prepare(experts.store.weights(experts.store.layers[0], 0))
+    experts = runner.experts
+    weights = experts.compute.prepare(experts.store.weights(experts.store.layers[0], 0))
     assert isinstance(weights, MLPWeights)
     assert isinstance(weights.gate, QuantizedRows)
     assert experts.store.is_copied is (name in COPIED)

@@ -58,7 +58,7 @@ def test_every_token_once_as_transformers_routes_it(
         want = torch.stack(record_routes(model, (*prompt, *output[:-1])), dim=1).numpy()
         np.testing.assert_array_equal(np.sort(ids, axis=2), np.sort(want, axis=2))
     assert found.meta["first_positions"] == [0] * len(ref.prompts)
-    assert llm.engine.runner.expert_layers.tap.is_on is False  # type: ignore[attr-defined]
+    assert llm.engine.runner.experts.routes.is_on is False  # type: ignore[attr-defined]
 
 
 def test_what_the_prefix_cache_gave_has_no_row(checkpoint: Checkpoint, reference: References) -> None:

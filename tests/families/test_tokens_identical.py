@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.experts import HostManagedExperts
 
 from .references import PROMPT_LENGTHS, SHARED, Reference
 from .serving import StepLog, greedy, load, runner_of, tokens
@@ -80,10 +80,10 @@ def test_room_for_experts(case: str, room: str, checkpoint: Checkpoint, referenc
     """Run twice: with room for all, the second run finds every expert ready; with room for half, it does not."""
     ref = reference(case)
     llm = load(checkpoint(case), moe_cache_mib=0 if room == "mapped" else 64)
-    cache = runner_of(llm).expert_layers.experts
+    experts = runner_of(llm).experts
     if room == "for_half":
-        assert isinstance(cache, ExpertCache)
-        cache.resize(cache.store.num_total // 2)
+        assert isinstance(experts, HostManagedExperts)
+        experts.cache.resize(experts.store.num_total // 2)
     assert tokens(greedy(llm, ref.prompts)) == ref.outputs
     log = StepLog(llm)
     assert tokens(greedy(llm, ref.prompts)) == ref.outputs
