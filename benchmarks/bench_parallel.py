@@ -131,9 +131,11 @@ def main() -> None:
         place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig(device="cpu")
     )
     with torch.inference_mode():
-        job = [prepare(args, place.world_size) if place.is_first else None]
-        dist.broadcast_object_list(job)
-        run(args, place, job[0])
+        jobs = [prepare(args, place.world_size) if place.is_first else None]
+        dist.broadcast_object_list(jobs)
+        (job,) = jobs
+        assert job is not None
+        run(args, place, job)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -152,7 +154,7 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     routes = record(llm, prompts, args.new_tokens)
     folder = Path(tempfile.mkdtemp())
     planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
-    plans = {"contiguous": None}
+    plans: dict[str, str | None] = {"contiguous": None}
     for name, devices, spare in (
         ("planned", num_ranks, 0),
         ("replicas", num_ranks, REPLICAS),

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import fix_environment, hardware, median, versions
 
+from predictors.shape import MoELayer
+
 
 def main() -> None:
     args = parse()
@@ -68,7 +70,7 @@ class AlwaysWrong:
         if layer + 1 == self._num_layers:
             return []
         others = tuple(e for e in range(self._num_experts) if e not in experts)[: len(experts)]
-        return [Advice(layer + 1, others, (1.0,) * len(others))]
+        return [Advice(MoELayer(layer + 1), others, (1.0,) * len(others))]
 
 
 class Side:
@@ -91,7 +93,11 @@ class Side:
             moe_prefetch_audit=not name.endswith("-unaudited"),
             **json.loads(args.settings),
         )
-        self.experts = self.llm.engine.runner.experts  # type: ignore[attr-defined]
+        from expert_cache.host_managed.experts import HostManagedExperts
+
+        experts = self.llm.engine.runner.experts
+        assert isinstance(experts, HostManagedExperts)
+        self.experts = experts
         cache = self.experts.cache
         if kind == "wrong":
             self.experts.advisor = AlwaysWrong(len(cache.store.layers), cache.store.num_experts)
@@ -115,7 +121,7 @@ class Side:
         """Seconds of so many steps."""
         first = len(self.steps_s)
         for _ in range(steps):
-            on = self.layers.audit is not None and self.layers.audit.is_prefetching
+            on = self.experts.audit is not None and self.experts.audit.is_prefetching
             start = time.perf_counter()
             self.tokens += [t for output in self.llm.engine.step() for t in output.token_ids]
             self.steps_s.append((time.perf_counter() - start, on))
@@ -130,7 +136,7 @@ class Side:
 
     def report(self, own: list[float], off: list[float], quiet_off_s: float) -> dict[str, Any]:
         counters, audit = self.experts.counters, self.experts.audit
-        predictions = self.layers.usage.predictions()
+        predictions = self.experts.usage.predictions()
         right, missed = (int(predictions[name].sum()) for name in ("predicted_used", "unpredicted"))
         return {
             "speed": sum(off) / sum(own),

@@ -59,7 +59,7 @@ def main() -> None:
     place = read_place()
     rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig(device="cpu"))
     check_group_wire(place)
-    results = []
+    results: list[dict[str, Any]] = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])
         with torch.inference_mode():

@@ -12,6 +12,7 @@ from expert_cache.storage import expert_file
 from moe_serve import LLM
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from predictors.shape import MoELayer
 
 from .references import Reference
 from .serving import SMALL_ENGINE, load, runner_of
@@ -57,7 +58,7 @@ def test_prompts_that_stream_give_the_same_bits(
     streams: list[bool] = []
     acquire = Acquirer.acquire
 
-    def watching(self: Acquirer, layer: int, experts: list[int], counts: list[int]) -> object:
+    def watching(self: Acquirer, layer: MoELayer, experts: list[int], counts: list[int]) -> object:
         wanted = acquire(self, layer, experts, counts)
         streams.append(wanted.streams)
         return wanted

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from expert_cache.host_managed.cache import ExpertCache
-from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.prefetch.advisors import Advice
 from expert_cache.storage import expert_file
 from moe_serve import LLM, SamplingParams
 from moe_serve.errors import CheckpointError, ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from predictors.shape import MoELayer
 from predictors.trace import RoutingTrace
 
 from .references import NEW_TOKENS, Reference
-from .serving import load, runner_of
+from .serving import host_managed, load, runner_of
 from .tiny_configs import CASES
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2")
@@ -40,14 +40,8 @@ def bits(llm: LLM, prompts: Sequence[Sequence[int]]) -> Bits:
     return [(r.completions[0].token_ids, r.completions[0].logprobs) for r in results]
 
 
-def experts_of(llm: LLM) -> HostManagedExperts[Any]:
-    experts = runner_of(llm).experts
-    assert isinstance(experts, HostManagedExperts)
-    return experts
-
-
 def cache_of(llm: LLM) -> ExpertCache:
-    return experts_of(llm).cache
+    return host_managed(llm).cache
 
 
 class AlwaysWrong:
@@ -56,9 +50,9 @@ class AlwaysWrong:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._shape = num_layers, num_experts
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(self._shape[1]) if e not in experts)
-        return [Advice(i, others, (1.0,) * len(others)) for i in range(self._shape[0])]
+        return [Advice(MoELayer(i), others, (1.0,) * len(others)) for i in range(self._shape[0])]
 
 
 def settings_of(capacity: str) -> dict[str, Any]:
@@ -77,7 +71,7 @@ def test_same_bits(case: str, capacity: str, prefetch: str, checkpoint: Checkpoi
     num_layers, total = len(cache.store.layers), cache.store.num_total
     cache.resize({"one_slot": 1, "one_per_layer": num_layers, "a_third": total // 3, "everything": total}[capacity])
     if prefetch == "wrong":
-        experts_of(llm).advisor = AlwaysWrong(num_layers, cache.store.num_experts)
+        host_managed(llm).advisor = AlwaysWrong(num_layers, cache.store.num_experts)
     for _ in range(2):
         llm.engine.pool.clear_cache()
         assert bits(llm, ref.prompts) == resident
@@ -147,15 +141,14 @@ def test_short_memory_shrinks_the_cache_instead_of_crashing(checkpoint: Checkpoi
     ref = reference("mixtral")
     llm = load(checkpoint("mixtral"), moe_cache_mib=4)
     want = bits(llm, ref.prompts)
-    runner, cache = runner_of(llm), cache_of(llm)
-    guard = runner._guard
+    cache, guard = cache_of(llm), host_managed(llm)._guard
     assert guard is not None
-    guard._free_bytes = lambda: 0  # type: ignore[method-assign]
+    guard._free_bytes = lambda: 0
     guard._next_check = 0.0
     llm.engine.pool.clear_cache()
     assert bits(llm, ref.prompts) == want
     assert cache.num_slots < cache.store.num_total
-    guard._free_bytes = lambda: 1 << 40  # type: ignore[method-assign]
+    guard._free_bytes = lambda: 1 << 40
     guard._next_check = 0.0
     llm.engine.pool.clear_cache()
     assert bits(llm, ref.prompts) == want

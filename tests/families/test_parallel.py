@@ -133,7 +133,11 @@ def test_tokens_identical(
         for variant in chosen:
             engine = {**SMALL_ENGINE, "max_num_batched_tokens": 48, **variant.get("engine", {})}
             experts = ModelSpec.from_hf(read_config(str(checkpoint(family)))).num_experts
-            settings = {"folder": str(checkpoint(family)), "prompts": reference(family).prompts, "params": GREEDY}
+            settings: dict[str, Any] = {
+                "folder": str(checkpoint(family)),
+                "prompts": reference(family).prompts,
+                "params": GREEDY,
+            }
             settings["num_experts"] = experts
             cases.append({**settings, **variant, "engine": engine, "family": family})
     results = launch(launcher(free_port()), cases, tmp_path)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.prefetch.advisors import Advice
 from expert_cache.prefetch.audit import PrefetchAudit
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
@@ -25,21 +24,16 @@ from moe_serve.hf.routers import find_routers
 from predictors import files
 from predictors.methods import find_method, method_names
 from predictors.predictor import FUTURE, Training
+from predictors.shape import MoELayer
 
 from .references import NEW_TOKENS, Reference
-from .serving import load, runner_of
+from .serving import host_managed, load, runner_of
 
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 WITH_LOGPROBS = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=3)
 NARROW = {"expert_aware_batching": "on", "max_num_batched_seqs": 2, "max_skipped_steps": 4}
 RANDOM = {"moe_prefetch": "affinity"}
-
-
-def experts_of(llm: LLM) -> HostManagedExperts[Any]:
-    experts = runner_of(llm).experts
-    assert isinstance(experts, HostManagedExperts)
-    return experts
 
 
 def bits(llm: LLM, ref: Reference) -> list[tuple[Any, Any]]:
@@ -55,7 +49,7 @@ class AtRandom:
         self._shape = num_layers, num_experts
         self._rng = np.random.default_rng(0)
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         later = int(self._rng.integers(0, self._shape[0]))
         some = tuple(self._rng.permutation(self._shape[1])[:3].tolist())
         return [Advice(later, some, (1.0,) * len(some))]
@@ -76,7 +70,7 @@ def test_same_bits(case: str, settings: dict[str, Any], checkpoint: Checkpoint, 
     ref = reference(case)
     resident = bits(load(checkpoint(case), moe_cache_mib=0), ref)
     llm = load(checkpoint(case), moe_cache_mib=4, **settings)
-    experts = experts_of(llm)
+    experts = host_managed(llm)
     cache = experts.cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
@@ -114,7 +108,7 @@ def test_same_bits_with_every_trained_predictor(
     files.save(path, method, find_method(method).fit(training), training.shape, checkpoint_fingerprint(str(folder)))
     used = {"moe_prefetch": "predictor", "moe_prefetch_audit": False, "moe_cache_policy": "predicted"}
     llm = load(folder, moe_cache_mib=4, moe_predictor=str(path), **used)
-    cache = experts_of(llm).cache
+    cache = host_managed(llm).cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
     llm.engine.pool.clear_cache()
@@ -138,7 +132,7 @@ def test_no_predictor_is_refused(settings: dict[str, Any], message: str, checkpo
 
 def test_advice_is_held_against_what_was_used(checkpoint: Checkpoint, reference: References) -> None:
     llm = load(checkpoint("mixtral"), moe_cache_mib=4, moe_prefetch="next-gate")
-    experts = experts_of(llm)
+    experts = host_managed(llm)
     assert isinstance(experts.audit, PrefetchAudit)
     bits(llm, reference("mixtral"))
     predicted_used = experts.usage.predictions()["predicted_used"]

@@ -10,21 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_cache.host_managed.experts import HostManagedExperts
 from moe_serve import LLM
+from moe_serve.hf.family import find
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve_kernels.cpu import library
 
 from .references import Reference
-from .serving import greedy, load, runner_of, tokens
+from .serving import experts_of, greedy, host_managed, load, runner_of, tokens
 from .tiny_configs import CASES
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
-OTHERS = {"olmoe_clipped", "phimoe", "phimoe_window"}
-PLAIN = set(CASES) - OTHERS
+CLIPPED = {name for name, case in CASES.items() if getattr(case.config(), "clip_qkv", None)}
+"""Not plain whatever the family: their attention limits queries, keys and values."""
+PLAIN = {name for name, case in CASES.items() if find(case.config().model_type).plain_layers} - CLIPPED
 
 
 def whole_steps_of(llm: LLM) -> WholeSteps | None:
@@ -79,7 +80,7 @@ def test_counts_and_routes_are_those_of_the_modules(
         run = llm.engine.runner.run
         monkeypatch.setattr(llm.engine.runner, "run", lambda plan, run=run, to=routes: _keep(run(plan), to))
         greedy(llm, prompts)
-        report = runner_of(llm).experts.report()
+        report = experts_of(llm).report()
         seen.append((routes, report.tokens, report.counts["hits"]))
         assert calls is None or calls.at_once + calls.by_layer > 0  # GPT-OSS stores experts by columns: none in place
     (eager_routes, eager_tokens, eager_hits), (routes, counted, hits) = seen
@@ -108,9 +109,7 @@ def test_a_cache_that_fills_and_is_resized(
     """Layer by layer with room for half of the experts, at once when all have come, and back."""
     ref = reference("qwen3_moe")
     llm = load(checkpoint("qwen3_moe"), moe_cache_mib=64)
-    experts = runner_of(llm).experts
-    assert isinstance(experts, HostManagedExperts)
-    cache = experts.cache
+    cache = host_managed(llm).cache
     calls = Calls(llm, monkeypatch)
     for room in (cache.store.num_total // 2, cache.arena.num_slots, cache.store.num_total // 2):
         cache.resize(room)

@@ -22,8 +22,8 @@ from moe_serve.parallel.wire.messages import (
     result_to_json,
 )
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import (
-    FinishReason,
     GrammarKind,
     GrammarSpec,
     Request,
