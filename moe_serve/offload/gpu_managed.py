@@ -32,9 +32,9 @@ def gpu_managed_experts(
 
     ConfigError where the user insists on it and it cannot be.
     """
-    if config.moe_cache_manager == "host":
+    if config.experts.cache_manager == "host":
         return None
-    is_required = config.moe_cache_manager == "device"
+    is_required = config.experts.cache_manager == "device"
     if isinstance(compute, GpuCompute):
         reason = next(_hindrances(config, store, compute), None)
         if reason is None:
@@ -53,17 +53,9 @@ def gpu_managed_experts(
 
 def _hindrances(config: EngineConfig, store: ExpertStore, compute: GpuCompute) -> Iterator[str]:
     """What speaks against it."""
-    if config.moe_cache_policy not in ("affinity", "lru"):  # the default, and what it is
-        yield f"the GPU knows no --moe-cache-policy {config.moe_cache_policy}"
-    if config.moe_cache_pool not in ("auto", "per-layer"):
-        yield f"the GPU knows no --moe-cache-pool {config.moe_cache_pool}"
-    for name in ("moe_cache_profile", "moe_cache_shadow", "moe_predictor"):
-        if getattr(config, name) is not None:
-            yield f"--{name.replace('_', '-')} is for a cache that the host manages"
-    if config.moe_prefetch != "off":
-        yield "--moe-prefetch is for a cache that the host manages"
-    if config.moe_cpu_misses:
-        yield "--moe-cpu-misses is for a cache that the host manages"
+    reason = config.experts.needs_host()
+    if reason is not None:
+        yield reason
     slots, layers = compute.pool.num_free, len(store.layers)
     if slots < layers:
         yield f"--moe-cache-mib holds {slots} experts, fewer than the {layers} layers"

@@ -84,8 +84,8 @@ def create_app(
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains."""
-    pages = {"block_size": engine.engine.block_size, "num_gpu_blocks": engine.engine.num_pages}
-    metrics = Metrics(model_name, pages, engine.engine.expert_report, engine.engine.config.moe_prefetch)
+    pages = {"block_size": engine.engine.page_size, "num_gpu_blocks": engine.engine.num_pages}
+    metrics = Metrics(model_name, pages, engine.engine.expert_report, engine.engine.config.experts.prefetch)
     engine.engine.observer = StatsLog(metrics) if log_stats else metrics
     service = Service(
         engine,

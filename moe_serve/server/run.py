@@ -55,7 +55,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     server = DrainingServer(
         _uvicorn_config(probes.guard(door, server_config, keys), server_config),
         door,
-        server_config.shutdown_timeout,
+        server_config.shutdown_timeout_s,
     )
     asyncio.run(server.serve(sockets=[bound]))
     gc.unfreeze()  # see _keep_for_good; what is never collected, some libraries call a leak at the end
@@ -75,7 +75,7 @@ def _end(server: DrainingServer) -> None:
 def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=connection_class(config.read_timeout, config.write_timeout, raise_file_limit()),
+        http=connection_class(config.read_timeout_s, config.write_timeout_s, raise_file_limit()),
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=LISTEN_BACKLOG,
@@ -175,8 +175,8 @@ def _log_engine(engine: Engine, seconds: float) -> None:
         config.num_threads,
         engine.max_model_len,
         engine.num_pages,
-        engine.block_size,
-        config.moe_cache_mib,
+        engine.page_size,
+        config.experts.cache_mib,
     )
 
 

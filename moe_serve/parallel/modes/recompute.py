@@ -171,7 +171,7 @@ class RecomputingRunner:
     def run(self, step: RankStep) -> Outcome:
         self._experts.between_steps()
         config, device = self._runner.config, self._runner.device
-        batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
+        batch = forward_batch.make(step.plan, config.kv.page_size, device, GroupLimits())
         homes = home_ranks(step, device)
         self._experts.begin(homes, batch.sample_rows)
         self._tap.begin(step.routes, (homes == self._rank).nonzero()[:, 0])

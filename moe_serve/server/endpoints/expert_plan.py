@@ -55,7 +55,7 @@ class ExpertPlanBody(Body):
 
 
 def install(app: FastAPI, service: Service) -> None:
-    """Add the endpoints, and where there are ranks the metrics and what --expert-plan-interval asks for."""
+    """Add the endpoints, and where there are ranks the metrics and what --expert-plan-interval-s asks for."""
     engine = service.engine.engine
     replacement = LivePlacement(service.engine, engine) if isinstance(engine, ParallelEngine) else None
     if isinstance(engine, ParallelEngine) and replacement is not None:
@@ -114,9 +114,9 @@ def _any_trace(shape: RoutingShape) -> RoutingTrace:
 
 
 def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: LivePlacement) -> None:
-    """A task beside the application, where --expert-plan-interval asks for one."""
+    """A task beside the application, where --expert-plan-interval-s asks for one."""
     parallel, inner = engine.team.parallel, app.router.lifespan_context
-    interval_s = parallel.expert_plan_interval
+    interval_s = parallel.expert_plan_interval_s
     if interval_s is None:
         return
 
