@@ -21,6 +21,7 @@ import uvicorn
 
 from moe_serve import __version__
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
+from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.endpoints import probes, ranks
@@ -148,7 +149,7 @@ def _keep_for_good() -> None:
 def model_name_of(folder: str) -> str:
     """The folder's name; the embedded demo's folder is just called `model`."""
     path = Path(folder).resolve()
-    return "moe-serve-demo" if path == Path(__file__).resolve().parents[1] / "demo" / "model" else path.name
+    return "moe-serve-demo" if path == MODEL else path.name
 
 
 def _bind(config: ServerConfig) -> socket.socket:
