@@ -12,8 +12,8 @@ import torch
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.execution import sampler
-from moe_serve.execution.grammar import MaskThread
 from moe_serve.execution.prompt_logprobs import score
+from moe_serve.grammars.masks import MaskThread
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence, TokenLogprob
 from moe_serve.spec import ModelSpec

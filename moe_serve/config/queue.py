@@ -41,3 +41,14 @@ class QueueConfig(Settings):
         bound="positive",
         aliases=("request_timeout",),
     )
+    grammar_timeout_s: float = option(
+        10.0,
+        "Longest time for compiling one request's grammar or JSON schema, in seconds; then the server refuses it with"
+        " 400.",
+        bound="positive",
+    )
+    grammar_memory_mib: int = option(
+        1024,
+        "Most memory for one grammar's process, in MiB; all of them together may take four times as much.",
+        bound="positive",
+    )

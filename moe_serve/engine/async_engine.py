@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -32,7 +33,7 @@ MAX_FAILED_STEPS = 3
 
 
 class EngineLike(Protocol):
-    """What AsyncEngine needs of an engine; all but check_request and expert_report run on the worker thread."""
+    """What AsyncEngine needs of an engine; all but the checks and expert_report run on the worker thread."""
 
     config: EngineConfig
     observer: StatsObserver | None
@@ -41,6 +42,7 @@ class EngineLike(Protocol):
     page_size: int
 
     def check_request(self, request: Request) -> None: ...
+    def begin_check(self, request: Request) -> Future[Any] | None: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def is_waiting(self, request_id: str) -> bool: ...
@@ -98,6 +100,7 @@ class AsyncEngine:
 
         Raises InvalidRequestError, OverloadedError or EngineDeadError before the first output.
         """
+        await self.check(request)
         in_flight = self.submit(request)
         try:
             while in_flight.unfinished > 0:
@@ -110,6 +113,11 @@ class AsyncEngine:
             self._reception.leave(in_flight)
             if in_flight.unfinished > 0:
                 self._post(self.engine.abort, request.request_id)
+
+    async def check(self, request: Request) -> None:
+        """Raise what makes a request impossible. Its grammar is compiled elsewhere; being cancelled ends that."""
+        if (compiling := self.engine.begin_check(request)) is not None:
+            await asyncio.wrap_future(compiling)
 
     async def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -19,9 +20,10 @@ from moe_serve.engine import expert_aware
 from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.step_stats import StepRecorder, finished_stats
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.execution.grammar import Grammars
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
+from moe_serve.grammars.grammars import GrammarLimits, Grammars
+from moe_serve.grammars.matcher import Place
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
@@ -61,7 +63,8 @@ class Engine:
         self.spec = spec
         self.pool = PagePool(config.kv.num_pages, config.kv.page_size)
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
-        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
+        limits = GrammarLimits(config.queue.grammar_timeout_s, config.queue.grammar_memory_mib)
+        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids, limits)
         self.observer: StatsObserver | None = None
         self._route_listeners: list[RouteListener] = []
         self.max_model_len = config.max_model_len
@@ -92,6 +95,12 @@ class Engine:
 
     def check_request(self, request: Request) -> None:
         """Raise what would make this request impossible. Any thread may call; compiling a grammar takes time."""
+        if (compiling := self.begin_check(request)) is not None:
+            compiling.result()
+
+    def begin_check(self, request: Request) -> Future[Place] | None:
+        """As check_request, but a grammar is compiled meanwhile: the future ends with what is wrong with it. None if
+        there is nothing to wait for. Cancelling the future ends the compilation, unless others want it too."""
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("prompt", "the prompt is empty; send at least one token")
@@ -117,8 +126,7 @@ class Engine:
                 f" {'not set' if params.max_tokens is None else params.max_tokens};"
                 f" together they must not exceed the context of {self.max_model_len} tokens",
             )
-        if params.grammar is not None:
-            self._grammars.check(params.grammar)
+        return None if params.grammar is None else self._grammars.begin_check(params.grammar)
 
     def add_request(self, request: Request) -> None:
         """Queue a checked request. Errors of `check_request` apply."""
@@ -190,6 +198,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""
         self.runner.close()
+        self._grammars.close()
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -241,6 +250,8 @@ class Engine:
     def _forget(self, seq: Sequence) -> None:
         """Drop the engine's references to an ended sequence."""
         self._detokenizers.pop(seq, None)
+        if seq.matcher is not None:
+            seq.matcher.close()
         siblings = self._sequences.get(seq.request.request_id)
         if siblings is not None and all(s.is_finished for s in siblings):
             del self._sequences[seq.request.request_id]

@@ -24,9 +24,9 @@ from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.execution import forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
-from moe_serve.execution.grammar import MaskThread
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.expert_routes.live_predictor import LivePredictor
+from moe_serve.grammars.masks import MaskThread
 from moe_serve.hf import attend, dense, device_routers, experts, loading, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
