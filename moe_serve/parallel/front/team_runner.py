@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import reduce
 
 from expert_cache.counters import ExpertTotals
+from expert_cache.experts import ResizeError
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.reports import TeamReports
@@ -30,16 +29,28 @@ from placement.cost import Layout, hosts_of
 
 
 class TeamExperts:
-    """The ranks' expert caches as one, for statistics."""
+    """All ranks' experts as one. Knows no tensors: they run on the ranks."""
 
-    belady_gap_frac = None
-    """Each rank has its own, and their mean means nothing."""
-    shadow_hits: Mapping[str, int] = {}
-
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Team, reports: TeamReports) -> None:
         self._team = team
+        self._reports = reports
         self._last = self._before = ExpertTotals()
-        self.experts = self.counters = self
+
+    def resize(self, mib: int) -> None:
+        """Every rank gets this much. ResizeError."""
+        for answer in self._team.ask_all(Resize(mib), Resized):
+            if answer.refused is not None:
+                raise ResizeError(answer.refused)
+
+    def resident(self) -> None:
+        """Each rank has its own, and they change faster than ranks tell."""
+
+    def report(self) -> ExpertReport | None:
+        """All ranks' together, of the last second or two."""
+        return self._reports.total()
+
+    def close(self) -> None:
+        """The team is stopped as a whole."""
 
     def totals(self) -> ExpertTotals:
         """Sums over ranks, as of their last answers, and over the groups of ranks there have been."""
@@ -64,8 +75,8 @@ class TeamRunner:
         self.team = team
         self.config = config
         self.prescheduler = prescheduler
-        self.expert_layers = TeamExperts(team)
         self.reports = TeamReports(team.reports)
+        self.experts = TeamExperts(team, self.reports)
         self._shape = shape
         self._routes = NO_ROUTES
         self._writer = StepWriter()
@@ -84,23 +95,10 @@ class TeamRunner:
         answers = self.team.ask_all(self._writer.write(plan, self._routes), StepDone)
         return merge(plan, answers, self._shape, self._routes)
 
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """Every rank gets this much. InvalidRequestError."""
-        for answer in self.team.ask_all(Resize(moe_cache_mib), Resized):
-            if answer.refused is not None:
-                raise InvalidRequestError("mib", answer.refused)
-
     def moe_layer_ids(self) -> tuple[int, ...]:
         return self._shape.layer_ids
 
-    def resident_experts(self) -> None:
-        """Each rank has its own, and they change faster than ranks tell."""
-
-    def expert_report(self) -> ExpertReport | None:
-        """All ranks' together, of the last second or two."""
-        return self.reports.total()
-
-    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+    def observe_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, ranks add routes to their answers, or stop to."""
         self._routes = (ROUTE_IDS_AND_WEIGHTS if weights else ROUTE_IDS) if wanted else NO_ROUTES
 

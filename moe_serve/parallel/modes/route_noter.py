@@ -1,6 +1,6 @@
 """RouteNoter: what a rank's routers chose in a step, for the front. Knows token rows; knows no sequences' contents.
 
-Shape alphabet: L MoE layers by dense index, K choices, n tokens of this rank.
+Shape alphabet: L MoE layers, K choices, n tokens of this rank.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from moe_serve.hf.experts import RunsExperts
 from moe_serve.parallel.modes.runner import RankStep
 from moe_serve.parallel.wire.messages import NO_ROUTES, ROUTE_IDS_AND_WEIGHTS, RoutePiece
 from moe_serve.scheduling.batch_plan import BatchPlan
+from predictors.shape import MoELayer
 
 Rows: TypeAlias = NDArray[np.int64]
 
@@ -42,8 +43,8 @@ class RouteNoter:
         self._ids.clear()
         self._weights.clear()
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As ExpertLayers.run."""
+    def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As Experts.run."""
         if self._wanted != NO_ROUTES:
             self._ids.append(ids if self._rows is None else ids[self._rows])
             self._weights.append(weights if self._rows is None else weights[self._rows])

@@ -11,9 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from expert_cache.local_experts import RegroupedExperts
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.engine.model_runner import ModelRunner, load_runner
+from moe_serve.engine.model_runner import ModelRunner, load_model
 from moe_serve.errors import ConfigError
+from moe_serve.offload import build
 from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
@@ -24,6 +26,7 @@ from moe_serve.parallel.ranks.grouping import GroupRunner
 from moe_serve.parallel.wire.environment import RankAddress
 from moe_serve.parallel.wire.rendezvous import bind_narrowly, open_store
 from moe_serve.parallel.wire.sockets import GroupWire, connect_all
+from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 
@@ -32,7 +35,6 @@ from moe_serve.text.generation_defaults import eos_token_ids
 class RankModel:
     """What a rank has loaded."""
 
-    runner: ModelRunner
     share: ExpertShare
     config: EngineConfig
     """As resolved, with as many pages and as long a context as the smallest rank has room for."""
@@ -59,25 +61,30 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
     if config.experts.cache_manager == "device":
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
     device = _device_of(config.device, place)
-    config = config.replace(device=device, moe_cache_manager="host", enforce_eager=True)
-    eos = frozenset(eos_token_ids(config.model))
-    runner, spec = load_runner(config, eos)
-    share = _share(place, parallel, runner, spec)
+    config, loaded, spec = load_model(config.replace(device=device, enforce_eager=True))
+    local = build.regrouped_experts(config, loaded, spec)
+    runner = ModelRunner(config, loaded, spec, frozenset(eos_token_ids(config.model)), local)
+    nothing = torch.empty(0, dtype=getattr(torch, config.dtype), device=runner.device)
+    share = _share(place, parallel, local, spec, nothing)
     pages, context = _smallest([runner.config.kv.num_pages or 0, runner.config.max_model_len or 0], runner.device)
     config = runner.config.replace(num_kv_pages=pages, max_model_len=context)
-    return RankModel(runner, share, config, _mode(place, parallel, runner, share))
+    return RankModel(share, config, _mode(place, parallel, runner, share))
 
 
-def _share(place: RankAddress, parallel: ParallelConfig, runner: ModelRunner, spec: ModelSpec) -> ExpertShare:
-    """This rank's experts and the way to the others, within its group of ranks."""
-    local, size = runner.expert_layers, parallel.ranks_per_group
+def _share(
+    place: RankAddress,
+    parallel: ParallelConfig,
+    local: RegroupedExperts[BatchPlan],
+    spec: ModelSpec,
+    like: torch.Tensor,
+) -> ExpertShare:
+    """This rank's experts and the way to the others, within its group of ranks. `like`: has the model's type."""
+    store, size = local.store, parallel.ranks_per_group
     first_rank = parallel.group_of(place.rank) * size
-    layers = local.experts.store.layers
-    hosts = read_hosts(parallel.expert_plan, layers, local.experts.store.num_experts, size)
-    wire = connect_all(place, parallel.rank_step_s) if runner.device.type == "cpu" else GroupWire(runner.device)
-    exchange = Exchange(place.rank - first_rank, size, Traffic(len(layers)), wire, first_rank)
-    like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=runner.device)
-    return ExpertShare(local, hosts, exchange, spec.top_k, like)
+    hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
+    wire = connect_all(place, parallel.rank_step_s) if like.device.type == "cpu" else GroupWire(like.device)
+    exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
+    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.hidden_size))
 
 
 def _mode(place: RankAddress, parallel: ParallelConfig, runner: ModelRunner, share: ExpertShare) -> RankRunner:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.experts import ResizeError
 from expert_cache.report import ExpertReport
-from moe_serve.errors import InvalidRequestError
 from moe_serve.parallel.ranks.late_grammars import LateGrammars
 from moe_serve.parallel.ranks.rank_model import RankModel
 from moe_serve.parallel.ranks.step_reader import StepReader
@@ -19,8 +18,7 @@ class Worker:
 
     def __init__(self, model: RankModel) -> None:
         self.config = model.config
-        self.layers = model.share.layers
-        self._runner = model.runner
+        self.layers = model.share.local.store.decoder_layers
         self._share = model.share
         self._mode = model.mode
         self._reader = StepReader(LateGrammars(self.config).start)
@@ -41,28 +39,22 @@ class Worker:
         return StepDone(*self._mode.run(self._reader.read(step)), self._counted())
 
     def place(self, layout: Layout) -> Placed:
-        """Another placement from the next step on; experts that are no longer run here leave this rank's cache."""
-        share = self._share
-        hosts = hosts_of(layout, share.exchange.num_ranks)
-        share.place(hosts)
-        experts = self._runner.expert_layers.experts
-        if isinstance(experts, ExpertCache):
-            experts.keep_only(hosts[:, :, share.exchange.rank])
+        """Another placement from the next step on."""
+        self._share.place(hosts_of(layout, self._share.exchange.num_ranks))
         return Placed()
 
-    def resize(self, moe_cache_mib: int) -> Resized:
+    def resize(self, mib: int) -> Resized:
         """Change this rank's memory for experts."""
         try:
-            self._runner.resize_expert_cache(moe_cache_mib)
-        except InvalidRequestError as error:
+            self._share.local.resize(mib)
+        except ResizeError as error:
             return Resized(error.message)
         return Resized()
 
     def report(self) -> ExpertReport:
         """What the experts here have done since the start. Any thread may ask."""
-        return self._runner.expert_report()
+        return self._share.local.report()
 
     def _counted(self) -> Counted:
         traffic = self._share.exchange.traffic
-        totals = self._runner.expert_layers.experts.counters.totals()
-        return Counted(traffic.totals(), traffic.by_layer(), totals)
+        return Counted(traffic.totals(), traffic.by_layer(), self._share.local.totals())
