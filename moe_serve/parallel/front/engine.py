@@ -7,8 +7,9 @@ client sees a pause. A request that sees MAX_LOSSES of them ends with an error: 
 from __future__ import annotations
 
 from moe_serve.engine.engine import Engine
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, InvalidRequestError
-from moe_serve.parallel.front.team import RankLostError
+from moe_serve.parallel.front.team import RankLostError, TeamState
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
@@ -40,6 +41,12 @@ class ParallelEngine(Engine):
         self._team_runner = runner
         self._generation = runner.team.generation
         self._losses: dict[Sequence, int] = {}
+
+    def trouble(self) -> Trouble | None:
+        """What ranks are missing; None while all are there."""
+        if self.team.state is TeamState.READY:
+            return None
+        return Trouble(str(self.team.state), self.team.trouble, self.team.failed)
 
     def check_request(self, request: Request) -> None:
         """As Engine.check_request. Ranks send no scores of prompts: those have a row of logits per token."""
