@@ -12,6 +12,7 @@ Shape alphabet: L layers, E experts, K choices, H hidden.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -42,7 +43,7 @@ def main() -> int:
     x = torch.randn(1, hidden, dtype=torch.bfloat16, device="cuda")
     weights = torch.full((1, top_k), 1 / top_k, device="cuda")
     ids = torch.arange(top_k, device="cuda")[None].clone()
-    graph = timing.capture([lambda i=i: layers.run(i, x, ids, weights, SILU) for i in range(args.layers)])
+    graph = timing.capture([functools.partial(layers.run, i, x, ids, weights, SILU) for i in range(args.layers)])
     rows = [measure(graph, layers, ids, misses, num_experts, args.layers, expert_bytes) for misses in range(top_k + 1)]
     link = pinned_bytes_per_s()
     for row in rows:
@@ -62,14 +63,15 @@ def make(hidden: int, inner: int, num_experts: int, num_layers: int) -> tuple[Ca
     slots = max(num_experts // 4, 2 * 2)
     shapes = ((2, inner, hidden), (hidden, inner))
     hosts = [
-        {"data": (torch.randn(num_layers * num_experts, *shape) * 0.02).to(torch.bfloat16).pin_memory()}
+        {"data": list((torch.randn(num_layers * num_experts, *shape) * 0.02).to(torch.bfloat16).pin_memory())}
         for shape in shapes
     ]
+    gate_up, down = hosts
     device = torch.device("cuda")
     banks = [empty_bank(num_layers * slots, shape, "plain", torch.bfloat16, device) for shape in shapes]
     ranges = [(i * slots, (i + 1) * slots) for i in range(num_layers)]
     expert_bytes = sum(host["data"][0].nbytes for host in hosts)
-    return CachedLayers(*hosts, ExpertPool(*banks), num_experts, ranges), expert_bytes
+    return CachedLayers(gate_up, down, ExpertPool(*banks), num_experts, ranges), expert_bytes
 
 
 def measure(

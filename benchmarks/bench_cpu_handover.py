@@ -11,6 +11,7 @@ Ratios are times over ours: below 1 they are faster. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -53,7 +54,7 @@ def bench(name: str) -> list[dict[str, Any]]:
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden)
-        best = interleaved({side: (lambda e, run=run, x=x: run(x, e)) for side, run in makers.items()})
+        best = interleaved({side: functools.partial(run, x) for side, run in makers.items()})
         gflops = 6 * tokens * hidden * inner / best["ours"] / 1e9
         ratios = {side: best[side] / best["ours"] for side in ("packed", "converted")}
         rows.append({"shape": name, "tokens": tokens, "ms": 1e3 * best["ours"], "gflops": gflops, "ratios": ratios})

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -139,7 +140,11 @@ def _readers() -> tuple[dict[str, tuple[Run, int]], int]:
 
     data = torch.ones(64 << 20)
     reads: dict[str, Callable[[], Any]] = {"sum": data.sum, "max": data.max, "dot": lambda: torch.dot(data, data)}
-    return {f"read {name}": (lambda _, read=read: read(), 1) for name, read in reads.items()}, data.nbytes
+    return {f"read {name}": (functools.partial(_read, read), 1) for name, read in reads.items()}, data.nbytes
+
+
+def _read(read: Callable[[], Any], _: int) -> Any:
+    return read()
 
 
 def _matrices(seed: int, hidden: int, inner: int, experts: int) -> tuple[Any, Any, Any]:
@@ -147,7 +152,8 @@ def _matrices(seed: int, hidden: int, inner: int, experts: int) -> tuple[Any, An
 
     generator = torch.Generator().manual_seed(seed)
     shapes = ((experts, inner, hidden), (experts, inner, hidden), (experts, hidden, inner))
-    return tuple(torch.randn(s, generator=generator) / s[-1] ** 0.5 for s in shapes)  # type: ignore[return-value]
+    gate, up, down = (torch.randn(s, generator=generator) / s[-1] ** 0.5 for s in shapes)
+    return gate, up, down
 
 
 def _our_layers(form: str, hidden: int, inner: int, experts: int) -> tuple[Callable[[Routing], Run], int, float]:

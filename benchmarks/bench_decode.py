@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,16 @@ def main() -> int:
             if i:  # the first run touches pages
                 speeds[name].append(speed)
         if args.llama_bench and i:
-            speeds.setdefault("llama.cpp", []).append(_llama_bench(*args.llama_bench, args))
+            speeds.setdefault("llama.cpp", []).append(_llama_bench(args.llama_bench, args))
         rate = max(rate, _read_rate())
     _report(args, {name: median(all_speeds) for name, all_speeds in speeds.items()}, rate)
     sys.stdout.flush()
     os._exit(0)
 
 
-def _llama_bench(binary: str, gguf: str, args: Any) -> float:
-    """Tokens/s of one run."""
+def _llama_bench(paths: list[str], args: Any) -> float:
+    """Tokens/s of one run. `paths`: the program's and the GGUF file's."""
+    binary, gguf = paths
     command = [binary, "-m", gguf, "-p", "0", "-n", str(args.new_tokens), "-r", "1", "-t", str(args.threads)]
     done = subprocess.run([*command, "-o", "json"], check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout)[0]["avg_ts"])
@@ -79,7 +81,8 @@ def _read_rate() -> float:
 
     data = torch.ones(64 << 20)
     best = 0.0
-    for read in (data.sum, data.max, lambda: torch.dot(data, data)):
+    reads: tuple[Callable[[], Any], ...] = (data.sum, data.max, lambda: torch.dot(data, data))
+    for read in reads:
         start = time.perf_counter()
         read()
         best = max(best, data.nbytes / (time.perf_counter() - start) / 1e9)

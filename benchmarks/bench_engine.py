@@ -18,7 +18,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from measuring import Decode, fix_environment, hardware, median, versions
 
@@ -92,6 +92,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+class Side(Protocol):
+    """A contender of engine_sides.py, which is imported after the environment is set."""
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Any: ...
+
+
 class Bench:
     """The loaded contenders and the rounds over them."""
 
@@ -121,7 +127,10 @@ class Bench:
 
     def _round(self, cell: Cell) -> None:
         prompts = self.prompts.draw(cell.num_seqs, cell.prompt_len)
-        contenders = [(OURS, self.ours, self.default_experts), ("generate", self.generate, self.default_experts)]
+        contenders: list[tuple[str, Side, str]] = [
+            (OURS, self.ours, self.default_experts),
+            ("generate", self.generate, self.default_experts),
+        ]
         if cell.best_experts != self.default_experts:
             contenders.append(("generate_best", self.generate, cell.best_experts))
         contenders.append(("continuous", self.continuous, cell.best_experts))

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import fix_environment, hardware, save_json, versions
 
-SIDES = {
+SIDES: dict[str, dict[str, Any] | None] = {
     "resident, graphs": {},
     "resident, launched": {"enforce_eager": True},
     "device, graphs": {"moe_cache_manager": "device"},

@@ -19,7 +19,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,7 +173,7 @@ def check(got: torch.Tensor, shape: Shape, case: Case, pool: ExpertPool) -> None
         raise RuntimeError(f"another result: {difference:.3f} of the largest")
 
 
-def launched_s(calls: list[Callable[[], object]]) -> float:
+def launched_s(calls: Sequence[Callable[[], object]]) -> float:
     def run() -> None:
         for call in calls:
             call()

@@ -124,7 +124,7 @@ def run_ours(args: argparse.Namespace, prompt: list[int], limit: int, settings: 
     run = run_limited(command, limit, cold_files=cold)
     if run.returncode:
         raise RuntimeError(f"moe-serve returned {run.returncode}:\n{run.stderr[-3000:]}")
-    said = json.loads(run.stdout.splitlines()[-1])
+    said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     tokens_per_s = (len(said["tokens"]) - 1) / said["decode_s"]
     rate = sum(said["rates"]) / len(said["rates"])
     formula = (len(said["tokens"]) - 1) * rate / said["missed_bytes"]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.front.prescheduling import count_uses
-from moe_serve.parallel.group_team import GroupTeam, complete, engine_over, follow
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker
 from moe_serve.parallel.traffic_forecast import RowBytes, forecast
@@ -46,6 +46,7 @@ from placement.plan import save_plan
 from placement.problem import PlacementProblem
 from placement.solve import find_plan
 from placement.topology import Topology
+from tests.support.group_team import GroupTeam, complete, engine_over, follow
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Variant:
     mode: str
     plan: str
     predicted: bool = False
-    """Whether tokens and sequences start where a predictor expects their experts."""
-    context: str = "auto"
+    """Whether sequences live where a predictor expects their experts."""
     groups: int = 1
 
 
@@ -68,8 +68,6 @@ VARIANTS = (
     Variant("coherent", "planned", predicted=True),
     Variant("conventional", "replicas"),
     Variant("coherent", "replicas"),
-    Variant("coherent", "planned", context="send"),
-    Variant("coherent", "replicas", context="send", predicted=True),
     Variant("coherent", "grouped", groups=2),
 )
 """The last needs 4 ranks at least."""
@@ -77,7 +75,7 @@ REPLICAS = 2
 """Further experts per rank and layer in "replicas"."""
 PATIENCE_S = 3600.0
 """The other ranks wait while the first records and plans."""
-KINDS = ("dispatch", "combine", "context", "control")
+KINDS = ("dispatch", "combine", "control")
 
 
 class CountingTeam(GroupTeam):
@@ -133,9 +131,11 @@ def main() -> None:
         place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig(device="cpu")
     )
     with torch.inference_mode():
-        job = [prepare(args, place.world_size) if place.is_first else None]
-        dist.broadcast_object_list(job)
-        run(args, place, job[0])
+        jobs = [prepare(args, place.world_size) if place.is_first else None]
+        dist.broadcast_object_list(jobs)
+        (job,) = jobs
+        assert job is not None
+        run(args, place, job)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -154,7 +154,7 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     routes = record(llm, prompts, args.new_tokens)
     folder = Path(tempfile.mkdtemp())
     planning = np.concatenate([ids for _, ids in routes[: args.plan_count]])
-    plans = {"contiguous": None}
+    plans: dict[str, str | None] = {"contiguous": None}
     for name, devices, spare in (
         ("planned", num_ranks, 0),
         ("replicas", num_ranks, REPLICAS),
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     ]
     workers = []
     for v in chosen:
-        settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan], "ep_context": v.context}
+        settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan]}
         parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
         workers.append((parallel, Worker(place, EngineConfig(**settings(args), num_threads=1, device="cpu"), parallel)))
     teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
@@ -222,9 +222,9 @@ def serve(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dic
 
 
 def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: dict[str, Any], variant: Variant) -> Any:
-    """A row of the result; forecasts where tokens begin at home."""
+    """A row of the result; forecasts where no predictor chose the homes."""
     sent = {kind: count / team.tokens for kind, count in team.bytes.items()}
-    row = {**asdict(variant), "way": worker.way, "bytes_per_token": sum(sent[kind] for kind in KINDS), "sent": sent}
+    row = {**asdict(variant), "bytes_per_token": sum(sent[kind] for kind in KINDS), "sent": sent}
     steps = len(team.step_s)
     row["trips_per_step"] = team.trips / team.num_ranks / steps
     row["tokens_per_s"] = team.tokens / sum(team.step_s)
@@ -234,13 +234,13 @@ def report(args: argparse.Namespace, team: CountingTeam, worker: Worker, job: di
         return row
     spec, size = engine_over(team, worker).spec, team.num_ranks // variant.groups
     hosts = read_hosts(job["plans"][variant.plan], worker.layers, spec.num_experts, size)
-    sizes = RowBytes.of(worker.way, spec.hidden_size, spec.top_k, 4, *worker.kv_sizes)
+    sizes = RowBytes.of(variant.mode, spec.hidden_size, spec.top_k, 4)
     served = job["routes"][args.plan_count :]
     for name, routes in (("forecast", job["routes"][: args.plan_count]), ("followed", served)):
         decoded = [ids[args.length :] for _, ids in routes]
         at = [team.homes[str(i)] if routes is served else i for i in range(len(decoded))]
         homes = np.concatenate([np.full(len(ids), home % size) for ids, home in zip(decoded, at, strict=True)])
-        row[name] = asdict(forecast(worker.way, np.concatenate(decoded), hosts, homes, sizes))
+        row[name] = asdict(forecast(variant.mode, np.concatenate(decoded), hosts, homes, sizes))
     return row
 
 

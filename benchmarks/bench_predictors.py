@@ -27,6 +27,7 @@ from measuring import fix_environment, hardware, versions
 
 if TYPE_CHECKING:
     from moe_serve import LLM
+    from moe_serve.engine.model_runner import ModelRunner
     from predictors.predictor import Predictor, Training
     from predictors.trace import RoutingTrace
 
@@ -78,6 +79,14 @@ def prompts_of(llm: LLM, args: argparse.Namespace) -> Iterator[list[int]]:
         yield list(ids[start : start + args.prompt_len])
 
 
+def runner_of(llm: LLM) -> ModelRunner:
+    """What runs the model of this process."""
+    from moe_serve.engine.model_runner import ModelRunner
+
+    assert isinstance(llm.engine.runner, ModelRunner)
+    return llm.engine.runner
+
+
 @dataclass
 class Tap:
     """What went through the experts of every layer."""
@@ -88,7 +97,7 @@ class Tap:
 
     @contextmanager
     def on(self, llm: LLM) -> Iterator[None]:
-        expert_layers = llm.engine.runner.expert_layers
+        expert_layers = runner_of(llm).expert_layers
         run = expert_layers.run
 
         def run_and_keep(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
@@ -120,7 +129,7 @@ class Tap:
         )
         offsets = offsets_of([len(p) for p in self.prompts])
         tokens = np.concatenate([np.array(p) for p in self.prompts])
-        return RoutingTrace(ids, offsets, np.array(names), num_experts, weights, token_ids=tokens), hidden
+        return RoutingTrace(ids, offsets, np.array(names, np.int32), num_experts, weights, token_ids=tokens), hidden
 
 
 def judge(llm: LLM, tap: Tap, args: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +138,7 @@ def judge(llm: LLM, tap: Tap, args: argparse.Namespace) -> dict[str, Any]:
     from predictors.methods import find_method
     from predictors.predictor import Training
 
-    runner, spec = llm.engine.runner, llm.engine.spec
+    runner, spec = runner_of(llm), llm.engine.spec
     num_experts = runner.expert_layers.experts.store.num_experts
     trace, hidden = tap.trace(num_experts)
     last_train = round(0.8 * trace.num_sequences)

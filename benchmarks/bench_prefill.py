@@ -154,7 +154,7 @@ def cache_mib(args: argparse.Namespace) -> int:
 
 def limit_s(row: dict[str, Any]) -> float:
     """No prompt can be faster: the disk's part, or the CPU's."""
-    return max(row["missing_bytes"] / row["rate"], row.get("compute_s", 0.0))
+    return float(max(row["missing_bytes"] / row["rate"], row.get("compute_s", 0.0)))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from measuring import StepClock
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from moe_serve import LLM, SamplingParams
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.scheduling.sequence import Request
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
@@ -44,7 +45,9 @@ class MoEServe:
     @property
     def experts(self) -> Any:
         """What runs its experts, with counters."""
-        return self._llm.engine.runner.expert_layers.experts
+        runner = self._llm.engine.runner
+        assert isinstance(runner, ModelRunner)
+        return runner.expert_layers.experts
 
     def close(self) -> None:
         """Stop its threads."""

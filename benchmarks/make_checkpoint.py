@@ -42,7 +42,8 @@ class Size:
     head_dim: int = 64
 
     def config(self, dtype: torch.dtype) -> PreTrainedConfig:
-        return self.kind(
+        make: Callable[..., PreTrainedConfig] = self.kind  # the base class does not name its families' fields
+        return make(
             vocab_size=4096,
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,

@@ -115,7 +115,7 @@ def read_rate(cache: Any) -> float:
         cache.fetcher.wait_until(lambda f=fetch: f.is_done)
         seconds += time.perf_counter() - start if i else 0.0  # the first one also maps the memory
     arena.release(0)
-    return RATE_EXPERTS * store.expert_bytes / seconds
+    return float(RATE_EXPERTS * store.expert_bytes / seconds)
 
 
 def memory(llm: Any) -> dict[str, Any]:

@@ -1,36 +1,30 @@
-"""One call from a problem to a plan: finds the solver by its file's name, keeps the best layout, adds the bound."""
+"""One call from a problem to a plan: finds the solver by its name, keeps the best layout, adds the bound."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_serve_base.extensions import ExtensionError
 from placement.bounds import Bound, lower_bound, quick_bound
-from placement.cost import Layout
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan, make_plan
 from placement.problem import PlacementProblem
 from placement.run import Progress, Run, silent
-
-Solver = Callable[[PlacementProblem, Run], Layout]
-
-
-def solver_names() -> list[str]:
-    """The files in placement/solvers/."""
-    return sorted(info.name for info in pkgutil.iter_modules([str(Path(__file__).parent / "solvers")]))
+from placement.solvers import SOLVERS
+from placement.solvers.solver import Solver
 
 
 def find_solver(name: str) -> Solver:
-    if name not in solver_names():
-        raise PlacementError("solver", f"there is no {name!r}; choose from {', '.join(solver_names())}")
-    solver: Solver = importlib.import_module(f"placement.solvers.{name}").solve
+    """The solver of that name. PlacementError names the ones there are, or what is wrong with it."""
+    try:
+        solver: Solver = SOLVERS.find(name)
+    except ExtensionError as error:
+        raise PlacementError("solver", error.problem) from error
     return solver
 
 

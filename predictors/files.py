@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from moe_serve_base.extensions import ExtensionError
 from predictors.methods import find_method
 from predictors.predictor import Predictor, RouterShape
 
@@ -61,7 +62,11 @@ def load(path: str | Path, shape: RouterShape | None = None, fingerprint: str | 
     if None not in (fingerprint, facts["fingerprint"]) and fingerprint != facts["fingerprint"]:
         raise PredictorFileError(path, "was learnt from another checkpoint; train one from a trace of this model")
     try:
-        predictor = find_method(facts["method"]).from_arrays(found, arrays)
+        method = find_method(facts["method"])
+    except ExtensionError as error:
+        raise PredictorFileError(path, f"{error}; install the package that it was trained with") from error
+    try:
+        predictor = method.from_arrays(found, arrays)
     except (KeyError, ValueError) as error:
         raise PredictorFileError(path, f"is damaged or of another version ({error}); train it again") from None
     return PredictorFile(facts["method"], found, facts["fingerprint"], predictor)

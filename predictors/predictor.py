@@ -6,7 +6,19 @@ at any time in between, `probabilities` may be asked for any layer not yet obser
 lookahead d: that layer minus the newest one observed; before the first layer of a token, that layer plus one.
 
 Predictors do not learn while they serve: what they know of a model comes from `fit`, what they know of a stream from
-that stream alone. So a forecast depends neither on the other rows of a call nor on the requests before it.
+that stream alone.
+
+Laws. tests/predictors/test_methods.py checks them on every method that is installed, and names the law that fails.
+
+1. Probabilities are finite and within 0..1.
+2. Each row of `probabilities` sums to K: at least 0.85 K, and never more.
+3. A forecast depends on past routes only, unless `needs` holds FUTURE.
+4. A stream that is begun again has forgotten what it was.
+5. A row depends neither on the other rows of a call, nor on its stream's number, nor on earlier requests.
+6. `arrays` holds everything that was learnt: `from_arrays` gives the same forecasts within 0.02 (files hold half
+   precision).
+7. The same training gives the same arrays: draw from `Training.seed` only.
+8. `needs` names known things: TOKEN_IDS, HIDDEN, FUTURE.
 
 Knows numpy only; neither slots nor models. Hidden states pass through untouched, in whatever the caller computes in.
 

@@ -1,4 +1,4 @@
-"""What `pip install moe-serve` puts into site-packages: five packages, the demo model, no tests.
+"""What `pip install moe-serve` puts into site-packages: six packages, the demo model, no tests.
 
 The wheel is built from a copy, with the weights left out, so that it is quick and leaves no trace.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("moe_serve", "expert_cache", "placement", "predictors", "kernels", "tests", "benchmarks", "examples")
+PACKAGES = ("moe_serve", "expert_cache", "placement", "predictors", "moe_serve_base")
+SOURCES = (*PACKAGES, "kernels", "tests", "benchmarks", "examples")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
@@ -37,11 +38,11 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_top_level_names(wheel_names: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names if ".dist-info" not in name}
-    assert tops == {"moe_serve", "expert_cache", "placement", "predictors", "moe_serve_kernels"}
+    assert tops == {*PACKAGES, "moe_serve_kernels"}
 
 
 def test_every_module_and_marker_is_there(wheel_names: list[str]) -> None:
-    homes = {folder: folder for folder in SOURCES[:4]} | {"moe_serve_kernels": "kernels/moe_serve_kernels"}
+    homes = {folder: folder for folder in PACKAGES} | {"moe_serve_kernels": "kernels/moe_serve_kernels"}
     expected = {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for package, folder in homes.items()

@@ -19,6 +19,7 @@ FOLDER_OF = {
     "expert_cache": "expert_cache",
     "placement": "placement",
     "predictors": "predictors",
+    "moe_serve_base": "moe_serve_base",
     "moe_serve_kernels": "kernels/moe_serve_kernels",
 }
 """Package -> its folder."""
@@ -133,7 +134,8 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def _reached(graph: Graph, start: str) -> set[str]:
-    seen, queue = set(), [start]
+    seen: set[str] = set()
+    queue = [start]
     while queue:
         for target in graph[queue.pop()] - seen:
             seen.add(target)

@@ -1,28 +1,34 @@
-"""Cache policies by file name: each file here exports `POLICY`, except `policy.py`, which says what that is.
+"""Cache policies by name: each file here exports `POLICY`, except `policy.py`, which says what that is.
 
-Listing names imports nothing, so that `--help` stays quick.
+A package from outside offers one as an entry point of the group "moe_serve.policies".
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING
+
+from moe_serve_base.extensions import Extensions
 
 if TYPE_CHECKING:
     from expert_cache.policies.policy import PolicyMaker
 
-NO_POLICY = ("policy",)
+POLICIES = Extensions(
+    "policy",
+    __name__,
+    __path__,
+    symbol="POLICY",
+    group="moe_serve.policies",
+    attributes=("needs", "record", "keep_values", "keep_values_all"),
+    helpers=("policy",),
+)
 
 
 def policy_names() -> list[str]:
     """Every policy, in alphabetical order."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in NO_POLICY)
+    return POLICIES.names()
 
 
 def find_policy(name: str) -> PolicyMaker:
-    """The policy in `<name>.py`. Raises ValueError naming the ones there are."""
-    if name not in policy_names():
-        raise ValueError(f"policy {name!r} is not one of {', '.join(policy_names())}")
-    maker: PolicyMaker = importlib.import_module(f"{__name__}.{name}").POLICY
+    """The policy of that name. ExtensionError (a ValueError) names the ones there are, or what is wrong with it."""
+    maker: PolicyMaker = POLICIES.find(name)
     return maker

@@ -4,8 +4,22 @@ The cache evicts the expert with the smallest keep value among those neither pin
 calls `record` for an event before it asks what to evict for that event. An event is a layer's whole expert set in
 one step: per-access bookkeeping would make the experts of one token look more recent than one another.
 
-A policy knows numpy only; neither slots nor bytes nor devices. `record` and `keep_values` run once per layer and
-step of a live engine: 20 us each, at E = 64, is the budget.
+Laws. tests/expert_cache/test_policies.py checks them on every policy that is installed, and names the law that fails.
+
+1. Values are finite float64 of shape [E] and [L, E], from before the first event on. Within a layer, `keep_values`
+   and `keep_values_all` put the experts in the same order.
+2. The order within a layer needs no events of other layers.
+3. An event without experts, and events without router weights, are valid.
+4. Values depend on past events only: what comes after an event changes nothing before it.
+5. Asking for values changes nothing.
+6. A policy may not depend on which expert is which: when the experts are renamed, the values move with the names.
+   Leave ties as ties; the cache breaks them by index.
+7. A policy that needs no popularity keeps at least 2 % more hits than eviction at random, on routing with popular and
+   sticky experts.
+8. `record` and `keep_values` run once per layer and step of a live engine. At E = 64 the budget is 40 us of CPU time
+   for both; the test allows 200 us.
+
+A policy knows numpy only; neither slots nor bytes nor devices.
 
 Shape alphabet: L layers (by dense index 0..L-1), E experts per layer, n distinct experts of one event.
 """

@@ -23,7 +23,7 @@ class CudaArena:
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device, num_staging: int = 4) -> None:
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
         self._device = device
-        self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies: Any = torch.cuda.Stream(device)
         self._slots: dict[int, torch.Tensor] = {}
         self._idle = [_pinned(slot_bytes) for _ in range(num_staging)]
         self._draining: list[tuple[Any, torch.Tensor]] = []

@@ -17,6 +17,7 @@ from moe_serve import __version__
 from moe_serve.cli.commands import Parser, add_commands
 from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.openmp import spin_briefly
+from moe_serve_base.extensions import ExtensionError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (ConfigError, InvalidRequestError) as error:
+    except (ConfigError, InvalidRequestError, ExtensionError) as error:
         return _complain(error, EXIT_USAGE)
     except MoEServeError as error:
         return _complain(error, EXIT_FAILED)
@@ -63,8 +64,8 @@ def _unknown_message(unknown: Sequence[str], parser: argparse.ArgumentParser) ->
     return f"unknown flag {flags[0]}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _complain(error: MoEServeError, status: int) -> int:
-    print(f"moe-serve: error: {error.message}", file=sys.stderr)
+def _complain(error: Exception, status: int) -> int:
+    print(f"moe-serve: error: {error}", file=sys.stderr)
     return status
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import moe_serve
 from moe_serve.config import flag_name
+from moe_serve.hf.families import family_names
 
 C = TypeVar("C")
 
@@ -32,7 +33,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         default=default_model(),
-        help="Folder of a Hugging Face checkpoint. Default: the small demo model in this package.",
+        help="Folder of a Hugging Face checkpoint. Default: the small demo model in this package. "
+        f"Its model_type is one of {', '.join(family_names())}.",
     )
 
 

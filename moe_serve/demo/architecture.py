@@ -51,7 +51,7 @@ def build_model(config: MixtralConfig, seed: int) -> MixtralForCausalLM:
 
 def generation_config(config: MixtralConfig) -> GenerationConfig:
     """Sampling defaults; both the chat and the document end stop a generation."""
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=[config.eos_token_id, config.bos_token_id],
         pad_token_id=config.pad_token_id,

@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def wrap(core: Tokenizer) -> PreTrainedTokenizerFast:
     """Give a trained BPE its special tokens, chat template and limits."""
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=END_OF_TEXT,
         eos_token=IM_END,

@@ -61,7 +61,7 @@ class Trainer:
         share = chat_share(done, recipe.decay)
         batch = self._mixture.batch(recipe.tokens_per_step, sequence_length(done), share)
         total, nats, balance = forward_loss(self.model, batch, recipe)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         factor = schedule(done, recipe.warmup, recipe.decay)
         for optimizer in self._optimizers:

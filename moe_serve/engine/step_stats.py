@@ -10,8 +10,9 @@ from typing import Any
 
 from expert_cache.counters import ExpertTotals
 from moe_serve.scheduling.batch_plan import BatchPlan
+from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.sequence import SampleOutput, Sequence
-from moe_serve.scheduling.stats import FinishedStats, StatsObserver, StepStats
+from moe_serve.scheduling.stats import StatsObserver, StepStats
 
 
 class StepRecorder:

@@ -40,7 +40,7 @@ class CudaCapture:
         return out, graph.replay
 
     def _warm_up(self, work: Callable[[], torch.Tensor]) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

@@ -1,22 +1,21 @@
 """Family: what we must know about one Hugging Face MoE architecture to take over its experts.
 
-One file per family in moe_serve/hf/families/, named after config.json's `model_type` and exporting
-FAMILY. Attention, norms, router and everything else stay Hugging Face's own code; a family only
+One file per family in moe_serve/hf/families/, or one entry point of a package from outside: see that folder's
+`__init__.py`. Attention, norms, router and everything else stay Hugging Face's own code; a family only
 says which class holds the experts, how their tensors are named, and what happens between the two
 matrix products. Knows no tensors and loads nothing.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from dataclasses import dataclass, field
 
 from moe_serve.errors import UnsupportedModelError
-from moe_serve.hf import families
 from moe_serve.hf.activations import ActivationOf, gated
+from moe_serve.hf.families import FAMILIES, family_names
 from moe_serve.hf.routings import RoutingOf, unknown
+from moe_serve_base.extensions import ExtensionError
 from moe_serve_kernels.cpu.decoder import Rotary
 
 PART_OF = {
@@ -76,17 +75,15 @@ class Family:
         return next((m for p in self.patterns if (m := p.search(tensor_name))), None)
 
 
-def supported() -> list[str]:
-    """Model types with a file in moe_serve/hf/families/."""
-    return sorted(m.name for m in pkgutil.iter_modules(families.__path__))
-
-
 def find(model_type: str) -> Family:
     """The Family of config.json's `model_type`; UnsupportedModelError lists the supported ones."""
-    if model_type not in supported():
+    if model_type not in family_names():
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(supported())}"
+            f" supported: {', '.join(family_names())}"
         )
-    family: Family = importlib.import_module(f"{families.__name__}.{model_type}").FAMILY
+    try:
+        family: Family = FAMILIES.find(model_type)
+    except ExtensionError as error:
+        raise UnsupportedModelError(str(error)) from error
     return family

@@ -46,6 +46,7 @@ from moe_serve.offload.gpu_managed import device_cache
 from moe_serve.offload.host_side import host_side
 from moe_serve.resolve import MIB
 from moe_serve.spec import ModelSpec
+from moe_serve_base.extensions import ExtensionError
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from predictors import files as predictor_files
 from predictors.methods.next_gate import Router
@@ -162,7 +163,10 @@ def _profile(config: EngineConfig, store: ExpertStore) -> RoutingTrace | None:
 
 
 def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | None) -> Policy:
-    maker = find_policy(config.moe_cache_policy)
+    try:
+        maker = find_policy(config.moe_cache_policy)
+    except ExtensionError as error:
+        raise ConfigError(f"--moe-cache-policy: {error}") from error
     if maker.needs == "popularity" and profile is None:
         raise ConfigError(f"--moe-cache-policy {config.moe_cache_policy} needs --moe-cache-profile")
     return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())

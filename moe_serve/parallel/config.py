@@ -18,25 +18,25 @@ class ParallelConfig(FromDict):
     )
     ep_mode: str = option(
         "conventional",
-        "How tokens meet their experts. conventional: they go out and the results come back, each layer."
-        " coherent: while decoding, a token stays where its expert ran, and every rank holds the whole KV cache.",
+        "How tokens meet their experts. conventional: each token has one home rank; in every layer it is sent to its"
+        " experts and their results come back. coherent: every rank computes every token up to its experts, and only"
+        " the experts' results are sent.",
         ("conventional", "coherent"),
     )
     ep_context: str = option(
-        "auto",
-        "With --ep-mode coherent, how ranks come by each other's part of the context. send: as keys and values."
-        " recompute: from hidden states, every rank computing every token. auto: what sends less.",
-        ("auto", "send", "recompute"),
+        "recompute",
+        "With --ep-mode coherent: how every rank gets the keys and values of every token. recompute, the only way:"
+        " each rank computes them itself.",
     )
     ep_groups: int = option(
         1,
-        "Divide the ranks into so many groups, each with all experts among its ranks: sequences stay in one group."
-        " The plan is then one for as many devices as a group has ranks.",
+        "Split the ranks into N groups; every group holds all experts, and a sequence stays in its group."
+        " The plan is then for one group: as many devices as a group has ranks.",
     )
     ep_predictor: str | None = option(
         None,
-        "Table of the experts that each token id used (.npz): sequences and tokens start on the rank that is"
-        " expected to hold their experts.",
+        "File that `moe-serve predictor tokens` made from a trace of this model (.npz): how often each token id used"
+        " each expert. A new sequence then lives on the rank that is expected to hold its experts.",
     )
     expert_plan_interval: float | None = option(
         None, "Seconds after which another placement is made from recent traffic, again and again. Default: never."
@@ -59,8 +59,7 @@ class ParallelConfig(FromDict):
             raise ConfigError(f"--devices must be at least 1, got {self.devices}")
         if self.ep_mode not in ("conventional", "coherent"):
             raise ConfigError(f"--ep-mode: {self.ep_mode!r} is not one of conventional, coherent")
-        if self.ep_context not in ("auto", "send", "recompute"):
-            raise ConfigError(f"--ep-context: {self.ep_context!r} is not one of auto, send, recompute")
+        self._check_context()
         if self.ep_groups < 1 or self.devices % self.ep_groups:
             raise ConfigError(f"--ep-groups {self.ep_groups} does not divide --devices {self.devices}")
         for name in ("rank_stall_s", "rank_step_s", "rank_start_s"):
@@ -72,6 +71,16 @@ class ParallelConfig(FromDict):
                 " give --devices above 1"
             )
         self._check_replacement()
+
+    def _check_context(self) -> None:
+        """`auto` is the old spelling of the one way that is left."""
+        if self.ep_context == "send":
+            raise ConfigError(
+                "--ep-context send: sending keys and values has been removed, since it never sent fewer bytes than"
+                " --ep-mode conventional with a plan; use --ep-context recompute"
+            )
+        if self.ep_context not in ("auto", "recompute"):
+            raise ConfigError(f"--ep-context: {self.ep_context!r} is not recompute")
 
     def _check_replacement(self) -> None:
         if self.expert_plan_interval is not None and self.expert_plan_interval <= 0:

@@ -16,7 +16,7 @@ from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import Hosts, read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.links import Listener
-from moe_serve.parallel.front.prescheduling import Prescheduler, TokenAffinity, load_uses
+from moe_serve.parallel.front.prescheduling import Prescheduler, load_uses
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.front.team import Team, new_secret
 from moe_serve.parallel.front.team_runner import TeamRunner
@@ -72,12 +72,7 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
 
 
 def _prescheduler(team: Team, spec: ModelSpec, hosts: Hosts) -> Prescheduler:
-    path, size = team.parallel.ep_predictor, team.parallel.ranks_per_group
+    path = team.parallel.ep_predictor
     if path is None:
-        return Prescheduler(size)
-
-    def follow(hosts: Hosts) -> TokenAffinity:
-        """The table is read again for each placement: it may be large, and placements are rare."""
-        return TokenAffinity(load_uses(path, spec.vocab_size, len(team.layers), spec.num_experts), hosts)
-
-    return Prescheduler(size, follow(hosts), follow)
+        return Prescheduler(hosts)
+    return Prescheduler(hosts, lambda: load_uses(path, spec.vocab_size, len(team.layers), spec.num_experts))

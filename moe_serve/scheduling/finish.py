@@ -1,7 +1,8 @@
-"""FinishReason: why a sequence ended."""
+"""Why a sequence ended, and what is reported of it then. Without numpy, so that `--help` stays quick."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -12,3 +13,25 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStats:
+    """One finished sample. All times in seconds."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_tokens: int | None
+    n: int
+    e2e_s: float
+    queue_s: float
+    """Arrival to first scheduled."""
+    prefill_s: float
+    """First scheduled to first token."""
+    decode_s: float
+    """First to last token."""
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.queue_s + self.prefill_s

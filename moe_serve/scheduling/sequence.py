@@ -12,8 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.scheduling.finish import FinishReason
-from moe_serve.scheduling.stats import FinishedStats
+from moe_serve.scheduling.finish import FinishedStats, FinishReason
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 

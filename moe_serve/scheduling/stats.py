@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from expert_cache.counters import ExpertTotals
-from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.finish import FinishedStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +44,6 @@ class EngineLoad:
     num_waiting: int
     kv_usage_frac: float
     """Used fraction of the KV pages; cached but unreferenced pages count as free."""
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedStats:
-    """One finished sample. All times in seconds."""
-
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    num_output_tokens: int
-    max_tokens: int | None
-    n: int
-    e2e_s: float
-    queue_s: float
-    """Arrival to first scheduled."""
-    prefill_s: float
-    """First scheduled to first token."""
-    decode_s: float
-    """First to last token."""
-
-    @property
-    def time_to_first_token_s(self) -> float:
-        return self.queue_s + self.prefill_s
 
 
 class StatsObserver(Protocol):

@@ -17,7 +17,7 @@ def solve(problem: PlacementProblem, run: Run) -> Layout:
     """Never worse than round_robin or load_balance: they are tried too."""
     for simple in (round_robin, load_balance, chain):
         simple.solve(problem, run)
-    if layer_states.fits(problem):
+    if layer_states.applies(problem):
         _solve_exactly(problem, run)
     else:
         if problem.balanced and staged.applies(problem):

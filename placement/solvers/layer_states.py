@@ -24,7 +24,7 @@ from placement.topology import Floats, Ints
 MOST_STATES = 3000
 
 
-def fits(problem: PlacementProblem) -> bool:
+def applies(problem: PlacementProblem) -> bool:
     """Whether the states are few enough, and no replicas are asked for."""
     return problem.spare_slots == 0 and num_states(problem) <= MOST_STATES
 
@@ -44,7 +44,7 @@ def num_states(problem: PlacementProblem) -> int:
 
 def solve(problem: PlacementProblem, run: Run) -> Layout:
     """PlacementError where there are too many states."""
-    if not fits(problem):
+    if not applies(problem):
         raise PlacementError(
             "solver", f"layer_states needs at most {MOST_STATES} ways to place a layer and no replicas; use auto"
         )

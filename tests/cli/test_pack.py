@@ -26,9 +26,10 @@ def test_every_expert_is_one_aligned_run_with_its_checksum(tmp_path: Path, capsy
             (read,) = packed.reads(layer, expert)
             assert read.offset % BLOCK_BYTES == 0
             a, b = packed.weights(layer, expert), original.weights(layer, expert)
-            assert torch.equal(a.gate, b.gate)
-            assert torch.equal(a.up, b.up)
-            assert torch.equal(a.down, b.down)
+            for part, expected in zip((a.gate, a.up, a.down), (b.gate, b.up, b.down), strict=True):
+                assert isinstance(part, torch.Tensor)
+                assert isinstance(expected, torch.Tensor)
+                assert torch.equal(part, expected)
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

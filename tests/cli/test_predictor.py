@@ -24,7 +24,7 @@ def write_trace(path: Path, seed: int) -> str:
     rng = np.random.default_rng(seed)
     liked = rng.normal(size=(200, 1, E)) * 3
     ids = np.argsort(-(liked + rng.normal(size=(200, L, E))), axis=2)[:, :, :K]
-    RoutingTrace(ids, offsets_of([20] * 10), np.arange(L), E, meta={"fingerprint": "f" * 64}).save(path)
+    RoutingTrace(ids, offsets_of([20] * 10), np.arange(L, dtype=np.int32), E, meta={"fingerprint": "f" * 64}).save(path)
     return str(path)
 
 

@@ -45,7 +45,7 @@ def continuation(folder: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("bits", "most"), [("8", 0.012), ("4", 0.13)])
-def test_it_is_close_to_the_original_and_small(tmp_path, bits, most) -> None:
+def test_it_is_close_to_the_original_and_small(tmp_path: Path, bits: str, most: float) -> None:
     folder = quantize(tmp_path / "out", "--bits", bits)
     assert max(errors(folder)) < most
     stores = open_all_experts(str(folder)), open_all_experts(default_model())
@@ -54,7 +54,7 @@ def test_it_is_close_to_the_original_and_small(tmp_path, bits, most) -> None:
         assert continuation(str(folder)) == continuation(default_model())
 
 
-def test_calibration_changes_scales_but_not_the_format(tmp_path) -> None:
+def test_calibration_changes_scales_but_not_the_format(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT * 4)
     plain = quantize(tmp_path / "plain")
     searched = quantize(tmp_path / "searched", "--calibration", str(tmp_path / "text"), "--calibration-tokens", "600")
@@ -65,7 +65,7 @@ def test_calibration_changes_scales_but_not_the_format(tmp_path) -> None:
     assert len(continuation(str(searched))) == 6
 
 
-def test_what_is_no_expert_stays_as_it_was(tmp_path) -> None:
+def test_what_is_no_expert_stays_as_it_was(tmp_path: Path) -> None:
     folder = quantize(tmp_path / "out")
     written = load_file(folder / "model.safetensors")
     with safe_open(Path(default_model()) / "model.safetensors", "pt") as original:
@@ -86,13 +86,17 @@ def test_what_is_no_expert_stays_as_it_was(tmp_path) -> None:
         (["--calibration", "/nowhere"], "--calibration: /nowhere cannot be read"),
     ],
 )
-def test_what_it_cannot_do_is_said_and_leaves_nothing(tmp_path, capsys, flags, message) -> None:
+def test_what_it_cannot_do_is_said_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
     assert main(["quantize", default_model(), "-o", str(tmp_path / "out"), *flags]) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_and_a_quantised_model_are_refused(tmp_path, capsys) -> None:
+def test_an_existing_folder_and_a_quantised_model_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = quantize(tmp_path / "out", "--bits", "8")
     assert main(["quantize", default_model(), "-o", str(folder)]) != 0
     assert main(["quantize", str(folder), "-o", str(tmp_path / "again")]) != 0

@@ -22,7 +22,7 @@ def write_trace(path: Path, seed: int = 0, num_experts: int = E) -> Path:
     rng = np.random.default_rng(seed)
     popularity = rng.random((L, num_experts))
     ids = np.argsort(rng.random((N, L, num_experts)) * popularity, axis=2)[:, :, -K:]
-    RoutingTrace(ids, np.array([0, 20, N]), np.arange(L), num_experts).save(path)
+    RoutingTrace(ids, np.array([0, 20, N]), np.arange(L, dtype=np.int32), num_experts).save(path)
     return path
 
 

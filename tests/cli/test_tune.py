@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +21,6 @@ def test_tokens_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tokens" in capsys.readouterr().err
 
 
-def test_a_missing_checkpoint_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err

@@ -78,13 +78,13 @@ def test_measured_rates_are_of_this_world(tmp_path: Path) -> None:
 
 
 def test_missing_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings.library, "load", lambda: None)
-    monkeypatch.setattr(findings.shutil, "which", lambda name: None)
+    monkeypatch.setattr("moe_serve.doctor.findings.library.load", lambda: None)
+    monkeypatch.setattr("moe_serve.doctor.findings.shutil.which", lambda name: None)
     assert any("C++ compiler" in found.fix for found in findings.findings())
 
 
 def test_low_limits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings.resource, "getrlimit", lambda kind: (256, 1024))
+    monkeypatch.setattr("moe_serve.doctor.findings.resource.getrlimit", lambda kind: (256, 1024))
     assert any("ulimit -n" in found.fix for found in findings.findings())
 
 

@@ -194,7 +194,7 @@ class CacheMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-class TestCacheStates(CacheMachine.TestCase):  # type: ignore[name-defined,misc]
+class TestCacheStates(CacheMachine.TestCase):  # type: ignore[misc]
     settings = settings(
         max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )

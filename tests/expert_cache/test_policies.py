@@ -1,4 +1,4 @@
-"""What every file in expert_cache/policies/ must satisfy, and what each policy is for."""
+"""What every policy must satisfy, from inside or outside, and what each of ours is for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_cache.capacity import Capacity
-from expert_cache.policies import find_policy, policy_names
+from expert_cache.policies import find_policy, policy, policy_names
 from expert_cache.policies.policy import Policy
 from expert_cache.simulation.belady import belady_hits
 from expert_cache.simulation.events import Events, events_of
@@ -18,11 +18,13 @@ from expert_cache.simulation.replay import replay_events
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 
+from ..laws import laws_of
 from .synthetic_traces import small_traces, sticky_trace
 
 POLICIES = policy_names()
 ONLINE = [name for name in POLICIES if find_policy(name).needs != "popularity"]
 L, E = 3, 16
+law = laws_of(policy)
 every_policy = pytest.mark.parametrize("name", POLICIES)
 
 
@@ -45,6 +47,7 @@ def test_the_folder_is_the_list() -> None:
 
 
 @every_policy
+@law(1)
 def test_values_are_finite_from_the_start(name: str) -> None:
     """Before any event, after one layer's event, and after many."""
     events = events_of(sticky_trace())
@@ -59,6 +62,7 @@ def test_values_are_finite_from_the_start(name: str) -> None:
 
 
 @every_policy
+@law(2)
 def test_a_layer_without_events_does_not_disturb_the_others(name: str) -> None:
     policy, alone = make(name), make(name)
     for layer, *event in events_of(sticky_trace()):
@@ -71,6 +75,7 @@ def test_a_layer_without_events_does_not_disturb_the_others(name: str) -> None:
 
 
 @every_policy
+@law(3)
 def test_an_event_without_experts_is_no_mistake(name: str) -> None:
     policy = feed(make(name), events_of(sticky_trace()))
     none = np.zeros(0, dtype=np.int64)
@@ -79,6 +84,7 @@ def test_an_event_without_experts_is_no_mistake(name: str) -> None:
 
 
 @every_policy
+@law(4)
 def test_no_policy_peeks(name: str) -> None:
     """Hits before the cut are the same whether or not the trace goes on."""
     trace = sticky_trace()
@@ -89,6 +95,7 @@ def test_no_policy_peeks(name: str) -> None:
 
 
 @every_policy
+@law(5)
 def test_asking_for_values_changes_nothing(name: str) -> None:
     events = events_of(sticky_trace())
     asked = make(name)
@@ -100,6 +107,7 @@ def test_asking_for_values_changes_nothing(name: str) -> None:
 
 
 @every_policy
+@law(3)
 def test_weights_may_be_missing(name: str) -> None:
     policy = make(name)
     for layer, experts, counts, _ in events_of(sticky_trace()):
@@ -108,6 +116,7 @@ def test_weights_may_be_missing(name: str) -> None:
 
 
 @every_policy
+@law(6)
 def test_names_of_experts_mean_nothing(name: str) -> None:
     """Renaming the experts renames the values."""
     trace, rename = sticky_trace(), np.random.default_rng(3).permutation(E)
@@ -134,6 +143,7 @@ def test_no_policy_passes_belady(trace: RoutingTrace, num_slots: int, shared: bo
 
 
 @pytest.mark.parametrize("name", ONLINE)
+@law(7)
 def test_an_online_policy_beats_evicting_at_random(name: str) -> None:
     """On routing with popular and sticky experts, which all of them claim to use."""
     events = events_of(sticky_trace(400))
@@ -155,6 +165,7 @@ def test_an_online_policy_beats_evicting_at_random(name: str) -> None:
 
 
 @every_policy
+@law(8)
 def test_an_event_is_cheap(name: str) -> None:
     """CPU time at E = 64, a batch's union; the budget is 40 us, the bound has room for a busy machine."""
     policy, experts = make(name, 1, 64), np.arange(0, 64, 4)

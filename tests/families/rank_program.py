@@ -18,12 +18,12 @@ import torch.distributed as dist
 from moe_serve.config import EngineConfig
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.group_team import GroupTeam, engine_over, follow
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker
 from moe_serve.parallel.wire.environment import RankAddress, read_place
 from moe_serve.parallel.wire.sockets import GroupWire
 from tests.families import rank_cases
+from tests.support.group_team import GroupTeam, engine_over, follow
 
 
 def lead(worker: Worker, parallel: ParallelConfig, case: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def main() -> None:
     place = read_place()
     rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig(device="cpu"))
     check_group_wire(place)
-    results = []
+    results: list[dict[str, Any]] = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])
         with torch.inference_mode():

@@ -15,7 +15,8 @@ from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf import loading
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.llm import RequestResult
-from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
+from moe_serve.scheduling.finish import FinishedStats
+from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.spec import ModelSpec
 
 from .references import NEW_TOKENS

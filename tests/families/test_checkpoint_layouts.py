@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from moe_serve.hf.family import supported
+from moe_serve.hf.families import family_names
 
 from .references import Reference
 from .relayout import WEIGHTS, Tensors, copy_with, fuse_experts, reshard, split_experts
@@ -32,7 +32,7 @@ def tensor_names(file: Path) -> list[str]:
         return list(handle.keys())
 
 
-@pytest.mark.parametrize("family", supported())
+@pytest.mark.parametrize("family", family_names())
 def test_how_transformers_saves_experts(family: str, checkpoint: Checkpoint) -> None:
     """If this changes, the layouts below no longer cover what users have."""
     has_numbers = any(".experts.0." in n for n in tensor_names(checkpoint(family) / WEIGHTS))

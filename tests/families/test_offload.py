@@ -145,12 +145,12 @@ def test_short_memory_shrinks_the_cache_instead_of_crashing(checkpoint: Checkpoi
     runner, cache = runner_of(llm), cache_of(llm)
     guard = runner._guard
     assert guard is not None
-    guard._free_bytes = lambda: 0  # type: ignore[method-assign]
+    guard._free_bytes = lambda: 0
     guard._next_check = 0.0
     llm.engine.pool.clear_cache()
     assert bits(llm, ref.prompts) == want
     assert cache.num_slots < cache.store.num_total
-    guard._free_bytes = lambda: 1 << 40  # type: ignore[method-assign]
+    guard._free_bytes = lambda: 1 << 40
     guard._next_check = 0.0
     llm.engine.pool.clear_cache()
     assert bits(llm, ref.prompts) == want

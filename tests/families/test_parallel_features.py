@@ -26,7 +26,7 @@ from .test_parallel import LAUNCH_S, free_port, launch, torchrun, write_plan
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 
-WAYS = ({}, {"ep_mode": "coherent", "ep_context": "send"}, {"ep_mode": "coherent", "ep_context": "recompute"})
+MODES = ({"ep_mode": "conventional"}, {"ep_mode": "coherent"})
 ENGINE = {**SMALL_ENGINE, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
 GRAMMAR = SamplingParams(temperature=0, max_tokens=20, grammar=GrammarSpec(GrammarKind.REGEX, "[a-d]{4}(xy|z){2,3}"))
@@ -50,12 +50,12 @@ def case_of(folder: Path, reference: Reference, params: SamplingParams, **more: 
 
 
 def cases(checkpoint: Checkpoint, reference: References, folder: Path) -> list[dict[str, Any]]:
-    """For every way of sharing work. Plans change while prompts are being computed, and while all sequences decode."""
+    """For both modes. Plans change while prompts are being computed, and while all sequences decode."""
     found = []
     for family in ("mixtral", "deepseek_v3"):
         model, ref = checkpoint(family), reference(family)
         planned, replicated = write_plan(folder, model, 0, 0), write_plan(folder, model, 1, 2)
-        for parallel in WAYS:
+        for parallel in MODES:
             places = {"1": planned, "6": replicated, "11": planned}
             found.append(
                 case_of(
@@ -91,7 +91,7 @@ def check_counts(case: dict[str, Any], result: dict[str, Any], alone: dict[str, 
     assert result["routes"] == alone["routes"]
     routes = np.array([token for request in result["routes"].values() for token in request])
     counts = [np.bincount(routes[:, i].ravel(), minlength=case["num_experts"]).tolist() for i in range(routes.shape[1])]
-    if case["parallel"].get("ep_context") == "recompute":
+    if case["parallel"]["ep_mode"] == "coherent":
         computed = np.array(result["expert_tokens"])
         assert (computed[:-1] >= counts[:-1]).all()  # what every rank holds, every rank may compute
         assert (computed[-1] <= counts[-1]).all()  # after the last layer only tokens to sample are needed

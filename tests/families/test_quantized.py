@@ -61,7 +61,7 @@ def floats(store: ExpertStore, layer: int, expert: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experts_are_what_the_codes_stand_for(pair, name) -> None:
+def test_experts_are_what_the_codes_stand_for(pair: Callable[[str], Pair], name: str) -> None:
     quantized, twin = (open_all_experts(str(folder)) for folder in pair(name))
     for layer in twin.layers:
         for expert in range(twin.num_experts):
@@ -70,7 +70,7 @@ def test_experts_are_what_the_codes_stand_for(pair, name) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_those_of_the_float_twin(pair, name) -> None:
+def test_tokens_are_those_of_the_float_twin(pair: Callable[[str], Pair], name: str) -> None:
     for got, wanted in zip(*(answers(folder) for folder in pair(name)), strict=True):
         assert got[0] == wanted[0]
         for ours, theirs in zip(got[1], wanted[1], strict=True):
@@ -78,7 +78,9 @@ def test_tokens_are_those_of_the_float_twin(pair, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["ct-int4", "ct-int4-zeros", "fp8-blocks", "gptq-ordered", "awq", "mxfp4"])
-def test_a_cache_and_an_expert_file_give_the_bits_of_the_resident_one(pair, name, tmp_path) -> None:
+def test_a_cache_and_an_expert_file_give_the_bits_of_the_resident_one(
+    pair: Callable[[str], Pair], name: str, tmp_path: Path
+) -> None:
     folder = pair(name)[0]
     resident = answers(folder)
     assert answers(folder, moe_cache_mib=1, moe_cache_pool="global") == resident
@@ -89,7 +91,7 @@ def test_a_cache_and_an_expert_file_give_the_bits_of_the_resident_one(pair, name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_expert_takes_as_few_bytes_as_its_codes(pair, name, tmp_path) -> None:
+def test_an_expert_takes_as_few_bytes_as_its_codes(pair: Callable[[str], Pair], name: str, tmp_path: Path) -> None:
     stores = [open_all_experts(str(folder)) for folder in pair(name)]
     bits = 8 if "8" in name else 4
     with_scales = 1.3 * stores[1].expert_bytes * bits / 32
@@ -101,7 +103,7 @@ def test_an_expert_takes_as_few_bytes_as_its_codes(pair, name, tmp_path) -> None
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ORDERED])
-def test_the_kernel_runs_on_the_codes(pair, name) -> None:
+def test_the_kernel_runs_on_the_codes(pair: Callable[[str], Pair], name: str) -> None:
     runner = runner_of(load(pair(name)[0]))
     experts = runner.expert_layers.experts
     weights = runner.expert_layers.compute.prepare(experts.store.weights(experts.store.layers[0], 0))
@@ -131,19 +133,21 @@ def changed(folder: Path, target: Path, **fields: Any) -> Path:
         ("fp8-blocks", {"fmt": "e5m2"}, "quantization_config.fmt"),
     ],
 )
-def test_what_cannot_be_read_is_refused_naming_the_field(pair, tmp_path, name, fields, named) -> None:
+def test_what_cannot_be_read_is_refused_naming_the_field(
+    pair: Callable[[str], Pair], tmp_path: Path, name: str, fields: dict[str, Any], named: str
+) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         LLM(str(changed(pair(name)[0], tmp_path / "changed", **fields)))
 
 
-def test_a_wrong_group_size_names_the_tensor(pair, tmp_path) -> None:
+def test_a_wrong_group_size_names_the_tensor(pair: Callable[[str], Pair], tmp_path: Path) -> None:
     folder = changed(pair("gptq")[0], tmp_path / "changed", group_size=16)
     with pytest.raises(CheckpointError, match=r"scales has shape \(2, 64\), but config.json asks for \(4, 64\)"):
         open_all_experts(str(folder))
 
 
 @pytest.mark.parametrize(("ending", "missing"), [("w1.weight_scale", "no scales"), ("w2.weight_packed", "no down")])
-def test_a_missing_tensor_is_named(pair, tmp_path, ending, missing) -> None:
+def test_a_missing_tensor_is_named(pair: Callable[[str], Pair], tmp_path: Path, ending: str, missing: str) -> None:
     folder = copy_with(
         pair("ct-int4")[0], tmp_path / "broken", lambda ts: {n: t for n, t in ts.items() if not n.endswith(ending)}
     )

@@ -105,7 +105,8 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
         expected = contiguous_plan(range(LAYERS), EXPERTS, 2)
         assert {name: start[name] for name in ("device_of", "replicas")} == layout_to_json(expected.layout)
         assert "0 tokens of 0 sequences" in (await place(client))["why"]
-        first, _ = await complete(client, prompts), await refuse_nonsense(client, start)
+        first = await complete(client, prompts)
+        await refuse_nonsense(client, start)
         await replace_under_load(client, first, start)
         await check_counts(client, 2)
         await outlive_a_lost_rank(client, first, start)

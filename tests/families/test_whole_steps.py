@@ -12,6 +12,7 @@ import pytest
 
 from expert_cache.host_managed.cache import ExpertCache
 from moe_serve import LLM
+from moe_serve.hf.family import find
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve_kernels.cpu import library
 
@@ -23,8 +24,9 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are 
 
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
-OTHERS = {"olmoe_clipped", "phimoe", "phimoe_window"}
-PLAIN = set(CASES) - OTHERS
+CLIPPED = {name for name, case in CASES.items() if getattr(case.config(), "clip_qkv", None)}
+"""Not plain whatever the family: their attention limits queries, keys and values."""
+PLAIN = {name for name, case in CASES.items() if find(case.config().model_type).plain_layers} - CLIPPED
 
 
 def whole_steps_of(llm: LLM) -> WholeSteps | None:

@@ -23,6 +23,8 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given
 from schemathesis import Case, GenerationMode
+from schemathesis.core.errors import InvalidSchema
+from schemathesis.core.result import Err, Result
 from schemathesis.specs.openapi import checks as openapi_checks
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -39,11 +41,14 @@ CHUNK = 100
 TIMEOUT_S = 60
 MAX_REPAIRS = 12
 
+Operation = schemathesis.APIOperation[Any, Any, Any, Any]
+AnyCase = Case[Any]
+
 
 def run_cases(url: str, num_cases: int, seed: int) -> Counter[str]:
     """Send at least `num_cases` requests; how many got which status, by operation. A failed check raises."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    operations = [_operation(result) for result in schema.get_all_operations()]
     seen: Counter[str] = Counter()
     with requests.Session() as session:
         while sum(seen.values()) < num_cases:
@@ -54,8 +59,14 @@ def run_cases(url: str, num_cases: int, seed: int) -> Counter[str]:
     return seen
 
 
+def _operation(found: Result[Operation, InvalidSchema]) -> Operation:
+    if isinstance(found, Err):
+        raise found.err()
+    return found.ok()
+
+
 def _fuzz_operation(
-    operation: schemathesis.APIOperation, session: requests.Session, examples: int, seed: int, seen: Counter[str]
+    operation: Operation, session: requests.Session, examples: int, seed: int, seen: Counter[str]
 ) -> None:
     good = operation.as_strategy(generation_mode=GenerationMode.POSITIVE)
     is_fixed = operation.body is None or not len(operation.body)
@@ -70,7 +81,7 @@ def _fuzz_operation(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=strategy)
-    def send(case: Case) -> None:
+    def send(case: AnyCase) -> None:
         _serve_any_model(case)
         field = _send(case, session, seen, CHECKS)
         for _ in range(MAX_REPAIRS):
@@ -81,7 +92,7 @@ def _fuzz_operation(
     send()
 
 
-def _send(case: Case, session: requests.Session, seen: Counter[str], checks: list[Any]) -> str:
+def _send(case: AnyCase, session: requests.Session, seen: Counter[str], checks: list[Any]) -> str:
     """Send and check one case; the field that a 400 names, else ""."""
     response = case.call(session=session, timeout=TIMEOUT_S)
     seen[f"{case.operation.label} {response.status_code}"] += 1
@@ -89,7 +100,7 @@ def _send(case: Case, session: requests.Session, seen: Counter[str], checks: lis
     return str(response.json()["error"]["param"]) if response.status_code == 400 else ""
 
 
-def _serve_any_model(case: Case) -> None:
+def _serve_any_model(case: AnyCase) -> None:
     """Nearly every generated model name is unknown, and a 404 tests nothing behind it."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         del case.body["model"]

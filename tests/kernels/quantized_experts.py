@@ -69,7 +69,7 @@ def make_matrix(form: Form, rows: int, columns: int, generator: torch.Generator)
 def make_expert(form: Form, hidden: int, inner: int, seed: int = 0, biases: bool = False) -> MLPWeights:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
-    matrices = [make_matrix(form, *shape, generator) for shape in shapes]
+    gate, up, down = (make_matrix(form, *shape, generator) for shape in shapes)
     if not biases:
-        return MLPWeights(*matrices)
-    return MLPWeights(*matrices, *(torch.randn(n, generator=generator) for n, _ in shapes))
+        return MLPWeights(gate, up, down)
+    return MLPWeights(gate, up, down, *(torch.randn(n, generator=generator) for n, _ in shapes))

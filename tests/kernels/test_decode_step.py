@@ -224,7 +224,8 @@ def linear(case: Case, rows: int, columns: int) -> LinearWeights:
 
 def mlp(case: Case, inner: int) -> MLPWeights:
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns) / columns**0.5).to(case.dtype)
+        drawn: torch.Tensor = torch.randn(rows, columns) / columns**0.5
+        return drawn.to(case.dtype)
 
     hidden = case.hidden
     biases = [torch.randn(n).to(case.dtype) if case.biases else None for n in (inner, inner, hidden)]

@@ -11,6 +11,8 @@ from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.expert_mlp import (
     KINDS,
     Activation,
+    Kind,
+    Matrix,
     MLPWeights,
     expert_mlp,
     expert_mlp_reference,
@@ -25,11 +27,14 @@ COUNTS = [1, 2, 3, 5, 6, 7, 11, 16, 17, 29, 33, 70, 300]
 """Tokens of a segment: every row-streaming tile, one and several tiles of the blocked kernel."""
 
 
-def make(hidden: int, inner: int, dtype=torch.float32, biases=None, seed=0) -> MLPWeights:
+def make(
+    hidden: int, inner: int, dtype: torch.dtype = torch.float32, biases: torch.dtype | None = None, seed: int = 0
+) -> MLPWeights:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+        return drawn.to(dtype)
 
     matrices = (matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner))
     if biases is None:
@@ -42,26 +47,50 @@ def segments_of(counts: list[int]) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def run(x, tokens, segments, weights, activation=SILU) -> torch.Tensor:
+def plain(matrix: Matrix) -> torch.Tensor:
+    """A matrix that is not quantised."""
+    assert isinstance(matrix, torch.Tensor)
+    return matrix
+
+
+def run(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    segments: list[tuple[int, int]],
+    weights: list[MLPWeights],
+    activation: Activation = SILU,
+) -> torch.Tensor:
     out = torch.full((len(tokens), x.shape[1]), SENTINEL)
     expert_mlp(x, tokens, segments, weights, activation, out)
     return out
 
 
-def reference(x, tokens, segments, weights, activation=SILU) -> torch.Tensor:
+def reference(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    segments: list[tuple[int, int]],
+    weights: list[MLPWeights],
+    activation: Activation = SILU,
+) -> torch.Tensor:
     out = torch.full((len(tokens), x.shape[1]), SENTINEL, dtype=torch.float64)
     expert_mlp_reference(x.double(), tokens, segments, weights, activation, out)
     return out
 
 
-def check(x, tokens, segments, weights, activation=SILU) -> None:
+def check(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    segments: list[tuple[int, int]],
+    weights: list[MLPWeights],
+    activation: Activation = SILU,
+) -> None:
     got, expected = run(x, tokens, segments, weights, activation), reference(x, tokens, segments, weights, activation)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 128), (37, 50), (1, 1), (300, 33), (70, 290), (96, 65), (15, 17)])
-def test_every_token_count_and_odd_widths(dtype, hidden, inner) -> None:
+def test_every_token_count_and_odd_widths(dtype: torch.dtype, hidden: int, inner: int) -> None:
     torch.manual_seed(hidden)
     weights = [make(hidden, inner, dtype, seed=i) for i in range(len(COUNTS))]
     x, tokens = torch.randn(40, hidden), torch.randint(40, (sum(COUNTS),))
@@ -71,7 +100,7 @@ def test_every_token_count_and_odd_widths(dtype, hidden, inner) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("biases", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [3, 40])
-def test_activations_and_biases(kind, biases, count) -> None:
+def test_activations_and_biases(kind: Kind, biases: torch.dtype | None, count: int) -> None:
     torch.manual_seed(count)
     x, tokens = torch.randn(50, 48) * 6, torch.randperm(50)[:count]
     check(x, tokens, [(0, count)], [make(48, 70, torch.bfloat16, biases)], Activation(kind, alpha=1.3, limit=2.0))
@@ -79,7 +108,7 @@ def test_activations_and_biases(kind, biases, count) -> None:
 
 @pytest.mark.parametrize("count", [2, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interleaved_rows_and_biases(count, dtype) -> None:
+def test_interleaved_rows_and_biases(count: int, dtype: torch.dtype) -> None:
     gate_up, biases = torch.randn(2 * 50, 60).to(dtype), torch.randn(100).to(dtype)
     down = torch.randn(50, 90)[:, 3:53].to(dtype)
     weights = MLPWeights(gate_up[::2, 5:55], gate_up[1::2, 5:55], down, biases[::2], biases[1::2], biases[7:57])
@@ -103,7 +132,7 @@ def test_no_segments() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_company_does_not_change_bits(dtype) -> None:
+def test_company_does_not_change_bits(dtype: torch.dtype) -> None:
     weights = [make(90, 130, dtype, torch.float32, seed=i) for i in range(len(COUNTS))]
     x, tokens, segments = torch.randn(64, 90), torch.randint(64, (sum(COUNTS),)), segments_of(COUNTS)
     together = run(x, tokens, segments, weights)
@@ -120,9 +149,9 @@ def misaligned(matrix: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 7, 50])
-def test_addresses_do_not_change_bits(dtype, count) -> None:
+def test_addresses_do_not_change_bits(dtype: torch.dtype, count: int) -> None:
     weights = make(90, 130, dtype)
-    moved = MLPWeights(misaligned(weights.gate), misaligned(weights.up), misaligned(weights.down))
+    moved = MLPWeights(*(misaligned(plain(m)) for m in (weights.gate, weights.up, weights.down)))
     x, tokens = torch.randn(64, 90), torch.randint(64, (count,))
     expected = run(x, tokens, [(0, count)], [weights])
     assert torch.equal(run(x, tokens, [(0, count)], [moved]), expected)
@@ -130,7 +159,7 @@ def test_addresses_do_not_change_bits(dtype, count) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_do_not_change_bits(dtype) -> None:
+def test_threads_do_not_change_bits(dtype: torch.dtype) -> None:
     weights = [make(256, 300, dtype, seed=i) for i in range(len(COUNTS))]
     x, tokens, segments = torch.randn(64, 256), torch.randint(64, (sum(COUNTS),)), segments_of(COUNTS)
     before = torch.get_num_threads()
@@ -147,12 +176,12 @@ def test_threads_do_not_change_bits(dtype) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("count", [2, 40])
-def test_broken_weights_stay_in_their_segment(value, count) -> None:
+def test_broken_weights_stay_in_their_segment(value: float, count: int) -> None:
     weights = [make(40, 50, seed=i) for i in range(3)]
     x, tokens, segments = torch.randn(9, 40), torch.randint(9, (3 * count,)), segments_of([count] * 3)
     expected = run(x, tokens, segments, weights)
-    weights[1].gate.fill_(value)
-    weights[1].down.fill_(value)
+    plain(weights[1].gate).fill_(value)
+    plain(weights[1].down).fill_(value)
     got = run(x, tokens, segments, weights)
     assert not got[count : 2 * count].isfinite().any()
     assert torch.equal(got[:count], expected[:count])
@@ -160,7 +189,7 @@ def test_broken_weights_stay_in_their_segment(value, count) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 40])
-def test_a_broken_token_stays_alone(count) -> None:
+def test_a_broken_token_stays_alone(count: int) -> None:
     x, weights = torch.randn(count, 40), make(40, 50)
     expected = run(x, torch.arange(count), [(0, count)], [weights])
     x[1, 3] = float("nan")
@@ -171,9 +200,10 @@ def test_a_broken_token_stays_alone(count) -> None:
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "clamped_swiglu"])
-def test_large_activations_stay_finite(kind) -> None:
+def test_large_activations_stay_finite(kind: Kind) -> None:
     x, weights = torch.full((1, 4), 200.0), MLPWeights(torch.eye(4), torch.eye(4), torch.eye(4))
-    weights.gate[0, 0] = weights.gate[1, 1] = -1
+    gate = plain(weights.gate)
+    gate[0, 0] = gate[1, 1] = -1
     check(x, torch.zeros(1, dtype=torch.int64), [(0, 1)], [weights], Activation(kind))
 
 

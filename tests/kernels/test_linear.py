@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 33, 255, 256, 257, 600])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (37, 50), (130, 32), (65, 63), (64, 768), (3, 95)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matches_float64(tokens, rows, columns, dtype) -> None:
+def test_matches_float64(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     x, weight, bias = torch.randn(tokens, columns), torch.randn(rows, columns).to(dtype), torch.randn(rows).to(dtype)
     expected = F.linear(x.double(), weight.double(), bias.double())
@@ -35,7 +35,7 @@ def test_rows_of_a_larger_matrix() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_layers_have_the_bits_of_each(tokens, dtype) -> None:
+def test_several_layers_have_the_bits_of_each(tokens: int, dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(5, tokens, 40), torch.randn(5, 70, 40).to(dtype), torch.randn(5, 70).to(dtype)
     layers = [LinearWeights(*each) for each in zip(weight, bias, strict=True)]
     expected = torch.stack([linear(rows, layer) for rows, layer in zip(x, layers, strict=True)])
@@ -58,7 +58,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), 3e38, 1e-40, -0.0])
-def test_extreme_values_survive_widening(value) -> None:
+def test_extreme_values_survive_widening(value: float) -> None:
     weight = torch.zeros(2, 32).bfloat16()
     weight[0, 3] = value
     assert linear(torch.ones(1, 32), LinearWeights(weight))[0, 0].item() == weight[0, 3].float().item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,9 +13,12 @@ from moe_serve.hf.attend import Attend
 from moe_serve_kernels.cpu import library, paged_attention
 
 CPU = torch.device("cpu")
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, keys, values, page table, lengths."""
 needs_library = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
-SHAPES = [
-    # sequences, longest context, KV heads, group, key dim, value dim, page size
+Shape = tuple[int, int, int, int, int, int, int]
+"""Sequences, longest context, KV heads, group, key dim, value dim, page size."""
+SHAPES: list[Shape] = [
     (5, 40, 2, 4, 32, 32, 16),
     (1, 1, 1, 1, 64, 64, 16),
     (3, 33, 4, 1, 128, 128, 4),
@@ -24,7 +29,7 @@ SHAPES = [
 ]
 
 
-def case(seqs, longest, kv_heads, groups, key_dim, value_dim, page_size):
+def case(seqs: int, longest: int, kv_heads: int, groups: int, key_dim: int, value_dim: int, page_size: int) -> Tensors:
     """Random tensors with shuffled pages; unused slots hold NaN, so that reading one shows."""
     torch.manual_seed(seqs * longest)
     width = -(-longest // page_size)
@@ -46,10 +51,10 @@ def case(seqs, longest, kv_heads, groups, key_dim, value_dim, page_size):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_native_matches_the_reference(shape, window, with_sinks) -> None:
+def test_native_matches_the_reference(shape: Shape, window: int | None, with_sinks: bool) -> None:
     query, keys, values, table, lengths = case(*shape)
     sinks = torch.randn(query.shape[1]) if with_sinks else None
-    settings = {"page_size": shape[-1], "scale": 0.2, "window": window, "sinks": sinks}
+    settings: dict[str, Any] = {"page_size": shape[-1], "scale": 0.2, "window": window, "sinks": sinks}
     got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
     wide = (query.double(), keys.double(), values.double(), table, lengths)
     expected = paged_attention.paged_decode_reference(*wide, **settings)
@@ -59,9 +64,10 @@ def test_native_matches_the_reference(shape, window, with_sinks) -> None:
 @needs_library
 @pytest.mark.parametrize(("rank", "rotary"), [(64, 16), (20, 6), (512, 64)])
 @pytest.mark.parametrize("heads", [3, 16, 19])
-def test_values_that_are_the_beginnings_of_keys(rank, rotary, heads) -> None:
+def test_values_that_are_the_beginnings_of_keys(rank: int, rotary: int, heads: int) -> None:
     query, keys, _, table, lengths = case(3, 45, 1, heads, rank + rotary, 1, 16)
-    values, settings = keys[..., :rank], {"page_size": 16, "scale": 0.1}
+    values = keys[..., :rank]
+    settings: dict[str, Any] = {"page_size": 16, "scale": 0.1}
     got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
     expected = paged_attention.paged_decode_reference(
         query.double(), keys.double(), values.double(), table, lengths, **settings
@@ -90,7 +96,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_gathered_path_matches_the_reference(window, with_sinks) -> None:
+def test_gathered_path_matches_the_reference(window: int | None, with_sinks: bool) -> None:
     """The path of machines without a compiler, of bf16 and of GPUs."""
     shape = SHAPES[0]
     query, keys, values, table, lengths = case(*shape)
@@ -100,6 +106,6 @@ def test_gathered_path_matches_the_reference(window, with_sinks) -> None:
     sinks = torch.randn(query.shape[1]) if with_sinks else None
     group = DecodeGroup(0, table, lengths, int(lengths.max()), even=False, single_run=None)
     got = Attend(0.2, window, sinks)._decode_gathered(query.transpose(0, 1), layer, group)
-    settings = {"page_size": 16, "scale": 0.2, "window": window, "sinks": sinks}
+    settings: dict[str, Any] = {"page_size": 16, "scale": 0.2, "window": window, "sinks": sinks}
     expected = paged_attention.paged_decode_reference(query, keys, values, table, lengths, **settings)
     torch.testing.assert_close(got, expected, rtol=0, atol=3e-6)

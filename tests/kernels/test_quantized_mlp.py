@@ -10,6 +10,7 @@ import torch
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.expert_mlp import (
     Activation,
+    Matrix,
     MLPWeights,
     are_readable,
     expert_mlp,
@@ -17,7 +18,7 @@ from moe_serve_kernels.cpu.expert_mlp import (
     finish_expert_mlp,
     start_expert_mlp,
 )
-from moe_serve_kernels.quantized import QuantizedRows, decode
+from moe_serve_kernels.quantized import Kind, QuantizedRows, decode
 from tests.kernels.quantized_experts import FORMS, Form, make_expert, make_matrix
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
@@ -28,7 +29,9 @@ COUNTS = [1, 2, 3, 4, 5, 6, 7, 16, 29, 70]
 """Tokens of a segment: every row-streaming tile, one and several tiles of the blocked kernel."""
 
 
-def run(x, tokens, segments, weights) -> torch.Tensor:
+def run(
+    x: torch.Tensor, tokens: torch.Tensor, segments: list[tuple[int, int]], weights: list[MLPWeights]
+) -> torch.Tensor:
     out = torch.full((len(tokens), x.shape[1]), SENTINEL)
     expert_mlp(x, tokens, segments, weights, SILU, out)
     return out
@@ -40,7 +43,7 @@ def segments_of(counts: list[int]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("hidden", "inner"), [(256, 128), (320, 200), (64, 72), (8, 8), (136, 776)])
-def test_every_form_and_token_count(form, hidden, inner) -> None:
+def test_every_form_and_token_count(form: Form, hidden: int, inner: int) -> None:
     torch.manual_seed(hidden)
     weights = [make_expert(form, hidden, inner, seed=i) for i in range(len(COUNTS))]
     x, tokens, segments = torch.randn(40, hidden), torch.randint(40, (sum(COUNTS),)), segments_of(COUNTS)
@@ -52,7 +55,7 @@ def test_every_form_and_token_count(form, hidden, inner) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "uint8", "fp8"])
-def test_odd_widths_of_bytes(kind) -> None:
+def test_odd_widths_of_bytes(kind: Kind) -> None:
     form = Form(kind, zero=128 if kind == "uint8" else 0)
     for hidden, inner in [(1, 1), (37, 51), (70, 129)]:
         weights = [make_expert(form, hidden, inner, seed=i, biases=True) for i in range(2)]
@@ -81,7 +84,7 @@ def test_every_code_is_read_exactly() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_neither_company_nor_threads_nor_halves_change_bits(form) -> None:
+def test_neither_company_nor_threads_nor_halves_change_bits(form: Form) -> None:
     hidden, inner = 256, 264
     weights = [make_expert(form, hidden, inner, seed=i) for i in range(len(COUNTS))]
     x, tokens, segments = torch.randn(64, hidden), torch.randint(64, (sum(COUNTS),)), segments_of(COUNTS)
@@ -100,8 +103,9 @@ def test_neither_company_nor_threads_nor_halves_change_bits(form) -> None:
         assert torch.equal(halves[slice(*segment)], together[slice(*segment)])
 
 
-def misaligned(rows: QuantizedRows) -> QuantizedRows:
+def misaligned(rows: Matrix) -> QuantizedRows:
     """A copy one byte behind an aligned address, with gaps between the rows."""
+    assert isinstance(rows, QuantizedRows)
     size = rows.codes.shape[1]
     codes = torch.empty(rows.codes.shape[0] * (size + 3) + 1, dtype=torch.uint8)[1:].view(-1, size + 3)[:, :size]
     codes.copy_(rows.codes)
@@ -112,7 +116,7 @@ def misaligned(rows: QuantizedRows) -> QuantizedRows:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("count", [2, 30])
-def test_addresses_and_strides_do_not_change_bits(form, count) -> None:
+def test_addresses_and_strides_do_not_change_bits(form: Form, count: int) -> None:
     expert = make_expert(form, 128, 136)
     moved = MLPWeights(misaligned(expert.gate), misaligned(expert.up), misaligned(expert.down))
     x, tokens = torch.randn(8, 128), torch.randint(8, (count,))

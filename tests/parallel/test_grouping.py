@@ -18,21 +18,21 @@ from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
 
 class Echo:
-    """Samples each item's start rank, and fails the second item."""
+    """Samples each item's home, and fails the second item."""
 
     def run(self, step: RankStep) -> Outcome:
-        errors = {1: "lost"} if len(step.starts) > 1 else {}
+        errors = {1: "lost"} if len(step.homes) > 1 else {}
         last_tokens = np.array([span.stop - 1 for span in routes.spans(step.plan)], np.int32)
-        piece = {"layer": 0, "rows": base64.b64encode(last_tokens.tobytes()).decode(), "ids": "unchanged"}
-        return Outcome({i: (start, None) for i, start in enumerate(step.starts)}, errors, [piece])
+        piece = {"rows": base64.b64encode(last_tokens.tobytes()).decode(), "ids": "unchanged"}
+        return Outcome({i: (home, None) for i, home in enumerate(step.homes)}, errors, [piece])
 
 
-def step_of(starts: list[int]) -> RankStep:
+def step_of(homes: list[int]) -> RankStep:
     items = []
-    for i, _ in enumerate(starts):
+    for i, _ in enumerate(homes):
         seq = Sequence(Request(str(i), (7, 8, 9), SamplingParams()), 0, [7, 8, 9], 10)
         items.append(ScheduledSequence(seq, 0, 3))
-    return RankStep(BatchPlan(tuple(items)), tuple(starts))
+    return RankStep(BatchPlan(tuple(items)), tuple(homes))
 
 
 def test_a_group_runs_its_part() -> None:
@@ -56,5 +56,12 @@ def test_groups_must_divide_the_ranks() -> None:
     assert (parallel.ranks_per_group, [parallel.group_of(rank) for rank in range(4)]) == (2, [0, 0, 1, 1])
     with pytest.raises(ConfigError, match="--ep-groups 3 does not divide --devices 4"):
         ParallelConfig(devices=4, ep_groups=3)
-    with pytest.raises(ConfigError, match="--ep-context"):
+
+
+def test_context_is_recomputed() -> None:
+    for context in ("recompute", "auto"):
+        ParallelConfig(devices=2, ep_mode="coherent", ep_context=context)
+    with pytest.raises(ConfigError, match=r"--ep-context send: .* has been removed.*; use --ep-context recompute"):
+        ParallelConfig(devices=2, ep_mode="coherent", ep_context="send")
+    with pytest.raises(ConfigError, match="--ep-context: 'some' is not recompute"):
         ParallelConfig(devices=2, ep_context="some")

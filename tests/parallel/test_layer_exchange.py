@@ -1,4 +1,4 @@
-"""One MoE layer over several ranks, in every way, against the sum on one; no processes and no model."""
+"""One MoE layer over several ranks, in both modes, against the sum on one; no processes and no model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moe_serve.parallel.modes.coherent import Meeting, Travellers, settle
 from moe_serve.parallel.modes.conventional import ConventionalLayers
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes
 from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingLayers
@@ -36,22 +35,6 @@ def random_tokens(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torc
     ids = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
     weights = torch.randint(1, 3, (TOKENS, TOP_K), generator=generator) / 2
     return hidden, ids, weights
-
-
-class NoContext:
-    """In place of ContextShare."""
-
-    def due(self, layer: int) -> list[int]:
-        return []
-
-    def counts(self, layers: list[int]) -> list[int]:
-        return []
-
-    def packed(self, layers: list[int]) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.uint8)
-
-    def take(self, layers: list[int], counts: list[int], raw: torch.Tensor) -> None:
-        assert not len(raw)
 
 
 def total(shared: list[ExpertShare], name: str) -> int:
@@ -92,11 +75,11 @@ def test_recompute(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dty
     for rank, result in enumerate(recompute(shared, tokens, homes, layer=1, last_layer=1)):
         mine = (homes == rank) & (torch.arange(TOKENS) > 0)
         assert torch.equal(result[mine], expected(*tokens)[mine])
-    sizes = RowBytes.of("recompute", HIDDEN, TOP_K, dtype.itemsize, 0, 2)
+    sizes = RowBytes.of("coherent", HIDDEN, TOP_K, dtype.itemsize)
     ids = tokens[1][:, None].expand(-1, 2, -1).numpy()
-    first = forecast("recompute", ids[1:], hosts, homes[1:].numpy(), sizes).bytes_per_token * (TOKENS - 1)
-    only_first_layer = forecast("recompute", ids[:1], hosts, homes[:1].numpy(), sizes)
-    last = forecast("recompute", ids[:1, 1:], hosts[1:], homes[:1].numpy(), sizes)
+    first = forecast("coherent", ids[1:], hosts, homes[1:].numpy(), sizes).bytes_per_token * (TOKENS - 1)
+    only_first_layer = forecast("coherent", ids[:1], hosts, homes[:1].numpy(), sizes)
+    last = forecast("coherent", ids[:1, 1:], hosts[1:], homes[:1].numpy(), sizes)
     unsampled = only_first_layer.bytes_per_token - last.bytes_per_token
     assert total(shared, "combine_bytes") == pytest.approx(first + unsampled)
 
@@ -128,37 +111,4 @@ def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
         calls.append(lambda layers=layers, mine=mine: layers.run(0, hidden, mine, weights))
     for result in at_once(*calls):
         assert isinstance(result, RanksDivergedError)
-        assert "--ep-context send" in str(result)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_ranks", "trips"), [(2, 1), (3, 2)])
-def test_tokens_that_move(mesh: Mesh, num_ranks: int, trips: int, dtype: torch.dtype) -> None:
-    """Every token ends on exactly one rank with its whole sum; prompts stay where they are."""
-    shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, 1), TOP_K, dtype)
-    hidden, ids, weights = random_tokens(dtype)
-    starts, is_prompt = torch.arange(TOKENS) % num_ranks, torch.arange(TOKENS) >= TOKENS - 2
-    if num_ranks == 2:
-        is_prompt[:] = False  # theirs would need a second trip
-    calls = []
-    for rank, each in enumerate(shared):
-        rows = (starts == rank).nonzero()[:, 0]
-        ranks = each.ownership.choose(0, ids[rows])
-        homes = torch.where(is_prompt[rows], rank, settle(ranks, rank, num_ranks))
-        here = Travellers(hidden[rows], ids[rows], ranks, weights[rows], rows, homes, starts[rows])
-        meeting = Meeting(each, LossNotes(), NoContext())  # type: ignore[arg-type]
-        calls.append(lambda meeting=meeting, here=here: meeting.run(0, here, torch.nn.Identity()))
-    results = at_once(*calls)
-    seen = torch.cat([home.rows for home, _ in results])
-    assert sorted(seen.tolist()) == list(range(TOKENS))
-    for rank, (home, given) in enumerate(results):
-        assert home.rows.tolist() == sorted(home.rows.tolist())
-        assert torch.equal(given.to(dtype), expected(hidden, ids, weights)[home.rows])
-        assert torch.equal(home.hidden, hidden[home.rows])
-        assert set((starts == rank).logical_and(is_prompt).nonzero()[:, 0].tolist()) <= set(home.rows.tolist())
-    assert max(each.exchange.traffic.totals()["trips"] for each in shared) == trips
-
-
-def test_a_token_goes_to_the_only_other_rank() -> None:
-    ranks = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 1], [1, 1]])
-    assert settle(ranks, 0, 3).tolist() == [0, 1, 1, 2, 1]
+        assert "--ep-mode conventional" in str(result)

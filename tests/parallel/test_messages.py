@@ -22,8 +22,8 @@ from moe_serve.parallel.wire.messages import (
     result_to_json,
 )
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import (
-    FinishReason,
     GrammarKind,
     GrammarSpec,
     Request,
@@ -50,24 +50,25 @@ def no_grammar(spec: GrammarSpec) -> object:
 
 def test_mirrors_follow_the_front() -> None:
     seq = Sequence(Request("r", (1, 2, 3), SamplingParams(temperature=0)), 0, [1, 2, 3], 10, page_ids=[4])
+    seq.home_rank = 1
     writer, reader = StepWriter(), StepReader(no_grammar)
     first = BatchPlan((ScheduledSequence(seq, 0, 3),))
-    step = reader.read(json.loads(json.dumps(writer.write(first, {}))))
+    step = reader.read(json.loads(json.dumps(writer.write(first))))
     assert step.plan.scheduled[0].needs_sample
-    assert step.part_of(0) == [0]
+    assert step.part_of(1) == [0]
     seq.token_ids.append(9)
     seq.num_computed = 3
-    step = reader.read(json.loads(json.dumps(writer.write(BatchPlan((ScheduledSequence(seq, 3, 1),)), {seq: 1}))))
+    step = reader.read(json.loads(json.dumps(writer.write(BatchPlan((ScheduledSequence(seq, 3, 1),))))))
     assert step.plan.scheduled[0].seq.token_ids == [1, 2, 3, 9]
-    assert step.starts == (1,)
+    assert step.homes == (1,)
     seq.finish_reason = FinishReason.STOP
-    assert writer.write(BatchPlan(()), {})["gone"] == [0]
+    assert writer.write(BatchPlan(()))["gone"] == [0]
 
 
 def test_a_mirror_has_a_matcher_of_its_own() -> None:
     grammar = GrammarSpec(GrammarKind.REGEX, "a")
     seq = Sequence(Request("r", (1,), SamplingParams(grammar=grammar)), 0, [1], 5, page_ids=[0])
-    message = StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), {}, routes=1)
+    message = StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), routes=1)
     step = StepReader(lambda spec: ("matcher of", spec)).read(json.loads(json.dumps(message)))
     assert step.plan.scheduled[0].seq.matcher == ("matcher of", grammar)
     assert step.routes == 1

@@ -12,9 +12,9 @@ import torch
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.expert_plans import contiguous, read_hosts
-from moe_serve.parallel.front.prescheduling import Prescheduler, TokenAffinity, count_uses, load_uses, save_uses
+from moe_serve.parallel.front.prescheduling import Prescheduler, count_uses, load_uses, save_uses
 from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.traffic_forecast import RowBytes, cheaper_context, forecast
+from moe_serve.parallel.traffic_forecast import RowBytes, forecast
 from placement.cost import Layout
 from placement.plan import make_plan, save_plan
 from placement.problem import PlacementProblem
@@ -77,10 +77,12 @@ def test_copies_are_chosen_by_place_then_company_then_load() -> None:
 def test_prescheduler_follows_the_table_until_a_rank_is_far_ahead() -> None:
     counts = count_uses(np.array([7, 9]), np.array([[[0]], [[3]]]), 10, 4)
     hosts = contiguous(1, 4, 2)
-    scheduler = Prescheduler(2, TokenAffinity(counts, hosts))
+    scheduler = Prescheduler(hosts, lambda: counts)
     assert [scheduler.home([7, 7], [0, 0]), scheduler.home([9], [100, 0])] == [0, 1]
     assert scheduler.home([9], [0, 5000]) == 0
-    assert Prescheduler(2).home([9], [3, 1]) == 1
+    scheduler.place(hosts[:, ::-1])  # experts 0 and 1 are on rank 1 now
+    assert [scheduler.home([7, 7], [0, 0]), scheduler.home([9], [100, 0])] == [1, 0]
+    assert Prescheduler(hosts).home([9], [3, 1]) == 1
 
 
 def test_table_must_fit_the_model(tmp_path: Path) -> None:
@@ -97,12 +99,10 @@ def test_forecast_counts_what_travels() -> None:
     """One token at home on rank 0, two layers, two choices; experts 0 and 1 on rank 0, 2 and 3 on rank 1."""
     hosts, homes = contiguous(2, 4, 2), np.array([0])
     ids = np.array([[[2, 3], [2, 0]]])
-    sizes = RowBytes(dispatch=100, combine=10, whole=5, context=7)
+    sizes = RowBytes(dispatch=100, combine=10, whole=5)
     sent = forecast("conventional", ids, hosts, homes, sizes)
     assert (sent.dispatch_rows, sent.combine_rows, sent.bytes_per_token) == (2, 2, 220)
-    moved = forecast("send", ids, hosts, homes, sizes)  # moves to rank 1, and back to rank 0 with a part of its sum
-    assert (moved.dispatch_rows, moved.combine_rows, moved.bytes_per_token) == (2, 1, 217)
-    shared = forecast("recompute", ids, hosts, homes, sizes)  # rank 1 has it whole; then its part goes home
+    shared = forecast("coherent", ids, hosts, homes, sizes)  # rank 1 has it whole; then its part goes home
     assert (shared.whole_rows, shared.combine_rows, shared.bytes_per_token) == (1, 1, 15)
 
 
@@ -110,17 +110,8 @@ def test_what_every_rank_holds_is_not_sent_when_all_recompute() -> None:
     hosts = contiguous(2, 4, 2)
     hosts[:, 3] = True
     ids = np.array([[[3], [3]], [[0], [3]]])
-    sizes = RowBytes(dispatch=100, combine=10, whole=5, context=7)
-    assert forecast("recompute", ids, hosts, np.array([0, 1]), sizes).whole_rows == 0.5
-
-
-def test_context_is_sent_where_keys_and_values_are_small() -> None:
-    wide, narrow, sizes = 4 * 256, 4 * 16, {"hidden": 256, "top_k": 2, "num_layers": 4}
-    two, four = contiguous(4, 8, 2), contiguous(4, 8, 4)
-    assert cheaper_context(four, **sizes, itemsize=4, kv_elements=wide) == "recompute"
-    assert cheaper_context(four, **sizes, itemsize=4, kv_elements=narrow) == "send"
-    assert cheaper_context(two, **sizes, itemsize=4, kv_elements=narrow) == "recompute"
-    assert cheaper_context(two, **sizes, itemsize=2, kv_elements=narrow) == "send"  # sums are twice as wide
+    sizes = RowBytes(dispatch=100, combine=10, whole=5)
+    assert forecast("coherent", ids, hosts, np.array([0, 1]), sizes).whole_rows == 0.5
 
 
 def test_ranks_agree_whoever_asks() -> None:
@@ -137,5 +128,5 @@ def test_ranks_agree_whoever_asks() -> None:
 
 def test_groups_are_alike_for_the_prescheduler() -> None:
     counts = count_uses(np.array([7, 9]), np.array([[[0]], [[3]]]), 10, 4)
-    scheduler = Prescheduler(2, TokenAffinity(counts, contiguous(1, 4, 2)))
+    scheduler = Prescheduler(contiguous(1, 4, 2), lambda: counts)
     assert [scheduler.home([9], [0, 0, 0, 0]), scheduler.home([9], [0, 8, 0, 0])] == [1, 3]

@@ -59,7 +59,7 @@ def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
     places = routes.spans(plan)
     answers = []
     for own, tokens in (([0], [0, 1, 2]), ([1, 2], [4, 3])):
-        tap = RouteNoter(Nothing(), LAYERS, 8, lambda tokens=tokens: torch.arange(len(tokens)))
+        tap = RouteNoter(Nothing(), 8)
         tap.begin(routes.IDS_AND_WEIGHTS)
         for layer in LAYERS:
             call(tap, layer, tokens)
@@ -73,20 +73,16 @@ def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
     assert np.array_equal(found.weights, found.ids / 8)
 
 
-def test_coherent_ranks_send_what_was_where(plan: BatchPlan) -> None:
-    """Between the layers, the tokens of the decoding sequences change places. Batch rows: 4, 3, then the prompt."""
+def test_coherent_ranks_tell_of_the_tokens_at_home_there(plan: BatchPlan) -> None:
+    """Every rank's batch is the whole step. Batch rows: the decoding sequences' tokens 4 and 3, then the prompt."""
     numbers = routes.plan_numbers(plan, routes.spans(plan))
     assert numbers.tolist() == [4, 3, 0, 1, 2]
     answers = []
-    for here, then in (([0, 2, 3, 4], [1, 2, 3, 4]), ([1], [0])):
-        rows: list[torch.Tensor | None] = []
-        tap = RouteNoter(Nothing(), LAYERS, 8, lambda rows=rows: rows[-1])
-        tap.begin(routes.IDS)
-        for layer, batch_rows in zip(LAYERS, (here, then), strict=True):
-            rows.append(torch.tensor(batch_rows))
-            call(tap, layer, numbers[batch_rows].tolist())
-            rows.append(None)  # the second half of the layer: the same router again
-            call(tap, layer, numbers[batch_rows].tolist())
+    for at_home in ([0, 2, 3, 4], [1]):
+        tap = RouteNoter(Nothing(), 8)
+        tap.begin(routes.IDS, torch.tensor(at_home))
+        for layer in LAYERS:
+            call(tap, layer, numbers.tolist())
         answers.append(tap.take(numbers))
     found = routes.gather(plan, told(*answers), SHAPE, routes.IDS)
     assert found.ids.tolist() == expected()
@@ -94,7 +90,7 @@ def test_coherent_ranks_send_what_was_where(plan: BatchPlan) -> None:
 
 
 def test_a_rank_that_forgets_a_layer_is_noticed(plan: BatchPlan) -> None:
-    tap = RouteNoter(Nothing(), LAYERS, 8, lambda: torch.arange(5))
+    tap = RouteNoter(Nothing(), 8)
     tap.begin(routes.IDS)
     call(tap, 1, list(range(5)))
     with pytest.raises(AssertionError, match="routes of 5 instead of 10"):
@@ -102,7 +98,7 @@ def test_a_rank_that_forgets_a_layer_is_noticed(plan: BatchPlan) -> None:
 
 
 def test_nothing_is_noted_unless_wanted_and_nothing_of_a_failed_step() -> None:
-    tap = RouteNoter(Nothing(), LAYERS, 8, lambda: torch.arange(5))
+    tap = RouteNoter(Nothing(), 8)
     call(tap, 1, list(range(5)))
     assert tap.take(np.arange(5)) == []
     tap.begin(routes.IDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +59,7 @@ def test_transitions_of_the_docstring_example() -> None:
     assert count_load(ids, 3).tolist() == [[1, 1, 0], [0, 1, 1]]
 
 
-def chain_problem(**settings: object) -> PlacementProblem:
+def chain_problem(**settings: Any) -> PlacementProblem:
     """2 layers, 2 experts, 2 devices. Expert 0 -> 0 weighs 1, 1 -> 0 weighs 1."""
     transitions = np.array([[[1.0, 0.0], [1.0, 0.0]]])
     return PlacementProblem(np.ones((2, 2)), transitions, Topology.even(2), spare_slots=1, **settings)

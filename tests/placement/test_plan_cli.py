@@ -32,7 +32,7 @@ def routes(seed: int, tokens: int = 400) -> Any:
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     path = tmp_path / "trace.npz"
-    RoutingTrace(routes(0), np.arange(0, 401, 20), np.arange(1, 5), 8).save(path)
+    RoutingTrace(routes(0), np.arange(0, 401, 20), np.arange(1, 5, dtype=np.int32), 8).save(path)
     return path
 
 

@@ -15,7 +15,7 @@ from predictors.trace import RoutingTrace, offsets_of
 @pytest.fixture
 def trace() -> RoutingTrace:
     ids = np.argsort(np.random.default_rng(0).random((60, 12, 4)), axis=2)[:, :, :2]
-    return RoutingTrace(ids, offsets_of([25, 35]), np.arange(12), 4)
+    return RoutingTrace(ids, offsets_of([25, 35]), np.arange(12, dtype=np.int32), 4)
 
 
 def test_next_use_values_fall_with_distance(small_trace: RoutingTrace) -> None:

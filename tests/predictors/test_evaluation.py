@@ -17,7 +17,7 @@ def chained_trace(lengths: tuple[int, ...], seed: int = 0) -> RoutingTrace:
     """5 layers of 8 experts, top-1; layer 0 at random, every later layer uses the expert after the one below."""
     first = np.random.default_rng(seed).integers(0, 8, sum(lengths))
     ids = (first[:, None] + np.arange(5)) % 8
-    return RoutingTrace(ids[:, :, None], offsets_of(lengths), np.arange(5), 8)
+    return RoutingTrace(ids[:, :, None], offsets_of(lengths), np.arange(5, dtype=np.int32), 8)
 
 
 def test_an_oracle_knows_everything() -> None:

@@ -1,4 +1,4 @@
-"""What every method promises, by listing the folder: probabilities, no peeking, streams kept apart, one result."""
+"""What every method promises, from inside or outside: probabilities, no peeking, streams kept apart, one result."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from predictors import predictor as base
 from predictors.evaluation import show
 from predictors.methods import find_method, method_names
 from predictors.predictor import FUTURE, HIDDEN, Foresight, Predictor, Training, as_probabilities, inclusion
 from predictors.trace import RoutingTrace, offsets_of
 
+from ..laws import laws_of
+
 L, E, K, H, V = 4, 8, 2, 6, 20
 METHODS = method_names()
+law = laws_of(base)
 
 
 def sticky_trace(lengths: tuple[int, ...] = (15, 9, 16), seed: int = 0) -> RoutingTrace:
@@ -29,7 +33,7 @@ def sticky_trace(lengths: tuple[int, ...] = (15, 9, 16), seed: int = 0) -> Routi
         np.put_along_axis(recent, ids[n].astype(int), 2.0, axis=1)
     weights = rng.random(ids.shape, dtype=np.float32)
     tokens = rng.integers(0, V, len(ids)).astype(np.int32)
-    return RoutingTrace(ids, offsets_of(lengths), np.arange(L), E, weights, token_ids=tokens)
+    return RoutingTrace(ids, offsets_of(lengths), np.arange(L, dtype=np.int32), E, weights, token_ids=tokens)
 
 
 def training(trace: RoutingTrace) -> Training:
@@ -53,7 +57,8 @@ Forecasts = npt.NDArray[Any]
 
 def hidden_of(trace: RoutingTrace) -> npt.NDArray[np.float32]:
     """[N, L, H], from the ids, so that equal routes have equal hidden states."""
-    return np.random.default_rng(3).normal(size=(E, H)).astype(np.float32)[trace.ids].sum(axis=2)
+    vectors = np.random.default_rng(3).normal(size=(E, H)).astype(np.float32)
+    return np.asarray(vectors[trace.ids].sum(axis=2))
 
 
 def forecasts(
@@ -68,9 +73,9 @@ def forecasts(
             predictor.reveal(stream, part(trace, rows))  # type: ignore[attr-defined]
     found = []
     for n in range(len(rows_of[0])):
-        rows = np.array([r[n] for r in rows_of])
-        predictor.step(numbers, None if trace.token_ids is None else trace.token_ids[rows])
-        found.append(one_token(predictor, trace, numbers, rows, hidden))
+        newest = np.array([r[n] for r in rows_of])
+        predictor.step(numbers, None if trace.token_ids is None else trace.token_ids[newest])
+        found.append(one_token(predictor, trace, numbers, newest, hidden))
     return list(np.array(found).transpose(2, 0, 1, 3))
 
 
@@ -95,6 +100,7 @@ def part(trace: RoutingTrace, rows: range) -> RoutingTrace:
 SEQUENCES = [range(0, 9), range(15, 24), range(24, 33)]
 
 
+@law(1)
 def test_probabilities_are_probabilities(predictor: Predictor) -> None:
     trace = sticky_trace()
     predictor.begin(np.array([0]))
@@ -106,6 +112,7 @@ def test_probabilities_are_probabilities(predictor: Predictor) -> None:
         assert ((found >= 0) & (found <= 1)).all()
 
 
+@law(2)
 def test_rows_sum_to_the_number_of_choices(predictor: Predictor) -> None:
     trace, streams = sticky_trace(), np.array([2])
     predictor.begin(streams)
@@ -119,6 +126,7 @@ def test_rows_sum_to_the_number_of_choices(predictor: Predictor) -> None:
             show(predictor, trace, layer, streams, np.array([n]), hidden_of(trace))
 
 
+@law(3)
 def test_no_peeking(predictor: Predictor) -> None:
     """Another ending changes nothing before it."""
     trace = sticky_trace()
@@ -134,6 +142,7 @@ def test_no_peeking(predictor: Predictor) -> None:
         np.testing.assert_array_equal(one[:5], cut)
 
 
+@law(4)
 def test_a_stream_begun_again_has_forgotten(predictor: Predictor) -> None:
     trace = sticky_trace()
     fresh = forecasts(predictor, trace, SEQUENCES[1:2], [7])[0]
@@ -141,6 +150,7 @@ def test_a_stream_begun_again_has_forgotten(predictor: Predictor) -> None:
     np.testing.assert_array_equal(forecasts(predictor, trace, SEQUENCES[1:2], [7])[0], fresh)
 
 
+@law(5)
 def test_together_is_as_alone_and_again(predictor: Predictor) -> None:
     trace = sticky_trace()
     alone = [forecasts(predictor, trace, [rows], [4])[0] for rows in SEQUENCES]
@@ -151,6 +161,7 @@ def test_together_is_as_alone_and_again(predictor: Predictor) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+@law(6)
 def test_arrays_hold_everything_that_was_learnt(fitted: dict[str, Predictor], name: str) -> None:
     trace, one = sticky_trace(), fitted[name]
     two = find_method(name).from_arrays(training(trace).shape, one.arrays())
@@ -161,12 +172,14 @@ def test_arrays_hold_everything_that_was_learnt(fitted: dict[str, Predictor], na
 
 
 @pytest.mark.parametrize("name", METHODS)
+@law(7)
 def test_training_again_gives_the_same(fitted: dict[str, Predictor], name: str) -> None:
     again = find_method(name).fit(training(sticky_trace(seed=1)))
     for key, array in fitted[name].arrays().items():
         np.testing.assert_array_equal(array, again.arrays()[key])
 
 
+@law(8)
 def test_needs_are_known_ones(predictor: Predictor) -> None:
     assert predictor.needs <= {FUTURE, HIDDEN, "token ids"}
 

@@ -13,7 +13,7 @@ def weights(seed: int = 0, rows: int = 24, columns: int = 256) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 32), (4, 0), (8, 0), (8, 64)])
-def test_no_weight_moves_further_than_half_a_step(bits, group) -> None:
+def test_no_weight_moves_further_than_half_a_step(bits: int, group: int) -> None:
     w = weights()
     rounded = round_matrix(w, bits, group)
     assert tuple(rounded.scales.shape) == (24, 256 // (group or 256))
@@ -26,7 +26,7 @@ def test_no_weight_moves_further_than_half_a_step(bits, group) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_search_lowers_the_error_of_the_outputs(bits) -> None:
+def test_the_search_lowers_the_error_of_the_outputs(bits: int) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(500, 256, generator=generator) * torch.rand(256, generator=generator).pow(4) * 10
     w = weights()

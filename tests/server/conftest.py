@@ -28,9 +28,9 @@ from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.execution.grammar import Grammars
-from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.sequence import Request, SampleOutput, TokenLogprob
-from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
+from moe_serve.scheduling.stats import EngineLoad, StatsObserver, StepStats
 from moe_serve.server.app import create_app
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer

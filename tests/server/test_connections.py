@@ -53,7 +53,7 @@ class Firehose:
 
 @contextmanager
 def serving(app: Any, small_buffers: bool = False) -> Iterator[tuple[str, int]]:
-    settings = {"http": connection_class(READ_S, WRITE_S, LIMIT), "ws": "none", "lifespan": "off"}
+    settings: dict[str, Any] = {"http": connection_class(READ_S, WRITE_S, LIMIT), "ws": "none", "lifespan": "off"}
     settings |= {"timeout_keep_alive": KEEP_ALIVE_S} if small_buffers else {}
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, **settings))
     with socket.socket() as listener:

@@ -206,5 +206,6 @@ class TestAdmission:
 @pytest.mark.parametrize("name", ["max_queue_wait", "request_timeout", "max_prompt_tokens"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_limits_that_let_nothing_through_are_errors(name: str, value: int) -> None:
+    limit: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=name.replace("_", "-")):
-        EngineConfig(**{name: value})
+        EngineConfig(**limit)

@@ -7,8 +7,8 @@ import pytest
 
 from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport, Residency
-from moe_serve.scheduling.finish import FinishReason
-from moe_serve.scheduling.stats import FinishedStats, StepStats
+from moe_serve.scheduling.finish import FinishedStats, FinishReason
+from moe_serve.scheduling.stats import StepStats
 from moe_serve.server.monitoring.last_minute import LastMinute
 
 

@@ -78,7 +78,7 @@ def test_prompts_are_logged_where_asked_for(make: Any, caplog: pytest.LogCapture
 
 def _record(message: str, error: BaseException | None = None, **fields: Any) -> logging.LogRecord:
     info = (type(error), error, None) if error else None
-    record = logging.LogRecord("moe_serve", logging.INFO, __file__, 1, message, (), info)  # type: ignore[arg-type]
+    record = logging.LogRecord("moe_serve", logging.INFO, __file__, 1, message, (), info)
     setattr(record, FIELDS, fields)
     return record
 

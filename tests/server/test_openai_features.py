@@ -19,11 +19,12 @@ def model(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
 
 
 def complete(model: Model, **body: Any) -> Any:
-    return model.client.completions.create(**({"model": "tiny", "prompt": "fox", "max_tokens": 8, "seed": 1} | body))
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "fox", "max_tokens": 8, "seed": 1} | body
+    return model.client.completions.create(**fields)
 
 
 def text(model: Model, **body: Any) -> str:
-    return complete(model, **body).choices[0].text
+    return str(complete(model, **body).choices[0].text)
 
 
 def test_seed_repeats_and_n_differs(model: Model) -> None:
@@ -133,7 +134,7 @@ def test_request_ids_come_back(model: Model) -> None:
 
 
 def test_token_ids_are_returned_whole_and_streamed(model: Model, tokenizer: Tokenizer) -> None:
-    body = {"extra_body": {"return_token_ids": True}}
+    body: dict[str, Any] = {"extra_body": {"return_token_ids": True}}
     whole = complete(model, **body).choices[0]
     assert whole.prompt_token_ids == tokenizer.encode("fox")
     assert tokenizer.decode(whole.token_ids) == whole.text
@@ -141,7 +142,7 @@ def test_token_ids_are_returned_whole_and_streamed(model: Model, tokenizer: Toke
     assert [i for c in chunks for i in c.token_ids] == whole.token_ids
     assert chunks[0].prompt_token_ids == whole.prompt_token_ids
     chat = list(model.client.chat.completions.create(model="tiny", messages=ASK, stream=True, max_tokens=3, **body))
-    assert chat[0].prompt_token_ids == tokenizer.encode("The weather?\n")  # type: ignore[attr-defined]
+    assert chat[0].prompt_token_ids == tokenizer.encode("The weather?\n")
 
 
 def test_max_completion_tokens_goes_before_max_tokens(model: Model) -> None:

@@ -29,7 +29,12 @@ class Visitor:
         self.received = b""
         self._body: dict[str, Any] | None = {"type": "http.request", "body": json.dumps(body).encode()}
         self._gone = asyncio.Event()
-        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST", "path": PATH}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "method": "POST",
+            "path": PATH,
+        }
         scope |= {"query_string": b"", "headers": [], "server": ("test", 80), "scheme": "http", "http_version": "1.1"}
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 

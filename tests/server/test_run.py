@@ -105,7 +105,12 @@ class Reader(threading.Thread):
 def test_a_life_from_loading_to_drained(start: Callable[..., Serve]) -> None:
     server = start("--shutdown-timeout", "60", "--log-format", "json", env={"MOE_SERVE_API_KEY": "sk-1"})
     seen: list[str] = []
-    server.wait_until(lambda: seen.append(server.health()) or seen[-1] == "ready")
+
+    def is_ready() -> bool:
+        seen.append(server.health())
+        return seen[-1] == "ready"
+
+    server.wait_until(is_ready)
     assert set(seen) == {"", "loading", "ready"}
 
     url = f"{server.url}/v1/completions"

@@ -168,7 +168,9 @@ def test_tools_work_with_n_logprobs_and_a_seed(hermes: Model) -> None:
     for choice in answer.choices:
         assert choice.message.tool_calls
         assert choice.logprobs is not None
-        jsonschema.validate(json.loads(choice.message.tool_calls[0].function.arguments), PARAMETERS)
+        call = choice.message.tool_calls[0]
+        assert call.type == "function"
+        jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == sum(len(c.logprobs.content or ()) for c in answer.choices if c.logprobs)
 

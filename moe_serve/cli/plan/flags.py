@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import pkgutil
-from importlib.util import find_spec
+
+from placement.solvers import solver_names
 
 
 def positive(text: str) -> int:
@@ -24,15 +24,6 @@ def number(text: str) -> float:
 
 def numbers(text: str) -> list[float]:
     return [number(part) for part in text.split(",")]
-
-
-def solver_names() -> list[str]:
-    """The files in placement/solvers/, found without importing them."""
-    spec = find_spec("placement")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    folder = f"{next(iter(spec.submodule_search_locations))}/solvers"
-    return sorted(info.name for info in pkgutil.iter_modules([folder]))
 
 
 def add_problem_flags(parser: argparse.ArgumentParser) -> None:

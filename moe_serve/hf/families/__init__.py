@@ -1,1 +1,22 @@
-"""One file per supported model family, named after config.json's model_type, exporting FAMILY."""
+"""Model families by name: each file here is named after config.json's `model_type` and exports `FAMILY`.
+
+A package from outside offers one as an entry point of the group "moe_serve.families".
+"""
+
+from __future__ import annotations
+
+from moe_serve_base.extensions import Extensions
+
+FAMILIES = Extensions(
+    "model_type",
+    __name__,
+    __path__,
+    symbol="FAMILY",
+    group="moe_serve.families",
+    attributes=("experts_class", "match", "activation", "routing"),
+)
+
+
+def family_names() -> list[str]:
+    """Every model_type that is supported, in alphabetical order. Imports no torch: help must answer at once."""
+    return FAMILIES.names()

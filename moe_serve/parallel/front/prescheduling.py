@@ -1,4 +1,4 @@
-"""Prescheduling: on which rank sequences live and tokens begin, so that fewer of them have to travel.
+"""Prescheduling: on which rank a new sequence lives, so that fewer of its tokens have to travel.
 
 Speculative MoE (arXiv 2503.04398) guesses a token's experts from its id before it is computed; a guess only
 chooses a place, so a wrong one costs bytes and changes no token. Knows token ids and the placement; knows
@@ -10,7 +10,7 @@ Shape alphabet: V vocabulary, L MoE layers, E experts, G ranks.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.expert_plans import Hosts
-from moe_serve.scheduling.sequence import Sequence
 
 BALANCE_TOKENS = 512
 """A rank this many tokens ahead of another is not given a sequence that it suits better."""
@@ -29,61 +28,46 @@ Counts = npt.NDArray[np.int64]
 
 
 class Prescheduler:
-    """Without a predictor: sequences go where the fewest tokens are, and tokens begin at home."""
+    """Without a table: a sequence goes where the fewest tokens are."""
 
-    def __init__(
-        self,
-        num_ranks: int,
-        affinity: TokenAffinity | None = None,
-        follow: Callable[[Hosts], TokenAffinity] | None = None,
-    ) -> None:
-        """`num_ranks`: of a group, among which the affinity's experts are divided. `follow`: the affinity under another
-        placement; None where there is no predictor."""
-        self._num_ranks = num_ranks
-        self._affinity = affinity
-        self._follow = follow
+    def __init__(self, hosts: Hosts, read_uses: Callable[[], Counts] | None = None) -> None:
+        """hosts [L, E, G]: of one group of ranks. `read_uses`: the table [V, L, E], read again for each placement,
+        since it may be large and placements are rare; None: there is none."""
+        self._read_uses = read_uses
+        self._affinity: TokenAffinity | None = None
+        self.place(hosts)
 
     def place(self, hosts: Hosts) -> None:
         """The experts live elsewhere from now on."""
-        if self._follow is not None:
-            self._affinity = self._follow(hosts)
+        if self._read_uses is not None:
+            self._affinity = TokenAffinity(self._read_uses(), hosts)
 
     def home(self, prompt: Items[int], tokens_at: Items[int]) -> int:
         """The rank for a new sequence. `tokens_at`: tokens that each rank has already."""
-        lightest = min(tokens_at)
-        fit = np.array([tokens <= lightest + BALANCE_TOKENS for tokens in tokens_at])
         if self._affinity is None:
             return int(np.argmin(tokens_at))
+        lightest = min(tokens_at)
+        fit = np.array([tokens <= lightest + BALANCE_TOKENS for tokens in tokens_at])
         expected = np.resize(self._affinity.of_sequence(prompt), len(tokens_at))  # every group alike
         best = np.lexsort((np.array(tokens_at), -np.where(fit, expected, -1.0)))
         return int(best[0])
-
-    def starts(self, decoding: Iterable[Sequence]) -> dict[Sequence, int]:
-        """For each sequence about to decode, the rank where its newest token should begin: one of its home's group."""
-        if self._affinity is None:
-            return {}
-        size, first_rank = self._num_ranks, self._affinity.first_rank
-        return {seq: seq.home_rank // size * size + first_rank(seq.token_ids[-1]) for seq in decoding}
 
 
 class TokenAffinity:
     """Where the experts live that a token id is expected to use."""
 
-    def __init__(self, counts: Counts, hosts: Hosts) -> None:
-        """counts [V, L, E]: how often a token id used an expert; hosts [L, E, G]."""
-        first = (counts[:, 0, :, None] * hosts[None, 0]).sum(1)
-        self._first_rank = np.where(first.any(1), first.argmax(1), np.arange(len(first)) % hosts.shape[2])
-        uses = np.maximum(counts.sum(2, keepdims=True), 1)
-        self._expected = np.einsum("vle,leg->vg", counts / uses, hosts.astype(np.float64)) / counts.shape[1]
+    def __init__(self, uses: Counts, hosts: Hosts) -> None:
+        """uses [V, L, E]: how often a token id used an expert; hosts [L, E, G]."""
+        num_layers, _, num_ranks = hosts.shape
+        self._expected = np.zeros((len(uses), num_ranks))
+        for layer in range(num_layers):  # one at a time: the whole table as float64 may not fit
+            totals = np.maximum(uses[:, layer].sum(1, keepdims=True), 1)
+            self._expected += uses[:, layer] / totals @ hosts[layer] / num_layers
 
     def of_sequence(self, tokens: Items[int]) -> npt.NDArray[np.float64]:
         """[G] the expected share of the tokens' experts on each rank."""
         mean: npt.NDArray[np.float64] = self._expected[list(tokens)].mean(0)
         return mean
-
-    def first_rank(self, token: int) -> int:
-        """The rank that holds most of what a token uses in the first MoE layer."""
-        return int(self._first_rank[token])
 
 
 def count_uses(tokens: Counts, ids: Counts, vocab_size: int, num_experts: int) -> Counts:

@@ -74,12 +74,8 @@ class TeamRunner:
 
     def run(self, plan: BatchPlan) -> StepResult:
         """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""
-        starts = {}
-        if self.team.parallel.ep_mode == "coherent":
-            decoding = [item.seq for item in plan.scheduled if item.count == 1]
-            starts = self.prescheduler.starts(decoding)
         wanted = self._routes
-        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, starts, wanted)})
+        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, wanted)})
         result = merge_results(plan, answers)
         return replace(result, routes=routes.gather(plan, answers, self._shape, wanted)) if wanted else result
 

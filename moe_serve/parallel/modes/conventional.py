@@ -1,7 +1,8 @@
 """Conventional expert parallelism: in every MoE layer tokens go to their experts' ranks and partial sums come back.
 
-A token goes once to each rank, however many of its choices are there, and one partial sum comes back from each.
-Knows the layer call that Hugging Face's blocks make; knows no sequences.
+Each sequence has a home rank, which computes everything but the experts of other ranks. A token goes once to each
+rank, however many of its choices are there, and one partial sum comes back from each. Knows plans, the model and the
+layer call that Hugging Face's blocks make; knows no sockets.
 
 Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 """
@@ -9,13 +10,22 @@ Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from expert_cache.errors import ExpertReadError
 from expert_cache.layers import Experts
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.execution import forward_batch
+from moe_serve.hf import experts
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
+from moe_serve.parallel.modes.runner import Outcome
+from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.exchange import pack, unpack
+from moe_serve.parallel.wire.messages import RankStep
+from moe_serve.parallel.wire.routes import RouteNoter
+from moe_serve.scheduling.batch_plan import BatchPlan
 
 
 class ConventionalLayers:
@@ -76,3 +86,36 @@ class ConventionalLayers:
     def take_failures(self) -> dict[int, ExpertReadError]:
         """As ExpertLayers.take_failures; an expert on another rank that could not be read counts."""
         return self._losses.take()
+
+
+class ConventionalRunner:
+    """Each sequence's tokens are computed on its home; only experts are elsewhere."""
+
+    def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
+        self._runner = runner
+        self._layers = ConventionalLayers(shared)
+        self._rank = shared.exchange.rank
+        self._tap = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
+        experts.connect(runner.model, self._tap)
+
+    def run(self, step: RankStep) -> Outcome:
+        own = step.part_of(self._rank)
+        if not own:
+            for layer in self._layers.shared.layers:
+                self._layers.join(layer)
+            return Outcome({}, {}, [])
+        plan = BatchPlan(tuple(step.plan.scheduled[i] for i in own))
+        self._tap.begin(step.routes)
+        result = self._runner.run(plan)
+        failures = forward_batch.by_sequence(plan, self._layers.take_failures())
+        sampled = [i for i in own if step.plan.scheduled[i].needs_sample]
+        tokens = dict(zip(sampled, zip(result.token_ids, result.logprobs, strict=True), strict=True))
+        messages = {seq: error.message for seq, error in failures.items()} | dict(result.errors)
+        errors = {i: messages[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in messages}
+        return Outcome(tokens, errors, self._routes(step, plan, own))
+
+    def _routes(self, step: RankStep, plan: BatchPlan, own: list[int]) -> list[dict[str, Any]]:
+        if not step.routes:
+            return []
+        places = routes.spans(step.plan)
+        return self._tap.take(routes.plan_numbers(plan, [places[i] for i in own]))

@@ -66,15 +66,6 @@ class ExpertShare:
         """Decoder layers with experts, in order."""
         return self.local.experts.store.layers
 
-    @property
-    def hidden_size(self) -> int:
-        return self._like.shape[-1]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an activation's element."""
-        return self._like.element_size()
-
     def index(self, layer: int) -> int:
         """Of a decoder layer among those with experts."""
         return self._index[layer]

@@ -1,10 +1,9 @@
-"""Context coherence without sending keys and values: every rank computes every token, and what travels are sums.
+"""Coherent expert parallelism by recomputation: every rank computes every token, and only experts' sums are sent.
 
 In each MoE layer a rank runs its share of the experts for all tokens and sends the partial sums to the others.
-Then all have the token's hidden state, and with it compute the keys and values themselves: the context is
-everywhere, no token goes out before its experts run, and a layer costs one link delay. Every rank knows every
-route, so nobody counts either. Where keys and values are as wide as the hidden state, this sends less than sending
-those (`coherent.py`); the price is that attention runs on every rank.
+Then all have the token's hidden state, and compute its next keys and values from it themselves. No token goes out
+before its experts run, so a layer costs one link delay. Every rank knows all routes, so no sizes are exchanged.
+The price is that attention runs on every rank.
 
 Ranks must compute alike to the bit, which machines of one kind do; a check of the routes in each message finds those
 that do not.
@@ -20,9 +19,18 @@ import numpy as np
 import torch
 
 from expert_cache.host_managed.cache import ExpertCache
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.execution import forward_batch
+from moe_serve.execution.forward_batch import GroupLimits
+from moe_serve.hf import experts
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
+from moe_serve.parallel.modes.runner import Outcome
+from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_rows
+from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.exchange import pack, unpack
+from moe_serve.parallel.wire.messages import RankStep
+from moe_serve.parallel.wire.routes import RouteNoter
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
@@ -138,6 +146,37 @@ class RecomputingLayers:
         return {r: (torch.cat(rows), _unpack(raws[r], r, rows, partial, dtype, check)) for r, rows in expected.items()}
 
 
+class RecomputingRunner:
+    """All ranks walk through all tokens; a token is sampled at its home."""
+
+    def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
+        self._runner = runner
+        self._rank = shared.exchange.rank
+        self._losses = LossNotes()
+        self._layers = RecomputingLayers(shared, self._losses, max(runner.kv_cache.layers))
+        self._tap = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
+        experts.connect(runner.model, self._tap)
+
+    def run(self, step: RankStep) -> Outcome:
+        self._runner.relieve_memory()
+        config, device = self._runner.config, self._runner.device
+        batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
+        homes = home_ranks(step, device)
+        self._layers.begin(homes, batch.sample_rows)
+        self._tap.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
+        rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
+        logits: torch.Tensor = self._runner.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=rows,
+            forward_batch=batch,
+            kv_cache=self._runner.kv_cache,
+        ).logits[0]
+        sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
+        return Outcome(sampled, errors_of(step, self._losses) | lost, routes.whole_step(self._tap, step))
+
+
 def _check_of(routes: Ints) -> torch.Tensor:
     """[CHECK_BYTES] uint8 that differ when the routes do."""
     digest = zlib.crc32(routes.tobytes()).to_bytes(CHECK_BYTES, "big")
@@ -159,7 +198,7 @@ def _unpack(
     if len(raw) != CHECK_BYTES + whole_bytes + part_bytes or not torch.equal(raw[:CHECK_BYTES], check):
         raise RanksDivergedError(
             f"rank {rank} chose other experts for the same tokens: the devices do not compute alike;"
-            " use --ep-context send or --ep-mode conventional"
+            " use --ep-mode conventional"
         )
     sections = torch.split(raw[CHECK_BYTES:], [whole_bytes, part_bytes])
     (whole,), (parts,) = (unpack(raw, (width, t)) for raw, t in zip(sections, (dtype, like.dtype), strict=True))

@@ -1,4 +1,4 @@
-"""Rows of a step whose batch every rank has whole: where each begins, and sampling of those that end here.
+"""Rows of a step whose batch every rank has whole: where each is at home, and sampling of those at home here.
 
 Knows plans and logits; knows no communication.
 
@@ -16,10 +16,10 @@ from moe_serve.parallel.modes.expert_share import LossNotes
 from moe_serve.parallel.wire.messages import RankStep, Sampled
 
 
-def start_ranks(step: RankStep, device: torch.device) -> torch.Tensor:
-    """[T] int64: the rank where each row of the batch begins."""
-    starts = {id(item): start for item, start in zip(step.plan.scheduled, step.starts, strict=True)}
-    rows = [starts[id(item)] for item in forward_batch.order_for_batch(step.plan) for _ in range(item.count)]
+def home_ranks(step: RankStep, device: torch.device) -> torch.Tensor:
+    """[T] int64: the home of each row of the batch."""
+    homes = {id(item): home for item, home in zip(step.plan.scheduled, step.homes, strict=True)}
+    rows = [homes[id(item)] for item in forward_batch.order_for_batch(step.plan) for _ in range(item.count)]
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 

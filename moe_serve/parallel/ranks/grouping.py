@@ -1,7 +1,7 @@
 """Groups of ranks that have every expert among them, so that a sequence's tokens never leave its group.
 
-With `--ep-groups`, G ranks are that many groups side by side, and a plan says how each divides the experts. Within
-a group, ranks count from 0. Knows steps; knows no model.
+With `--ep-groups N` the ranks are N groups side by side, and the plan says how each group divides the experts.
+Within a group, ranks count from 0. Knows steps; knows no model.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class GroupRunner:
 
     def run(self, step: RankStep) -> Outcome:
         last = self._first_rank + self._num_ranks
-        chosen = [i for i, start in enumerate(step.starts) if self._first_rank <= start < last]
+        chosen = [i for i, home in enumerate(step.homes) if self._first_rank <= home < last]
         if not chosen:
             return Outcome({}, {}, [])
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in chosen))
-        starts = tuple(step.starts[i] - self._first_rank for i in chosen)
-        sampled, errors, pieces = self._inner.run(RankStep(plan, starts, step.routes))
+        homes = tuple(step.homes[i] - self._first_rank for i in chosen)
+        sampled, errors, pieces = self._inner.run(RankStep(plan, homes, step.routes))
         return Outcome(
             {chosen[i]: s for i, s in sampled.items()},
             {chosen[i]: error for i, error in errors.items()},

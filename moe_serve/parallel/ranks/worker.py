@@ -6,26 +6,36 @@ Knows one rank; knows no sockets.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from expert_cache.host_managed.cache import ExpertCache
 from moe_serve.config import EngineConfig
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import InvalidRequestError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import layout_from_json
 from moe_serve.parallel.front.reports import report_to_json
+from moe_serve.parallel.modes.conventional import ConventionalRunner
+from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.ownership import Ownership
+from moe_serve.parallel.modes.recompute import RecomputingRunner
+from moe_serve.parallel.modes.runner import RankRunner
 from moe_serve.parallel.ranks import rank_model
-from moe_serve.parallel.ranks.choose import make_runner, way_of
 from moe_serve.parallel.ranks.grouping import GroupRunner
 from moe_serve.parallel.ranks.late_grammars import LateGrammars
 from moe_serve.parallel.wire.environment import RankAddress
 from moe_serve.parallel.wire.messages import StepReader, result_to_json
 from moe_serve.parallel.wire.sockets import Wire
 from placement.cost import hosts_of
+
+MODES: Mapping[str, Callable[[ModelRunner, ExpertShare], RankRunner]] = {
+    "conventional": ConventionalRunner,
+    "coherent": RecomputingRunner,
+}
+"""By --ep-mode."""
 
 
 class Worker:
@@ -38,12 +48,7 @@ class Worker:
         )
         self.config = dataclasses.replace(self._runner.config, num_kv_pages=pages, max_model_len=context)
         self.layers = self._shared.layers
-        layers = self._runner.kv_cache.layers.values()
-        self.kv_sizes = sum(layer.shape.elements_per_token for layer in layers), len(layers)
-        """Elements of a token's keys and values over all decoder layers, and how many layers those are."""
-        self.way = way_of(parallel, self._shared, self.kv_sizes)
-        """One of forecast.WAYS."""
-        mode = make_runner(self.way, self._runner, self._shared)
+        mode = MODES[parallel.ep_mode](self._runner, self._shared)
         size = parallel.ranks_per_group
         self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
         self._reader = StepReader(LateGrammars(self.config).start)

@@ -48,17 +48,14 @@ class StepWriter:
         self._known_tokens: dict[Sequence, int] = {}
         self._next_key = 0
 
-    def write(self, plan: BatchPlan, starts: Mapping[Sequence, int], routes: int = 0) -> dict[str, Any]:
-        """`starts`: the rank on which a decoding sequence's token begins, where it is not its home.
-
-        `routes`: what is wanted of the step's routes, one of the constants in routes.py.
-        """
+    def write(self, plan: BatchPlan, routes: int = 0) -> dict[str, Any]:
+        """`routes`: what is wanted of the step's routes, one of the constants in routes.py."""
         gone = [seq for seq in self._keys if seq.is_finished]
         message = {
             "routes": routes,
             "gone": [self._keys.pop(seq) for seq in gone],
             "new": [self._introduce(i.seq) for i in plan.scheduled if i.seq not in self._keys],
-            "items": [self._item(i, starts.get(i.seq, i.seq.home_rank)) for i in plan.scheduled],
+            "items": [self._item(i) for i in plan.scheduled],
         }
         for seq in gone:
             del self._known_tokens[seq]
@@ -79,11 +76,11 @@ class StepWriter:
             "params": params_to_json(seq.params),
         }
 
-    def _item(self, item: ScheduledSequence, start_rank: int) -> list[Any]:
+    def _item(self, item: ScheduledSequence) -> list[Any]:
         seq = item.seq
         fresh = seq.token_ids[self._known_tokens[seq] :]
         self._known_tokens[seq] = seq.num_tokens
-        return [self._keys[seq], item.start, item.count, start_rank, fresh, seq.page_ids]
+        return [self._keys[seq], item.start, item.count, fresh, seq.page_ids]
 
 
 @dataclass(slots=True)
@@ -91,14 +88,14 @@ class RankStep:
     """A step as a rank sees it."""
 
     plan: BatchPlan
-    starts: tuple[int, ...]
-    """For each item of the plan, the rank where its tokens begin."""
+    homes: tuple[int, ...]
+    """For each item of the plan, the rank where its sequence lives."""
     routes: int = 0
     """What the front wants to know of the routes."""
 
     def part_of(self, rank: int) -> list[int]:
-        """Indices of the items that begin on a rank."""
-        return [i for i, start in enumerate(self.starts) if start == rank]
+        """Indices of the items whose home is a rank."""
+        return [i for i, home in enumerate(self.homes) if home == rank]
 
 
 @dataclass
@@ -116,15 +113,15 @@ class StepReader:
             seq = self._sequences[entry["key"]] = _mirror(entry)
             if seq.params.grammar is not None:
                 seq.matcher = self.start_grammar(seq.params.grammar)
-        scheduled, starts = [], []
-        for key, start, count, start_rank, fresh, pages in message["items"]:
+        scheduled = []
+        for key, start, count, fresh, pages in message["items"]:
             seq = self._sequences[key]
             seq.token_ids += fresh
             seq.page_ids = pages
             seq.num_computed = start
             scheduled.append(ScheduledSequence(seq, start, count))
-            starts.append(start_rank)
-        return RankStep(BatchPlan(tuple(scheduled)), tuple(starts), message["routes"])
+        homes = tuple(item.seq.home_rank for item in scheduled)
+        return RankStep(BatchPlan(tuple(scheduled)), homes, message["routes"])
 
 
 def _mirror(entry: Mapping[str, Any]) -> Sequence:

@@ -1,8 +1,7 @@
 """Routes over ranks: each notes what its routers chose, and the front puts a step's tokens together again.
 
-On a rank a `RouteNoter` stands before the mode's layers. Its notes travel with the answer to a step as pieces: so
-many tokens in so many layers. A conventional rank sends one piece, since its tokens are the same in all layers; a
-coherent one sends a piece per layer, since tokens move. Knows token rows; knows no sequences' contents.
+On a rank a `RouteNoter` stands before the mode's layers. Its notes travel with the answer to a step as one piece: the
+routes of some of the step's tokens in all layers. Knows token rows; knows no sequences' contents.
 
 Shape alphabet: T tokens of the whole step in plan order, L MoE layers by dense index, K choices, n rows of a piece.
 """
@@ -10,9 +9,9 @@ Shape alphabet: T tokens of the whole step in plan order, L MoE layers by dense 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,74 +28,44 @@ OFF, IDS, IDS_AND_WEIGHTS = 0, 1, 2
 Rows = NDArray[np.int64]
 
 
-class Note(NamedTuple):
-    """What one layer's router chose."""
-
-    layer: int
-    """Dense index."""
-    rows: torch.Tensor
-    """[n] int64: rows of the step's batch."""
-    ids: torch.Tensor
-    """[n, K]"""
-    weights: torch.Tensor
-    """[n, K]"""
-
-
 class RouteNoter:
     """Stands before a mode's layers: notes what the routers chose and hands on."""
 
-    def __init__(
-        self, inner: RunsExperts, layers: Items[int], num_experts: int, rows: Callable[[], torch.Tensor | None]
-    ) -> None:
-        """`layers`: decoder layers with experts. `rows`: which of the step's tokens, by their rows in the batch, the
-        layer is now called for, or those of the whole batch that are this rank's to tell of; None: the layer is called
-        for no router's choice."""
+    def __init__(self, inner: RunsExperts, num_experts: int) -> None:
         self.wanted = OFF
         self._inner = inner
-        self._index = {layer: i for i, layer in enumerate(layers)}
-        self._rows = rows
+        self._rows: torch.Tensor | None = None
         self._ids_dtype = np.dtype(np.uint8 if num_experts <= 256 else np.int16)
-        self._notes: list[Note] = []
+        self._ids: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
 
-    def begin(self, wanted: int) -> None:
-        """A step begins; what one that failed has left is forgotten."""
+    def begin(self, wanted: int, rows: torch.Tensor | None = None) -> None:
+        """A step begins; what one that failed has left is forgotten.
+
+        `rows` [n] int64: the rows of the batch that this rank has to tell of; None: all.
+        """
         self.wanted = wanted
-        self._notes.clear()
+        self._rows = rows
+        self._ids.clear()
+        self._weights.clear()
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As ExpertLayers.run."""
         if self.wanted:
-            rows = self._rows()
-            if rows is not None and len(rows) < len(ids):
-                self._notes.append(Note(self._index[layer], rows, ids[rows], weights[rows]))
-            elif rows is not None:
-                self._notes.append(Note(self._index[layer], rows, ids, weights))
+            self._ids.append(ids if self._rows is None else ids[self._rows])
+            self._weights.append(weights if self._rows is None else weights[self._rows])
         return self._inner.run(layer, hidden, ids, weights)
 
     def take(self, numbers: Rows) -> list[dict[str, Any]]:
-        """The step's pieces; `numbers` [rows of the batch]: see `plan_numbers`."""
-        notes, self._notes = self._notes, []
-        return [self._piece(run, numbers) for run in _same_rows(notes) if len(run[0].rows)]
-
-    def _piece(self, run: list[Note], numbers: Rows) -> dict[str, Any]:
-        rows = numbers[run[0].rows.cpu().numpy()].astype(np.int32)
-        ids = torch.stack([note.ids for note in run], dim=1).cpu().numpy().astype(self._ids_dtype)
-        piece = {"layer": run[0].layer, "rows": _pack(rows), "ids": _pack(ids)}
+        """The step's piece, if there is something to tell; `numbers` [rows of the batch]: see `plan_numbers`."""
+        if not self._ids or not len(self._ids[0]):
+            return []
+        rows = numbers if self._rows is None else numbers[self._rows.cpu().numpy()]
+        ids = torch.stack(self._ids, dim=1).cpu().numpy().astype(self._ids_dtype)
+        piece = {"rows": _pack(rows.astype(np.int32)), "ids": _pack(ids)}
         if self.wanted == IDS_AND_WEIGHTS:
-            weights = torch.stack([note.weights for note in run], dim=1).float().cpu().numpy()
-            piece["weights"] = _pack(weights.astype(np.float16))
-        return piece
-
-
-def _same_rows(notes: Iterable[Note]) -> list[list[Note]]:
-    """Runs of consecutive layers that saw the same tokens."""
-    runs: list[list[Note]] = []
-    for note in notes:
-        if runs and runs[-1][-1].layer + 1 == note.layer and torch.equal(runs[-1][-1].rows, note.rows):
-            runs[-1].append(note)
-        else:
-            runs.append([note])
-    return runs
+            piece["weights"] = _pack(torch.stack(self._weights, dim=1).float().cpu().numpy().astype(np.float16))
+        return [piece]
 
 
 def plan_numbers(plan: BatchPlan, places: Items[slice]) -> Rows:
@@ -133,11 +102,11 @@ def gather(plan: BatchPlan, answers: Items[Mapping[str, Any]], shape: RoutingSha
     for piece in (piece for answer in answers for piece in answer["routes"]):
         rows = _unpack(piece["rows"], np.int32, -1)
         found = _unpack(piece["ids"], ids.dtype, len(rows), -1, shape.top_k)
-        layers = slice(piece["layer"], piece["layer"] + found.shape[1])
-        ids[rows, layers] = found
         num_seen += len(rows) * found.shape[1]
-        if weights is not None:
-            weights[rows, layers] = _unpack(piece["weights"], weights.dtype, *found.shape)
+        if found.shape[1] == size[1]:
+            ids[rows] = found
+            if weights is not None:
+                weights[rows] = _unpack(piece["weights"], weights.dtype, *found.shape)
     assert num_seen == size[0] * size[1], f"routes of {num_seen} instead of {size[0] * size[1]} token layers"
     return StepRoutes(ids, weights, spans(plan))
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-KINDS = ("dispatch", "combine", "context", "control")
-"""Tokens to experts; results to tokens; keys and values for ranks that may need them; lengths and checks."""
+KINDS = ("dispatch", "combine", "control")
+"""Tokens to experts; results to tokens; lengths and checks."""
 
 
 class Traffic:

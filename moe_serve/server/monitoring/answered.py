@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.sequence import Request
-from moe_serve.scheduling.stats import FinishedStats
 
 
 class TokenCounts(Protocol):

@@ -16,7 +16,8 @@ from itertools import pairwise
 import numpy as np
 
 from expert_cache.report import ExpertReport
-from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
+from moe_serve.scheduling.finish import FinishedStats
+from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.interval import Interval, Moment, Totals
 
 WINDOW_S = 60.0

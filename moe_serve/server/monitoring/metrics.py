@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from expert_cache.report import ExpertReport
-from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StepStats
+from moe_serve.scheduling.finish import FinishedStats
+from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
 from moe_serve.server.monitoring.last_minute import LastMinute
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_serve.scheduling.stats import FinishedStats
+from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.server.monitoring.answered import Answered
 
 Attributes = Mapping[str, str | int | float | Sequence[str]]

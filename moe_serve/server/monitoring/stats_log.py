@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from moe_serve.scheduling.stats import EngineLoad, FinishedStats, StatsObserver, StepStats
+from moe_serve.scheduling.finish import FinishedStats
+from moe_serve.scheduling.stats import EngineLoad, StatsObserver, StepStats
 from moe_serve.server.monitoring.logs import FIELDS
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ class Tape(TorchDispatchMode):
     """What happened, in order, as functions that do it again."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Callable[[], None]] = []
         self._is_launching = False
 
@@ -63,7 +63,7 @@ LAUNCH = GridExecutor.__call__
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _again(func: Any, args: Any, kwargs: Any, out: Any, fresh: list[torch.Tensor]) -> None:

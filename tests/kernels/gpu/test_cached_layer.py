@@ -8,7 +8,7 @@ import torch
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.cached_layer import CachedLayers
 from moe_serve_kernels.gpu.moe_layer import moe_layer_reference
-from moe_serve_kernels.gpu.pool import ExpertPool, empty_bank
+from moe_serve_kernels.gpu.pool import ExpertPool, Format, empty_bank
 
 from .cases import make_ids, make_pool, poison
 
@@ -16,32 +16,37 @@ LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 6, 32, 32, 2
 SILU = Activation("silu")
 
 
-def make(device, slots_per_layer, format="plain") -> tuple[CachedLayers, list[tuple[ExpertPool, torch.Tensor]]]:
+def make(
+    device: torch.device, slots_per_layer: int, format: Format = "plain"
+) -> tuple[CachedLayers, list[tuple[ExpertPool, torch.Tensor]]]:
     """The cache, and for each layer a pool that holds all its experts, with its table."""
     wholes = [make_pool(EXPERTS, HIDDEN, INNER, device, format) for _ in range(LAYERS)]
-    hosts: list[dict[str, torch.Tensor]] = []
+    hosts: list[dict[str, list[torch.Tensor]]] = []
     banks = []
     for name, shape in (("gate_up", (2, INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
         slots = LAYERS * slots_per_layer
         bank = empty_bank(slots, shape, format, torch.float32, device, group_size=32)
         parts = [getattr(pool, name).parts() for pool, _ in wholes]
         host = {p: torch.cat([part[p][t.long()] for part, (_, t) in zip(parts, wholes, strict=True)]) for p in parts[0]}
-        hosts.append({p: t.cpu().pin_memory() if device.type == "cuda" else t for p, t in host.items()})
+        hosts.append({p: list(t.cpu().pin_memory() if device.type == "cuda" else t) for p, t in host.items()})
         for tensor in bank.parts().values():
             poison(tensor)
         banks.append(bank)
     ranges = [(i * slots_per_layer, (i + 1) * slots_per_layer) for i in range(LAYERS)]
-    return CachedLayers(*hosts, ExpertPool(*banks), EXPERTS, ranges), wholes
+    gate_up, down = hosts
+    return CachedLayers(gate_up, down, ExpertPool(*banks), EXPERTS, ranges), wholes
 
 
-def check(got, whole, x, ids, weights) -> None:
+def check(
+    got: torch.Tensor, whole: tuple[ExpertPool, torch.Tensor], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> None:
     pool, slot_of = whole
     expected = moe_layer_reference(x, ids, weights, slot_of, pool, SILU)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(("num_tokens", "slots"), [(1, 3), (2, 4), (7, 2)], ids=["decode", "just enough", "in waves"])
-def test_steps(device, num_tokens, slots) -> None:
+def test_steps(device: torch.device, num_tokens: int, slots: int) -> None:
     layers, wholes = make(device, slots)
     for step in range(4):
         layer = step % LAYERS
@@ -51,14 +56,14 @@ def test_steps(device, num_tokens, slots) -> None:
     assert int(layers.state.totals[1].sum()) > 0
 
 
-def test_quantised_parts_are_all_copied(device) -> None:
+def test_quantised_parts_are_all_copied(device: torch.device) -> None:
     layers, wholes = make(device, 3, "int8")
     x, weights = torch.randn(1, HIDDEN, device=device), torch.rand(1, TOP_K, device=device)
     ids = torch.tensor([[4, 1]], device=device)
     check(layers.run(1, x, ids, weights, SILU), wholes[1], x, ids, weights)
 
 
-def test_a_decode_step_is_one_graph(device) -> None:
+def test_a_decode_step_is_one_graph(device: torch.device) -> None:
     """Captured once, replayed with routings that were not known then."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")

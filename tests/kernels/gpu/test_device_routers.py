@@ -8,17 +8,15 @@ import torch
 from moe_serve.hf import device_routers, family
 from moe_serve.hf.device_routers import DeviceRouter
 from moe_serve.hf.experts import SlottedExperts
+from moe_serve.hf.routings import unknown
 
 from ...families.tiny_checkpoints import random_model
 from ...families.tiny_configs import CASES
 
-OWN = {"phimoe", "phimoe_window"}
-"""Ways of choosing that the kernel does not know."""
-
 
 @pytest.mark.parametrize("name", CASES)
 @torch.inference_mode()
-def test_chooses_as_the_family_does(device, name) -> None:
+def test_chooses_as_the_family_does(device: torch.device, name: str) -> None:
     case = CASES[name]
     config = case.config()
     found = family.find(config.model_type)
@@ -29,7 +27,7 @@ def test_chooses_as_the_family_does(device, name) -> None:
     num_experts = getattr(config, "num_local_experts", None) or config.num_experts
     device_routers.install(model, found.routing(config), num_experts)
     routers = [module for module in model.modules() if isinstance(module, DeviceRouter)]
-    assert (not routers) == (name in OWN)
+    assert (not routers) == (found.routing is unknown)
     for module in routers:
         hidden = torch.randn(5, config.hidden_size, device=device)
         logits, weights, ids = module(hidden)

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation
+from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation, Kind
 from moe_serve_kernels.gpu.combine import combine, combine_reference
-from moe_serve_kernels.gpu.configs import Gemv, GemvConfig, GroupedConfig, Tile, choose
+from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile, choose
 from moe_serve_kernels.gpu.moe_layer import moe_layer, moe_layer_reference, run_pairs
-from moe_serve_kernels.gpu.pool import FORMATS
+from moe_serve_kernels.gpu.pool import FORMATS, Format
 
 from .cases import Layer, make_layer
 
@@ -19,11 +19,11 @@ SILU = Activation("silu")
 GEMV = GemvConfig(Gemv(16, 64, 4), Gemv(16, 64, 4))
 SWAPPED = GroupedConfig(Tile(16, 32, 32, 4, 2, True), Tile(16, 32, 64, 4, 2, True))
 STRAIGHT = GroupedConfig(Tile(16, 32, 32, 4, 2, False), Tile(16, 64, 32, 4, 2, False))
-CONFIGS = {"gemv": GEMV, "swapped": SWAPPED, "straight": STRAIGHT}
+CONFIGS: dict[str, Config] = {"gemv": GEMV, "swapped": SWAPPED, "straight": STRAIGHT}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def check(layer: Layer, config, activation=SILU) -> None:
+def check(layer: Layer, config: Config | None, activation: Activation = SILU) -> None:
     arguments = (layer.x, layer.ids, layer.weights, layer.slot_of, layer.pool, activation)
     got = moe_layer(*arguments, config)
     expected = moe_layer_reference(*arguments)
@@ -34,24 +34,24 @@ def check(layer: Layer, config, activation=SILU) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("routing", ["random", "one", "all"])
-def test_routings(device, name, routing) -> None:
+def test_routings(device: torch.device, name: str, routing: str) -> None:
     check(make_layer(5, 2, 4, 72, 40, device, routing=routing), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_dtypes(device, name, dtype) -> None:
+def test_dtypes(device: torch.device, name: str, dtype: torch.dtype) -> None:
     check(make_layer(3, 2, 4, 64, 32, device, dtype=dtype), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_formats(device, name, format) -> None:
+def test_formats(device: torch.device, name: str, format: Format) -> None:
     check(make_layer(3, 2, 3, 64, 96, device, format=format), CONFIGS[name])
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_formats_with_biases_and_bf16(device, format) -> None:
+def test_formats_with_biases_and_bf16(device: torch.device, format: Format) -> None:
     layer = make_layer(3, 2, 3, 64, 64, device, format=format, with_bias=True, dtype=torch.bfloat16)
     for config in (GEMV, SWAPPED):
         check(layer, config, Activation("clamped_swiglu"))
@@ -59,45 +59,44 @@ def test_formats_with_biases_and_bf16(device, format) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations(device, name, kind) -> None:
+def test_activations(device: torch.device, name: str, kind: Kind) -> None:
     layer = make_layer(2, 2, 3, 32, 32, device, with_bias=True)
     check(layer, CONFIGS[name], Activation(kind, alpha=1.5, limit=0.5))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (33, 65), (96, 16)])
-def test_odd_shapes(device, name, hidden, inner) -> None:
+def test_odd_shapes(device: torch.device, name: str, hidden: int, inner: int) -> None:
     check(make_layer(3, 1, 2, hidden, inner, device), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_more_tokens_than_a_tile(device, name) -> None:
+def test_more_tokens_than_a_tile(device: torch.device, name: str) -> None:
     check(make_layer(21, 2, 3, 32, 32, device), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_nobodys_choices(device, name) -> None:
+def test_nobodys_choices(device: torch.device, name: str) -> None:
     """Rows that choose nobody get zeros, and the others the bits that they have without them."""
     layer = make_layer(6, 2, 4, 64, 32, device)
     ids = layer.ids.clone()
     ids[[1, 4]] = -1
     ids[2, 0] = -1
     check(dataclasses.replace(layer, ids=ids), CONFIGS[name])
-    arguments = (layer.weights, layer.slot_of, layer.pool, SILU)
-    padded = moe_layer(layer.x, ids, *arguments, CONFIGS[name])
+    others = (layer.slot_of, layer.pool, SILU, CONFIGS[name])
+    padded = moe_layer(layer.x, ids, layer.weights, *others)
     assert not bool(padded[[1, 4]].any())
-    weights, *others = arguments
-    alone = moe_layer(layer.x[[0, 3, 5]], ids[[0, 3, 5]], weights[[0, 3, 5]], *others, CONFIGS[name])
+    alone = moe_layer(layer.x[[0, 3, 5]], ids[[0, 3, 5]], layer.weights[[0, 3, 5]], *others)
     assert torch.equal(padded[[0, 3, 5]], alone)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_tokens(device, name) -> None:
+def test_no_tokens(device: torch.device, name: str) -> None:
     check(make_layer(0, 2, 3, 32, 32, device), CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_experts_in_no_slot_are_left_out(device, name) -> None:
+def test_experts_in_no_slot_are_left_out(device: torch.device, name: str) -> None:
     layer = make_layer(6, 2, 4, 32, 32, device)
     layer.slot_of[::2] = -1
     check(layer, CONFIGS[name])
@@ -106,7 +105,7 @@ def test_experts_in_no_slot_are_left_out(device, name) -> None:
 
 
 @pytest.mark.parametrize("config", [SWAPPED, STRAIGHT], ids=["swapped", "straight"])
-def test_waves_add_up_to_the_whole_bit_by_bit(device, config) -> None:
+def test_waves_add_up_to_the_whole_bit_by_bit(device: torch.device, config: GroupedConfig) -> None:
     """Each wave writes its experts' rows and no other."""
     layer = make_layer(6, 2, 4, 48, 32, device)
     whole = moe_layer(layer.x, layer.ids, layer.weights, layer.slot_of, layer.pool, SILU, config)
@@ -125,7 +124,7 @@ def test_waves_add_up_to_the_whole_bit_by_bit(device, config) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_where_an_expert_lies_does_not_change_a_bit(device, config) -> None:
+def test_where_an_expert_lies_does_not_change_a_bit(device: torch.device, config: Config) -> None:
     layer = make_layer(4, 2, 3, 48, 32, device)
     before = moe_layer(layer.x, layer.ids, layer.weights, layer.slot_of, layer.pool, SILU, config)
     for bank in (layer.pool.gate_up, layer.pool.down):
@@ -136,7 +135,7 @@ def test_where_an_expert_lies_does_not_change_a_bit(device, config) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_combine(device, dtype) -> None:
+def test_combine(device: torch.device, dtype: torch.dtype) -> None:
     ids = torch.tensor([[0, 2], [1, 0], [2, 2]], device=device)
     slot_of = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
     outputs = torch.randn(6, 1030, device=device).to(dtype)
@@ -149,13 +148,22 @@ def test_combine(device, dtype) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20])
-def test_the_configuration_chosen_by_default(device, num_tokens) -> None:
+def test_the_configuration_chosen_by_default(device: torch.device, num_tokens: int) -> None:
     check(make_layer(num_tokens, 2, 2, 128, 64, device, routing="all"), None)
+
+
+TILES: list[tuple[int, Format, int, int]] = [
+    (90, "plain", 16, 16),
+    (90, "plain", 128, 32),
+    (90, "plain", 4096, 128),
+    (80, "int4", 4096, 64),
+]
+"""GPU generation, weight format, tokens, tokens of a tile."""
 
 
 def test_choice_follows_tokens_per_expert() -> None:
     assert choose(90, "plain", 1, 8, 128) == choose(90, "plain", 8, 8, 128)
-    assert choose(90, "plain", 16, 2, 8).gate_up.block_t == 16
-    assert choose(90, "plain", 128, 2, 8).gate_up.block_t == 32
-    assert choose(90, "plain", 4096, 2, 8).gate_up.block_t == 128
-    assert choose(80, "int4", 4096, 2, 8).gate_up.block_t == 64
+    for capability, format, num_tokens, block_t in TILES:
+        chosen = choose(capability, format, num_tokens, 2, 8)
+        assert isinstance(chosen, GroupedConfig)
+        assert chosen.gate_up.block_t == block_t

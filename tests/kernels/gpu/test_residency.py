@@ -32,7 +32,7 @@ def assert_equal(got: Residency, expected: Residency) -> None:
 
 
 @pytest.mark.parametrize("pools", [[(0, 4), (4, 8)], [(0, 5), (0, 5)], [(0, 2), (2, 4)]], ids=["own", "one", "few"])
-def test_plans_like_the_reference(device, pools) -> None:
+def test_plans_like_the_reference(device: torch.device, pools: list[tuple[int, int]]) -> None:
     """Pools of their own, one pool for both layers, and pools with fewer slots than a step has experts."""
     state = new_residency(LAYERS, EXPERTS, 8, device)
     expected = clone(state)
@@ -46,7 +46,7 @@ def test_plans_like_the_reference(device, pools) -> None:
         assert int((here < 0).sum()) == int(state.counts[1])
 
 
-def test_slots_and_owners_agree(device) -> None:
+def test_slots_and_owners_agree(device: torch.device) -> None:
     state = new_residency(LAYERS, EXPERTS, 5, device)
     for step in range(12):
         plan(state, step % LAYERS, torch.rand(1, EXPERTS).topk(3).indices.to(device), (0, 5))
@@ -54,7 +54,7 @@ def test_slots_and_owners_agree(device) -> None:
         assert owned == {key: int(slot) for key, slot in enumerate(state.slot_of) if slot >= 0}
 
 
-def test_no_tokens_change_nothing_but_the_clock(device) -> None:
+def test_no_tokens_change_nothing_but_the_clock(device: torch.device) -> None:
     state = new_residency(LAYERS, EXPERTS, 4, device)
     plan(state, 0, torch.empty(0, 2, dtype=torch.int64, device=device), (0, 4))
     assert int(state.clock) == 1
@@ -63,7 +63,7 @@ def test_no_tokens_change_nothing_but_the_clock(device) -> None:
     assert bool((state.slot_of < 0).all())
 
 
-def test_nobody_and_many_pairs(device) -> None:
+def test_nobody_and_many_pairs(device: torch.device) -> None:
     """Negative ids take no slot; more pairs than a plan looks at count as the experts among them."""
     state = new_residency(LAYERS, EXPERTS, 4, device)
     expected = clone(state)
@@ -77,7 +77,7 @@ def test_nobody_and_many_pairs(device) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [(16,), (48, 16), (40_000, 64)])
-def test_copies(device, num_bytes) -> None:
+def test_copies(device: torch.device, num_bytes: tuple[int, ...]) -> None:
     """Every part of what is wanted is copied from its address; every other slot keeps its bytes."""
     hosts = [torch.randint(0, 255, (LAYERS * EXPERTS, size), dtype=torch.uint8) for size in num_bytes]
     if device.type == "cuda":

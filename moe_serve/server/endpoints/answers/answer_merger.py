@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.mailbox import Mailbox
 from moe_serve.errors import MoEServeError
+from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
-from moe_serve.scheduling.stats import FinishedStats
 
 T = TypeVar("T")
 

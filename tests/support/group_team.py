@@ -17,7 +17,7 @@ from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
-from moe_serve.parallel.front.prescheduling import Counts, Prescheduler, TokenAffinity
+from moe_serve.parallel.front.prescheduling import Counts, Prescheduler
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.parallel.ranks.worker import Worker
 from moe_serve.parallel.wire.channel import Message
@@ -87,10 +87,9 @@ def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> Parall
     spec = ModelSpec.from_hf(read_config(config.model))
     size = parallel.ranks_per_group
     plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, size)
-    follow = None if uses is None else lambda hosts: TokenAffinity(uses, hosts)
-    affinity = None if follow is None else follow(hosts_of(plan.layout, size))
+    prescheduler = Prescheduler(hosts_of(plan.layout, size), None if uses is None else lambda: uses)
     shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
-    runner = TeamRunner(team, config, Prescheduler(size, affinity, follow), shape)
+    runner = TeamRunner(team, config, prescheduler, shape)
     tokenizer = Tokenizer.from_path(config.model)
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
     return ParallelEngine(runner, tokenizer, spec, eos, plan)
