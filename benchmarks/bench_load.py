@@ -63,7 +63,7 @@ def _load_ours(folder: str, dtype: str) -> Any:
     from moe_serve.config import EngineConfig
     from moe_serve.engine.engine import Engine
 
-    config = EngineConfig(model=folder, dtype=dtype, num_threads=1, num_kv_pages=1, max_num_batched_tokens=16)
+    config = EngineConfig.of(model=folder, dtype=dtype, num_threads=1, num_kv_pages=1, max_num_batched_tokens=16)
     return lambda: Engine.from_config(config)
 
 

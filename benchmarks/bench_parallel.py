@@ -128,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(1)
     place = read_place()
     rank_model.join_group(
-        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig(device="cpu")
+        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig.of(device="cpu")
     )
     with torch.inference_mode():
         jobs = [prepare(args, place.world_size) if place.is_first else None]
@@ -195,7 +195,9 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     for v in chosen:
         settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan]}
         parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
-        workers.append((parallel, Worker(place, EngineConfig(**settings(args), num_threads=1, device="cpu"), parallel)))
+        workers.append(
+            (parallel, Worker(place, EngineConfig.of(**settings(args), num_threads=1, device="cpu"), parallel))
+        )
     teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
     tokens: list[Any] = []
     for _ in range(args.rounds):

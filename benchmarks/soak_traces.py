@@ -53,9 +53,9 @@ class Target:
 
     def __init__(self, args: argparse.Namespace, max_queue_wait_s: float | None) -> None:
         flags = ["--max-num-seqs", str(args.max_num_seqs), "--num-kv-pages", str(args.num_kv_pages)]
-        flags += ["--shutdown-timeout", str(args.shutdown_timeout)]
+        flags += ["--shutdown-timeout-s", str(args.shutdown_timeout)]
         if max_queue_wait_s is not None:
-            flags += ["--max-queue-wait", f"{max_queue_wait_s:.3f}"]
+            flags += ["--max-queue-wait-s", f"{max_queue_wait_s:.3f}"]
         self.server = StartedServer(args.model, flags)
         self.host, port = self.server.url.removeprefix("http://").split(":")
         self.port = int(port)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from moe_serve.config import EngineConfig
+from moe_serve.config.settings import refuse_no_effect, sort_out
 from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.start import make_engine
@@ -41,11 +42,14 @@ class RequestResult:
 
 
 class LLM:
-    """A loaded model. Keyword arguments are fields of EngineConfig and, for several devices, ParallelConfig."""
+    """A loaded model. Keyword arguments are the flags' names: settings of EngineConfig and, for several devices,
+    of ParallelConfig (`moe_cache_mib=64`), or whole parts (`experts=ExpertCacheConfig(cache_mib=64)`)."""
 
     def __init__(self, model: str, **settings: Any) -> None:
-        of_ranks = {f.name: settings.pop(f.name) for f in fields(ParallelConfig) if f.name in settings}
-        self.engine = make_engine(EngineConfig.from_dict({"model": model, **settings}), ParallelConfig(**of_ranks))
+        engine, ranks = sort_out("LLM", {"model": model, **settings}, EngineConfig, ParallelConfig)
+        config, parallel = EngineConfig.from_dict(engine), ParallelConfig.from_dict(ranks)
+        refuse_no_effect(config, parallel)
+        self.engine = make_engine(config, parallel)
         self.tokenizer = self.engine.tokenizer
         self._ids = itertools.count()
 

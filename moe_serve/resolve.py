@@ -5,7 +5,6 @@ Returns new configs and never changes one. Knows memory sizes and CPU features, 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import torch
@@ -66,14 +65,13 @@ def resolve(
 
     ConfigError when the settings contradict each other or the machine.
     """
-    if config.moe_cpu_misses and device.type == "cpu" and not gpu.is_available(device):
+    if config.experts.cpu_misses and device.type == "cpu" and not gpu.is_available(device):
         raise ConfigError("--moe-cpu-misses needs a GPU; without one the CPU computes everything anyway")
     max_model_len = _max_model_len(config, spec)
     free = free_bytes(device)
-    num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.block_size, free)
-    max_model_len = min(max_model_len, num_pages * config.block_size)
-    return dataclasses.replace(
-        config,
+    num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.kv.page_size, free)
+    max_model_len = min(max_model_len, num_pages * config.kv.page_size)
+    return config.replace(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         max_model_len=max_model_len,
@@ -96,12 +94,12 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 def _num_kv_pages(config: EngineConfig, max_model_len: int, page_bytes: int, free: int) -> int:
     """Enough for max_num_seqs full sequences, within the memory given or a share of what is free."""
-    if config.num_kv_pages is not None:
-        return config.num_kv_pages
-    if config.kv_cache_mib is not None:
-        pages = config.kv_cache_mib * MIB // page_bytes
+    if config.kv.num_pages is not None:
+        return config.kv.num_pages
+    if config.kv.cache_mib is not None:
+        pages = config.kv.cache_mib * MIB // page_bytes
     else:
-        wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+        wanted = config.max_num_seqs * -(-max_model_len // config.kv.page_size)
         pages = min(wanted, int(free * KV_SHARE_OF_FREE) // page_bytes)
     if pages < 1:
         raise ConfigError(f"no memory for a single KV page of {page_bytes} bytes; raise --kv-cache-mib")
@@ -116,10 +114,10 @@ def _token_budget(config: EngineConfig, max_model_len: int) -> int:
 
 
 def _moe_cache_mib(config: EngineConfig, num_total: int, slot_bytes: int, device: torch.device, free: int) -> int:
-    """On a CPU, experts that fit are best used where they are mapped: 0. See EngineConfig.moe_cache_mib."""
+    """On a CPU, experts that fit are best used where they are mapped: 0. See ExpertCacheConfig.cache_mib."""
     everything = -(-num_total * slot_bytes // MIB)
     fits = everything <= free * EXPERT_SHARE_OF_FREE / MIB
-    budget = config.moe_cache_mib
+    budget = config.experts.cache_mib
     if budget is None:
         if fits:
             return 0 if device.type == "cpu" else everything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_serve_base.whole_files import whole_file
 from placement.cost import device_load, device_traffic
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan
@@ -28,4 +29,5 @@ def save_picture(problem: PlacementProblem, before: PlacementPlan, after: Placem
             image = axes[row, column].imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
             axes[row, column].set(title=f"{plan.solver}: {title}", xlabel="GPU", ylabel=label)
         figure.colorbar(image, ax=axes[row, :].tolist())
-    figure.savefig(path, format="png", dpi=120)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_serve_base.whole_files import write_text
 from placement.cost import Layout, PlanCost, evaluate, no_replicas
 from placement.errors import PlacementError
 from placement.problem import PlacementProblem
@@ -235,7 +236,8 @@ def make_plan(
 
 
 def save_plan(plan: PlacementPlan, path: Path) -> None:
-    path.write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
+    """OutputError (an OSError) where it cannot be written."""
+    write_text(path, json.dumps(plan.to_json()) + "\n")
 
 
 def load_plan(path: Path) -> PlacementPlan:

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as as_bytes
 
 from moe_serve_base.extensions import ExtensionError
+from moe_serve_base.whole_files import whole_file
 from predictors.methods import find_method
 from predictors.predictor import Predictor, RouterShape
 
@@ -41,7 +42,7 @@ class PredictorFile:
 
 
 def save(path: str | Path, method: str, predictor: Predictor, shape: RouterShape, fingerprint: str | None) -> None:
-    """Write the file; OSError if it cannot be."""
+    """Write the file. OutputError (an OSError) where it cannot be written."""
     facts: dict[str, Any] = {
         "method": method,
         "num_layers": shape.num_layers,
@@ -50,7 +51,8 @@ def save(path: str | Path, method: str, predictor: Predictor, shape: RouterShape
         "fingerprint": fingerprint,
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in predictor.arrays().items()}
-    save_file(arrays, path, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+    with whole_file(Path(path)) as partial:
+        partial.write_bytes(as_bytes(arrays, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
 
 
 def load(path: str | Path, shape: RouterShape | None = None, fingerprint: str | None = None) -> PredictorFile:

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from moe_serve_base.whole_files import whole_file
+
 MAX_EXPERTS = np.iinfo(np.int16).max
 REQUIRED_FIELDS = ("ids", "seq_offsets", "layer_ids", "n_experts")
 
@@ -125,7 +127,7 @@ class RoutingTrace:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the `.npz`; weights as float16."""
+        """Write the `.npz`; weights as float16. OutputError (an OSError) where it cannot be written."""
         arrays: dict[str, Any] = {
             "ids": self.ids,
             "seq_offsets": self.seq_offsets,
@@ -138,7 +140,7 @@ class RoutingTrace:
             arrays["probs"] = self.weights.astype(np.float16)
         if self.token_ids is not None:
             arrays["token_ids"] = self.token_ids
-        with open(path, "wb") as file:
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     def _fail(self, field: str, problem: str) -> NoReturn:

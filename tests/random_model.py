@@ -12,8 +12,8 @@ import torch
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.execution import sampler
-from moe_serve.execution.grammar import MaskThread
 from moe_serve.execution.prompt_logprobs import score
+from moe_serve.grammars.masks import MaskThread
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence, TokenLogprob
 from moe_serve.spec import ModelSpec
@@ -79,10 +79,10 @@ class RandomRunner(WithoutExperts):
 
 def random_engine(tokenizer: Tokenizer, **settings: object) -> Engine:
     """An Engine over a RandomRunner; keyword arguments are EngineConfig's fields."""
-    values = {"num_kv_pages": 256, "max_model_len": 512, "block_size": 8, "max_num_seqs": 8} | settings
+    values = {"num_kv_pages": 256, "max_model_len": 512, "page_size": 8, "max_num_seqs": 8} | settings
     eos = frozenset(tokenizer.eos_token_ids)
     size = tokenizer.vocab_size
-    runner = RandomRunner(size, eos, EngineConfig(**values))  # type: ignore[arg-type]
+    runner = RandomRunner(size, eos, EngineConfig.of(**values))  # type: ignore[arg-type]
     return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8), eos)
 
 

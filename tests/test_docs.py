@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from moe_serve.hf.family import family_names, find
+
 ROOT = Path(__file__).resolve().parents[1]
 WALK = (ROOT / "docs" / "architecture.md").read_text()
+README = (ROOT / "README.md").read_text()
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
 FOLDERS = r"(?:moe_serve|expert_cache|kernels|predictors|placement|tests)"
 POINTER = rf"`({FOLDERS}/[\w/]+\.py)`,\s+`([\w.]+)`"
@@ -52,3 +55,11 @@ def test_every_name_is_where_the_docs_say(path: str, name: str) -> None:
 @pytest.mark.parametrize("path", sorted(set(PATHS)))
 def test_every_path_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_the_readme_lists_each_family_by_how_it_decodes() -> None:
+    rows = re.findall(r"^\| (decoding in one|through transf)[^|]* \| ([^|]+) \|$", README, flags=re.MULTILINE)
+    listed = {kind: cells.strip().split(", ") for kind, cells in rows}
+    plain = [name for name in family_names() if find(name).plain_layers]
+    assert listed == {"decoding in one": plain, "through transf": [n for n in family_names() if n not in plain]}
+    assert f"{len(family_names())} of transformers' architectures" in README

@@ -22,6 +22,7 @@ from expert_cache.storage.direct_io import BLOCK_BYTES
 from expert_cache.storage.encoding import Encoding
 from expert_cache.storage.safetensors_file import LENGTH_BYTES, read_header, stored_tensors
 from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
+from moe_serve_base.whole_files import whole_file
 from moe_serve_kernels.quantized import QuantizedRows
 
 FORMAT = "moe-serve-experts-1"
@@ -47,20 +48,15 @@ def fingerprint(files: Iterable[Path]) -> str:
 def write(store: ExpertStore, path: Path, source: str, on_expert: Callable[[], None]) -> None:
     """Write every expert of `store`. `source`: the fingerprint of its checkpoint. `on_expert`: after each one.
 
-    The file appears under its name only when it is complete. OSError if the disk is full.
+    The file appears under its name only when it is complete. OutputError (an OSError) if the disk is full.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            start = len(_header_bytes(store, source, {}))
-            stream.seek(start)
-            checksums = {key: _write_expert(stream, store.weights(*key)) for key in _keys(store, on_expert)}
-            stream.seek(0)
-            stream.write(_header_bytes(store, source, checksums))
-            assert stream.tell() == start, "the header changed its length"
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as stream:
+        start = len(_header_bytes(store, source, {}))
+        stream.seek(start)
+        checksums = {key: _write_expert(stream, store.weights(*key)) for key in _keys(store, on_expert)}
+        stream.seek(0)
+        stream.write(_header_bytes(store, source, checksums))
+        assert stream.tell() == start, "the header changed its length"
 
 
 def read(path: Path) -> tuple[ExpertStore, str]:

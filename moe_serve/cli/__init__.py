@@ -18,6 +18,7 @@ from moe_serve.cli.commands import Parser, add_commands
 from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.openmp import spin_briefly
 from moe_serve_base.extensions import ExtensionError
+from moe_serve_base.whole_files import OutputError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (ConfigError, InvalidRequestError, ExtensionError) as error:
+    except (ConfigError, InvalidRequestError, ExtensionError, OutputError) as error:
         return _complain(error, EXIT_USAGE)
     except MoEServeError as error:
         return _complain(error, EXIT_FAILED)

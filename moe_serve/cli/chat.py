@@ -8,8 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
-from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args, given
-from moe_serve.cli.generate import vars_of
+from moe_serve.cli.flags import OF_SERVER, add_config_flags, add_model_argument, config_from_args, given
 from moe_serve.cli.sampling import HELP_OF, add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig
 from moe_serve.errors import MoEServeError
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="System prompt.")
     add_sampling_flags(parser)
-    add_config_flags(parser, EngineConfig, skip=("model",))
+    add_config_flags(parser, EngineConfig, skip=OF_SERVER)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +104,7 @@ class Local:
         self._params = sampling_from_args(args, config)
         from moe_serve.llm import LLM
 
-        self._llm = LLM(**vars_of(config))
+        self._llm = LLM(**vars(config))
 
     def reply(self, messages: list[Message]) -> Generator[str, None, None]:
         for output in self._llm.stream(self._llm.render_chat(messages), self._params):

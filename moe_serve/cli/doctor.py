@@ -95,10 +95,9 @@ def _model(sizes: Sizes, found: Fit) -> Iterator[str]:
     count = f"{sizes.num_layers} x {sizes.num_experts} of {_gb(sizes.expert_bytes)}, {sizes.top_k} per token"
     yield _row("experts", f"{_gb(sizes.all_experts_bytes)}: {count}")
     yield _row("experts in memory", "all" if found.all_experts_fit else f"{found.cached_frac:.0%}")
-    if sizes.kv_bytes_per_token is not None:
-        fits = "fits" if found.context_fits else "does not fit: give --max-model-len"
-        whole = _gb(sizes.kv_bytes_per_token * sizes.context)
-        yield _row("context", f"{sizes.context} tokens, {whole} of keys and values: {fits}")
+    fits = "fits" if found.context_fits else "does not fit: give --max-model-len"
+    whole = _gb(sizes.kv_bytes_per_token * sizes.context)
+    yield _row("context", f"{sizes.context} tokens, {whole} of keys and values: {fits}")
     yield _row(
         "one stream", f"about {found.memory_bound_tokens_per_s:.1f} tokens/s at most, reading every weight from memory"
     )

@@ -1,8 +1,8 @@
-"""Flags generated from config dataclasses, so that help text, flags and settings cannot drift apart.
+"""Flags generated from configs, so that help text, flags and settings cannot drift apart.
 
-A field `max_num_seqs: int` becomes `--max-num-seqs N`; a bool becomes `--x / --no-x`. A flag that
-is not given is absent from the parsed arguments, and the dataclass's own default holds. A field
-of type `tuple[str, ...]` becomes a flag that may be given several times.
+A setting `max_num_seqs: int` becomes `--max-num-seqs N`; a bool becomes `--x / --no-x`. A flag that
+is not given is absent from the parsed arguments, and the dataclass's own default holds. A setting
+of type `tuple[str, ...]` becomes a flag that may be given several times. An alias works and is not shown.
 """
 
 from __future__ import annotations
@@ -10,16 +10,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar
 
 import moe_serve
-from moe_serve.config import flag_name
+from moe_serve.config.queue import QueueConfig
+from moe_serve.config.settings import Setting, Settings, flag_name, kind_of, settings_of
 from moe_serve.hf.families import family_names
 
-C = TypeVar("C")
+S = TypeVar("S", bound=Settings)
+
+
+def names_of(*configs: type[Settings]) -> list[str]:
+    """The flat names of their settings, as `skip` takes them."""
+    return [setting.name for config in configs for setting in settings_of(config)]
+
+
+OF_SERVER = ("model", *names_of(QueueConfig))
+"""Settings without a flag in commands that load a model for themselves: MODEL is an argument, and nothing waits."""
 
 
 def default_model() -> str:
@@ -33,17 +42,22 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         default=default_model(),
-        help="Folder of a Hugging Face checkpoint. Default: the small demo model in this package. "
-        f"Its model_type is one of {', '.join(family_names())}.",
+        help="Folder of a Hugging Face checkpoint, or a model id in the local Hugging Face cache (org/name)."
+        f" Its model_type is one of {', '.join(family_names())}. Default: the small demo model in this package.",
     )
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config: type, skip: tuple[str, ...] = ()) -> None:
-    """One flag per field of a config dataclass."""
-    group = parser.add_argument_group(config.__name__)
-    for field, kind in _fields(config):
-        if field.name not in skip:
-            add_flag(group, field.name, kind, _help_of(field), field.metadata.get("choices"))
+def add_config_flags(parser: argparse.ArgumentParser, *configs: type[Settings], skip: Collection[str] = ()) -> None:
+    """One flag per setting, grouped by heading. `skip`: flat names that get none."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for setting in (setting for config in configs for setting in settings_of(config)):
+        if setting.name in skip:
+            continue
+        if setting.heading not in groups:
+            groups[setting.heading] = parser.add_argument_group(setting.heading)
+        add_flag(groups[setting.heading], setting.name, setting.kind, _help_of(setting), setting.choices)
+        for alias in setting.aliases:
+            add_flag(groups[setting.heading], setting.name, setting.kind, argparse.SUPPRESS, setting.choices, alias)
 
 
 def add_flag(
@@ -52,55 +66,51 @@ def add_flag(
     kind: type,
     help: str,
     choices: tuple[str, ...] | None = None,
+    spelling: str | None = None,
 ) -> None:
-    """A flag that stays out of the parsed arguments unless it is given. `help` is plain text, no % codes."""
-    settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    """A flag that stays out of the parsed arguments unless it is given. `help` is plain text, no % codes.
+
+    `spelling`: another flat name that the flag is made from.
+    """
+    flag = flag_name(spelling or name)
+    shown = help if help == argparse.SUPPRESS else help.replace("%", "%%")
+    settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown}
     if kind is bool:
-        group.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, **settings)
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         return
     if kind is tuple:
-        group.add_argument(flag_name(name), action="append", metavar="TEXT", **settings)
+        group.add_argument(flag, action="append", metavar="TEXT", **settings)
         return
     metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
-    group.add_argument(flag_name(name), type=kind, choices=choices, metavar=metavar, **settings)
+    group.add_argument(flag, type=kind, choices=choices, metavar=metavar, **settings)
 
 
-def given(args: argparse.Namespace, names: typing.Collection[str]) -> dict[str, Any]:
+def given(args: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
     """Of these settings, the ones on the command line."""
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def config_from_args(args: argparse.Namespace, config: type[C]) -> C:
-    """The config dataclass with the given flags applied. ConfigError if a value cannot be."""
-    values = given(args, [field.name for field, _ in _fields(config)])
-    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+def config_from_args(args: argparse.Namespace, config: type[S]) -> S:
+    """The config with the given flags applied. ConfigError if a value cannot be."""
+    return config.from_dict(given(args, names_of(config)))
 
 
-def field_kinds(config: type) -> Mapping[str, type]:
+def field_kinds(dataclass: type) -> Mapping[str, type]:
     """The type a flag's text is turned into, by field name: `int | None` counts as int."""
-    return {field.name: kind for field, kind in _fields(config)}
+    hints = typing.get_type_hints(dataclass)
+    return {field.name: kind_of(hints[field.name]) for field in dataclasses.fields(dataclass)}
 
 
-def _fields(config: type) -> Iterator[tuple[dataclasses.Field[Any], type]]:
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        hint = hints[field.name]
-        if typing.get_origin(hint) is tuple:
-            yield field, tuple
-            continue
-        options = [kind for kind in typing.get_args(hint) if kind is not NoneType]
-        yield field, options[0] if options else hint
-
-
-def _help_of(field: dataclasses.Field[Any]) -> str:
-    text: str = field.metadata["help"]
-    if field.default in (None, ()) or "default:" in text.lower():
+def _help_of(setting: Setting) -> str:
+    text: str = setting.field.metadata["help"]
+    if setting.field.default in (None, ()) or "default:" in text.lower():
         return text
-    return f"{text} Default: {_spelt(field)}."
+    return f"{text} Default: {_spelt(setting)}."
 
 
-def _spelt(field: dataclasses.Field[Any]) -> str:
+def _spelt(setting: Setting) -> str:
     """A default as one would type it."""
-    if isinstance(field.default, bool):
-        return flag_name(field.name) if field.default else flag_name("no_" + field.name)
-    return str(field.default)
+    default = setting.field.default
+    if isinstance(default, bool):
+        return setting.flag if default else flag_name("no_" + setting.name)
+    return str(default)

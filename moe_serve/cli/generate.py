@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
+from moe_serve.cli.flags import OF_SERVER, add_config_flags, add_model_argument, config_from_args
 from moe_serve.cli.sampling import add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig
+from moe_serve.config.settings import refuse_no_effect
 from moe_serve.errors import ConfigError
 
 HELP = "Complete a prompt, without a server."
@@ -20,23 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="The text to continue. Default: standard input.")
     add_sampling_flags(parser)
-    add_config_flags(parser, EngineConfig, skip=("model",))
+    add_config_flags(parser, EngineConfig, skip=OF_SERVER)
 
 
 def run(args: argparse.Namespace) -> int:
     config = config_from_args(args, EngineConfig)
+    refuse_no_effect(config)
     params, prompt = sampling_from_args(args, config), _prompt(args)
     from moe_serve.llm import LLM
 
-    for output in LLM(**vars_of(config)).stream(prompt, params):
+    for output in LLM(**vars(config)).stream(prompt, params):
         print(output.text, end="", flush=True)
     print()
     return 0
-
-
-def vars_of(config: EngineConfig) -> dict[str, Any]:
-    """The config as keyword arguments for LLM."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from moe_serve.cli.flags import add_model_argument
+from moe_serve.cli.outputs import check_outputs
 from moe_serve.errors import ConfigError
+from moe_serve_base.whole_files import whole_folder
 
 HELP = "Quantise a checkpoint's experts to 4 or 8 bits, in compressed-tensors format."
 
@@ -43,22 +44,18 @@ def run(args: argparse.Namespace) -> int:
     group = args.group_size if args.group_size is not None else 128 if args.bits == 4 else 0
     if group < 0 or group % 8:
         raise ConfigError(f"--group-size {group}: give a multiple of 8, or 0 for one scale per row")
-    if args.out.exists():
-        raise ConfigError(f"--out: {args.out} exists; remove it or choose another name")
+    check_outputs(args, out=args.out)
     text = _read(args.calibration)
     importance = None
     if text is not None:
         from moe_serve.quantization.calibration import record
 
         importance = record(args.model, text, args.calibration_tokens).importance
-    try:
-        with tqdm(total=num_matrices(args.model), desc="Quantising", unit="matrix", disable=None) as bar:
-            size = write_quantized(args.model, args.out, args.bits, group, importance, lambda: bar.update())
-    except BaseException as error:
-        shutil.rmtree(args.out, ignore_errors=True)  # half a checkpoint is worse than none
-        if isinstance(error, OSError):
-            raise ConfigError(f"{args.out}: {error.strerror or error}") from error
-        raise
+    with (
+        tqdm(total=num_matrices(args.model), desc="Quantising", unit="matrix", disable=None) as bar,
+        whole_folder(args.out) as partial,
+    ):
+        size = write_quantized(args.model, partial, args.bits, group, importance, lambda: bar.update())
     print(f"{args.out}: {size >> 20} MiB of tensors", file=sys.stderr)
     print(f"moe-serve serve {args.out}")
     return 0

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_cache.policies import policy_names
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.errors import ConfigError, TraceFileError
+from moe_serve_base.whole_files import whole_file, write_text
 
 if TYPE_CHECKING:
     from expert_cache.capacity import Capacity
@@ -74,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--expert-mib", metavar="X", type=float, help="Size of one expert; adds MiB per token.")
     parser.add_argument("--json", metavar="FILE", type=Path, help="Also write everything, by layer too, as JSON.")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="Also draw hits over capacity.")
+    add_force_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     profile = read_traces(args.profile, args.num_experts) if args.profile else None
     tables = list(_compare(args, trace, profile))
     if args.json:
-        args.json.write_text(json.dumps(_as_json(args, trace, tables), indent=1) + "\n")
+        write_text(args.json, json.dumps(_as_json(args, trace, tables), indent=1) + "\n")
     if args.plot:
         _plot(args.plot, tables)
     return 0
@@ -104,9 +107,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--expert-mib {args.expert_mib:g}: give a size above 0")
     if args.pool == "quota" and not args.profile:
         raise ConfigError("--pool quota needs --profile TRACE: quotas are learnt from an earlier trace")
-    for path in filter(None, (args.json, args.plot)):
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: its folder does not exist; create it first")
+    check_outputs(args, json=args.json, plot=args.plot)
     if args.plot:
         require_matplotlib()
 
@@ -228,4 +229,5 @@ def _plot(path: Path, tables: Tables) -> None:
         axes.plot(percents, [100 * row.result.hit_frac for row in column], marker="o", label=column[0].policy)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png", dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
 from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.config.settings import refuse_no_effect
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.ranks import rank
 from moe_serve.parallel.wire.environment import is_launched, read_place
@@ -16,9 +17,7 @@ HELP = "Serve a model over HTTP, as an OpenAI-compatible API."
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
-    add_config_flags(parser, ServerConfig)
-    add_config_flags(parser, EngineConfig, skip=("model",))
-    add_config_flags(parser, ParallelConfig)
+    add_config_flags(parser, EngineConfig, ServerConfig, ParallelConfig, skip=("model",))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
             return rank.main()
         args.devices = getattr(args, "devices", place.world_size)
     parallel = config_from_args(args, ParallelConfig)
+    refuse_no_effect(server, engine, parallel)
     from moe_serve.server.run import serve
 
     serve(server, engine, parallel)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
+from moe_serve.cli.flags import OF_SERVER, add_config_flags, add_model_argument, config_from_args
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.prompt_files import read_prompts
 from moe_serve.cli.sampling import add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig
-from moe_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM, Prompt
@@ -37,23 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--num-prompts", type=int, metavar="N", help="Only the first N. Default: all.")
     parser.add_argument("--chat", action="store_true", help="Put each prompt into the model's chat template.")
     parser.add_argument("--no-weights", action="store_true", help="Leave out the router's weights: a smaller file.")
+    add_force_flag(parser)
     add_sampling_flags(parser)
-    add_config_flags(parser, EngineConfig, skip=("model", "enable_prefix_caching"))
+    add_config_flags(parser, EngineConfig, skip=(*OF_SERVER, "enable_prefix_caching"))
 
 
 def run(args: argparse.Namespace) -> int:
-    config = dataclasses.replace(config_from_args(args, EngineConfig), enable_prefix_caching=False)
+    config = config_from_args(args, EngineConfig).replace(enable_prefix_caching=False)
     params = sampling_from_args(args, config)
     if params.max_tokens is None:
         params = dataclasses.replace(params, max_tokens=MAX_TOKENS)
     prompts = read_prompts(args.prompts, args.num_prompts)
-    if not args.output.resolve().parent.is_dir():
-        raise ConfigError(f"--output: {args.output.parent} is no folder")
+    check_outputs(args, output=args.output)
     from moe_serve.hf.checkpoint import checkpoint_fingerprint
     from moe_serve.llm import LLM
 
     meta = {"model": config.model, "fingerprint": checkpoint_fingerprint(config.model), "prompts": args.prompts.name}
-    llm = LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    llm = LLM(**vars(config))
     found = record(llm, _token_ids(llm, prompts, args.chat), params, not args.no_weights, meta)
     found.save(args.output)
     print(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moe_serve.doctor.rates import Rates
 from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
 from moe_serve.hf.dense import is_available
+from moe_serve.hf.loading import kv_shapes_of
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE, MIB
 from moe_serve.spec import ModelSpec
 
@@ -32,8 +32,7 @@ class Sizes:
     num_experts: int
     """Of one layer."""
     top_k: int
-    kv_bytes_per_token: int | None
-    """None: only loading the model would tell (hybrid attention)."""
+    kv_bytes_per_token: int
     context: int
 
     @property
@@ -55,7 +54,7 @@ class Fit:
     moe_cache_mib: int | None
     """What to give the experts; None: all are in memory without a cache."""
     cached_frac: float
-    context_fits: bool | None
+    context_fits: bool
     memory_bound_tokens_per_s: float
     """If every expert that is needed were there: bytes of a token over the memory's rate. A model that the CPU's
     caches hold is faster."""
@@ -77,27 +76,9 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
         num_layers=len(store.layers),
         num_experts=store.num_experts,
         top_k=spec.top_k,
-        kv_bytes_per_token=_kv_bytes_per_token(hf_config, dtype),
+        kv_bytes_per_token=sum(shape.elements_per_token for shape in kv_shapes_of(hf_config).values()) * dtype.itemsize,
         context=spec.max_position_embeddings,
     )
-
-
-def _kv_bytes_per_token(hf_config: Any, dtype: torch.dtype) -> int | None:
-    kinds = set(getattr(hf_config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        return None
-    return _kv_numbers_per_layer(hf_config) * int(hf_config.num_hidden_layers) * dtype.itemsize
-
-
-def _kv_numbers_per_layer(hf_config: Any) -> int:
-    """Of one token: the latent and the part of the key that is turned (DeepSeek), or all heads' keys and values."""
-    latent = getattr(hf_config, "kv_lora_rank", None)
-    if latent is not None:
-        return int(latent) + int(hf_config.qk_rope_head_dim)
-    heads = int(hf_config.num_attention_heads)
-    kv_heads = int(getattr(hf_config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
-    return 2 * kv_heads * head_dim
 
 
 def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:
@@ -106,7 +87,6 @@ def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:
     all_fit = sizes.all_experts_bytes <= left * EXPERT_SHARE_OF_FREE
     budget = max(sizes.expert_bytes, int(left * EXPERT_SHARE_OF_FREE))
     cached = 1.0 if all_fit else min(1.0, budget / sizes.all_experts_bytes)
-    kv = sizes.kv_bytes_per_token
     cache_mib = -(-sizes.all_experts_bytes // MIB) if all_fit else budget // MIB
     in_memory_s = (sizes.dense_bytes + sizes.token_expert_bytes) / rates.memory_bytes_per_s
     return Fit(
@@ -114,7 +94,7 @@ def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:
         all_experts_fit=all_fit,
         moe_cache_mib=None if all_fit and is_cpu else cache_mib,
         cached_frac=cached,
-        context_fits=None if kv is None else kv * sizes.context <= left * KV_SHARE_OF_FREE,
+        context_fits=sizes.kv_bytes_per_token * sizes.context <= left * KV_SHARE_OF_FREE,
         memory_bound_tokens_per_s=1 / in_memory_s,
         tokens_per_s=_with_misses(sizes, rates, cached, in_memory_s, is_cpu),
     )

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -39,9 +40,10 @@ class EngineLike(Protocol):
     observer: StatsObserver | None
     max_model_len: int
     num_pages: int
-    block_size: int
+    page_size: int
 
     def check_request(self, request: Request) -> None: ...
+    def begin_check(self, request: Request) -> Future[Any] | None: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def is_waiting(self, request_id: str) -> bool: ...
@@ -101,6 +103,7 @@ class AsyncEngine:
 
         Raises InvalidRequestError, OverloadedError or EngineDeadError before the first output.
         """
+        await self.check(request)
         in_flight = self.submit(request)
         try:
             while in_flight.unfinished > 0:
@@ -113,6 +116,11 @@ class AsyncEngine:
             self._reception.leave(in_flight)
             if in_flight.unfinished > 0:
                 self._post(self.core.abort, request.request_id)
+
+    async def check(self, request: Request) -> None:
+        """Raise what makes a request impossible. Its grammar is compiled elsewhere; being cancelled ends that."""
+        if (compiling := self.core.begin_check(request)) is not None:
+            await asyncio.wrap_future(compiling)
 
     async def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -20,9 +21,10 @@ from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.step_stats import StepRecorder, finished_stats
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.execution.grammar import Grammars
 from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
+from moe_serve.grammars.grammars import GrammarLimits, Grammars
+from moe_serve.grammars.matcher import Place
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
@@ -54,20 +56,21 @@ class Engine:
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, spec: ModelSpec, eos_token_ids: frozenset[int]) -> None:
         config = runner.config
-        assert config.num_kv_pages is not None
+        assert config.kv.num_pages is not None
         assert config.max_model_len is not None
         self.config = config
         self.runner = runner
         self.tokenizer = tokenizer
         self.spec = spec
-        self.pool = PagePool(config.num_kv_pages, config.block_size)
+        self.pool = PagePool(config.kv.num_pages, config.kv.page_size)
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
-        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
+        limits = GrammarLimits(config.queue.grammar_timeout_s, config.queue.grammar_memory_mib)
+        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids, limits)
         self.observer: StatsObserver | None = None
         self._route_listeners: list[RouteListener] = []
         self.max_model_len = config.max_model_len
-        self.num_pages = config.num_kv_pages
-        self.block_size = config.block_size
+        self.num_pages = config.kv.num_pages
+        self.page_size = config.kv.page_size
         self._sequences: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
         self._choose_batches_by_experts()
@@ -93,6 +96,12 @@ class Engine:
 
     def check_request(self, request: Request) -> None:
         """Raise what would make this request impossible. Any thread may call; compiling a grammar takes time."""
+        if (compiling := self.begin_check(request)) is not None:
+            compiling.result()
+
+    def begin_check(self, request: Request) -> Future[Place] | None:
+        """As check_request, but a grammar is compiled meanwhile: the future ends with what is wrong with it. None if
+        there is nothing to wait for. Cancelling the future ends the compilation, unless others want it too."""
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("prompt", "the prompt is empty; send at least one token")
@@ -105,7 +114,7 @@ class Engine:
             bad = next((t for t in ids if t >= self.spec.vocab_size), None)
             if bad is not None:
                 raise InvalidRequestError(name, f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
-        most = self.config.max_prompt_tokens
+        most = self.config.queue.max_prompt_tokens
         if most is not None and len(prompt) > most:
             raise InvalidRequestError(
                 "prompt", f"the prompt has {len(prompt)} tokens; this server takes at most {most}"
@@ -118,8 +127,7 @@ class Engine:
                 f" {'not set' if params.max_tokens is None else params.max_tokens};"
                 f" together they must not exceed the context of {self.max_model_len} tokens",
             )
-        if params.grammar is not None:
-            self._grammars.check(params.grammar)
+        return None if params.grammar is None else self._grammars.begin_check(params.grammar)
 
     def add_request(self, request: Request) -> None:
         """Queue a checked request. Errors of `check_request` apply."""
@@ -191,6 +199,7 @@ class Engine:
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""
         self.runner.close()
+        self._grammars.close()
 
     def trouble(self) -> Trouble | None:
         """Why it cannot serve now; on one device nothing but death keeps it from that."""
@@ -246,6 +255,8 @@ class Engine:
     def _forget(self, seq: Sequence) -> None:
         """Drop the engine's references to an ended sequence."""
         self._detokenizers.pop(seq, None)
+        if seq.matcher is not None:
+            seq.matcher.close()
         siblings = self._sequences.get(seq.request.request_id)
         if siblings is not None and all(s.is_finished for s in siblings):
             del self._sequences[seq.request.request_id]
@@ -264,7 +275,7 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.kv.enable_prefix_caching,
         max_num_batched_seqs=config.max_num_batched_seqs,
     )
 

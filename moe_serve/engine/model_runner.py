@@ -24,9 +24,9 @@ from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.execution import forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
-from moe_serve.execution.grammar import MaskThread
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.expert_routes.live_predictor import LivePredictor
+from moe_serve.grammars.masks import MaskThread
 from moe_serve.hf import attend, dense, device_routers, experts, loading, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
@@ -52,7 +52,7 @@ class ModelRunner:
         self, config: EngineConfig, loaded: LoadedModel, spec: ModelSpec, eos_token_ids: frozenset[int]
     ) -> None:
         """`config` must be resolved (moe_serve.resolve.resolve)."""
-        assert config.num_kv_pages is not None
+        assert config.kv.num_pages is not None
         self.config = config
         self.device = torch.device(config.device)
         dtype: torch.dtype = getattr(torch, config.dtype)
@@ -63,7 +63,7 @@ class ModelRunner:
             config, loaded.store, spec, loaded.family.activation, loaded.hf_config, self._routers
         )
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
-        self.kv_cache = KVCache(loaded.kv_shapes, config.num_kv_pages + 1, config.block_size, dtype, self.device)
+        self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
@@ -80,7 +80,7 @@ class ModelRunner:
         dtype = getattr(torch, self.config.dtype)
         is_ours = whole_steps.is_available(self.device, dtype) and not self.config.enforce_eager
         if is_ours and not isinstance(self.expert_layers.experts, DeviceExperts):
-            page_size = self.config.block_size
+            page_size = self.config.kv.page_size
             self._whole_steps = whole_steps.whole_steps(
                 self._loaded, self.kv_cache, self.expert_layers, self._routers, page_size
             )
@@ -88,12 +88,12 @@ class ModelRunner:
     def capture_decoding(self, capture: Capture) -> None:
         """From now on replay decoding steps as graphs. RuntimeError: a step cannot be captured; nothing has changed."""
         config, managed = self.config, self.expert_layers.experts
-        assert config.num_kv_pages is not None
+        assert config.kv.num_pages is not None
         assert config.max_model_len is not None
         assert isinstance(managed, DeviceExperts)
         sizes = sizes_up_to(config.max_num_batched_seqs or config.max_num_seqs)
-        widths = widths_up_to(config.max_model_len, config.block_size)
-        inputs = StepInputs(sizes[-1], widths[-1], config.block_size, config.num_kv_pages, self.device)
+        widths = widths_up_to(config.max_model_len, config.kv.page_size)
+        inputs = StepInputs(sizes[-1], widths[-1], config.kv.page_size, config.kv.num_pages, self.device)
         self._graphs = DecodeGraphs(sizes, widths, inputs, self._forward, managed, capture)
         log.info("captured %d decoding steps in %.1f s", len(sizes) * len(widths), self._graphs.capture_s)
 
@@ -145,7 +145,7 @@ class ModelRunner:
             self.expert_layers.watcher.begin_step(plan)
         graphs = self._graphs_for(plan)
         device = self.device if graphs is None else torch.device("cpu")
-        batch = forward_batch.make(plan, self.config.block_size, device, self._group_limits)
+        batch = forward_batch.make(plan, self.config.kv.page_size, device, self._group_limits)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
         pending = self.masks.start(rows)
@@ -238,11 +238,11 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     hf_config = read_config(config.model)
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
-    loaded = loading.load(config.model, hf_config, spec, dtype, device, config.moe_expert_file)
+    loaded = loading.load(config.model, hf_config, spec, dtype, device, config.experts.expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
-    if resolved.moe_cache_mib and device.type == "cpu":
+    if resolved.experts.cache_mib and device.type == "cpu":
         dense.copy_from_files(loaded.model)
-        if not config.moe_page_cache:
+        if not config.experts.page_cache:
             _leave_the_page_cache(config.model)
     try:
         runner = ModelRunner(resolved, loaded, spec, eos_token_ids)

@@ -96,7 +96,8 @@ class RequestQueue:
     def _set_timers(self, in_flight: InFlight) -> None:
         """Have a request end that takes, or waits, longer than it may."""
         loop, request_id = asyncio.get_running_loop(), in_flight.request.request_id
-        longest_s, wait_s = self._config.request_timeout, self._config.max_queue_wait
+        limits = self._config.queue
+        longest_s, wait_s = limits.request_timeout_s, limits.max_queue_wait_s
         if longest_s is not None:
             error = RequestTimeoutError(f"the request did not finish within {longest_s:g} s, this server's limit")
             in_flight.timers.append(loop.call_later(longest_s, self.refuse, request_id, error))

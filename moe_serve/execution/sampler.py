@@ -13,7 +13,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from moe_serve.execution.grammar import Masks
+from moe_serve.grammars.masks import Masks
 from moe_serve.scheduling.sequence import SamplingParams, Sequence, TokenLogprob
 
 MASK64 = (1 << 64) - 1

@@ -23,6 +23,8 @@ from moe_serve.hf.attend import Attend
 from moe_serve.hf.latent_attention import AttendToLatents
 
 NAME = "moe_serve_paged"
+NOT_PASSED: Any = object()
+"""Of an argument that a family does not give; None would be a value."""
 
 
 def register() -> None:
@@ -58,7 +60,7 @@ def paged_attention(
     forward_batch: ForwardBatch,
     kv_cache: KVCache | KVShapeProbe,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = NOT_PASSED,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -76,8 +78,9 @@ def paged_attention(
         return out.zero_()[None], None
     layer = kv_cache.layers[layer_idx]
     layer.write(forward_batch.kv_slots, key[0], value[0])
-    # Some families pass their window, some only keep it, some leave it to the mask (hf/loading.py).
-    window = sliding_window or getattr(module, "sliding_window", None)
+    # Some families pass their window, None included; some only keep it; some leave it to the mask (hf/loading.py).
+    kept: Any = getattr(module, "sliding_window", None)
+    window = kept if sliding_window is NOT_PASSED else sliding_window
     plain = Attend(scaling, window, s_aux)
     attend = plain if latents is None else AttendToLatents(plain, latents)
     for group in forward_batch.decode_groups:

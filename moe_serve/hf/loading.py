@@ -171,10 +171,22 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
             module.sliding_window = window
 
 
+def kv_shapes_of(hf_config: Any) -> dict[int, LayerKVShape]:
+    """What each layer would cache per token, asked of a model without weights."""
+    family, meta = find(hf_config.model_type), torch.device("meta")
+    attention.register()
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]
+    with replacing(family.experts_class), meta:
+        model = model_class._from_config(hf_config, attn_implementation=attention.NAME)
+    latent_attention.install(model)
+    return _probe_kv_shapes(model, meta)
+
+
 @torch.inference_mode()
 def _probe_kv_shapes(model: nn.Module, device: torch.device) -> dict[int, LayerKVShape]:
     """Run one token through the dense part to see what each layer's attention would cache."""
     probe = attention.KVShapeProbe()
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model(input_ids=token, position_ids=token, use_cache=False, forward_batch=None, kv_cache=probe)
+    # With a mask, transformers does not look into position ids for packed sequences, which have no values on `meta`.
+    model(input_ids=token, attention_mask=token + 1, use_cache=False, forward_batch=None, kv_cache=probe)
     return probe.shapes

@@ -80,7 +80,7 @@ def expert_layers(
         return ExpertLayers(ResidentExperts(store, compute, device), compute)
     if (managed := device_cache(config, store, compute, device)) is not None:
         return ExpertLayers(managed, compute)
-    if not config.moe_cache_mib:
+    if not config.experts.cache_mib:
         return ExpertLayers(MappedExperts(store, compute.prepare), compute)
     profile = _profile(config, store)
     slots, num_transit = slots_of(config, store, spec.top_k, profile)
@@ -96,14 +96,16 @@ def expert_layers(
         policy,
         fetcher,
         shadows=_shadows(config, store, slots),
-        quotas=AdaptiveQuotas(len(store.layers), store.num_experts) if config.moe_cache_pool == "adaptive" else None,
+        quotas=AdaptiveQuotas(len(store.layers), store.num_experts)
+        if config.experts.cache_pool == "adaptive"
+        else None,
         misses=misses,
     )
     advisor = _advisor(config, store, routers)
     predictor = _predictor(config, store, spec, policy)
-    if config.moe_prefetch == "predictor":
+    if config.experts.prefetch == "predictor":
         advisor = predictor
-    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.moe_prefetch_audit else None
+    audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.experts.prefetch_audit else None
     layers = ExpertLayers(cache, compute, advisor, audit, host)
     layers.watcher = predictor
     return layers
@@ -111,9 +113,9 @@ def expert_layers(
 
 def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]) -> Advisor | None:
     """Whoever says what to bring ahead of time."""
-    if config.moe_prefetch in ("off", "predictor"):
+    if config.experts.prefetch in ("off", "predictor"):
         return None
-    if config.moe_prefetch == "affinity":
+    if config.experts.prefetch == "affinity":
         return FromAffinity(len(store.layers), store.num_experts)
     if len(routers) != len(store.layers):
         raise ConfigError("--moe-prefetch next-gate: no router was found beside every layer's experts; choose affinity")
@@ -121,16 +123,12 @@ def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]
 
 
 def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy: Policy) -> LivePredictor | None:
-    """The user's trained predictor; ConfigError if it is not one of this model, or nothing would use it."""
-    if config.moe_predictor is None:
-        if config.moe_prefetch == "predictor":
-            raise ConfigError("--moe-prefetch predictor needs --moe-predictor, made by `moe-serve predictor train`")
+    """The user's trained predictor; ConfigError if it is not one of this model."""
+    if config.experts.predictor is None:
         return None
-    if config.moe_prefetch != "predictor" and not isinstance(policy, Predicted):
-        raise ConfigError("--moe-predictor needs --moe-prefetch predictor or --moe-cache-policy predicted to use it")
     shape = RouterShape(len(store.layers), store.num_experts, spec.top_k)
     try:
-        found = predictor_files.load(config.moe_predictor, shape, checkpoint_fingerprint(config.model)).predictor
+        found = predictor_files.load(config.experts.predictor, shape, checkpoint_fingerprint(config.model)).predictor
     except predictor_files.PredictorFileError as error:
         raise ConfigError(f"--moe-predictor: {error}") from error
     return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
@@ -148,34 +146,34 @@ def slot_bytes_of(config: EngineConfig, store: ExpertStore) -> int:
 
 def _profile(config: EngineConfig, store: ExpertStore) -> RoutingTrace | None:
     """The trace the user gave; ConfigError if it cannot be one of this model."""
-    if config.moe_cache_profile is None:
+    if config.experts.cache_profile is None:
         return None
     try:
-        trace = load_trace(config.moe_cache_profile)
+        trace = load_trace(config.experts.cache_profile)
     except TraceError as error:
         raise ConfigError(f"--moe-cache-profile: {error}") from error
     if (trace.num_layers, trace.num_experts) != (len(store.layers), store.num_experts):
         raise ConfigError(
-            f"--moe-cache-profile {config.moe_cache_profile}: {trace.num_layers} layers of {trace.num_experts} experts;"
-            f" this model has {len(store.layers)} of {store.num_experts}; record a trace of this model"
+            f"--moe-cache-profile {config.experts.cache_profile}: {trace.num_layers} layers of {trace.num_experts}"
+            f" experts; this model has {len(store.layers)} of {store.num_experts}; record a trace of this model"
         )
     return trace
 
 
 def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | None) -> Policy:
     try:
-        maker = find_policy(config.moe_cache_policy)
+        maker = find_policy(config.experts.cache_policy)
     except ExtensionError as error:
         raise ConfigError(f"--moe-cache-policy: {error}") from error
     if maker.needs == "popularity" and profile is None:
-        raise ConfigError(f"--moe-cache-policy {config.moe_cache_policy} needs --moe-cache-profile")
+        raise ConfigError(f"--moe-cache-policy {config.experts.cache_policy} needs --moe-cache-profile")
     return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())
 
 
 def _shadows(config: EngineConfig, store: ExpertStore, slots: Capacity) -> LiveShadows | None:
-    if config.moe_cache_shadow is None:
+    if config.experts.cache_shadow is None:
         return None
-    names = [name.strip() for name in config.moe_cache_shadow.split(",")]
+    names = [name.strip() for name in config.experts.cache_shadow.split(",")]
     try:
         needy = [name for name in names if find_policy(name).needs]
         if needy:
@@ -188,20 +186,20 @@ def _shadows(config: EngineConfig, store: ExpertStore, slots: Capacity) -> LiveS
 def slots_of(
     config: EngineConfig, store: ExpertStore, top_k: int, profile: RoutingTrace | None = None
 ) -> tuple[Capacity, int]:
-    """How the layers share the slots (EngineConfig.moe_cache_pool), and how many more are in transit."""
-    assert config.moe_cache_mib is not None
+    """How the layers share the slots (ExpertCacheConfig.cache_pool), and how many more are in transit."""
+    assert config.experts.cache_mib is not None
     slot_bytes = slot_bytes_of(config, store)
-    slots, layers = num_slots(config.moe_cache_mib, store, slot_bytes), len(store.layers)
+    slots, layers = num_slots(config.experts.cache_mib, store, slot_bytes), len(store.layers)
     num_transit = min(top_k, slots // SLOTS_PER_TRANSIT) if slots < store.num_total else 0
     slots -= num_transit
-    wanted = config.moe_cache_pool
+    wanted = config.experts.cache_pool
     if wanted == "auto":
         wanted = "per-layer" if slots >= layers * top_k else "global"
     if wanted == "global":
         return global_pool(layers, store.num_experts, slots), num_transit
     if slots < layers:
         raise ConfigError(
-            f"--moe-cache-pool {wanted}: --moe-cache-mib {config.moe_cache_mib} holds {slots} experts, fewer than"
+            f"--moe-cache-pool {wanted}: --moe-cache-mib {config.experts.cache_mib} holds {slots} experts, fewer than"
             f" the {layers} layers; give at least {-(-layers * slot_bytes // MIB)} or choose global"
         )
     if wanted == "quota":
@@ -218,7 +216,7 @@ def _compute(
     if not gpu_pool.is_available(device):
         on_cpu = device.type == "cpu"
         return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
-    budget = config.moe_cache_mib
+    budget = config.experts.cache_mib
     slots = num_slots(budget, store, slot_bytes_of(config, store)) if budget else store.num_total
     layout = layout_of(store.weights(store.layers[0], 0), dtype)
     pool = gpu_pool.SlotPool(layout, slots, device)
@@ -236,8 +234,8 @@ def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> 
 
 def _fetcher(config: EngineConfig, device: torch.device) -> Fetcher:
     """On a GPU the host's page cache is the tier below, so reads go through it; on a CPU it is the disk."""
-    if config.moe_io == "deepspeed":
-        return Fetcher(DISK_READERS, deepspeed_io.opener(config.moe_expert_file))
+    if config.experts.io == "deepspeed":
+        return Fetcher(DISK_READERS, deepspeed_io.opener(config.experts.expert_file))
     if device.type == "cuda":
         return Fetcher(HOST_READERS, partial(DirectFile, direct=False))
     return Fetcher(DISK_READERS)

@@ -32,12 +32,12 @@ def device_cache(
 
     ConfigError where the user insists on it and it cannot be.
     """
-    if config.moe_cache_manager == "host":
+    if config.experts.cache_manager == "host":
         return None
     found = _try(config, store, compute, device)
     if isinstance(found, DeviceCache):
         return found
-    if config.moe_cache_manager == "device":
+    if config.experts.cache_manager == "device":
         raise ConfigError(f"--moe-cache-manager device: {found}; choose auto or host")
     if isinstance(compute, GpuCompute):
         log.warning("the host manages the expert cache, step by step: %s", found)
@@ -59,17 +59,9 @@ def _try(config: EngineConfig, store: ExpertStore, compute: ExpertCompute, devic
 
 def _hindrances(config: EngineConfig, store: ExpertStore, compute: GpuCompute) -> Iterator[str]:
     """What speaks against it."""
-    if config.moe_cache_policy not in ("affinity", "lru"):  # the default, and what it is
-        yield f"the GPU knows no --moe-cache-policy {config.moe_cache_policy}"
-    if config.moe_cache_pool not in ("auto", "per-layer"):
-        yield f"the GPU knows no --moe-cache-pool {config.moe_cache_pool}"
-    for name in ("moe_cache_profile", "moe_cache_shadow", "moe_predictor"):
-        if getattr(config, name) is not None:
-            yield f"--{name.replace('_', '-')} is for a cache that the host manages"
-    if config.moe_prefetch != "off":
-        yield "--moe-prefetch is for a cache that the host manages"
-    if config.moe_cpu_misses:
-        yield "--moe-cpu-misses is for a cache that the host manages"
+    reason = config.experts.needs_host()
+    if reason is not None:
+        yield reason
     slots, layers = compute.pool.num_free, len(store.layers)
     if slots < layers:
         yield f"--moe-cache-mib holds {slots} experts, fewer than the {layers} layers"

@@ -32,11 +32,11 @@ def host_side(
     Experts that must be copied before the kernel can read them have no host copy to compute from.
     """
     if torch.device(config.device).type == "cpu" and not isinstance(compute, GpuCompute):
-        if not config.moe_page_cache or store.is_copied:
+        if not config.experts.page_cache or store.is_copied:
             return None, None
         copies = HostCopies(store, compute.prepare)
         return HostExperts(copies, compute, beside_device=False), FromPageCache(copies)
-    if not config.moe_cpu_misses:
+    if not config.experts.cpu_misses:
         return None, None
     if store.is_copied:
         raise ConfigError("--moe-cpu-misses: the CPU's kernel cannot read this checkpoint's encoding where it lies")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from moe_serve.config import FromDict, option
+from moe_serve.config.settings import Settings, changed_settings, option
 from moe_serve.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ParallelConfig(FromDict):
-    """Expert parallelism."""
+class ParallelConfig(Settings):
+    """Expert parallelism: ranks with a device each."""
 
-    devices: int = option(1, "Ranks: processes with a device each, which divide the experts among them.")
+    HEADING: ClassVar[str] = "Several devices"
+
+    devices: int = option(
+        1, "Number of ranks: processes with a device each, which divide the experts among them.", bound="positive"
+    )
     expert_plan: str | None = option(
         None, "Placement made by `moe-serve plan`: which rank holds which expert. Default: equal contiguous runs."
     )
@@ -32,65 +37,65 @@ class ParallelConfig(FromDict):
         1,
         "Split the ranks into N groups; every group holds all experts, and a sequence stays in its group."
         " The plan is then for one group: as many devices as a group has ranks.",
+        bound="positive",
     )
     ep_predictor: str | None = option(
         None,
         "File that `moe-serve predictor tokens` made from a trace of this model (.npz): how often each token id used"
         " each expert. A new sequence then lives on the rank that is expected to hold its experts.",
     )
-    expert_plan_interval: float | None = option(
-        None, "Seconds after which another placement is made from recent traffic, again and again. Default: never."
+    expert_plan_interval_s: float | None = option(
+        None,
+        "Make another placement from recent traffic every N seconds. Default: never.",
+        bound="positive",
+        aliases=("expert_plan_interval",),
     )
     expert_plan_margin: float = option(
-        0.05, "Share of the traffic between ranks that another placement must save; one that saves less is not used."
+        0.05, "Use another placement only if it saves this share of the traffic between ranks, from 0 to 1."
     )
     expert_plan_window: int = option(
-        8192, "Tokens of recent traffic whose routes are kept to make another placement from. 0: none are kept."
+        8192,
+        "Keep the routes of this many recent tokens, to make another placement from. 0: none.",
+        bound="not negative",
     )
-    rank_stall_s: float = option(5.0, "A rank that gives no sign of life for so many seconds counts as lost.")
-    rank_step_s: float = option(300.0, "Longest time in seconds that one step of the ranks may take.")
-    rank_start_s: float = option(600.0, "Longest time in seconds for all ranks to load and connect.")
+    rank_stall_s: float = option(
+        5.0, "A rank counts as lost after this time without a sign of life, in seconds.", bound="positive"
+    )
+    rank_step_s: float = option(300.0, "Longest time for one step of the ranks, in seconds.", bound="positive")
+    rank_start_s: float = option(600.0, "Longest time for all ranks to load and connect, in seconds.", bound="positive")
     rank_port: int = option(
-        0, "Port on which the front waits for its ranks; 0 picks a free one, or MASTER_PORT + 1 under a launcher."
+        0,
+        "Port on which the front waits for its ranks. 0: a free one, or MASTER_PORT + 1 under a launcher.",
+        bound="not negative",
     )
 
-    def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise ConfigError(f"--devices must be at least 1, got {self.devices}")
-        if self.ep_mode not in ("conventional", "coherent"):
-            raise ConfigError(f"--ep-mode: {self.ep_mode!r} is not one of conventional, coherent")
-        self._check_context()
-        if self.ep_groups < 1 or self.devices % self.ep_groups:
-            raise ConfigError(f"--ep-groups {self.ep_groups} does not divide --devices {self.devices}")
-        for name in ("rank_stall_s", "rank_step_s", "rank_start_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.devices == 1 and (self.expert_plan or self.ep_predictor or self.expert_plan_interval):
-            raise ConfigError(
-                "--expert-plan, --expert-plan-interval and --ep-predictor divide work among ranks;"
-                " give --devices above 1"
-            )
-        self._check_replacement()
-
-    def _check_context(self) -> None:
-        """`auto` is the old spelling of the one way that is left."""
+    def check(self) -> None:
         if self.ep_context == "send":
             raise ConfigError(
                 "--ep-context send: sending keys and values has been removed, since it never sent fewer bytes than"
                 " --ep-mode conventional with a plan; use --ep-context recompute"
             )
-        if self.ep_context not in ("auto", "recompute"):
+        if self.ep_context not in ("auto", "recompute"):  # auto: the old spelling of the one way that is left
             raise ConfigError(f"--ep-context: {self.ep_context!r} is not recompute")
-
-    def _check_replacement(self) -> None:
-        if self.expert_plan_interval is not None and self.expert_plan_interval <= 0:
-            raise ConfigError(f"--expert-plan-interval must be positive, got {self.expert_plan_interval}")
+        if self.devices % self.ep_groups:
+            raise ConfigError(f"--ep-groups {self.ep_groups} does not divide --devices {self.devices}")
         if not 0 <= self.expert_plan_margin < 1:
             raise ConfigError(f"--expert-plan-margin must be at least 0 and below 1, got {self.expert_plan_margin}")
-        if self.expert_plan_window < 0:
-            raise ConfigError(f"--expert-plan-window must not be negative, got {self.expert_plan_window}")
-        if self.expert_plan_interval is not None and self.expert_plan_window == 0:
-            raise ConfigError("--expert-plan-interval plans from recent traffic; give --expert-plan-window above 0")
+        if self.devices == 1 and (self.expert_plan or self.ep_predictor or self.expert_plan_interval_s):
+            raise ConfigError(
+                "--expert-plan, --expert-plan-interval-s and --ep-predictor divide work among ranks;"
+                " give --devices above 1"
+            )
+        if self.expert_plan_interval_s is not None and self.expert_plan_window == 0:
+            raise ConfigError("--expert-plan-interval-s plans from recent traffic; give --expert-plan-window above 0")
+
+    def no_effect(self) -> str | None:
+        given = changed_settings(self)
+        if self.devices == 1 and given:
+            return f"{next(iter(given.values())).flag} has no effect on one device; give --devices above 1"
+        if "ep_context" in given and self.ep_mode != "coherent":
+            return "--ep-context has no effect without --ep-mode coherent"
+        return None
 
     @property
     def ranks_per_group(self) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_serve.errors import ConfigError
 from moe_serve.planning.recordings import Loads, read_recording
+from moe_serve_base.whole_files import whole_file, write_text
 from placement.errors import PlacementError
 from placement.formats import to_eplb, to_sglang
 from placement.page import as_page
@@ -172,13 +173,13 @@ def write_results(
     if args.output:
         save_plan(best, args.output)
     if args.html:
-        args.html.write_text(as_page(problem, plans, plans[0], best, unseen), encoding="utf-8")
+        write_text(args.html, as_page(problem, plans, plans[0], best, unseen))
     if args.png:
         save_picture(problem, plans[0], best, args.png)
     if args.sglang:
         layer_ids = best.provenance.get("layer_ids", list(range(best.num_layers)))
         data = to_sglang(best, layer_ids, args.model_layers or max(layer_ids) + 1)
-        args.sglang.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        write_text(args.sglang, json.dumps(data) + "\n")
     if args.eplb:
-        with args.eplb.open("wb") as file:
+        with whole_file(args.eplb) as partial, partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **to_eplb(best))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moe_serve.errors import ConfigError, UnsupportedModelError
@@ -34,19 +34,19 @@ def write_quantized(
     importance: Importance | None,
     on_matrix: Callable[[], object] = lambda: None,
 ) -> int:
-    """Quantise the experts of the checkpoint in `source`; returns the bytes of the tensors written.
+    """Quantise the experts of the checkpoint in `source` into the folder `target`.
 
+    Returns the bytes of the tensors written.
     `group` 0: one scale per row. ConfigError or UnsupportedModelError where that cannot be done.
     """
     config = read_config(source)
     _check(source, config, find(config.model_type), group)
-    target.mkdir(parents=True)
     index: dict[str, str] = {}
     dense: list[str] = []
     total_bytes = 0
     for file in safetensors_files(source):
         tensors, kept = _quantized_shard(file, bits, group, importance, on_matrix)
-        save_file(tensors, target / file.name, metadata={"format": "pt"})
+        _save(tensors, target / file.name)
         dense += kept
         index |= dict.fromkeys(tensors, file.name)
         total_bytes += sum(t.nbytes for t in tensors.values())
@@ -55,6 +55,14 @@ def write_quantized(
         metadata = {"total_size": total_bytes}
         (target / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": index}, indent=2))
     return total_bytes
+
+
+def _save(tensors: Tensors, file: Path) -> None:
+    """OSError where it cannot be written: safetensors has an error of its own for a full disk."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def num_matrices(source: str) -> int:

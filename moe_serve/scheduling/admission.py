@@ -63,18 +63,18 @@ class Admission:
 
     def check(self, num_queued: int, prompt_tokens: int, queued_tokens: Callable[[], int]) -> None:
         """OverloadedError if a request that finds every seat taken may not wait behind `num_queued` others."""
-        config = self._config
-        if num_queued >= config.max_num_queued_reqs:
+        limits = self._config.queue
+        if num_queued >= limits.max_num_queued_reqs:
             raise self.refusal(num_queued, f"{num_queued} requests are waiting already")
-        if config.max_queue_wait is not None:
-            self._check_wait(num_queued, config.max_queue_wait)
-        if config.max_num_queued_tokens is not None:
+        if limits.max_queue_wait_s is not None:
+            self._check_wait(num_queued, limits.max_queue_wait_s)
+        if limits.max_num_queued_tokens is not None:
             tokens = queued_tokens()
-            if tokens + prompt_tokens > config.max_num_queued_tokens:
+            if tokens + prompt_tokens > limits.max_num_queued_tokens:
                 raise self.refusal(num_queued, f"{tokens} prompt tokens are waiting already")
 
     def _check_wait(self, num_queued: int, longest_s: float) -> None:
-        """A burst may wait for the whole max_queue_wait. But in an overload a long queue only makes every accepted
+        """A burst may wait for the whole max_queue_wait_s. But in an overload a long queue only makes every accepted
         request late: then no more may wait than keep the seats filled, until for a while nothing had to be refused
         (the idea of controlled delay; B. Maurer, Fail at Scale, ACM Queue 2015)."""
         wait_s = self.expected_wait_s(num_queued + 1)
@@ -91,7 +91,7 @@ class Admission:
     @property
     def is_overloaded(self) -> bool:
         """Something was refused not long ago."""
-        is_limited = self._config.max_queue_wait is not None
+        is_limited = self._config.queue.max_queue_wait_s is not None
         return is_limited and self._clock() - self._last_refusal_s < 2 * WINDOW_S
 
     def _far_more_come(self) -> bool:

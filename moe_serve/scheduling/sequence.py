@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Protocol
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+class Closeable(Protocol):
+    """What a sequence holds and gives back when it has ended."""
+
+    def close(self) -> None: ...
 
 
 class GrammarKind(StrEnum):
@@ -199,8 +206,8 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of prompt tokens 1, 2, ... (nothing comes before token 0), as far as they are computed; sample 0 has them."""
-    matcher: object | None = None
-    """A moe_serve.execution.grammar.Matcher when the request has a grammar."""
+    matcher: Closeable | None = None
+    """A moe_serve.grammars.matcher.Matcher when the request has a grammar; closed when the sequence ends."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if any."""

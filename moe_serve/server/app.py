@@ -68,8 +68,8 @@ def create_app(
 
 def _metrics_of(engine: AsyncEngine, model_name: str) -> Metrics:
     core = engine.core
-    pages = {"block_size": core.block_size, "num_gpu_blocks": core.num_pages}
-    return Metrics(model_name, pages, core.expert_report, core.config.moe_prefetch)
+    pages = {"block_size": core.page_size, "num_gpu_blocks": core.num_pages}
+    return Metrics(model_name, pages, core.expert_report, core.config.experts.prefetch)
 
 
 @asynccontextmanager

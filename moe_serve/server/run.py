@@ -137,8 +137,8 @@ def _log_engine(engine: Engine, seconds: float) -> None:
         config.num_threads,
         engine.max_model_len,
         engine.num_pages,
-        engine.block_size,
-        config.moe_cache_mib,
+        engine.page_size,
+        config.experts.cache_mib,
     )
 
 

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_serve.cli import main, parse
-from moe_serve.cli.flags import add_config_flags, config_from_args, default_model, field_kinds
+from moe_serve.cli.flags import add_config_flags, config_from_args, default_model
 from moe_serve.cli.sampling import HELP_OF, add_sampling_flags, sampling_from_args
-from moe_serve.config import EngineConfig, ServerConfig, flag_name
+from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, ServerConfig, flag_name
+from moe_serve.config.settings import Setting, Settings, refuse_no_effect, settings_of
+from moe_serve.errors import ConfigError
+from moe_serve.parallel.config import ParallelConfig
 from moe_serve.scheduling.sequence import SamplingParams
 
-CONFIGS = (EngineConfig, ServerConfig)
-FIELDS = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]
-VALUE_OF = {"device": "cuda:1"}
+CONFIGS = (EngineConfig, ServerConfig, ParallelConfig)
+SETTINGS = [(config, setting) for config in CONFIGS for setting in settings_of(config)]
+VALUE_OF = {"device": "cuda:1", "expert_plan_margin": 0.5, "ep_groups": 2, "ep_context": "auto"}
+NEEDS: dict[str, dict[str, Any]] = {
+    "expert_aware_batching": {"max_num_batched_seqs": 4},
+    "moe_prefetch": {"moe_predictor": "file"},
+    "moe_io": {"moe_expert_file": "file"},
+    "expert_plan": {"devices": 2},
+    "ep_predictor": {"devices": 2},
+    "ep_groups": {"devices": 2},
+    "expert_plan_interval_s": {"devices": 2},
+}
+"""What must be given beside a setting, or it is refused."""
 
 
-def _parse(config: type, argv: list[str]) -> argparse.Namespace:
+def _parse(config: type[Settings], argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_config_flags(parser, config)
     return parser.parse_args(argv)
 
 
-def _other_value(config: Any, name: str) -> Any:
+def _other_value(setting: Setting) -> Any:
     """A valid value that is not the default."""
-    kind = field_kinds(config)[name]
-    default = getattr(config(), name)
-    if kind is bool:
-        return not default
-    if kind is tuple:
+    if setting.kind is bool:
+        return not setting.field.default
+    if setting.kind is tuple:
         return ("one", "two")
-    choices = next(f for f in dataclasses.fields(config) if f.name == name).metadata.get("choices")
-    if choices:
-        return next(choice for choice in choices if choice != default)
-    return VALUE_OF.get(name, kind(7 if kind in (int, float) else "seven"))
+    if setting.choices:
+        return next(choice for choice in reversed(setting.choices) if choice != setting.field.default)
+    return VALUE_OF.get(setting.name, setting.kind(7 if setting.kind in (int, float) else "seven"))
 
 
 def _argv(name: str, value: object) -> list[str]:
@@ -48,14 +59,26 @@ def _argv(name: str, value: object) -> list[str]:
     return [flag_name(name), str(value)]
 
 
-@pytest.mark.parametrize(("config", "name"), FIELDS, ids=lambda v: getattr(v, "__name__", v))
-def test_every_field_round_trips(config: Any, name: str) -> None:
-    value = _other_value(config, name)
-    assert config_from_args(_parse(config, _argv(name, value)), config) == config(**{name: value})
+def _value(config: Settings, setting: Setting) -> Any:
+    home = config if setting.part is None else getattr(config, setting.part)
+    return getattr(home, setting.field.name)
+
+
+@pytest.mark.parametrize(("config", "setting"), SETTINGS, ids=lambda v: getattr(v, "__name__", None) or v.name)
+def test_every_setting_round_trips_by_each_of_its_names(config: type[Settings], setting: Setting) -> None:
+    value, others = _other_value(setting), NEEDS.get(setting.name, {})
+    beside = [word for name, other in others.items() for word in _argv(name, other)]
+    for name in (setting.name, *setting.aliases):
+        found = config_from_args(_parse(config, [*_argv(name, value), *beside]), config)
+        assert dataclasses.is_dataclass(found)
+        assert _value(found, setting) == value
+        assert found == config.of(**{name: value, **others})
+        assert found == config.from_dict(dataclasses.asdict(found)), "as ranks get it"
+        assert found.replace(**{name: setting.field.default}) == config.of(**others)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_without_flags_the_defaults_hold(config: Any) -> None:
+def test_without_flags_the_defaults_hold(config: type[Settings]) -> None:
     assert config_from_args(_parse(config, []), config) == config()
 
 
@@ -63,13 +86,82 @@ def test_serve_takes_every_field_of_both_configs(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         parse(["serve", "--help"])
     shown = capsys.readouterr().out
-    missing = [flag_name(name) for _, name in FIELDS if name != "model" and f"{flag_name(name)}" not in shown]
-    assert missing == []
+    words = set(re.findall(r"--[\w-]+", shown))
+    assert {setting.flag for _, setting in SETTINGS} - words == {"--model"}
+    assert not {flag_name(alias) for _, setting in SETTINGS for alias in setting.aliases} & words
 
 
-def test_config_fields_do_not_collide() -> None:
-    names = [name for _, name in FIELDS]
+def test_no_two_settings_share_a_name() -> None:
+    names = [name for _, setting in SETTINGS for name in (setting.name, *setting.aliases)]
     assert len(set(names)) == len(names)
+
+
+def test_units_are_in_names() -> None:
+    """A time or a memory size says in what it is given."""
+    timed = re.compile("second|MiB")
+    for _, setting in SETTINGS:
+        if setting.kind in (int, float) and timed.search(setting.field.metadata["help"]):
+            assert setting.name.endswith(("_s", "_mib")) or "per second" in setting.field.metadata["help"]
+
+
+def test_flat_and_nested_are_the_same() -> None:
+    flat = EngineConfig.of(model="m", moe_cache_mib=64, block_size=8)
+    assert flat == EngineConfig(model="m", experts=ExpertCacheConfig(cache_mib=64), kv=KVConfig(page_size=8))
+    assert flat == EngineConfig.of(model="m", experts=ExpertCacheConfig(cache_mib=64), page_size=8)
+    assert flat.replace(moe_cache_pool="global").experts == ExpertCacheConfig(cache_mib=64, cache_pool="global")
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"max_num_sqs": 3}, "EngineConfig has no setting 'max_num_sqs'; did you mean max_num_seqs"),
+        ({"moe_cache_mb": 3}, "did you mean moe_cache_mib"),
+        ({"max_num_seqs": "3"}, "--max-num-seqs takes int, got '3'"),
+        ({"max_num_seqs": True}, "--max-num-seqs takes int"),
+        ({"max_queue_wait_s": float("nan")}, "--max-queue-wait-s must be positive"),
+        ({"moe_cache_mib": -1}, "--moe-cache-mib must not be negative"),
+        ({"seed": None}, "--seed takes int, got None"),
+        ({"moe_prefetch": "predictor"}, "--moe-prefetch predictor needs --moe-predictor"),
+        ({"moe_io": "deepspeed"}, "give --moe-expert-file"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        EngineConfig.of(**values)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (
+            EngineConfig.of(moe_cache_mib=0, moe_prefetch="affinity"),
+            "--moe-prefetch has no effect with --moe-cache-mib 0",
+        ),
+        (EngineConfig.of(moe_predictor="file"), "--moe-predictor needs --moe-prefetch predictor"),
+        (EngineConfig.of(moe_prefetch_audit=False), "--no-moe-prefetch-audit has no effect"),
+        (EngineConfig.of(max_skipped_steps=3), "--max-skipped-steps has no effect without --max-num-batched-seqs"),
+        (ServerConfig(recording_buffer_tokens=3), "--recording-buffer-tokens has no effect without --recording-dir"),
+        (ParallelConfig(ep_mode="coherent"), "--ep-mode has no effect on one device"),
+        (ParallelConfig(devices=2, ep_context="auto"), "--ep-context has no effect without --ep-mode coherent"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_flag_without_effect_is_refused(config: Settings, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        refuse_no_effect(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig.of(moe_predictor="file", moe_cache_policy="predicted"),
+        EngineConfig.of(moe_cache_mib=0, moe_expert_file="file"),
+        ParallelConfig(devices=2, ep_mode="coherent", ep_context="auto"),
+        *(config() for config in CONFIGS),
+    ],
+)
+def test_a_flag_with_effect_is_not(config: Settings) -> None:
+    refuse_no_effect(config)
 
 
 def test_help_states_the_default_once() -> None:
@@ -139,7 +231,8 @@ def test_a_mistyped_flag_is_one_helpful_line(
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        (["serve", "--block-size", "0"], "--block-size must be positive, got 0"),
+        (["serve", "--page-size", "0"], "--page-size must be positive, got 0"),
+        (["serve", "--block-size", "0"], "--page-size must be positive, got 0"),
         (["serve", "--device", "tpu"], "--device: 'tpu' is not"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be between 0"),
         (["generate", "--prompt", ""], "nothing to continue"),

@@ -42,7 +42,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pack", default_model(), str(tmp_path / "no" / "experts")]) == 2
-    assert f"{tmp_path / 'no'} is no folder" in capsys.readouterr().err
+    assert f"its folder does not exist; create {tmp_path / 'no'} first" in capsys.readouterr().err
 
 
 def test_an_interrupted_pack_leaves_nothing(tmp_path: Path) -> None:

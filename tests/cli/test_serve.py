@@ -19,5 +19,5 @@ def test_serve_passes_the_configs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run.serve = lambda *configs: started.append(configs)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moe_serve.server.run", run)
     assert main(["serve", "--port", "0", "--no-enable-prefix-caching", "--block-size", "8"]) == 0
-    engine = EngineConfig(model=default_model(), enable_prefix_caching=False, block_size=8)
+    engine = EngineConfig.of(model=default_model(), enable_prefix_caching=False, page_size=8)
     assert started == [(ServerConfig(port=0), engine, ParallelConfig())]

@@ -113,4 +113,4 @@ def test_usage_forecast_follows_the_newest_tokens_and_forgets_the_finished(make_
 
 def test_on_without_a_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to choose without --max-num-batched-seqs"):
-        EngineConfig(expert_aware_batching="on")
+        EngineConfig.of(expert_aware_batching="on")

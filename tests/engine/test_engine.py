@@ -25,7 +25,7 @@ class AlphabetRunner(WithoutExperts):
     """A model that always continues the alphabet: after `c` comes `d`."""
 
     def __init__(self) -> None:
-        self.config = EngineConfig(num_kv_pages=32, max_model_len=60, block_size=4, max_num_seqs=4)
+        self.config = EngineConfig.of(num_kv_pages=32, max_model_len=60, page_size=4, max_num_seqs=4)
         self.fails = False
         self.broken_requests: set[str] = set()
 

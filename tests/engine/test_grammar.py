@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
 from moe_serve.demo import evaluate
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
+from moe_serve.grammars.matcher import Matcher
 from moe_serve.scheduling.finish import FinishReason
-from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SamplingParams
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SamplingParams, Sequence
 from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine, run_all
 
@@ -146,11 +148,21 @@ def test_a_grammar_that_exhausts_its_limits_ends_its_own_request_only(engine: En
     engine.add_request(make_request("hard", SamplingParams(grammar=regex("a+"), max_tokens=5)))
     engine.add_request(make_request("easy", SamplingParams(max_tokens=5, ignore_eos=True)))
     (hard,) = (s for s in engine.scheduler.live() if s.request.request_id == "hard")
-    hard.matcher._begin().consume_token(0)  # type: ignore[attr-defined]  # a wrong move, as limits would
+    make_wrong_move(hard, engine.spec.vocab_size)
     outputs = [o for _ in range(5) for o in engine.step()]
     assert [o.error is not None for o in outputs if o.request_id == "hard"] == [True]
     assert sum(o.request_id == "easy" for o in outputs) == 5
     engine.check_integrity()
+
+
+def make_wrong_move(seq: Sequence, vocab_size: int) -> None:
+    """Leave its matcher in the state that llguidance's limits leave one in."""
+    assert isinstance(seq.matcher, Matcher)
+    seq.matcher.begin()
+    number, _ = seq.matcher.next_row(seq)
+    masks = np.zeros((1, -(-vocab_size // 32)), np.int32)
+    seq.matcher.process().ask([(number, [0])], masks.shape[1])
+    assert list(seq.matcher.process().hear(masks)) == [0], "the move is wrong"
 
 
 def make_request(request_id: str, params: SamplingParams) -> Request:

@@ -19,7 +19,7 @@ class Desk:
     def __init__(self, **settings: Any) -> None:
         self.given_up: list[str] = []
         self.reception = RequestQueue(
-            EngineConfig(**settings), lambda request_id, reason: self.given_up.append(request_id)
+            EngineConfig.of(**settings), lambda request_id, reason: self.given_up.append(request_id)
         )
 
     def enter(self, request_id: str, priority: int = 0) -> Any:
@@ -56,7 +56,7 @@ def test_an_id_is_in_flight_once() -> None:
 
 def test_when_an_overload_begins_all_but_the_first_in_turn_are_given_up_once() -> None:
     async def run() -> None:
-        desk = Desk(max_num_seqs=1, max_num_queued_reqs=3, max_queue_wait=60.0)
+        desk = Desk(max_num_seqs=1, max_num_queued_reqs=3, max_queue_wait_s=60.0)
         desk.enter("running")
         desk.give_output("running")
         for name, priority in (("a", 0), ("b", -1), ("c", 0)):
@@ -72,7 +72,7 @@ def test_when_an_overload_begins_all_but_the_first_in_turn_are_given_up_once() -
 
 def test_who_waits_for_too_long_is_given_up_and_who_has_left_is_not() -> None:
     async def run() -> None:
-        desk = Desk(max_queue_wait=0.01)
+        desk = Desk(max_queue_wait_s=0.01)
         gone = desk.enter("gone")
         desk.enter("waiting")
         desk.reception.leave(gone)

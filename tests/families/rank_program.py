@@ -57,13 +57,15 @@ def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(next(arg for arg in sys.argv[1:] if arg.endswith(".json"))).read_text())
     place = read_place()
-    rank_model.join_group(place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig(device="cpu"))
+    rank_model.join_group(
+        place, ParallelConfig(devices=place.world_size, rank_step_s=300), EngineConfig.of(device="cpu")
+    )
     check_group_wire(place)
     results: list[dict[str, Any]] = []
     for case in job["cases"]:
         parallel = ParallelConfig(devices=place.world_size, **case["parallel"])
         with torch.inference_mode():
-            worker = Worker(place, EngineConfig(model=case["folder"], **case["engine"]), parallel)
+            worker = Worker(place, EngineConfig.of(model=case["folder"], **case["engine"]), parallel)
             if place.is_first:
                 print(len(results), case["parallel"], file=sys.stderr, flush=True)
                 results.append(lead(worker, parallel, case))

@@ -23,7 +23,7 @@ from .tiny_configs import CASES
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 
-SAVED_STACKED = ("gpt_oss", "granitemoe")
+SAVED_STACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
 ALSO_PUBLISHED_STACKED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "ernie4_5_moe")
 
 

@@ -20,5 +20,5 @@ Checkpoint = Callable[[str], Path]
 def test_a_token_takes_as_much_of_the_kv_cache_as_the_doctor_says(case: str, checkpoint: Checkpoint) -> None:
     said = sizes_of(str(checkpoint(case)), torch.float32).kv_bytes_per_token
     llm = load(checkpoint(case))
-    num_tokens = (llm.engine.num_pages + 1) * llm.engine.block_size  # one page takes what is padding
+    num_tokens = (llm.engine.num_pages + 1) * llm.engine.page_size  # one page takes what is padding
     assert said == runner_of(llm).kv_cache.num_bytes / num_tokens

@@ -55,6 +55,31 @@ DEEPSEEK_EXPERTS: dict[str, Any] = {
 }
 """The first layer is dense; the experts of 2 of 4 groups are open to each token."""
 
+FINE: dict[str, Any] = {
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 96,
+}
+"""Experts narrower than a dense MLP."""
+
+GROUPED: dict[str, Any] = {
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 96,
+    "n_group": 2,
+    "topk_group": 1,
+}
+"""The same under DeepSeek's names; the experts of 1 of 2 groups are open to each token."""
+
+SLIDING: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
 
 @dataclass(frozen=True)
 class TinyCase:
@@ -197,4 +222,69 @@ CASES: dict[str, TinyCase] = {
         },
         seed=1,
     ),
+    "glm4_moe_lite": TinyCase(
+        "glm4_moe_lite",
+        {
+            **LATENT_ATTENTION,
+            "head_dim": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+    "minimax_m2": TinyCase(
+        "minimax_m2", {"head_dim": 16, "intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
+    ),
+    "dots1": TinyCase("dots1", {**GROUPED, "n_shared_experts": 1, "first_k_dense_replace": 1, **SLIDING}),
+    "hunyuan_v1_moe": TinyCase(
+        "hunyuan_v1_moe", {"head_dim": 16, "intermediate_size": 64, "num_experts": 8, "moe_topk": 2}
+    ),
+    "hy_v3": TinyCase("hy_v3", {**FINE}),
+    "afmoe": TinyCase("afmoe", {**FINE, "num_dense_layers": 1, **SLIDING}),
+    "exaone_moe": TinyCase(
+        "exaone_moe", {**FINE, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **SLIDING}
+    ),
+    "flex_olmo": TinyCase("flex_olmo", {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3}),
+    "cohere2_moe": TinyCase(
+        "cohere2_moe",
+        {"head_dim": 16, "intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, **SLIDING},
+    ),
+    "granitemoeshared": TinyCase(
+        "granitemoeshared",
+        {
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    "granitemoe_swa": TinyCase(
+        "granitemoe_swa",
+        {"intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2, **SLIDING},
+    ),
+    "mellum": TinyCase("mellum", {**FINE, **SLIDING}),
+    "laguna": TinyCase("laguna", {**FINE, "shared_expert_intermediate_size": 48, **SLIDING}),
+    "solar_open": TinyCase("solar_open", {**GROUPED}),
+    "mimo_v2_flash": TinyCase("mimo_v2_flash", {**GROUPED, **SLIDING}),
+    "axk1": TinyCase(
+        "axk1",
+        {
+            **LATENT_ATTENTION,
+            "head_dim": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "flint": TinyCase("flint", {**FINE, **SLIDING}),
+    "kolibri1": TinyCase("kolibri1", {**FINE, **SLIDING}, seed=3),
 }

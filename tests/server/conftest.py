@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,13 +28,14 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.execution.grammar import Grammars
+from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.sequence import Request, SampleOutput, TokenLogprob
 from moe_serve.scheduling.stats import EngineLoad, StatsObserver, StepStats
 from moe_serve.server.app import create_app
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
+from tests.patience import PATIENCE_S
 from tests.server.scripted_model import HERMES, PLAIN_TEMPLATE, Model, start
 
 MODEL = "fake-model"
@@ -83,7 +85,7 @@ class FakeEngine:
     observer: StatsObserver | None = None
     max_model_len: int = 512
     num_pages: int = 64
-    block_size: int = 16
+    page_size: int = 16
     delay_s: float = 0.0
     failing_steps: int = 0
     """So many of the next steps with work raise."""
@@ -107,6 +109,10 @@ class FakeEngine:
         self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size, frozenset(self.tokenizer.eos_token_ids))
 
     def check_request(self, request: Request) -> None:
+        if (compiling := self.begin_check(request)) is not None:
+            compiling.result()
+
+    def begin_check(self, request: Request) -> Future[Any] | None:
         vocab = self.tokenizer.vocab_size
         if not request.prompt_token_ids:
             raise InvalidRequestError("prompt", "the prompt is empty")
@@ -116,8 +122,8 @@ class FakeEngine:
             raise InvalidRequestError("logit_bias", "token id outside the vocabulary")
         if len(request.prompt_token_ids) + (request.params.max_tokens or 1) > self.max_model_len:
             raise ContextTooLongError("prompt", "the prompt is too long")
-        if request.params.grammar is not None:
-            self.grammars.check(request.params.grammar)
+        grammar = request.params.grammar
+        return None if grammar is None else self.grammars.begin_check(grammar)
 
     def add_request(self, request: Request) -> None:
         if self.refuse_add:
@@ -152,6 +158,7 @@ class FakeEngine:
 
     def close(self) -> None:
         self.is_closed = True
+        self.grammars.close()
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         failed, self.running = self.running, []
@@ -377,10 +384,10 @@ def sentence() -> str:
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
-    """Wait until something is true; fails after two seconds."""
+    """Wait until something is true; fails after PATIENCE_S."""
 
     def wait(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"
             time.sleep(0.005)

@@ -219,7 +219,7 @@ def test_dashboard_metrics_and_engine_agree(real: tuple[Engine, TestClient]) -> 
 def test_a_cache_tells_what_it_read_and_foresaw(real: tuple[Engine, TestClient]) -> None:
     engine, client = real
     metrics, experts = sums(client.get("/metrics").text), client.get("/dashboard/data").json()["experts"]
-    if not engine.config.moe_cache_mib:
+    if not engine.config.experts.cache_mib:
         assert experts["cache"] is None
         assert "expert_load_bytes_total" not in metrics
         assert metrics["expert_cache_resident"] == 64

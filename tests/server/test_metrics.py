@@ -103,7 +103,7 @@ def test_bytes_are_told_by_tier(make: Any) -> None:
 
 
 def test_predictions_are_told_only_where_somebody_predicts(make: Any) -> None:
-    predicting = EngineConfig(moe_prefetch="next-gate")
+    predicting = EngineConfig.of(moe_prefetch="next-gate")
     assert layered(make(config=predicting), "expert_prediction_tp_total") == {
         ("1", "next-gate"): 0,
         ("3", "next-gate"): 30,

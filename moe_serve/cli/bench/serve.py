@@ -25,6 +25,7 @@ from moe_serve.loadtest.datasets import PlannedRequest, plan_requests
 from moe_serve.loadtest.flags import add_flags, dataset_options, endpoint, request_settings, summary_options
 from moe_serve.loadtest.summary import SummaryOptions, summarise, table, without_details
 from moe_serve.loadtest.vocabulary import ReadyRequest, TokenCounter, spell
+from moe_serve_base.whole_files import write_text
 
 HELP = "Measure an OpenAI-compatible server under load."
 
@@ -104,4 +105,4 @@ def _save(args: argparse.Namespace, result: dict[str, Any]) -> None:
     default = f"{args.label or args.backend}-{result['request_rate']}qps{concurrency}-{model}-{result['date']}.json"
     args.result_dir.mkdir(parents=True, exist_ok=True)
     path = args.result_dir / (args.result_filename or default)
-    path.write_text(json.dumps(result if args.save_detailed else without_details(result)), encoding="utf-8")
+    write_text(path, json.dumps(result if args.save_detailed else without_details(result)))

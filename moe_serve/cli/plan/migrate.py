@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.plan.flags import positive
+from moe_serve_base.whole_files import write_text
 
 HELP = "List the moves from one plan to another."
 
@@ -20,9 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--room", type=positive, metavar="N", help="Places per layer and GPU. Default: as many as the plans need."
     )
     parser.add_argument("--steps", type=Path, metavar="FILE", help="Write the steps here, one JSON object per line.")
+    add_force_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args, steps=args.steps)
     from moe_serve.planning import problems
     from placement.migrate import migration_steps, moved_bytes
     from placement.plan import load_plan
@@ -31,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         old, new = load_plan(args.old), load_plan(args.new)
         steps = migration_steps(old, new, args.room)
     if args.steps:
-        args.steps.write_text("".join(json.dumps(vars(step)) + "\n" for step in steps), encoding="utf-8")
+        write_text(args.steps, "".join(json.dumps(vars(step)) + "\n" for step in steps))
     expert_bytes = int(new.objective.get("expert_bytes", 1))
     counts = Counter(step.action for step in steps)
     total = moved_bytes(steps, expert_bytes)

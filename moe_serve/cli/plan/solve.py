@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.plan.flags import add_problem_flags, add_search_flags, positive
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from placement.run import Progress
 
 HELP = "Plan for a recorded trace."
+OUTPUTS = ("output", "html", "png", "sglang", "eplb")
 PROVING_FRAC = 0.4
 """Share of the time limit for the lower bound; it usually ends much earlier."""
 
@@ -41,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--model-layers", type=positive, metavar="N", help="--sglang: layers of the model, dense ones too."
     )
     group.add_argument("--eplb", type=Path, metavar="FILE", help="Write EPLB's three maps (.npz).")
+    add_force_flag(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 where no plan keeps the balance limit."""
     use_one_thread()
+    check_outputs(args, **{name: getattr(args, name) for name in OUTPUTS})
     from moe_serve.planning import problems
     from moe_serve.planning.recordings import read_recording
     from placement.report import as_table

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.plan.flags import number, positive
 from moe_serve.cli.plan.solve import use_one_thread
 
@@ -44,12 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--time-limit", type=number, default=30.0, metavar="S", help="For each candidate. Default: 30.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: 0.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write the plan to move to here, if any.")
+    add_force_flag(parser)
     parser.add_argument("--follow", type=number, metavar="S", help="Look again every S seconds, until Ctrl-C.")
 
 
 def run(args: argparse.Namespace) -> int:
     """One line of JSON per window. A plan that pays is in force from then on."""
     use_one_thread()
+    check_outputs(args, output=args.output)
     from moe_serve.planning import problems
     from placement.plan import load_plan, save_plan
 

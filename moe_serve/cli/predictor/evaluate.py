@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.errors import ConfigError
+from moe_serve_base.whole_files import whole_file, write_text
 from predictors.methods import method_names
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="Of the split and of training. Default: 0.")
     parser.add_argument("--json", metavar="FILE", type=Path, help="Also write everything, by layer too, as JSON.")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="Also draw recall over layers.")
+    add_force_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for percent in args.capacity:
         print("\n" + _replay_table(percent, report, args.expert_mib))
     if args.json:
-        args.json.write_text(json.dumps(_as_json(args, report), indent=1) + "\n")
+        write_text(args.json, json.dumps(_as_json(args, report), indent=1) + "\n")
     if args.plot:
         _plot(args.plot, report)
     return 0
@@ -88,9 +91,7 @@ def _check(args: argparse.Namespace) -> None:
     for value in (*args.lookahead, args.limit_tokens or 1):
         if value < 1:
             raise ConfigError(f"--lookahead, --limit-tokens: give 1 or more, not {value}")
-    for path in filter(None, (args.json, args.plot)):
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: its folder does not exist; create it first")
+    check_outputs(args, json=args.json, plot=args.plot)
     if args.plot:
         from moe_serve.cli.replay import require_matplotlib
 
@@ -185,4 +186,5 @@ def _plot(path: Path, report: Report) -> None:
     by_layer.legend()
     for axes in (by_layer, by_distance):
         axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.errors import ConfigError
 from predictors.methods import method_names
@@ -30,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--model", metavar="FOLDER", help="The checkpoint that was traced, if TRACE does not name its fingerprint."
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="Of the training. Default: 0.")
+    add_force_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {args.output}: its folder does not exist; create it first")
+    check_outputs(args, output=args.output)
     from predictors import files
     from predictors.methods import find_method
     from predictors.predictor import Training

@@ -6,9 +6,12 @@ client sees a pause. A request that sees MAX_LOSSES of them ends with an error: 
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, InvalidRequestError
+from moe_serve.grammars.matcher import Place
 from moe_serve.parallel.front.team import RankLostError, TeamState
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
@@ -48,11 +51,11 @@ class ParallelEngine(Engine):
             return None
         return Trouble(str(self.team.state), self.team.trouble, self.team.failed)
 
-    def check_request(self, request: Request) -> None:
-        """As Engine.check_request. Ranks send no scores of prompts: those have a row of logits per token."""
-        super().check_request(request)
+    def begin_check(self, request: Request) -> Future[Place] | None:
+        """As Engine.begin_check. Ranks send no scores of prompts: those have a row of logits per token."""
         if request.params.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs", "log-probabilities of prompts work on one device only so far")
+        return super().begin_check(request)
 
     def place(self, plan: PlacementPlan) -> None:
         """Between two steps: experts live where `plan` says, on all ranks or, after an error, on none.

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.expert_plans import Hosts
+from moe_serve_base.whole_files import whole_file
 
 BALANCE_TOKENS = 512
 """A rank this many tokens ahead of another is not given a sequence that it suits better."""
@@ -80,7 +81,8 @@ def count_uses(tokens: Counts, ids: Counts, vocab_size: int, num_experts: int) -
 
 def save_uses(path: Path, counts: Counts) -> None:
     """As --ep-predictor reads it."""
-    np.savez_compressed(path, token_experts=counts.astype(np.uint32), allow_pickle=False)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, token_experts=counts.astype(np.uint32), allow_pickle=False)
 
 
 def load_uses(path: str, vocab_size: int, num_layers: int, num_experts: int) -> Counts:

@@ -120,7 +120,7 @@ class Team:
                     continue
                 if answer["op"] == "failed":
                     raise _error_of(rank, answer)
-                self.engine_config, self.layers = EngineConfig(**answer["engine"]), tuple(answer["layers"])
+                self.engine_config, self.layers = EngineConfig.from_dict(answer["engine"]), tuple(answer["layers"])
                 del waiting[rank]
             self._check_starting(deadline)
         with self._changed:

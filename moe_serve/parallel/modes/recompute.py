@@ -160,7 +160,7 @@ class RecomputingRunner:
     def run(self, step: RankStep) -> Outcome:
         self._runner.relieve_memory()
         config, device = self._runner.config, self._runner.device
-        batch = forward_batch.make(step.plan, config.block_size, device, GroupLimits())
+        batch = forward_batch.make(step.plan, config.kv.page_size, device, GroupLimits())
         homes = home_ranks(step, device)
         self._layers.begin(homes, batch.sample_rows)
         self._tap.begin(step.routes, (homes == self._rank).nonzero()[:, 0])

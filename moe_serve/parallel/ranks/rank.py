@@ -41,7 +41,8 @@ def main() -> int:
     threading.Thread(target=heart.beat, daemon=True).start()
     try:
         settings = channel.receive(timeout_s=60)
-        _serve(channel, heart, place, EngineConfig(**settings["engine"]), ParallelConfig(**settings["parallel"]))
+        config, parallel = EngineConfig.from_dict(settings["engine"]), ParallelConfig.from_dict(settings["parallel"])
+        _serve(channel, heart, place, config, parallel)
     except (ChannelClosed, TimeoutError):
         return 0
     except Exception as error:

@@ -5,7 +5,6 @@ Knows settings and modules; knows no front and no messages.
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import timedelta
 
 import torch
@@ -39,11 +38,11 @@ def join_group(place: RankAddress, parallel: ParallelConfig, config: EngineConfi
 
 def load(config: EngineConfig, parallel: ParallelConfig, place: RankAddress) -> tuple[ModelRunner, ExpertShare]:
     """This rank's runner, whose pages are as many as the smallest rank has room for. ConfigError."""
-    if config.moe_prefetch != "off":
+    if config.experts.prefetch != "off":
         raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
-    if config.moe_cache_manager == "device":
+    if config.experts.cache_manager == "device":
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
-    config = dataclasses.replace(config, device=_device_of(config, place), moe_cache_manager="host", enforce_eager=True)
+    config = config.replace(device=_device_of(config, place), moe_cache_manager="host", enforce_eager=True)
     eos = frozenset(eos_token_ids(config.model))
     runner, spec = load_runner(config, eos)
     local = runner.expert_layers

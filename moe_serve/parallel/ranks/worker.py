@@ -44,9 +44,9 @@ class Worker:
     def __init__(self, place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> None:
         self._runner, self._shared = rank_model.load(config, parallel, place)
         pages, context = rank_model.smallest(
-            [self._runner.config.num_kv_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
+            [self._runner.config.kv.num_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
         )
-        self.config = dataclasses.replace(self._runner.config, num_kv_pages=pages, max_model_len=context)
+        self.config = self._runner.config.replace(num_kv_pages=pages, max_model_len=context)
         self.layers = self._shared.layers
         mode = MODES[parallel.ep_mode](self._runner, self._shared)
         size = parallel.ranks_per_group

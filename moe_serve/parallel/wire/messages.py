@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
-from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.scheduling.sequence import (
+    Closeable,
+    GrammarKind,
+    GrammarSpec,
+    Request,
+    SamplingParams,
+    Sequence,
+    TokenLogprob,
+)
 
 Sampled = tuple[int, TokenLogprob | None]
 
@@ -102,13 +110,15 @@ class RankStep:
 class StepReader:
     """A rank's side: messages as plans over mirrored sequences."""
 
-    start_grammar: Callable[[GrammarSpec], object]
+    start_grammar: Callable[[GrammarSpec], Closeable]
     """Makes the matcher of a sequence with a grammar."""
     _sequences: dict[int, Sequence] = field(default_factory=dict)
 
     def read(self, message: Mapping[str, Any]) -> RankStep:
         for key in message["gone"]:
-            del self._sequences[key]
+            gone = self._sequences.pop(key)
+            if gone.matcher is not None:
+                gone.matcher.close()
         for entry in message["new"]:
             seq = self._sequences[entry["key"]] = _mirror(entry)
             if seq.params.grammar is not None:

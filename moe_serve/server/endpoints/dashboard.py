@@ -142,8 +142,8 @@ def _cache(window: Interval, report: ExpertReport, config: EngineConfig) -> dict
     residency, counts = report.residency, report.counts
     hits = int(counts["hits"].sum())
     return {
-        "policy": config.moe_cache_policy,
-        "prefetch": config.moe_prefetch,
+        "policy": config.experts.cache_policy,
+        "prefetch": config.experts.prefetch,
         "num_slots": residency.num_slots,
         "capacity_bytes": residency.num_slots * residency.slot_bytes,
         "used_bytes": residency.used_bytes,

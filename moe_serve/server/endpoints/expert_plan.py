@@ -56,7 +56,7 @@ class ExpertPlanBody(Body):
 
 
 def add(app: FastAPI, service: TheService) -> None:
-    """The routes, and where there are ranks the metrics and what --expert-plan-interval asks for."""
+    """The routes, and where there are ranks the metrics and what --expert-plan-interval-s asks for."""
     app.include_router(router)
     app.state.placement = None
     if service.ranks is not None:
@@ -122,9 +122,9 @@ def _any_trace(shape: RoutingShape) -> RoutingTrace:
 
 
 def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: LivePlacement) -> None:
-    """A task beside the application, where --expert-plan-interval asks for one."""
+    """A task beside the application, where --expert-plan-interval-s asks for one."""
     parallel, inner = engine.team.parallel, app.router.lifespan_context
-    interval_s = parallel.expert_plan_interval
+    interval_s = parallel.expert_plan_interval_s
     if interval_s is None:
         return
 

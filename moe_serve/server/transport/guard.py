@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 def guard(app: ASGIApp, config: ServerConfig, keys: frozenset[str]) -> ASGIApp:
     """The layers around the application; a request passes them from the last one here to the first."""
-    app = BodyLimit(app, int(config.max_body_mib * MIB), config.read_timeout)
+    app = BodyLimit(app, int(config.max_body_mib * MIB), config.read_timeout_s)
     if keys:
         app = Auth(app, keys)
     if config.allowed_origins:  # outside Auth: a browser asks for permission before it shows its key

@@ -41,7 +41,7 @@ def serve_until_told(
 ) -> FrontDoor:
     """Serve until SIGTERM or SIGINT, or until `load` fails. What is behind the door then, the door knows."""
     door = FrontDoor(load, lambda: _end(server))
-    server = DrainingServer(_uvicorn_config(guard(door, config, keys), config), door, config.shutdown_timeout)
+    server = DrainingServer(_uvicorn_config(guard(door, config, keys), config), door, config.shutdown_timeout_s)
     asyncio.run(server.serve(sockets=[bound]))
     return door
 
@@ -53,7 +53,7 @@ def _end(server: DrainingServer) -> None:
 def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=connection_class(config.read_timeout, config.write_timeout, raise_file_limit()),
+        http=connection_class(config.read_timeout_s, config.write_timeout_s, raise_file_limit()),
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=LISTEN_BACKLOG,

@@ -5,7 +5,6 @@ Knows AsyncEngine and what an answer's shape can do; knows no fields of any API.
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -51,7 +50,7 @@ async def answer(
         if request.params.grammar is None:
             service.engine.core.check_request(request)
         else:  # compiling may take a while, and the others must not wait
-            await asyncio.to_thread(service.engine.core.check_request, request)
+            await unless_disconnected(http, service.engine.check(request))
     request_log.note(http, merger, service.tokenizer if service.log_requests else None)
     headers = {"X-Request-Id": merger.requests[0].request_id}
     try:

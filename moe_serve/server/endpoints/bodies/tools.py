@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.execution.grammar import JSON_WHITESPACE
+from moe_serve.grammars.whitespace import JSON_WHITESPACE
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.server.endpoints.bodies.json_types import Flag
 from moe_serve.server.endpoints.bodies.structured import schema_grammar

@@ -1,0 +1,83 @@
+"""ServerConfig: the HTTP side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_serve.config.settings import Settings, option
+
+LOGS = "Logs, tracing and recordings"
+
+
+@dataclass(frozen=True)
+class ServerConfig(Settings):
+    """Who may reach the server, how long connections last, and what is written down."""
+
+    HEADING: ClassVar[str] = "HTTP"
+
+    host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on every interface.")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.", bound="not negative")
+    served_model_name: str | None = option(
+        None, "The model's name for clients. Default: the folder's name, or the model id of a hub cache."
+    )
+    dashboard: bool = option(True, "Serve the live page at /dashboard.")
+    api_key: tuple[str, ...] = option(
+        (),
+        "Key that clients must send as `Authorization: Bearer KEY`; may be repeated. Other users of this machine can"
+        " read it in the process list: --api-key-file and the variable MOE_SERVE_API_KEY are safer.",
+        secret=True,
+    )
+    api_key_file: str | None = option(None, "File with one API key per line.")
+    allowed_origins: tuple[str, ...] = option(
+        (), "Web origin whose pages may call this server (CORS); may be repeated. * allows all."
+    )
+    max_body_mib: float = option(
+        32.0, "Largest request body in MiB; the server refuses larger ones with 413.", bound="positive"
+    )
+    read_timeout_s: float = option(
+        30.0,
+        "Longest time in seconds for a client to send its headers, and again for its body.",
+        bound="positive",
+        aliases=("read_timeout",),
+    )
+    write_timeout_s: float = option(
+        60.0,
+        "Disconnect a client that reads nothing for this long, in seconds, while its answer waits.",
+        bound="positive",
+        aliases=("write_timeout",),
+    )
+    shutdown_timeout_s: float = option(
+        30.0,
+        "Time in seconds for running requests to finish after SIGTERM or Ctrl+C.",
+        bound="not negative",
+        aliases=("shutdown_timeout",),
+    )
+    log_format: str = option("text", "Format of log lines. json: one object per line.", ("text", "json"), heading=LOGS)
+    log_requests: bool = option(
+        False, "Log prompts and sampling parameters. They are never logged otherwise.", heading=LOGS
+    )
+    disable_log_stats: bool = option(False, "Do not log throughput every ten seconds.", heading=LOGS)
+    uvicorn_log_level: str = option(
+        "info", "Log level of the HTTP server.", ("critical", "error", "warning", "info", "debug"), heading=LOGS
+    )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of an OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318/v1/traces); every request"
+        " becomes a span there. Needs the extra moe-serve[otel]. Default: no tracing.",
+        heading=LOGS,
+    )
+    recording_dir: str | None = option(
+        None,
+        "Folder for recordings of routing (POST /dump_expert_distribution_record). Default: none are made.",
+        heading=LOGS,
+    )
+    recording_buffer_tokens: int = option(
+        65536, "A recording of routing keeps this many of the newest tokens.", bound="positive", heading=LOGS
+    )
+
+    def no_effect(self) -> str | None:
+        default = type(self).__dataclass_fields__["recording_buffer_tokens"].default
+        if self.recording_dir is None and self.recording_buffer_tokens != default:
+            return "--recording-buffer-tokens has no effect without --recording-dir"
+        return None

@@ -1,0 +1,1 @@
+"""What runs in the processes that compile and follow grammars. Imports no torch and no numpy."""

@@ -1,0 +1,110 @@
+"""The zygote: a small process that has llguidance and the tokenizer loaded, and forks one process per grammar.
+
+    python -m moe_serve.grammars.compiler.zygote CONTROL VOCABULARY
+
+Both are inherited file descriptors: a SOCK_SEQPACKET socket, and a file of JSON. The server asks for a fork, which
+takes milliseconds, or for the end of a process. When its socket closes, the zygote ends and takes all with it.
+It has one thread, so that a fork is safe. Ctrl-C and SIGTERM go to the server, which still needs its grammars.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from llguidance import LLTokenizer
+
+from moe_serve.grammars.compiler import child, limits
+
+CONTROL_BYTES = 1 << 12
+
+
+class Zygote:
+    """Answers the server until it goes."""
+
+    def __init__(self, control: socket.socket, tokenizer: LLTokenizer) -> None:
+        self._control = control
+        self._tokenizer = tokenizer
+        self._running: set[int] = set()
+        self._ended: dict[int, int] = {}
+        """Wait status of processes that ended before the server asked for it."""
+
+    def serve(self) -> None:
+        """Return when the server has gone; no process is left then."""
+        wake, woken = socket.socketpair()
+        for end in (wake, woken):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake.fileno())
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ, self._answer)
+            selector.register(woken, selectors.EVENT_READ, lambda: self._reap(woken))
+            while all([key.data() for key, _ in selector.select()]):
+                pass
+        for pid in list(self._running):
+            self._end(pid)
+
+    def _answer(self) -> bool:
+        message, fds, _, _ = socket.recv_fds(self._control, CONTROL_BYTES, 1)
+        if not message:
+            return False
+        request = json.loads(message)
+        reply = self._fork(request, fds[0]) if request["op"] == "fork" else self._end(request["pid"])
+        with suppress(OSError):  # the next read tells that the server has gone
+            self._control.send(str(reply).encode())
+        return True
+
+    def _fork(self, request: dict[str, int], fd: int) -> int:
+        pid = os.fork()
+        if not pid:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._control.close()
+            child.run(socket.socket(fileno=fd), self._tokenizer, request["memory_bytes"], request["cpu_s"])
+        os.close(fd)
+        self._running.add(pid)
+        return pid
+
+    def _end(self, pid: int) -> int:
+        """Kill a process unless it has ended by itself; its wait status."""
+        if pid in self._running:
+            os.kill(pid, signal.SIGKILL)
+            self._running.remove(pid)
+            self._ended[pid] = os.waitpid(pid, 0)[1]
+        return self._ended.pop(pid, 0)
+
+    def _reap(self, woken: socket.socket) -> bool:
+        with suppress(BlockingIOError):
+            woken.recv(CONTROL_BYTES)
+        for pid in list(self._running):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                self._running.remove(pid)
+                self._ended[pid] = status
+        return True
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    control_fd, vocabulary_fd = map(int, sys.argv[1:])
+    with open(vocabulary_fd, encoding="utf-8") as file:
+        vocabulary = json.load(file)
+    tokenizer = LLTokenizer(vocabulary["tokenizer"], n_vocab=vocabulary["size"], eos_token=vocabulary["eos"])
+    del vocabulary
+    limits.no_core_dumps()
+    gc.collect()
+    gc.freeze()
+    control = socket.socket(fileno=control_fd)
+    control.send(b"ready")
+    Zygote(control, tokenizer).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""GrammarProcess: one grammar's process as the server sees it. Compiles once, then gives masks, step by step.
+
+Knows its socket and how it may end; knows no queue and no sequences.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import select
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_serve.grammars import wire
+from moe_serve.grammars.processes import Zygote
+from moe_serve.grammars.refusal import RefusedError
+
+STEP_S = 10.0
+"""A step's masks take milliseconds; a process that needs this long is ended."""
+ENDS = {
+    signal.SIGSEGV: "it is nested too deeply",
+    signal.SIGBUS: "it is nested too deeply",
+    signal.SIGABRT: "it takes more than {mib} MiB",
+    signal.SIGXCPU: "it takes longer than {s:g} s",
+    signal.SIGKILL: "the system ended its process, which happens when memory is short",
+}
+
+
+class ProcessEndedError(Exception):
+    """The process of a grammar has ended; the message says why."""
+
+
+class TooSlowError(Exception):
+    """The process did not answer in time."""
+
+
+class GrammarProcess:
+    """One forked process. `begin` and `forget` from any thread; `ask` and `hear` from one at a time."""
+
+    def __init__(self, zygote: Zygote, memory_mib: int, most_s: float) -> None:
+        """Fork it. `most_s`: CPU seconds that compiling may take, whatever the caller does."""
+        self._zygote = zygote
+        self._limits = {"mib": memory_mib, "s": most_s}
+        self._pid, self._channel = zygote.fork(memory_mib << 20, int(most_s) + 1)
+        self._lock = threading.Lock()
+        """Of the followers; never held while the process is asked."""
+        self._ids = itertools.count()
+        self._forgotten: deque[int] = deque()
+        self._end: str | None = None
+        self.num_followers = 0
+        """Sequences that follow this grammar now."""
+        self.kib = 0
+        """Memory of its own, at most so far."""
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    def compile(self, kind: str, text: str, limit_s: float) -> None:
+        """RefusedError, ProcessEndedError, or TooSlowError after `limit_s`; the caller ends the process then."""
+        deadline_s = time.monotonic() + limit_s
+        try:
+            self._channel.settimeout(limit_s)
+            wire.send(self._channel, json.dumps({"kind": kind, "text": text}).encode())
+            answer = wire.receive(self._channel, deadline_s)
+        except TimeoutError as error:
+            raise TooSlowError from error
+        except (EOFError, OSError) as error:
+            raise ProcessEndedError(self.close()) from error
+        refused, self.kib = wire.unpack_words(answer[: 2 * wire.WORD_BYTES])
+        if refused:
+            raise RefusedError(answer[2 * wire.WORD_BYTES :].decode(errors="replace"))
+
+    def begin(self) -> int:
+        """A matcher's number; it begins with the first step that names it."""
+        with self._lock:
+            self.num_followers += 1
+            return next(self._ids)
+
+    def forget(self, matcher: int) -> None:
+        """The matcher is not used any more."""
+        with self._lock:
+            self.num_followers -= 1
+            self._forgotten.append(matcher)
+
+    def is_alive(self) -> bool:
+        """Whether it can be asked; it may have ended by itself since it last was."""
+        if self._end is not None:
+            return False
+        hung_up = select.poll()
+        hung_up.register(self._channel, 0)  # POLLHUP is told whatever is asked for
+        return not hung_up.poll(0)
+
+    def ask(self, rows: Sequence[tuple[int, Sequence[int]]], num_words: int) -> None:
+        """Have it compute the masks of `rows` (see wire.Step). ProcessEndedError: it has ended."""
+        forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+        self._require_alive()
+        try:
+            self._channel.settimeout(STEP_S)
+            wire.send(self._channel, wire.Step(num_words, rows, forgotten).pack())
+        except OSError as error:
+            raise ProcessEndedError(self.close()) from error
+
+    def hear(self, masks: NDArray[np.int32]) -> dict[int, str]:
+        """Write what was asked for into `masks` [rows, words]; errors by row, whose masks mean nothing."""
+        self._require_alive()
+        deadline_s = time.monotonic() + STEP_S
+        try:
+            head = bytearray((1 + len(masks)) * wire.WORD_BYTES)
+            wire.receive_into(self._channel, memoryview(head), deadline_s)
+            self.kib, *lengths = wire.unpack_words(head)
+            return self._read_rows(masks, lengths, deadline_s)
+        except TimeoutError as error:
+            self.close()
+            self._end = f"a step took longer than {STEP_S:g} s"
+            raise ProcessEndedError(self._end) from error
+        except (EOFError, OSError) as error:
+            raise ProcessEndedError(self.close()) from error
+
+    def _read_rows(self, masks: NDArray[np.int32], lengths: Sequence[int], deadline_s: float) -> dict[int, str]:
+        if not any(lengths):
+            wire.receive_into(self._channel, masks.data.cast("B"), deadline_s)
+            return {}
+        errors = {}
+        for row, length in enumerate(lengths):
+            if length:
+                text = bytearray(length)
+                wire.receive_into(self._channel, memoryview(text), deadline_s)
+                errors[row] = text.decode(errors="replace")
+            else:
+                wire.receive_into(self._channel, masks[row].data.cast("B"), deadline_s)
+        return errors
+
+    def _require_alive(self) -> None:
+        if self._end is not None:
+            raise ProcessEndedError(self._end)
+
+    def kill(self) -> None:
+        """End it while another thread waits for its answer; that thread gets ProcessEndedError."""
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> str:
+        """End it, if it has not ended by itself; why it ended."""
+        if self._end is None:
+            self._end = "it was closed"
+            self._channel.close()
+            status = self._zygote.end(self._pid)
+            self._end = self._reason(status)
+        return self._end
+
+    def _reason(self, status: int) -> str:
+        number = status & 0x7F
+        if not number:
+            return f"its process ended with status {status >> 8}"
+        name = signal.Signals(number).name
+        return f"{ENDS.get(signal.Signals(number), 'its process was ended').format(**self._limits)} ({name})"
