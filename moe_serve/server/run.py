@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 from moe_serve import __version__
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
+from moe_serve.config.model_folder import model_id_of
 from moe_serve.errors import ConfigError, EngineDeadError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.monitoring import logs
 from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys
 from moe_serve.server.transport.guard import warn_if_open
+from moe_serve.server.transport.listening import bind
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,7 +42,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     keys = read_keys(server_config)
     warn_if_open(server_config, keys)
     tracing = _tracing(server_config)
-    bound = serving.bind(server_config)  # before the slow part, so that a taken port is found at once
+    bound = bind(server_config)  # before the slow part, so that a taken port is found at once
     port = bound.getsockname()[1]
     load = partial(_load, server_config, engine_config, parallel_config, port, tracing)
     door = serving.serve_until_told(bound, server_config, keys, load)
@@ -121,9 +123,11 @@ def _keep_for_good() -> None:
 
 
 def model_name_of(folder: str) -> str:
-    """The folder's name; the embedded demo's folder is just called `model`."""
+    """A model id where the folder is in the hub's cache, else its name; the demo's folder is just called `model`."""
     path = Path(folder).resolve()
-    return "moe-serve-demo" if path == Path(__file__).resolve().parents[1] / "demo" / "model" else path.name
+    if path == Path(__file__).resolve().parents[1] / "demo" / "model":
+        return "moe-serve-demo"
+    return model_id_of(folder) or path.name
 
 
 def _log_engine(engine: Engine, seconds: float) -> None:

@@ -12,13 +12,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from moe_serve.config import ServerConfig
+from moe_serve.config.units import MIB
 from moe_serve.server.monitoring.access_log import ID_HEADER, AccessLog
 from moe_serve.server.transport.auth import Auth
 from moe_serve.server.transport.body_limit import BodyLimit
 
 log = logging.getLogger(__name__)
-
-MIB = 1 << 20
 
 
 def guard(app: ASGIApp, config: ServerConfig, keys: frozenset[str]) -> ASGIApp:

@@ -12,28 +12,13 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
-from moe_serve.config import ServerConfig, flag_name
-from moe_serve.errors import ConfigError
+from moe_serve.config import ServerConfig
 from moe_serve.server.transport.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
 from moe_serve.server.transport.draining import DrainingServer
 from moe_serve.server.transport.guard import guard
 from moe_serve.server.transport.loading_app import FrontDoor
 
 LISTEN_BACKLOG = 2048
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """The listening socket. ConfigError: it cannot be had."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((config.host, config.port))
-    except OSError as error:
-        bound.close()
-        message = f"cannot listen on {config.host} port {config.port} ({error.strerror}); choose another"
-        raise ConfigError(f"{message} with {flag_name('port')}") from error
-    return bound
 
 
 def serve_until_told(
