@@ -22,6 +22,7 @@ BENCH_ARGS ?= --num-prompts 64 --request-rate 8 --random-input-len 128 --random-
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CPP := $(wildcard kernels/moe_serve_kernels/cpu/native/*/*.[chi]*)
 
 .DELETE_ON_ERROR:
 .PHONY: serve test check lint types fix bench clean
@@ -39,6 +40,7 @@ check: lint types test
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 types: $(READY)
 	$(BIN)/mypy --strict
@@ -46,6 +48,7 @@ types: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # BENCH_PORT is not serve's port, so a running server is neither measured nor disturbed by accident.
 bench: $(READY)
@@ -58,7 +61,7 @@ clean:
 
 # torch comes first and alone, so that TORCH_INDEX is asked for nothing else; where that index cannot
 # be reached, pip says so and takes the build it finds elsewhere.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/moe_serve_kernels/cpu/native/*/*.[chi]*)
+$(READY): pyproject.toml constraints.txt setup.py $(CPP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'moe-serve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

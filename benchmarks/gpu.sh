@@ -58,5 +58,5 @@ part tests "$python" -m pytest -q -m gpu -n 8 -c /dev/null --rootdir . --import-
 part cached "$python" benchmarks/bench_cached_layer.py --json "$out/cached.json"
 part engine "$python" benchmarks/bench_gpu_engine.py --json "$out/engine.json"
 part bench "$python" benchmarks/bench_kernels.py --json "$out/bench.json"
-part compile "$python" -m moe_serve_kernels.compile_check
+part compile "$python" -m tests.support.compile_check
 exit $failed

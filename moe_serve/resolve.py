@@ -12,13 +12,13 @@ import torch
 from expert_cache.gpu_managed.layout import device_bytes
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
 
-MIB = 1 << 20
 KV_SHARE_OF_FREE = 0.25
 EXPERT_SHARE_OF_FREE = 0.70
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 LONGEST = ("test_gpu_interpreted.py", "test_parallel.py")
@@ -14,6 +15,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+def pytest_configure() -> None:
+    """Examples have no time limit of their own: what a busy machine does to them says nothing."""
+    hypothesis.settings.register_profile(
+        "beside other work", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("beside other work")
 
 
 def _has_gpu() -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_model_argument
 from moe_serve.cli.outputs import check_outputs
 from moe_serve.errors import ConfigError
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.model = preflight.check_model(args.model)
     from tqdm import tqdm
 
     from moe_serve.quantization.writing import num_matrices, write_quantized

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from expert_cache.policies import policy_names
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import KINDS, read_traces
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError, TraceFileError
 from moe_serve_base.whole_files import whole_file, write_text
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 HELP = "Judge expert-cache policies on recorded routing, without a device."
 POOLS = ("per-layer", "global", "quota")
-MIB = 1 << 20
 LACKING = {
     "popularity": "--profile TRACE: its ranking comes from an earlier trace",
     "forecast": "a predictor's forecasts, which a trace does not hold; leave it out",

@@ -28,7 +28,7 @@ class ServerConfig(Settings):
         " read it in the process list: --api-key-file and the variable MOE_SERVE_API_KEY are safer.",
         secret=True,
     )
-    api_key_file: str | None = option(None, "File with one API key per line.")
+    api_key_file: str | None = option(None, "File with one API key per line.", metavar="FILE")
     allowed_origins: tuple[str, ...] = option(
         (), "Web origin whose pages may call this server (CORS); may be repeated. * allows all."
     )
@@ -65,11 +65,13 @@ class ServerConfig(Settings):
         None,
         "URL of an OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318/v1/traces); every request"
         " becomes a span there. Needs the extra moe-serve[otel]. Default: no tracing.",
+        metavar="URL",
         heading=LOGS,
     )
     recording_dir: str | None = option(
         None,
         "Folder for recordings of routing (POST /dump_expert_distribution_record). Default: none are made.",
+        metavar="FOLDER",
         heading=LOGS,
     )
     recording_buffer_tokens: int = option(

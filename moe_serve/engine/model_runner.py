@@ -20,6 +20,7 @@ from expert_cache.report import ExpertReport
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
+from moe_serve.config.units import MIB
 from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.execution import forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
@@ -105,7 +106,7 @@ class ModelRunner:
         slot_bytes = build.slot_bytes_of(self.config, cache.store)
         slots = build.num_slots(moe_cache_mib, cache.store, slot_bytes)
         if slots < 1:
-            least = -(-slot_bytes // resolve.MIB)
+            least = -(-slot_bytes // MIB)
             raise InvalidRequestError("mib", f"{moe_cache_mib} MiB do not hold a single expert; give at least {least}")
         cache.resize(slots)
         assert self._guard is not None

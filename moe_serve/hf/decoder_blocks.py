@@ -17,7 +17,7 @@ from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf.dense import StoredLinear
 from moe_serve.hf.family import Family
 from moe_serve.hf.routers import correction_of
-from moe_serve_kernels.cpu.decode_step import MOST_CHOICES
+from moe_serve_kernels.cpu.decode_step import most_choices
 from moe_serve_kernels.cpu.decoder import DecoderBlock, DecoderShape, Latents
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
@@ -35,7 +35,7 @@ def why_not(family: Family, config: Any) -> str | None:
     if not family.plain_layers:
         return f"{config.model_type}'s layers are not plain"
     routing = family.routing(config)
-    if routing is None or routing.top_k > MOST_CHOICES:
+    if routing is None or routing.top_k > most_choices():
         return "its router chooses in another way"
     if getattr(config, "clip_qkv", None) is not None:
         return "queries and keys are clipped"

@@ -20,7 +20,7 @@ from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf import decoder_blocks
 from moe_serve.hf.loading import LoadedModel
 from moe_serve_kernels.cpu import decode_step
-from moe_serve_kernels.cpu.decode_step import MOST_TOKENS, DecodeStep
+from moe_serve_kernels.cpu.decode_step import DecodeStep, most_tokens
 from moe_serve_kernels.cpu.decoder import DecodeInputs
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from predictors.methods.next_gate import Router
@@ -78,7 +78,7 @@ class WholeSteps:
 
     def takes(self, batch: ForwardBatch) -> bool:
         """Every sequence decodes one token, and they are few."""
-        return batch.num_tokens <= MOST_TOKENS and not batch.prefill_runs and len(batch.decode_groups) == 1
+        return batch.num_tokens <= most_tokens() and not batch.prefill_runs and len(batch.decode_groups) == 1
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [rows to sample, V] of a batch that `takes` takes; overwritten by the next step of as many tokens."""

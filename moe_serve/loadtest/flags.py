@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_serve.errors import ConfigError
+from moe_serve.loadtest.api_key import add_key_flag
 from moe_serve.loadtest.datasets import DATASETS, DatasetOptions
 from moe_serve.loadtest.summary import GOODPUT_METRICS, METRIC_TITLES, SummaryOptions
 
@@ -49,13 +50,16 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--endpoint", metavar="PATH", help="Default: /v1/completions, or /v1/chat/completions for openai-chat."
     )
+    add_key_flag(group)
     group.add_argument("--model", metavar="NAME", help="Model to ask for. Default: the server's first.")
     group.add_argument(
+        "--ready-check-timeout-s",
         "--ready-check-timeout-sec",
+        dest="ready_check_timeout_s",
         type=float,
         default=0.0,
         metavar="S",
-        help="Wait this long for the server. Default: 0.",
+        help="Longest wait for the server to be ready, in seconds. Default: 0.",
     )
 
 

@@ -36,6 +36,7 @@ from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve.expert_routes.live_predictor import LivePredictor
 from moe_serve.hf.activations import ActivationOf
@@ -44,7 +45,6 @@ from moe_serve.offload import deepspeed_io
 from moe_serve.offload.cpu_compute import cpu_compute
 from moe_serve.offload.gpu_managed import device_cache
 from moe_serve.offload.host_side import host_side
-from moe_serve.resolve import MIB
 from moe_serve.spec import ModelSpec
 from moe_serve_base.extensions import ExtensionError
 from moe_serve_kernels.cpu.expert_mlp import Activation

@@ -19,7 +19,9 @@ class ParallelConfig(Settings):
         1, "Number of ranks: processes with a device each, which divide the experts among them.", bound="positive"
     )
     expert_plan: str | None = option(
-        None, "Placement made by `moe-serve plan`: which rank holds which expert. Default: equal contiguous runs."
+        None,
+        "Placement made by `moe-serve plan`: which rank holds which expert. Default: equal contiguous runs.",
+        metavar="FILE",
     )
     ep_mode: str = option(
         "conventional",
@@ -43,6 +45,7 @@ class ParallelConfig(Settings):
         None,
         "File that `moe-serve predictor tokens` made from a trace of this model (.npz): how often each token id used"
         " each expert. A new sequence then lives on the rank that is expected to hold its experts.",
+        metavar="FILE",
     )
     expert_plan_interval_s: float | None = option(
         None,

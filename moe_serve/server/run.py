@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 import time
 from functools import partial
@@ -21,6 +20,8 @@ import uvicorn
 
 from moe_serve import __version__
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
+from moe_serve.config.model_folder import model_id_of
+from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.endpoints import probes, ranks
@@ -28,6 +29,7 @@ from moe_serve.server.monitoring import logs
 from moe_serve.server.transport.auth import read_keys
 from moe_serve.server.transport.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
 from moe_serve.server.transport.draining import DrainingServer
+from moe_serve.server.transport.listening import bind
 from moe_serve.server.transport.loading_app import FrontDoor
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     keys = read_keys(server_config)
     probes.warn_if_open(server_config, keys)
     tracing = _tracing(server_config)
-    bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
+    bound = bind(server_config)  # before the slow part, so that a taken port is found at once
     door = FrontDoor(
         partial(_load, server_config, engine_config, parallel_config, bound.getsockname()[1], tracing),
         lambda: _end(server),
@@ -146,22 +148,11 @@ def _keep_for_good() -> None:
 
 
 def model_name_of(folder: str) -> str:
-    """The folder's name; the embedded demo's folder is just called `model`."""
+    """A model id where the folder is in the hub's cache, else its name; the demo's folder is just called `model`."""
     path = Path(folder).resolve()
-    return "moe-serve-demo" if path == Path(__file__).resolve().parents[1] / "demo" / "model" else path.name
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((config.host, config.port))
-    except OSError as error:
-        bound.close()
-        message = f"cannot listen on {config.host} port {config.port} ({error.strerror}); choose another"
-        raise ConfigError(f"{message} with {flag_name('port')}") from error
-    return bound
+    if path == MODEL:
+        return "moe-serve-demo"
+    return model_id_of(folder) or path.name
 
 
 def _log_engine(engine: Engine, seconds: float) -> None:

@@ -70,6 +70,7 @@ def test_every_setting_round_trips_by_each_of_its_names(config: type[Settings], 
     beside = [word for name, other in others.items() for word in _argv(name, other)]
     for name in (setting.name, *setting.aliases):
         found = config_from_args(_parse(config, [*_argv(name, value), *beside]), config)
+        assert dataclasses.is_dataclass(found)
         assert _value(found, setting) == value
         assert found == config.of(**{name: value, **others})
         assert found == config.from_dict(dataclasses.asdict(found)), "as ranks get it"

@@ -58,7 +58,7 @@ def main() -> None:
     job = json.loads(Path(next(arg for arg in sys.argv[1:] if arg.endswith(".json"))).read_text())
     place = read_place()
     rank_model.join_group(
-        place, ParallelConfig(devices=place.world_size, rank_step_s=60), EngineConfig.of(device="cpu")
+        place, ParallelConfig(devices=place.world_size, rank_step_s=300), EngineConfig.of(device="cpu")
     )
     check_group_wire(place)
     results: list[dict[str, Any]] = []

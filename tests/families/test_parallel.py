@@ -39,7 +39,7 @@ FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss")
 CONVENTIONAL, COHERENT = ({"ep_mode": mode} for mode in ("conventional", "coherent"))
 GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
 RANKS = int(os.environ.get("MOE_SERVE_TEST_RANKS", "2"))
-LAUNCH_S = 120 * RANKS
+LAUNCH_S = 400 * RANKS
 
 
 def launch(command: list[str], cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

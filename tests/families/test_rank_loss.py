@@ -29,10 +29,9 @@ def _ranks_find_this_tree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(folder: Path, **settings: Any) -> LLM:
-    return LLM(str(folder), **{**SMALL_ENGINE, "devices": 2, "rank_start_s": 120.0, **settings})
+    return LLM(str(folder), **{**SMALL_ENGINE, "devices": 2, "rank_start_s": 300.0, **settings})
 
 
-@pytest.mark.timeout(280)
 def test_killed_rank_costs_a_pause_and_no_token(checkpoint: Checkpoint, reference: References) -> None:
     ref = reference("mixtral")
     llm = load(checkpoint("mixtral"))
@@ -70,7 +69,6 @@ class Killer(threading.Thread):
         self.seen.append(self.engine.team.trouble)
 
 
-@pytest.mark.timeout(200)
 def test_plan_of_another_model_ends_every_rank(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, checkpoint("mixtral_wide"), 0, 0)  # 2 layers of 4 experts
     with pytest.raises(ConfigError, match="num_layers is 2, but this model on --devices 2 has 3"):

@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.parallel.expert_plans import contiguous_plan, layout_to_json
 from moe_serve.server.app import create_app
+from tests.patience import PATIENCE_S
 
 from .references import Reference
 from .test_parallel import write_plan
@@ -68,7 +68,7 @@ async def scrape(client: httpx.AsyncClient) -> dict[str, float]:
 
 async def until(client: httpx.AsyncClient, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """/ranks, as soon as it is so; ranks report once a second."""
-    for _ in range(600):
+    for _ in range(round(PATIENCE_S / 0.1)):
         found: dict[str, Any] = (await client.get("/ranks")).json()
         if is_so(found):
             return found
@@ -87,7 +87,6 @@ def pairs(ranks: dict[str, Any]) -> int:
     return sum(sum(rank["tokens"]) for rank in ranks["experts"].values())
 
 
-@pytest.mark.timeout(400)
 def test_placements_while_serving(checkpoint: Checkpoint, reference: References, tmp_path: Path) -> None:
     folder, prompts = checkpoint("mixtral"), reference("mixtral").prompts
     settings = {"moe_cache_mib": 1, "enable_prefix_caching": False, "expert_plan_margin": 0.95}
@@ -97,7 +96,7 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
     async def run() -> None:
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=200) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=2 * PATIENCE_S) as client:
                 await talk(client)
 
     async def talk(client: httpx.AsyncClient) -> None:

@@ -6,10 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
+ROOT = Path(__file__).parents[2]
 PART = (
     "^(combine|route_kernel top|attend_split (head dim 128|latents, 16)|plan_kernel 32|copy|gemv_down plain|"
     ".*plain 16x)"
@@ -20,11 +22,10 @@ PART = (
 def compile_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, compiled and not interpreted, whatever this one's environment says."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "moe_serve_kernels.compile_check", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.support.compile_check", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kernels_compile_without_faults(arch: str) -> None:
     done = compile_check("--arch", arch, "--only", PART)
@@ -38,16 +39,15 @@ def test_nothing_compiled_is_a_failure() -> None:
     assert compile_check("--only", "no such kernel").returncode == 1
 
 
-@pytest.mark.timeout(900)
 def test_faults_are_found() -> None:
     """Two accumulators of 128 x 256 fit neither the registers nor the shared memory."""
     code = (
-        "import sys; from moe_serve_kernels import compile_check; from moe_serve_kernels.gpu import configs;"
+        "import sys; from tests.support import compile_check; from moe_serve_kernels.gpu import configs;"
         "tile = configs.Tile(128, 256, 64, 8, 4, False);"
         "configs.HOPPER_STEPS['plain'].clear(); configs.HOPPER_STEPS['plain'][128] = configs.GroupedConfig(tile, tile);"
         "sys.exit(compile_check.main(['--arch', 'sm_90', '--only', '^gate_up_kernel plain.*silu']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAULT: spills" in done.stdout
     assert "shared memory beyond" in done.stdout
@@ -55,9 +55,9 @@ def test_faults_are_found() -> None:
 
 def test_the_matrix_instruction_is_checked() -> None:
     code = (
-        "from moe_serve_kernels.compile_check import _faults;"
+        "from tests.support.compile_check import _faults;"
         "assert list(_faults(90, 0, 0, 'mma', 'wgmma')) == ['wgmma expected'];"
         "assert list(_faults(80, 0, 170 << 10, '-', '-')) == ['shared memory beyond 166912']"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moe_serve_kernels.cpu import library
-from moe_serve_kernels.cpu.expert_layer import ExpertLayer, combine, expert_layer_reference
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer, combine
 from moe_serve_kernels.cpu.expert_mlp import Activation, expert_mlp
 from tests.kernels.quantized_experts import FORMS, Form, make_expert
+from tests.support.cpu_references import expert_layer_reference
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 SILU = Activation("silu")

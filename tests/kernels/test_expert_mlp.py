@@ -15,9 +15,9 @@ from moe_serve_kernels.cpu.expert_mlp import (
     Matrix,
     MLPWeights,
     expert_mlp,
-    expert_mlp_reference,
     is_available,
 )
+from tests.support.cpu_references import expert_mlp_reference
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 

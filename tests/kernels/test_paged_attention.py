@@ -11,6 +11,7 @@ from moe_serve.execution.forward_batch import DecodeGroup
 from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve.hf.attend import Attend
 from moe_serve_kernels.cpu import library, paged_attention
+from tests.support.cpu_references import paged_decode_reference
 
 CPU = torch.device("cpu")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -57,7 +58,7 @@ def test_native_matches_the_reference(shape: Shape, window: int | None, with_sin
     settings: dict[str, Any] = {"page_size": shape[-1], "scale": 0.2, "window": window, "sinks": sinks}
     got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
     wide = (query.double(), keys.double(), values.double(), table, lengths)
-    expected = paged_attention.paged_decode_reference(*wide, **settings)
+    expected = paged_decode_reference(*wide, **settings)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
 
 
@@ -69,9 +70,7 @@ def test_values_that_are_the_beginnings_of_keys(rank: int, rotary: int, heads: i
     values = keys[..., :rank]
     settings: dict[str, Any] = {"page_size": 16, "scale": 0.1}
     got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
-    expected = paged_attention.paged_decode_reference(
-        query.double(), keys.double(), values.double(), table, lengths, **settings
-    )
+    expected = paged_decode_reference(query.double(), keys.double(), values.double(), table, lengths, **settings)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
 
 
@@ -90,7 +89,7 @@ def test_large_scores_do_not_overflow() -> None:
     query, keys, values, table, lengths = case(*SHAPES[0])
     got = paged_attention.paged_decode(query * 300, keys, values, table, lengths, page_size=16, scale=1.0)
     wide = (query.double() * 300, keys.double(), values.double(), table, lengths)
-    expected = paged_attention.paged_decode_reference(*wide, page_size=16, scale=1.0)
+    expected = paged_decode_reference(*wide, page_size=16, scale=1.0)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-3)
 
 
@@ -107,5 +106,5 @@ def test_gathered_path_matches_the_reference(window: int | None, with_sinks: boo
     group = DecodeGroup(0, table, lengths, int(lengths.max()), even=False, single_run=None)
     got = Attend(0.2, window, sinks)._decode_gathered(query.transpose(0, 1), layer, group)
     settings: dict[str, Any] = {"page_size": 16, "scale": 0.2, "window": window, "sinks": sinks}
-    expected = paged_attention.paged_decode_reference(query, keys, values, table, lengths, **settings)
+    expected = paged_decode_reference(query, keys, values, table, lengths, **settings)
     torch.testing.assert_close(got, expected, rtol=0, atol=3e-6)

@@ -14,12 +14,12 @@ from moe_serve_kernels.cpu.expert_mlp import (
     MLPWeights,
     are_readable,
     expert_mlp,
-    expert_mlp_reference,
     finish_expert_mlp,
     start_expert_mlp,
 )
 from moe_serve_kernels.quantized import Kind, QuantizedRows, decode
 from tests.kernels.quantized_experts import FORMS, Form, make_expert, make_matrix
+from tests.support.cpu_references import expert_mlp_reference
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 

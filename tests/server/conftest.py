@@ -34,6 +34,7 @@ from moe_serve.scheduling.stats import EngineLoad, StatsObserver, StepStats
 from moe_serve.server.app import create_app
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
+from tests.patience import PATIENCE_S
 from tests.server.scripted_model import HERMES, PLAIN_TEMPLATE, Model, start
 
 MODEL = "fake-model"
@@ -379,10 +380,10 @@ def sentence() -> str:
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
-    """Wait until something is true; fails after two seconds."""
+    """Wait until something is true; fails after PATIENCE_S."""
 
     def wait(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"
             time.sleep(0.005)

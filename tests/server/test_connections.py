@@ -15,8 +15,11 @@ import pytest
 import uvicorn
 
 from moe_serve.server.transport.connections import connection_class
+from tests.patience import PATIENCE_S
 
-READ_S, WRITE_S, KEEP_ALIVE_S, LIMIT = 0.3, 0.5, 1, 8
+READ_S, WRITE_S, KEEP_ALIVE_S, LIMIT = 0.5, 1.0, 1, 8
+SLACK_S = PATIENCE_S / 2
+"""How late a limit may act on a busy machine. Without the limit nothing would happen within PATIENCE_S."""
 CHUNK = b"x" * 65536
 MEDIUM_BYTES = 60_000
 """Below the 64 KiB from which on a connection counts as stalled, above what small socket buffers hold."""
@@ -75,7 +78,7 @@ def serving(app: Any, small_buffers: bool = False) -> Iterator[tuple[str, int]]:
 def seconds_until_closed(sock: socket.socket) -> float:
     """Read until the server ends the connection."""
     start = time.monotonic()
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE_S)
     try:
         while sock.recv(65536):
             pass
@@ -112,7 +115,7 @@ def drip(sock: socket.socket, data: bytes) -> None:
 
 def until(condition: Callable[[], object]) -> None:
     """Wait for two hundred clients, on a machine that may be busy."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
@@ -122,7 +125,7 @@ def until(condition: Callable[[], object]) -> None:
 def test_headers_that_do_not_end_end_the_connection(beginning: bytes) -> None:
     with serving(Firehose()) as address, socket.create_connection(address) as sock:
         sock.sendall(beginning)
-        assert READ_S * 0.8 < seconds_until_closed(sock) < READ_S + 1
+        assert READ_S * 0.8 < seconds_until_closed(sock) < READ_S + SLACK_S
 
 
 def test_a_header_byte_now_and_then_does_not_help() -> None:
@@ -130,7 +133,7 @@ def test_a_header_byte_now_and_then_does_not_help() -> None:
         start = time.monotonic()
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             drip(sock, b"GET / HTTP/1.1\r\nX: " + b"y" * 1000)
-        assert time.monotonic() - start < READ_S + 1
+        assert time.monotonic() - start < READ_S + SLACK_S
 
 
 def test_a_second_request_has_the_same_time_for_its_headers() -> None:
@@ -140,7 +143,7 @@ def test_a_second_request_has_the_same_time_for_its_headers() -> None:
             assert read_answer(sock).startswith(b"HTTP/1.1 200")
             time.sleep(READ_S * 2)  # idle between requests is no fault
         sock.sendall(b"GET /small HT")
-        assert READ_S * 0.8 < seconds_until_closed(sock) < READ_S + 1
+        assert READ_S * 0.8 < seconds_until_closed(sock) < READ_S + SLACK_S
 
 
 def test_who_takes_nothing_is_cut_off_and_costs_little_memory() -> None:
@@ -149,8 +152,8 @@ def test_who_takes_nothing_is_cut_off_and_costs_little_memory() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(address)
         sock.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-        stop = time.monotonic() + WRITE_S + 2
-        sock.settimeout(1)
+        stop = time.monotonic() + WRITE_S + SLACK_S
+        sock.settimeout(PATIENCE_S)
         while not app.ended.is_set() and time.monotonic() < stop:
             sock.recv(1)
             time.sleep(0.05)
@@ -164,7 +167,7 @@ def test_a_whole_answer_taken_byte_by_byte_does_not_keep_the_connection(ending: 
     with serving(Firehose(), small_buffers=True) as address, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(address)
-        sock.settimeout(2)
+        sock.settimeout(PATIENCE_S)
         sock.sendall(f"GET /medium HTTP/1.1\r\nHost: h\r\n{ending}\r\n\r\n".encode())
         assert take(sock, KEEP_ALIVE_S + WRITE_S + 0.5) < MEDIUM_BYTES
 
@@ -183,9 +186,7 @@ def test_others_are_served_meanwhile() -> None:
     with serving(Firehose()) as (host, port), socket.create_connection((host, port)) as slow:
         slow.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         time.sleep(0.1)
-        start = time.monotonic()
-        assert httpx.get(f"http://{host}:{port}/small").text == "ok"
-        assert time.monotonic() - start < 5
+        assert httpx.get(f"http://{host}:{port}/small", timeout=PATIENCE_S).text == "ok"
 
 
 def test_connections_beyond_the_limit_are_told_so() -> None:
@@ -193,7 +194,7 @@ def test_connections_beyond_the_limit_are_told_so() -> None:
         held = [socket.create_connection(address) for _ in range(LIMIT)]
         time.sleep(0.05)
         with socket.create_connection(address) as extra:
-            extra.settimeout(2)
+            extra.settimeout(PATIENCE_S)
             answer = extra.recv(4096)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"Retry-After" in answer
@@ -204,7 +205,7 @@ def test_connections_beyond_the_limit_are_told_so() -> None:
         time.sleep(0.05)
         with socket.create_connection(address) as again:
             again.sendall(b"GET /small HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
-            again.settimeout(2)
+            again.settimeout(PATIENCE_S)
             assert again.recv(4096).startswith(b"HTTP/1.1 200")
 
 

@@ -94,8 +94,8 @@ def test_leaving_a_stream_aborts_the_request(client: openai.OpenAI, served: Any,
 
 
 def test_a_client_that_times_out_aborts_the_request(client: openai.OpenAI, served: Any, until: Any) -> None:
-    served.engine.delay_s = 0.01
+    served.engine.delay_s = 0.02
     with pytest.raises(openai.APITimeoutError):
-        client.completions.create(model="fake-model", prompt="x", max_tokens=400, timeout=0.2)
+        client.completions.create(model="fake-model", prompt="x", max_tokens=400, timeout=1)
     until(lambda: served.engine.aborted)
     assert not served.engine.finished

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moe_serve.config import EngineConfig
+from tests.patience import PATIENCE_S
 
 PATH = "/v1/completions"
 LONG = {"prompt": "x", "max_tokens": 400}
@@ -17,7 +18,7 @@ SHORT = {"prompt": "x", "max_tokens": 3}
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -49,7 +50,7 @@ class Visitor:
 
     async def leave(self) -> None:
         self._gone.set()
-        await asyncio.wait_for(self.task, 2)
+        await asyncio.wait_for(self.task, PATIENCE_S)
 
 
 def run(served: Any, scenario: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
@@ -165,7 +166,7 @@ def test_step_that_fails_mid_stream_is_an_error_event_then_done(make: Any) -> No
         visitor = Visitor(served.app, {**LONG, "stream": True})
         await until(lambda: visitor.received)
         served.engine.failing_steps = 1
-        await asyncio.wait_for(visitor.task, 2)
+        await asyncio.wait_for(visitor.task, PATIENCE_S)
         *_, error, done, end = visitor.received.decode().split("\n\n")
         assert (done, end) == ("data: [DONE]", "")
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == 500
@@ -225,7 +226,7 @@ def test_abort_that_raises_loses_no_other_command(make: Any) -> None:
         post = asyncio.create_task(client.post(PATH, json=SHORT))
         await until(lambda: served.async_engine.num_in_flight == 1)
         served.engine.gate.set()
-        assert (await asyncio.wait_for(post, 2)).status_code == 200
+        assert (await asyncio.wait_for(post, PATIENCE_S)).status_code == 200
 
     run(served, scenario)
 
@@ -236,7 +237,7 @@ def test_error_in_error_handling_ends_the_engine_instead_of_hanging(
     async def scenario(client: Any) -> None:
         monkeypatch.setattr(served.engine, "fail_running", lambda message: 1 / 0)
         served.engine.failing_steps = 1
-        assert (await asyncio.wait_for(client.post(PATH, json=SHORT), 2)).status_code == 503
+        assert (await asyncio.wait_for(client.post(PATH, json=SHORT), PATIENCE_S)).status_code == 503
         assert (await client.get("/health")).status_code == 503
 
     run(served, scenario)
@@ -248,7 +249,7 @@ def test_shutdown_lets_requests_finish_and_refuses_new_ones(make: Any) -> None:
     async def scenario(client: Any) -> None:
         running = asyncio.create_task(client.post(PATH, json={**SHORT, "max_tokens": 20}))
         await until(lambda: served.engine.running)
-        end = asyncio.create_task(served.async_engine.shutdown(2))
+        end = asyncio.create_task(served.async_engine.shutdown(PATIENCE_S))
         await asyncio.sleep(0)
         refused = await client.post(PATH, json=SHORT)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
@@ -266,7 +267,7 @@ def test_shutdown_ends_what_does_not_finish_in_time(make: Any) -> None:
     async def scenario(client: Any) -> None:
         running = asyncio.create_task(client.post(PATH, json=LONG))
         await until(lambda: served.engine.running)
-        await asyncio.wait_for(served.async_engine.shutdown(0.05), 2)
+        await asyncio.wait_for(served.async_engine.shutdown(0.05), PATIENCE_S)
         assert (await running).status_code == 503
         assert len(served.engine.aborted) >= 1
 

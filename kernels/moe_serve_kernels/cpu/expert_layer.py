@@ -10,15 +10,14 @@ Shape alphabet: T tokens, H hidden, E experts, K choices per token.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from array import array
 from collections.abc import Sequence
 
 import torch
 
 from moe_serve_kernels.cpu import library
-from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation, MLPWeights, expert_mlp_reference
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, activation_arguments
+from moe_serve_kernels.cpu.library import native
 
 
 class ExpertLayer:
@@ -42,22 +41,11 @@ class ExpertLayer:
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.to(torch.float32).contiguous()
         out, counts = torch.empty_like(x), array("q", bytes(8 * len(self.experts)))
         tensors = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), out.data_ptr())
-        kind = (KINDS.index(activation.kind), activation.alpha, activation.limit)
+        kind = activation_arguments(activation)
         places = (counts.buffer_info()[0], self.address, len(self.experts))
-        if not _library().moe_serve_expert_layer(*tensors, *places, *ids.shape, *kind, torch.get_num_threads()):
+        if not native().moe_serve_expert_layer(*tensors, *places, *ids.shape, *kind, torch.get_num_threads()):
             raise MemoryError("no memory for the scratch space of a layer's experts")
         return out, counts.tolist()
-
-
-def expert_layer_reference(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence[MLPWeights], activation: Activation
-) -> torch.Tensor:
-    """The same in plain torch, in the dtype of x."""
-    out = x.new_empty(ids.numel(), x.shape[1])
-    tokens = torch.arange(ids.numel()) // ids.shape[1]
-    chosen = [experts[e] for e in ids.flatten().tolist()]
-    expert_mlp_reference(x, tokens, [(p, p + 1) for p in range(ids.numel())], chosen, activation, out)
-    return (out.view(*ids.shape, -1) * weights[..., None]).sum(1)
 
 
 def combine(pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -68,23 +56,10 @@ def combine(pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     weights = weights.to(torch.float32).contiguous()
     out = pairs.new_empty(num_tokens, pairs.shape[1])
     arrays = (pairs.data_ptr(), None, weights.data_ptr(), out.data_ptr())
-    _library().moe_serve_combine(*arrays, num_tokens, top_k, pairs.shape[1], torch.get_num_threads())
+    native().moe_serve_combine(*arrays, num_tokens, top_k, pairs.shape[1], torch.get_num_threads())
     return out
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """True when activations of `dtype` can be combined, and experts that the kernel reads be run, here."""
     return device.type == "cpu" and dtype == torch.float32 and library.load() is not None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    native = library.load()
-    assert native is not None, "ask is_available first"
-    pointer, integer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    layer, combined = native.moe_serve_expert_layer, native.moe_serve_combine
-    layer.argtypes = [*[pointer] * 6, *[integer] * 3, number, real, real, number]
-    layer.restype = ctypes.c_bool
-    combined.argtypes = [*[pointer] * 4, *[integer] * 3, number]
-    combined.restype = None
-    return native

@@ -13,27 +13,25 @@ Shape alphabet: T tokens, P (token, expert) pairs sorted by expert, H hidden, I 
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch.nn import functional as F
 
 from moe_serve_kernels import quantized
 from moe_serve_kernels.cpu import library
+from moe_serve_kernels.cpu.expert_record import ExpertRecord
+from moe_serve_kernels.cpu.library import native
 from moe_serve_kernels.quantized import QuantizedRows
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 Matrix = torch.Tensor | QuantizedRows
 WEIGHT_KINDS = ("float32", "bfloat16", "int8", "uint8", "fp8", "int4", "fp4")
-"""In the order of WeightKind in expert_mlp.cpp; scale dtypes likewise in that of ScaleKind."""
 Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 KINDS: tuple[str, ...] = get_args(Kind)
-"""In the order of ActivationKind in expert_mlp.cpp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +61,19 @@ class MLPWeights:
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
-    layout: array[int] = field(init=False, repr=False)
-    """What the kernel reads: struct Expert in expert_mlp.cpp."""
-    address: int = field(init=False, repr=False)
-    """Of `layout`."""
+    record: ExpertRecord = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         matrices = (self.gate, self.up, self.down)
         assert tuple(self.gate.shape) == tuple(self.up.shape) == tuple(self.down.shape)[::-1]
         assert are_readable(matrices)
-        layout = array("q", [value for m in matrices for value in matrix_layout(m)])
-        for bias in (self.gate_bias, self.up_bias, self.down_bias):
-            layout.extend(bias_layout(bias))
-        layout.append(WEIGHT_KINDS.index(weight_kind(self.gate)))
-        object.__setattr__(self, "layout", layout)
-        object.__setattr__(self, "address", layout.buffer_info()[0])
+        record = ExpertRecord.of(weight_kind(self.gate), *matrices, self.gate_bias, self.up_bias, self.down_bias)
+        object.__setattr__(self, "record", record)
+
+    @property
+    def address(self) -> int:
+        """Of what the kernel reads."""
+        return self.record.address
 
 
 def weight_kind(matrix: Matrix) -> str:
@@ -101,32 +97,9 @@ def _is_readable(matrix: Matrix) -> bool:
     return matrix.codes.device.type == "cpu" and whole_groups and rows_run
 
 
-def matrix_layout(matrix: Matrix) -> tuple[int, ...]:
-    """struct Matrix in expert_mlp.cpp."""
-    if not isinstance(matrix, QuantizedRows):
-        stride_bytes = matrix.stride(0) * matrix.itemsize
-        return matrix.data_ptr(), stride_bytes, *matrix.shape, 0, 0, 0, 1, matrix.shape[1], 0, 0, 0
-    return (
-        matrix.codes.data_ptr(),
-        matrix.codes.stride(0),
-        *matrix.shape,
-        matrix.scales.data_ptr(),
-        quantized.SCALE_DTYPES.index(matrix.scales.dtype),
-        matrix.scales.stride(0),
-        matrix.rows_per_scale,
-        matrix.group,
-        0 if matrix.zeros is None else matrix.zeros.data_ptr(),
-        0 if matrix.zeros is None else matrix.zeros.stride(0),
-        (matrix.zero if matrix.zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
-    )
-
-
-def bias_layout(bias: torch.Tensor | None) -> tuple[int, int, int]:
-    """struct Bias."""
-    if bias is None:
-        return 0, 0, 0
-    assert bias.dtype in WEIGHT_DTYPES
-    return bias.data_ptr(), bias.stride(0), int(bias.dtype == torch.bfloat16)
+def activation_arguments(activation: Activation) -> tuple[int, float, float]:
+    """As every function that takes an activation wants it."""
+    return native().value(f"ActivationKind.{activation.kind}"), activation.alpha, activation.limit
 
 
 def is_available(device: torch.device, kind: str, compute_dtype: torch.dtype) -> bool:
@@ -158,7 +131,7 @@ def expert_mlp(
     pairs = array("q")
     for (start, end), expert in zip(segments, weights, strict=True):
         pairs.extend((expert.address, start, end))
-    done = _function()(
+    done = native().moe_serve_expert_mlp(
         x.data_ptr(),
         tokens.data_ptr(),
         out.data_ptr(),
@@ -166,9 +139,7 @@ def expert_mlp(
         len(weights),
         hidden,
         inner,
-        KINDS.index(activation.kind),
-        activation.alpha,
-        activation.limit,
+        *activation_arguments(activation),
         torch.get_num_threads(),
     )
     if not done:
@@ -191,7 +162,7 @@ class StartedMLP:
 
     def __del__(self) -> None:
         if self._kept:
-            _finish()(self._kept, None, 1)
+            native().moe_serve_expert_mlp_finish(self._kept, None, 1)
 
 
 def start_expert_mlp(
@@ -207,15 +178,13 @@ def start_expert_mlp(
     inner, hidden = weights.gate.shape
     pairs = array("q", (weights.address, *segment))
     num_threads = torch.get_num_threads()
-    kept = _start()(
+    kept = native().moe_serve_expert_mlp_start(
         x.data_ptr(),
         tokens.data_ptr(),
         pairs.buffer_info()[0],
         hidden,
         inner,
-        KINDS.index(activation.kind),
-        activation.alpha,
-        activation.limit,
+        *activation_arguments(activation),
         num_threads,
     )
     if not kept:
@@ -227,60 +196,12 @@ def finish_expert_mlp(started: StartedMLP, out: torch.Tensor) -> None:
     """The down projection of a started expert, into its rows of `out` [P, H] float32."""
     assert out.dtype == torch.float32
     assert out.is_contiguous()
-    _finish()(started.take(), out.data_ptr(), started.num_threads)
-
-
-POINTER, SIZE, FLAG, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-@functools.cache
-def _function() -> Callable[..., bool]:
-    argtypes = [POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, FLAG, REAL, REAL, FLAG]
-    return _native("moe_serve_expert_mlp", argtypes, ctypes.c_bool)
-
-
-@functools.cache
-def _start() -> Callable[..., int | None]:
-    argtypes = [POINTER, POINTER, POINTER, SIZE, SIZE, FLAG, REAL, REAL, FLAG]
-    return _native("moe_serve_expert_mlp_start", argtypes, POINTER)
-
-
-@functools.cache
-def _finish() -> Callable[..., None]:
-    return _native("moe_serve_expert_mlp_finish", [POINTER, POINTER, FLAG], None)
-
-
-def _native(name: str, argtypes: list[Any], restype: Any) -> Callable[..., Any]:
-    native = library.load()
-    assert native is not None, "ask is_available first"
-    function = native[name]
-    function.argtypes, function.restype = argtypes, restype
-    return function
-
-
-def expert_mlp_reference(
-    x: torch.Tensor,
-    tokens: torch.Tensor,
-    segments: Sequence[tuple[int, int]],
-    weights: Sequence[MLPWeights],
-    activation: Activation,
-    out: torch.Tensor,
-) -> None:
-    """The same in plain torch, in the dtype of x."""
-    for (start, end), expert in zip(segments, weights, strict=True):
-        rows = x[tokens[start:end]]
-        gate = _linear(rows, expert.gate, expert.gate_bias)
-        up = _linear(rows, expert.up, expert.up_bias)
-        out[start:end] = _linear(activate(activation, gate, up), expert.down, expert.down_bias)
+    native().moe_serve_expert_mlp_finish(started.take(), out.data_ptr(), started.num_threads)
 
 
 def as_tensor(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] in `dtype`."""
     return matrix.dequantized(dtype) if isinstance(matrix, QuantizedRows) else matrix.to(dtype)
-
-
-def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, as_tensor(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

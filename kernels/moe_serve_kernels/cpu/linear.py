@@ -10,17 +10,14 @@ Shape alphabet: T tokens, N rows of the weight (outputs), K columns (inputs), L 
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from array import array
 from collections.abc import Sequence
 
 import torch
 
-from moe_serve_kernels.cpu import library
-from moe_serve_kernels.cpu.expert_mlp import WEIGHT_DTYPES, bias_layout, matrix_layout
-
-POINTER = ctypes.c_void_p
+from moe_serve_kernels.cpu.expert_mlp import WEIGHT_DTYPES, weight_kind
+from moe_serve_kernels.cpu.expert_record import ExpertRecord
+from moe_serve_kernels.cpu.library import native
 
 
 class LinearWeights:
@@ -31,11 +28,8 @@ class LinearWeights:
         assert weight.dtype in WEIGHT_DTYPES
         self.weight, self.bias = weight, bias
         self.num_rows, self.num_columns = weight.shape
-        no_matrix = [0] * len(matrix_layout(weight))
-        biases = [*bias_layout(None), *bias_layout(None), *bias_layout(bias)]
-        matrices = [*no_matrix, *no_matrix, *matrix_layout(weight)]
-        self._layout = array("q", [*matrices, *biases, weight.dtype == torch.bfloat16])
-        self.address = self._layout.buffer_info()[0]
+        self._record = ExpertRecord.of(weight_kind(weight), None, None, weight, None, None, bias)
+        self.address = self._record.address
 
 
 def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
@@ -45,8 +39,9 @@ def linear(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weights.num_rows)
     count = x.numel() // weights.num_columns
-    function = _library().moe_serve_linear
-    if count and not function(x.data_ptr(), weights.address, out.data_ptr(), count, torch.get_num_threads()):
+    if count and not native().moe_serve_linear(
+        x.data_ptr(), weights.address, out.data_ptr(), count, torch.get_num_threads()
+    ):
         raise MemoryError("no memory for the scratch space of linear")
     return out
 
@@ -69,18 +64,6 @@ def linears(x: torch.Tensor, table: LinearTable) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:2], layers[0].num_rows)
     places = (x.data_ptr(), table.address, len(layers), out.data_ptr())
-    if x.shape[1] and not _library().moe_serve_linears(*places, x.shape[1], torch.get_num_threads()):
+    if x.shape[1] and not native().moe_serve_linears(*places, x.shape[1], torch.get_num_threads()):
         raise MemoryError("no memory for the scratch space of linears")
     return out
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    native = library.load()
-    assert native is not None, "ask expert_mlp.is_available first"
-    integer, number = ctypes.c_int64, ctypes.c_int32
-    native.moe_serve_linear.argtypes = [POINTER, POINTER, POINTER, integer, number]
-    native.moe_serve_linears.argtypes = [POINTER, POINTER, integer, POINTER, integer, number]
-    for function in (native.moe_serve_linear, native.moe_serve_linears):
-        function.restype = ctypes.c_bool
-    return native

@@ -12,15 +12,9 @@ P pages, B page size.
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
-
 import torch
 
 from moe_serve_kernels.cpu import library
-
-POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
-ARGTYPES: list[Any] = [*[POINTER] * 7, *[INT64] * 9, ctypes.c_float, INT64, ctypes.c_int32]
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -46,8 +40,6 @@ def paged_decode(
     lengths [N] int64, each >= 1; sinks [Hk*G]. All contiguous, float32 where not stated, on CPU. `values` may also be
     the beginnings of the keys: latents (DeepSeek-V2).
     """
-    native = library.load()
-    assert native is not None, "ask is_available first"
     tensors = (query, keys, values, page_table, lengths)
     assert all(t.is_contiguous() for t in (query, keys, page_table, lengths)), "paged_decode needs contiguous tensors"
     value_stride = values.stride(1)
@@ -58,9 +50,7 @@ def paged_decode(
     kv_heads, tokens, value_dim = values.shape
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     out = query.new_empty(num_seqs, heads, value_dim)
-    function = native.moe_serve_paged_decode_f32
-    function.argtypes, function.restype = ARGTYPES, None
-    function(
+    library.native().moe_serve_paged_decode_f32(
         *(t.data_ptr() for t in tensors),
         None if sinks is None else sinks.data_ptr(),
         out.data_ptr(),
@@ -78,30 +68,3 @@ def paged_decode(
         torch.get_num_threads(),
     )
     return out
-
-
-def paged_decode_reference(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The same in plain torch, one sequence at a time, in the dtype of the inputs."""
-    groups = query.shape[1] // keys.shape[0]
-    rows = []
-    for n, length in enumerate(lengths.tolist()):
-        positions = torch.arange(max(0, length - window) if window else 0, length)
-        slots = page_table[n][positions // page_size] * page_size + positions % page_size
-        own_keys = keys[:, slots].repeat_interleave(groups, 0)
-        scores = torch.einsum("hd,hcd->hc", query[n], own_keys) * scale
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[:, None].to(scores.dtype)], dim=1)
-        weights = scores.softmax(dim=-1)[:, : len(slots)]
-        rows.append(torch.einsum("hc,hcd->hd", weights, values[:, slots].repeat_interleave(groups, 0)))
-    return torch.stack(rows)

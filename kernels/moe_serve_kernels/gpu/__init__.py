@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs, each file one operation: launcher, jitted body and torch reference.
+"""Triton kernels for NVIDIA GPUs, each file one operation: launcher and jitted body.
 
 Nothing here waits for the device, and launch shapes follow from tensor shapes alone, so that a CUDA
 graph can capture any of it. Importing an operation's file needs triton; this file does not.

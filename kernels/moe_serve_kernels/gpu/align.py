@@ -58,7 +58,7 @@ def align(ids: torch.Tensor, num_experts: int, block_t: int) -> Aligned:
     """ids [T, K] of any integer type, contiguous, each below E; block_t: rows per tile."""
     assert ids.is_contiguous()
     num_pairs = ids.numel()
-    aligned = _empty(ids, num_experts, max_tiles(num_pairs, num_experts, block_t))
+    aligned = empty_aligned(ids, num_experts, max_tiles(num_pairs, num_experts, block_t))
     if num_pairs == 0:
         aligned.ends.zero_()
         return aligned
@@ -88,7 +88,7 @@ def align_segments(
     return Aligned(tokens.to(torch.int32), ends, tile_expert, tile_start), slot_of
 
 
-def _empty(ids: torch.Tensor, num_experts: int, num_tiles: int) -> Aligned:
+def empty_aligned(ids: torch.Tensor, num_experts: int, num_tiles: int) -> Aligned:
     sizes = (ids.numel(), num_experts, num_tiles, num_tiles)
     return Aligned(*(torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes))
 
@@ -265,21 +265,3 @@ def align_place(
         other = _load_ids(ids_ptr, q, num_pairs, BLOCK_E)
         row += tl.sum(((other[None, :] == own[:, None]) & (q[None, :] < p[:, None])).to(tl.int32), axis=1)
     tl.store(pairs_ptr + row, p, mask=is_choice)
-
-
-def align_reference(ids: torch.Tensor, num_experts: int, block_t: int) -> Aligned:
-    """The same in torch; waits for the device."""
-    flat = ids.flatten().long()
-    counts = torch.bincount(flat[flat >= 0], minlength=num_experts)
-    aligned = _empty(ids, num_experts, max_tiles(len(flat), num_experts, block_t))
-    aligned.pairs.copy_(flat.argsort(stable=True).roll(-int((flat < 0).sum())))
-    aligned.ends.copy_(counts.cumsum(0))
-    tiles = [
-        (expert, end - count + first)
-        for expert, (count, end) in enumerate(zip(counts.tolist(), aligned.ends.tolist(), strict=True))
-        for first in range(0, count, block_t)
-    ]
-    table = torch.tensor(tiles + [(-1, 0)] * (aligned.num_tiles - len(tiles)), dtype=torch.int32).view(-1, 2)
-    aligned.tile_expert.copy_(table[:, 0])
-    aligned.tile_start.copy_(table[:, 1])
-    return aligned

@@ -54,12 +54,3 @@ def combine_kernel(
         one = tl.load(outputs_ptr + pair * hidden + f, mask=f < length, other=0.0).to(tl.float32)
         total += tl.load(weights_ptr + pair).to(tl.float32) * one
     tl.store(out_ptr + token * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f < hidden)
-
-
-def combine_reference(
-    outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, slot_of: torch.Tensor, out: torch.Tensor
-) -> None:
-    """The same in torch."""
-    rows = outputs.view(*ids.shape, -1).to(torch.promote_types(outputs.dtype, torch.float32))
-    here = ((ids >= 0) & (slot_of[ids.clamp(min=0).long()] >= 0))[..., None]
-    out.copy_((torch.where(here, rows, 0) * weights[..., None]).sum(1))

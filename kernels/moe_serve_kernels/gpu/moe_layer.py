@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_serve_kernels.cpu.expert_mlp import Activation, activate
+from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import configs, gemv, grouped, tuned
 from moe_serve_kernels.gpu.align import align, align_segments
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, GemvConfig, GroupedConfig
-from moe_serve_kernels.gpu.pool import ExpertPool, dequantize
+from moe_serve_kernels.gpu.pool import ExpertPool
 
 INTERPRETED_CAPABILITY = 90
 
@@ -144,30 +144,3 @@ def capability_of(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """The GPU's name as its driver gives it."""
     return torch.cuda.get_device_name(device)
-
-
-def moe_layer_reference(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    slot_of: torch.Tensor,
-    pool: ExpertPool,
-    activation: Activation,
-) -> torch.Tensor:
-    """The same in torch, in float64 throughout, one pair at a time -> [T, H] float64."""
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for token, choices in enumerate(ids.tolist()):
-        for choice, expert in enumerate(choices):
-            slot = int(slot_of[expert]) if expert >= 0 else -1
-            if slot >= 0:
-                out[token] += weights[token, choice].double() * _expert(x[token].double(), slot, pool, activation)
-    return out
-
-
-def _expert(x: torch.Tensor, slot: int, pool: ExpertPool, activation: Activation) -> torch.Tensor:
-    both = dequantize(pool.gate_up, slot) @ x
-    if pool.gate_up.bias is not None:
-        both = both + pool.gate_up.bias[slot].double().flatten()
-    gate, up = both.chunk(2)
-    result = dequantize(pool.down, slot) @ activate(activation, gate, up)
-    return result if pool.down.bias is None else result + pool.down.bias[slot].double()

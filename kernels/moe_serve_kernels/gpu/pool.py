@@ -27,7 +27,6 @@ import torch
 Format = Literal["plain", "int8", "fp8", "int4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 GROUP_SIZE = 128
 
 
@@ -131,58 +130,8 @@ def empty_bank(
     )
 
 
-def quantize(weight: torch.Tensor, format: Format, group_size: int = GROUP_SIZE) -> dict[str, torch.Tensor]:
-    """weight [.., outputs, inputs] of one slot -> the parts of a Bank's slot, rounded to nearest.
-
-    int4 is asymmetric: zero and scale from a group's least and largest weight. Weights [2, I, H] count 2 * I outputs.
-    """
-    if format == "plain":
-        return {"data": weight}
-    if format != "int4":
-        return _quantize_rows(weight, DTYPE_OF[format])
-    outputs, inputs = weight.shape[:-1].numel(), weight.shape[-1]
-    groups = weight.float().reshape(outputs, inputs // group_size, group_size)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = ((high - low) / 15).clamp(min=1e-12)
-    zero = (-low / scale).round()
-    nibbles = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 15).to(torch.uint8)
-    return {"data": pack_int4(nibbles), "scale": scale.t().contiguous(), "zero": zero.t().contiguous()}
-
-
-def _quantize_rows(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    largest = LARGEST[dtype]
-    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / largest
-    levels = weight.float() / scale[..., None]
-    return {"data": (levels if dtype.is_floating_point else levels.round()).to(dtype), "scale": scale}
-
-
 def pack_int4(nibbles: torch.Tensor) -> torch.Tensor:
     """nibbles [outputs, groups, g] uint8 in 0..15 -> bytes [inputs/2, outputs] as the kernels read them."""
     low, high = nibbles.chunk(2, dim=-1)
     packed = low | (high << 4)
     return packed.flatten(1).t().contiguous()
-
-
-def unpack_int4(packed: torch.Tensor, group_size: int) -> torch.Tensor:
-    """bytes [inputs/2, outputs] -> nibbles [outputs, groups, g]."""
-    by_group = packed.t().reshape(packed.shape[1], -1, group_size // 2)
-    return torch.cat([by_group & 15, by_group >> 4], dim=-1)
-
-
-def dequantize(bank: Bank, slot: int) -> torch.Tensor:
-    """One slot's weights as float64 [outputs, inputs]: what the kernels' references multiply with."""
-    data = bank.data[slot]
-    if bank.format == "int4":
-        assert bank.scale is not None
-        assert bank.zero is not None
-        levels = unpack_int4(data, bank.group_size).double() - bank.zero[slot].t().double()[..., None]
-        return (levels * bank.scale[slot].t().double()[..., None]).flatten(1)
-    rows = data.to(torch.float64 if data.dtype != torch.float8_e4m3fn else torch.float32).double()
-    rows = rows.reshape(bank.num_outputs, bank.num_inputs)
-    return rows if bank.scale is None else rows * bank.scale[slot].double().reshape(-1, 1)
-
-
-def fill_slot(bank: Bank, slot: int, parts: dict[str, torch.Tensor]) -> None:
-    """Copy an expert's parts (of `quantize`, and "bias") into a slot; from pinned memory without waiting."""
-    for name, tensor in bank.parts().items():
-        tensor[slot].copy_(parts[name].reshape(tensor[slot].shape), non_blocking=True)

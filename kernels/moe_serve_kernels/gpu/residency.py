@@ -233,30 +233,3 @@ def copy_kernel(
         for first in range(tl.program_id(0) * BLOCK, num_words, step):
             at = first + tl.arange(0, BLOCK)
             tl.store(target + at, tl.load(source + at, mask=at < num_words), mask=at < num_words)
-
-
-def plan_reference(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
-    """The same in Python, exactly."""
-    first_key = layer * state.num_experts
-    now = int(state.clock) + 1
-    state.clock.fill_(now)
-    slots = range(*pool)
-    chosen = sorted({e for e in ids.flatten().tolist() if e >= 0})
-    missing = [e for e in chosen if state.slot_of[first_key + e] < 0]
-    for slot in slots:
-        if int(state.owner_of[slot]) - first_key in chosen:
-            state.used_at[slot] = now
-    copies = evicted = 0
-    for expert in missing:
-        victim = min(slots, key=lambda s: (int(state.used_at[s]), s))
-        if state.used_at[victim] >= now:
-            break
-        if state.owner_of[victim] >= 0:
-            state.slot_of[int(state.owner_of[victim])] = -1
-            evicted += 1
-        state.slot_of[first_key + expert] = state.wanted[1, copies] = victim
-        state.owner_of[victim] = state.wanted[0, copies] = first_key + expert
-        state.used_at[victim] = now
-        copies += 1
-    state.counts[0], state.counts[1] = copies, len(missing) - copies
-    state.totals[:, layer] += torch.tensor([len(chosen) - len(missing), copies, evicted], device=state.totals.device)

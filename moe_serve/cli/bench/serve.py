@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.errors import MoEServeError
+from moe_serve.loadtest.api_key import headers_of
 from moe_serve.loadtest.arrivals import arrival_times
 from moe_serve.loadtest.client import Clients, Outcome, Target, send, send_all, wait_until_ready
 from moe_serve.loadtest.datasets import PlannedRequest, plan_requests
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(args: argparse.Namespace, plan: list[PlannedRequest], options: SummaryOptions) -> dict[str, Any]:
-    async with aclosing(Clients(args.base_url)) as clients, clients.take() as client:
-        first_model = await wait_until_ready(client, args.ready_check_timeout_sec)
+    async with aclosing(Clients(args.base_url, headers_of(args.api_key))) as clients, clients.take() as client:
+        first_model = await wait_until_ready(client, args.ready_check_timeout_s)
         target = Target(endpoint(args), args.model or first_model, request_settings(args))
         requests = await spell(plan, TokenCounter(client, target.model), as_text=target.is_chat)
         for request in requests[: args.num_warmups]:

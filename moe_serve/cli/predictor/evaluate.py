@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import KINDS, read_traces
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve_base.whole_files import whole_file, write_text
 from predictors.methods import method_names
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 HELP = "Judge predictors on recorded routing: recall by lookahead, and what a cache gains."
 DISTANCES = (1, 2, 4, 8)
-MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

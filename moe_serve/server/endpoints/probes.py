@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from moe_serve.config import ServerConfig
+from moe_serve.config.units import MIB
 from moe_serve.engine.async_engine import EngineState
 from moe_serve.server.endpoints import ranks
 from moe_serve.server.monitoring.access_log import ID_HEADER, AccessLog
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from moe_serve.server.app import Service
 
 log = logging.getLogger(__name__)
-
-MIB = 1 << 20
 
 
 def install(app: FastAPI, service: Service) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_serve_kernels.gpu.pool import Bank, ExpertPool, Format, empty_bank, fill_slot, quantize
+from moe_serve_kernels.gpu.pool import Bank, ExpertPool, Format, empty_bank
+from tests.support.gpu_references import fill_slot, quantize
 
 
 @dataclass(frozen=True)

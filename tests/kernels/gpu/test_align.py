@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_serve_kernels.gpu import align as module
-from moe_serve_kernels.gpu.align import align, align_reference
+from moe_serve_kernels.gpu.align import align
+from tests.support.gpu_references import align_reference
 
 from .cases import make_ids
 

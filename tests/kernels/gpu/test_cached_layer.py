@@ -7,8 +7,8 @@ import torch
 
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.cached_layer import CachedLayers
-from moe_serve_kernels.gpu.moe_layer import moe_layer_reference
 from moe_serve_kernels.gpu.pool import ExpertPool, Format, empty_bank
+from tests.support.gpu_references import moe_layer_reference
 
 from .cases import make_ids, make_pool, poison
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation, Kind
-from moe_serve_kernels.gpu.combine import combine, combine_reference
+from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile, choose
-from moe_serve_kernels.gpu.moe_layer import moe_layer, moe_layer_reference, run_pairs
+from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
 from moe_serve_kernels.gpu.pool import FORMATS, Format
+from tests.support.gpu_references import combine_reference, moe_layer_reference
 
 from .cases import Layer, make_layer
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
 from moe_serve_kernels.gpu import paged_attention as module
 from moe_serve_kernels.gpu.paged_attention import paged_decode
+from tests.support.cpu_references import paged_decode_reference
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, keys, values, page table, lengths."""

@@ -14,8 +14,8 @@ from moe_serve_kernels.gpu.residency import (
     copy_experts,
     new_residency,
     plan,
-    plan_reference,
 )
+from tests.support.gpu_references import plan_reference
 
 LAYERS, EXPERTS = 2, 6
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_serve_kernels.gpu.routing import route
-from moe_serve_kernels.routings import Routing, route_reference
+from moe_serve_kernels.routings import Routing
+from tests.support.cpu_references import route_reference
 
 ROUTINGS = {
     "mixtral": Routing(2, "softmax_of_chosen"),

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention/paged_attention.h"
+#include "contract/api.h"
 #include "simd/vectors.h"
 
 using namespace moe_serve;
@@ -24,16 +25,14 @@ using namespace moe_serve;
 #define ARITHMETIC "attention/paged_attention.inc"
 #include "simd/per_isa.inc"
 
-Attend moe_serve::choose_attend(int64_t key_dim, int64_t value_dim) {
-    return FOR_THIS_CPU(choose)(key_dim, value_dim);
-}
+Attend moe_serve::choose_attend(int64_t key_dim, int64_t value_dim) { return FOR_THIS_CPU(choose)(key_dim, value_dim); }
 
 namespace {
 
 void for_each_task(Attend attend, const Shape& shape, const float* query, const float* keys, const float* values,
-                   const int64_t* page_table, const int64_t* lengths, const float* sinks, float* out,
-                   int64_t num_seqs, int64_t kv_heads, int64_t tokens, int64_t table_width, float scale,
-                   int64_t window, int32_t num_threads) {
+                   const int64_t* page_table, const int64_t* lengths, const float* sinks, float* out, int64_t num_seqs,
+                   int64_t kv_heads, int64_t tokens, int64_t table_width, float scale, int64_t window,
+                   int32_t num_threads) {
     const int64_t parts = (shape.groups + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
 #pragma omp parallel num_threads(num_threads)
     {
@@ -66,6 +65,6 @@ extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys
                                            int64_t page_size, int64_t table_width, float scale, int64_t window,
                                            int32_t num_threads) {
     const Shape shape{groups, key_dim, value_dim, value_stride, page_size};
-    for_each_task(choose_attend(key_dim, value_dim), shape, query, keys, values, page_table, lengths, sinks,
-                  out, num_seqs, kv_heads, tokens, table_width, scale, window, num_threads);
+    for_each_task(choose_attend(key_dim, value_dim), shape, query, keys, values, page_table, lengths, sinks, out,
+                  num_seqs, kv_heads, tokens, table_width, scale, window, num_threads);
 }

@@ -20,9 +20,8 @@ constexpr int64_t HEADS_AT_ONCE = 8;
 // query [G, D]; keys [tokens, D], values [tokens, Dv] of the KV head; pages [ceil(length / B)]; tokens `first` to
 // `length`-1 are visible; sinks [G] or null; out [G, Dv]; score: room for G * (length - first). What a head gets does
 // not depend on how many there are.
-using Attend = void (*)(const float* query, const float* keys, const float* values, const int64_t* pages,
-                        int64_t first, int64_t length, float scale, const float* sinks, float* out,
-                        const Shape& shape, float* score);
+using Attend = void (*)(const float* query, const float* keys, const float* values, const int64_t* pages, int64_t first,
+                        int64_t length, float scale, const float* sinks, float* out, const Shape& shape, float* score);
 
 // The fastest on this processor for such heads.
 Attend choose_attend(int64_t key_dim, int64_t value_dim);

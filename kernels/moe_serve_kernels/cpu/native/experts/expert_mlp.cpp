@@ -1,5 +1,5 @@
 // The experts of one MoE layer, float32 activations on weights read where they lie: float32, bf16 or
-// quantised to eight or four bits (expert_mlp_weights.inc). Activations are never rounded.
+// quantised to eight or four bits (experts/weights.inc). Activations are never rounded.
 //
 //   for each segment (an expert and its tokens), rows of all experts split over threads:
 //     inner[t] = activation(gate @ x[t] + gate_bias, up @ x[t] + up_bias)
@@ -8,7 +8,7 @@
 //     out[t] = down @ inner[t] + down_bias
 //
 // With few tokens the time is the time to read the weights: each row is read once and made floats
-// in registers (expert_mlp_stream.inc). With many it is the arithmetic (expert_mlp_block.inc). An element of `out` is summed by one
+// in registers (experts/stream.inc). With many it is the arithmetic (experts/block.inc). An element of `out` is summed by one
 // thread, in an order that depends on the number of tokens of its segment only. Plain C ABI, no libtorch.
 
 #include <algorithm>
@@ -20,6 +20,7 @@
 
 #include <omp.h>
 
+#include "contract/api.h"
 #include "experts/segments.h"
 
 using namespace moe_serve;
@@ -46,16 +47,14 @@ Segment moe_serve::plan(const Pairs& pairs) {
     return {pairs.expert, pairs.begin, steps, tokens(expert.gate.columns), tokens(expert.down.columns)};
 }
 
-void moe_serve::weighted_sum(const float* const* rows, const float* weights, int64_t top_k, int64_t first,
-                             int64_t last, float* out) {
+void moe_serve::weighted_sum(const float* const* rows, const float* weights, int64_t top_k, int64_t first, int64_t last,
+                             float* out) {
     FOR_THIS_CPU(weighted_sum)(rows, weights, top_k, first, last, out);
 }
 
 namespace {
 
-int64_t size_of(const Tokens& tokens) {
-    return padded_count(tokens) * tokens.stride;
-}
+int64_t size_of(const Tokens& tokens) { return padded_count(tokens) * tokens.stride; }
 
 struct Layer {
     const float* x;

@@ -12,7 +12,6 @@
 
 namespace moe_serve {
 
-
 typedef uint16_t Bf16;
 struct Half {
     uint16_t bits;
@@ -25,10 +24,10 @@ struct Activation {
     float alpha, limit;
 };
 
-enum WeightKind { FLOAT32, BF16, INT8, UINT8, FP8, INT4, FP4 };
-enum ScaleKind { SCALE_FLOAT32, SCALE_BF16, SCALE_FP16, SCALE_E8M0 };
+enum WeightKind { FLOAT32, BFLOAT16, INT8, UINT8, FP8, INT4, FP4 };
+enum ScaleKind { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_UINT8 };  // UINT8: e8m0, 2^(byte - 127)
 
-// Where one expert's weights lie: expert_mlp.py fills these in, all 64-bit.
+// Where one expert's weights lie: expert_mlp.py fills these in by name (contract/layout.cpp), all 64-bit.
 //
 // Quantised: the weight in row r, column k is (code - zero) * scale, with the scale at
 // [r / rows_per_scale][k / group], the zero point the sum of `zero` and, unless null, zeros[r][k / group].
@@ -50,7 +49,10 @@ struct Bias {
 
     float at(int64_t i) const {
         if (!bf16) return static_cast<const float*>(data)[i * stride];
-        union { uint32_t i; float f; } bits;
+        union {
+            uint32_t i;
+            float f;
+        } bits;
         bits.i = static_cast<uint32_t>(static_cast<const Bf16*>(data)[i * stride]) << 16;
         return bits.f;
     }
@@ -92,7 +94,9 @@ struct Tokens {
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-inline int64_t padded_count(const Tokens& tokens) { return tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count; }
+inline int64_t padded_count(const Tokens& tokens) {
+    return tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count;
+}
 
 // Zeros for what follows a streamed token's last column; gate and up fill the rest.
 inline void clear_ends(const Tokens& tokens, int64_t grain) {
@@ -104,8 +108,8 @@ struct Segment;
 
 // One instruction set's arithmetic for one weight dtype and one way to multiply.
 struct Steps {
-    int64_t tile_tokens;  // 0: streaming
-    int64_t grain;        // rows of `Tokens` are filled up to a multiple of it
+    int64_t tile_tokens;                 // 0: streaming
+    int64_t grain;                       // rows of `Tokens` are filled up to a multiple of it
     int64_t (*scratch)(const Segment&);  // floats that one thread needs to compute BLOCK_ROWS rows
     void (*gather)(const float* x, const int64_t* tokens, int64_t columns, const Tokens& target);
     void (*gate_up)(const Segment&, const Activation&, int64_t row, float* scratch);
@@ -120,9 +124,9 @@ struct Segment {
 };
 
 constexpr int64_t STREAM_MAX_TOKENS = 6;  // with more the blocked kernel is faster on every size measured
-constexpr int64_t BLOCK_ROWS = 64;    // of a weight, per task
-constexpr int64_t BLOCK_DEPTH = 128;  // columns of a panel: 16 KB of 32 rows
-constexpr int64_t LINEAR_TOKENS = 256;  // of one segment of a linear layer: enough to pay for packing its weights
+constexpr int64_t BLOCK_ROWS = 64;        // of a weight, per task
+constexpr int64_t BLOCK_DEPTH = 128;      // columns of a panel: 16 KB of 32 rows
+constexpr int64_t LINEAR_TOKENS = 256;    // of one segment of a linear layer: enough to pay for packing its weights
 
 // out[i] = sum over k of weights[k] * rows[k][i] for columns `first` .. `last`-1: the same bits whoever asks.
 void weighted_sum(const float* const* rows, const float* weights, int64_t top_k, int64_t first, int64_t last,

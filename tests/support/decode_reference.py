@@ -8,12 +8,15 @@ from dataclasses import replace
 import torch
 
 from moe_serve_kernels.cpu.decoder import DecodeInputs, DecoderBlock, DecoderShape
-from moe_serve_kernels.cpu.expert_layer import expert_layer_reference
-from moe_serve_kernels.cpu.expert_mlp import as_tensor, expert_mlp_reference
+from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
-from moe_serve_kernels.cpu.paged_attention import paged_decode_reference
-from moe_serve_kernels.routings import route_reference
+from tests.support.cpu_references import (
+    expert_layer_reference,
+    expert_mlp_reference,
+    paged_decode_reference,
+    route_reference,
+)
 
 
 def decode_step_reference(

@@ -1,6 +1,6 @@
 """Compiles every kernel in every configuration for GPUs that are not here, and reads what the compiler made of it.
 
-    python -m moe_serve_kernels.compile_check --arch sm_80 sm_90 [--only REGEX]
+    python -m tests.support.compile_check --arch sm_80 sm_90 [--only REGEX]
 
 Prints one line per kernel: registers, spilled instructions, shared memory and kind of matrix instruction, as cuobjdump
 (bundled with triton) finds them in the machine code. Exits with 1 if one spills, needs more shared memory than a block
@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from moe_serve_kernels.gpu.configs import HOPPER
-from moe_serve_kernels.gpu.launches import MMA, Launch, launches
+from tests.support.launches import MMA, Launch, launches
 
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Most shared memory of one block, by compute capability."""
@@ -170,7 +170,7 @@ def _expected_mma(launch: Launch, kernel: str, arch: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="moe_serve_kernels.compile_check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tests.support.compile_check", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=["sm_80", "sm_90"])
     parser.add_argument("--only", default="", metavar="REGEX", help="names to compile (default: all)")
     args = parser.parse_args(argv)

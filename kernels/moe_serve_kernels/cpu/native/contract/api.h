@@ -1,0 +1,45 @@
+// Every function that Python calls. contract/layout.cpp tells Python these signatures; what the functions do stands
+// where they are defined.
+
+#pragma once
+
+#include <cstdint>
+
+#include "decode/decode_step.h"
+#include "experts/segments.h"
+
+extern "C" {
+
+const char* moe_serve_layout();
+
+bool moe_serve_expert_mlp(const float* x, const int64_t* tokens, float* out, const moe_serve::Pairs* pairs,
+                          int64_t num_segments, int64_t hidden, int64_t inner, int32_t activation, float alpha,
+                          float limit, int32_t num_threads);
+void* moe_serve_expert_mlp_start(const float* x, const int64_t* tokens, const moe_serve::Pairs* pairs, int64_t hidden,
+                                 int64_t inner, int32_t activation, float alpha, float limit, int32_t num_threads);
+void moe_serve_expert_mlp_finish(void* started, float* out, int32_t num_threads);
+bool moe_serve_expert_layer(const float* x, const int64_t* ids, const float* weights, float* out, int64_t* counts,
+                            const moe_serve::Expert* const* experts, int64_t num_experts, int64_t num_tokens,
+                            int64_t top_k, int32_t activation, float alpha, float limit, int32_t num_threads);
+void moe_serve_combine(const float* pairs, const int64_t* place_of, const float* weights, float* out,
+                       int64_t num_tokens, int64_t top_k, int64_t hidden, int32_t num_threads);
+bool moe_serve_linear(const float* x, const moe_serve::Expert* layer, float* out, int64_t count, int32_t num_threads);
+bool moe_serve_linears(const float* x, const moe_serve::Expert* const* layers, int64_t num_layers, float* out,
+                       int64_t count, int32_t num_threads);
+
+void moe_serve_paged_decode_f32(const float* query, const float* keys, const float* values, const int64_t* page_table,
+                                const int64_t* lengths, const float* sinks, float* out, int64_t num_seqs,
+                                int64_t kv_heads, int64_t groups, int64_t key_dim, int64_t value_dim,
+                                int64_t value_stride, int64_t tokens, int64_t page_size, int64_t table_width,
+                                float scale, int64_t window, int32_t num_threads);
+
+int64_t moe_serve_decode_memory(moe_serve::Model* model, int64_t num_tokens, int32_t num_threads);
+void moe_serve_decode_step(const moe_serve::Model* model, const moe_serve::Step* step, float* memory,
+                           int32_t num_threads);
+void moe_serve_decode_until_experts(const moe_serve::Model* model, const moe_serve::Step* step, int64_t block,
+                                    float* memory, int32_t num_threads);
+void moe_serve_decode_shared(const moe_serve::Model* model, const moe_serve::Step* step, int64_t block, float* memory,
+                             int32_t num_threads);
+void moe_serve_decode_head(const moe_serve::Model* model, const moe_serve::Step* step, float* memory,
+                           int32_t num_threads);
+}
