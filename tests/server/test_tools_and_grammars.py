@@ -137,7 +137,10 @@ def test_required_makes_noise_into_calls(hermes: Model) -> None:
 @pytest.mark.parametrize("word", ["password", "path", "regex", "json-string", "color"])
 def test_an_unknown_format_refuses_no_tool(hermes: Model, word: str) -> None:
     parameters = {"type": "object", "properties": {"a": {"type": "string", "format": word, "maxLength": 3}}}
-    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {**parameters, "required": ["a"]}}}
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {**parameters, "required": ["a"], "additionalProperties": False}},
+    }
     for choice in ("required", {"type": "function", "function": {"name": "f"}}):
         (call, *_) = hermes.chat(tools=[tool], tool_choice=choice).message.tool_calls
         assert isinstance(json.loads(call.function.arguments)["a"], str)
