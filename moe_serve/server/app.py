@@ -199,7 +199,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     async def resize_expert_cache(http: HttpRequest) -> dict[str, int]:
         """Change the memory for experts while serving; answers when it is done, between two steps."""
         body = await parse(http, ExpertCacheBody)
-        await service.engine.resize_expert_cache(body.mib)
+        await service.engine.call(lambda: service.engine.engine.resize_expert_cache(body.mib))
         return {"mib": body.mib}
 
 
