@@ -22,7 +22,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.request_queue import InFlight, RequestQueue
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
-from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
+from moe_serve.expert_routes.route_recorder import RouteObserver, RoutingShape
 from moe_serve.scheduling.sequence import Request, SampleOutput
 from moe_serve.scheduling.stats import StatsObserver
 
@@ -53,7 +53,7 @@ class EngineLike(Protocol):
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
     def expert_report(self) -> ExpertReport | None: ...
     def routing_shape(self) -> RoutingShape: ...
-    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None: ...
+    def observe_routes(self, observer: RouteObserver, wanted: bool = True) -> None: ...
     def trouble(self) -> Trouble | None: ...
     def close(self) -> None: ...
 
@@ -121,10 +121,6 @@ class AsyncEngine:
         """Raise what makes a request impossible. Its grammar is compiled elsewhere; being cancelled ends that."""
         if (compiling := self.core.begin_check(request)) is not None:
             await asyncio.wrap_future(compiling)
-
-    async def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""
-        await self.call(lambda: self.core.resize_expert_cache(moe_cache_mib))
 
     async def call(self, function: Callable[[], T]) -> T:
         """What `function` returns, or raises, on the engine's thread between two steps."""

@@ -26,5 +26,5 @@ async def resize_expert_cache(
     body: Annotated[ExpertCacheBody, Depends(parsed(ExpertCacheBody))], service: TheService
 ) -> dict[str, int]:
     """Change the memory for experts while serving; answers when it is done, between two steps."""
-    await service.engine.resize_expert_cache(body.mib)
+    await service.engine.call(lambda: service.engine.core.resize_expert_cache(body.mib))
     return {"mib": body.mib}

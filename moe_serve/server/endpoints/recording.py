@@ -59,14 +59,14 @@ class Recording:
         self._is_running = True
         shape = self._engine.core.routing_shape()
         recorder = self._recorder = RouteRecorder(shape, self._buffer_tokens, body.weights, body.token_ids)
-        await self._engine.call(lambda: self._engine.core.listen_to_routes(recorder))
+        await self._engine.call(lambda: self._engine.core.observe_routes(recorder))
         return {"recording": True, "buffer_tokens": self._buffer_tokens}
 
     async def stop(self) -> dict[str, Any]:
         """Record no more; what was recorded stays until it is dumped or another recording starts."""
         recorder = self._existing()
         self._is_running = False
-        await self._engine.call(lambda: self._engine.core.listen_to_routes(recorder, wanted=False))
+        await self._engine.call(lambda: self._engine.core.observe_routes(recorder, wanted=False))
         return {"recording": False, "tokens": recorder.num_tokens}
 
     async def dump(self) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class Recording:
     def _exchange(self, recorder: RouteRecorder) -> RouteRecorder:
         """On the engine's thread: a fresh recorder in the place of `recorder`, which then stands still."""
         following = recorder.successor()
-        self._engine.core.listen_to_routes(recorder, wanted=False)
-        self._engine.core.listen_to_routes(following)
+        self._engine.core.observe_routes(recorder, wanted=False)
+        self._engine.core.observe_routes(following)
         return following
 
     def _write(self, recorder: RouteRecorder, path: Path) -> dict[str, Any]:
