@@ -30,7 +30,7 @@ def device_cache(
 ) -> DeviceCache | None:
     """The cache that the GPU manages, or None, with a line in the log that says why not.
 
-    ConfigError where the user insists on it and it cannot be.
+    ConfigError where the user asks for it and it cannot be.
     """
     if config.experts.cache_manager == "host":
         return None
@@ -40,7 +40,7 @@ def device_cache(
     if config.experts.cache_manager == "device":
         raise ConfigError(f"--moe-cache-manager device: {found}; choose auto or host")
     if isinstance(compute, GpuCompute):
-        log.warning("the host manages the expert cache, step by step: %s", found)
+        log.warning("the host manages the expert cache, not the GPU, because %s", found)
     return None
 
 
