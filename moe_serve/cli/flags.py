@@ -11,12 +11,11 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-import moe_serve
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.settings import Setting, Settings, flag_name, kind_of, settings_of
+from moe_serve.demo import MODEL
 from moe_serve.hf.families import family_names
 
 S = TypeVar("S", bound=Settings)
@@ -33,7 +32,7 @@ OF_SERVER = ("model", *names_of(QueueConfig))
 
 def default_model() -> str:
     """Folder of the demo model that is part of the package."""
-    return str(Path(moe_serve.__file__).parent / "demo" / "model")
+    return str(MODEL)
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

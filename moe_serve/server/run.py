@@ -21,6 +21,7 @@ import uvicorn
 from moe_serve import __version__
 from moe_serve.config import EngineConfig, ServerConfig, flag_name
 from moe_serve.config.model_folder import model_id_of
+from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.endpoints import probes, ranks
@@ -149,7 +150,7 @@ def _keep_for_good() -> None:
 def model_name_of(folder: str) -> str:
     """A model id where the folder is in the hub's cache, else its name; the demo's folder is just called `model`."""
     path = Path(folder).resolve()
-    if path == Path(__file__).resolve().parents[1] / "demo" / "model":
+    if path == MODEL:
         return "moe-serve-demo"
     return model_id_of(folder) or path.name
 

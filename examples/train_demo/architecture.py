@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moe_serve.demo.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
+from examples.train_demo.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase, balance: float) -> MixtralConfig:

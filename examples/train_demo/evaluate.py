@@ -1,6 +1,6 @@
 """Held-out figures of the demo model beside n-gram baselines, written as JSON.
 
-Run ``python -m moe_serve.demo.evaluate --data ../shared/data --model moe_serve/demo/model``.
+Run ``python -m examples.train_demo.evaluate --data DATA --model moe_serve/demo/model``.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from transformers import (
     set_seed,
 )
 
-from moe_serve.demo.data import Corpus, read_corpus, render
-from moe_serve.demo.ngram import InterpolatedNgram
-from moe_serve.demo.routing import chosen_experts, layer_affinity, load_imbalance
+from examples.train_demo.data import Corpus, read_corpus, render
+from examples.train_demo.ngram import InterpolatedNgram
+from examples.train_demo.routing import chosen_experts, layer_affinity, load_imbalance
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def evaluate(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, corp
 def main() -> None:
     """Evaluate a saved model folder and write the figures."""
     parser = argparse.ArgumentParser(description="Evaluate the embedded demo model.")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True, help="Books and chats; see README.md.")
     parser.add_argument("--model", type=Path, default=Path("moe_serve/demo/model"))
     parser.add_argument("--out", type=Path, default=Path("/tmp/demo_evaluation.json"))
     args = parser.parse_args()

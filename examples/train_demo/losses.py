@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import MixtralForCausalLM
 
-from moe_serve.demo.recipe import Recipe
+from examples.train_demo.recipe import Recipe
 
 
 def router_losses(router_logits: tuple[Tensor, ...], top_k: int) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import MixtralForCausalLM
 
-from moe_serve.demo.muon import Muon
-from moe_serve.demo.recipe import Recipe
+from examples.train_demo.muon import Muon
+from examples.train_demo.recipe import Recipe
 
 
 def build_optimizers(model: MixtralForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:

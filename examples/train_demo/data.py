@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe_serve.demo.chats import Chat, gsm8k_chats, passage_chats, simple_chats
-from moe_serve.demo.tokenizer import END_OF_TEXT
+from examples.train_demo.chats import Chat, gsm8k_chats, passage_chats, simple_chats
+from examples.train_demo.tokenizer import END_OF_TEXT
 
 HELD_OUT_TEXT = 0.02
 """Share of every book, from its end, that is never trained on."""

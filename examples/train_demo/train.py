@@ -1,6 +1,6 @@
 """Train the embedded demo model: a small Mixtral, on a CPU, within a wall-clock budget.
 
-Run ``python -m moe_serve.demo.train --data ../shared/data --out moe_serve/demo/model``.
+Run ``python -m examples.train_demo.train --data DATA --out moe_serve/demo/model``.
 Everything in the schedule follows the share of the time budget that has passed, so the same
 command gives a properly annealed model on a slow or a fast machine.
 """
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
 
-from moe_serve.demo import experts
-from moe_serve.demo.architecture import build_model, model_config, save
-from moe_serve.demo.data import Corpus, Mixture, build_mixture, read_corpus
-from moe_serve.demo.losses import forward_loss
-from moe_serve.demo.optimizers import build_optimizers
-from moe_serve.demo.recipe import Recipe, chat_share, schedule, sequence_length
-from moe_serve.demo.tokenizer import save_tokenizer, train_tokenizer
+from examples.train_demo import experts
+from examples.train_demo.architecture import build_model, model_config, save
+from examples.train_demo.data import Corpus, Mixture, build_mixture, read_corpus
+from examples.train_demo.losses import forward_loss
+from examples.train_demo.optimizers import build_optimizers
+from examples.train_demo.recipe import Recipe, chat_share, schedule, sequence_length
+from examples.train_demo.tokenizer import save_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def get_tokenizer(corpus: Corpus, state: Path, vocab_size: int) -> PreTrainedTok
 def parse_args() -> argparse.Namespace:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description="Train the embedded demo model.")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True, help="Books and chats; see README.md.")
     parser.add_argument("--out", type=Path, default=Path("moe_serve/demo/model"))
     parser.add_argument("--state", type=Path, default=Path("/tmp/demo_train/state.pt"))
     parser.add_argument("--log", type=Path, default=Path("/tmp/demo_train.log"))
