@@ -86,8 +86,8 @@ def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
         log.info("the checkpoint was made for quantised activations; this server computes activations as floats")
     if store.is_copied:
         log.warning(
-            "the kernels cannot read this checkpoint's order of columns: each expert is copied when it is read, which takes"
-            " memory beside its slot. `moe-serve pack` makes a file in the right order"
+            "the kernels cannot read this checkpoint's order of columns: each expert is copied when it is read, which"
+            " takes memory beside its slot. `moe-serve pack` makes a file in the right order"
         )
     elif store.encoding is not None and not are_readable(matrices_of(store.weights(store.layers[0], 0))):
         log.warning(

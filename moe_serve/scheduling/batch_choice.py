@@ -51,7 +51,7 @@ class Forecasts(Protocol):
 
 
 class ExpertAware:
-    """Starts from the sequence that waited longest, then adds, one by one, the one that needs the fewest more experts."""
+    """Starts from the sequence that waited longest; then adds, one by one, that with the fewest further experts."""
 
     def __init__(
         self,
