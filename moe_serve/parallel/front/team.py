@@ -269,7 +269,7 @@ class Team:
             self.state = TeamState.RECOVERING if may_restart else TeamState.FAILED
             self.trouble = trouble
             self._changed.notify_all()
-        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "nothing can be served any more")
+        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "the server stops serving")
         if not may_restart:
             self._give_up()
 
