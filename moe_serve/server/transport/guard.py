@@ -41,7 +41,7 @@ def warn_if_open(config: ServerConfig, keys: frozenset[str]) -> None:
     """Say so when everyone on the network may use this server."""
     if not keys and not is_loopback(config.host):
         log.warning(
-            "listening on %s without an API key: whoever reaches this port can use the server;"
+            "listening on %s without an API key: anyone who reaches this port can use the server;"
             " set MOE_SERVE_API_KEY or --api-key-file, or listen on 127.0.0.1",
             config.host,
         )
