@@ -20,7 +20,7 @@ from moe_serve.cli.table import add_json_flag, print_json
 from moe_serve.config.units import MIB
 
 if TYPE_CHECKING:
-    from placement.drift import Stakes, Verdict
+    from placement.drift import Migration, Stakes
     from placement.plan import PlacementPlan
     from predictors.trace import RoutingTrace
 
@@ -73,17 +73,19 @@ def run(args: argparse.Namespace) -> int:
         for number_, window in enumerate(_windows(args)):
             verdict, candidate = _decide(args, plan, window)
             print(_sentence(number_, window, verdict), flush=True)
-            print_json(args, {"window": number_, "tokens": window.num_tokens, **verdict.to_json()})
-            if verdict.migrate:
+            found = verdict.to_json()
+            facts = {"window": number_, "tokens": window.num_tokens, "migrate": found.pop("adopt"), **found}
+            print_json(args, facts)
+            if verdict.adopt:
                 plan = candidate
                 if args.output:
                     save_plan(plan, args.output)
     return 0
 
 
-def _sentence(window_number: int, window: RoutingTrace, verdict: Verdict) -> str:
+def _sentence(window_number: int, window: RoutingTrace, verdict: Migration) -> str:
     return (
-        f"window {window_number}, {window.num_tokens} tokens: {'move' if verdict.migrate else 'stay'}, {verdict.why};"
+        f"window {window_number}, {window.num_tokens} tokens: {'move' if verdict.adopt else 'stay'}, {verdict.why};"
         f" traffic {verdict.traffic_now:.4f} -> {verdict.traffic_then:.4f},"
         f" balance {verdict.balance_now:.3f} -> {verdict.balance_then:.3f},"
         f" {verdict.moved_bytes / MIB:.0f} MiB to move"
@@ -110,7 +112,7 @@ def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
         time.sleep(args.follow_s)
 
 
-def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace) -> tuple[Verdict, PlacementPlan]:
+def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace) -> tuple[Migration, PlacementPlan]:
     from moe_serve.planning import problems
     from placement.drift import judge
     from placement.solve import find_plan
