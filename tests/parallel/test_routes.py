@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.wire import routes
 from moe_serve.parallel.wire.routes import RouteNoter
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
+from predictors.predictor import RouterShape
 
 LAYERS = (1, 3)
-SHAPE = RoutingShape(LAYERS, num_experts=8, top_k=2)
+SHAPE = RouterShape(LAYERS, num_experts=8, top_k=2)
 
 
 class Nothing:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_plan
@@ -26,6 +25,7 @@ from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
 from placement.cost import hosts_of
+from predictors.predictor import RouterShape
 
 
 class GroupTeam:
@@ -88,7 +88,7 @@ def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> Parall
     size = parallel.ranks_per_group
     plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, size)
     prescheduler = Prescheduler(hosts_of(plan.layout, size), None if uses is None else lambda: uses)
-    shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
+    shape = RouterShape(worker.layers, spec.num_experts, spec.top_k)
     runner = TeamRunner(team, config, prescheduler, shape)
     tokenizer = Tokenizer.from_path(config.model)
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)

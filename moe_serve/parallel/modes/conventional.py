@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from expert_cache.experts import nothing
+from expert_cache.running.experts import nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf.experts import connect
 from moe_serve.parallel.modes.expert_share import ExpertShare, SharedExperts, share_of

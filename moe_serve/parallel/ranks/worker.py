@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expert_cache.experts import ResizeError
+from expert_cache.running.experts import ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.parallel.config import ParallelConfig

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from moe_serve.execution import forward_batch
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.experts import RunsExperts
 from moe_serve.parallel.wire.messages import RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan, StepRoutes
+from predictors.predictor import RouterShape
 from predictors.shape import MoELayer
 
 OFF, IDS, IDS_AND_WEIGHTS = 0, 1, 2
@@ -94,7 +94,7 @@ def spans(plan: BatchPlan) -> tuple[slice, ...]:
     return tuple(slice(end - item.count, end) for item, end in zip(plan.scheduled, ends, strict=True))
 
 
-def gather(plan: BatchPlan, answers: Items[Mapping[str, Any]], shape: RoutingShape, wanted: int) -> StepRoutes:
+def gather(plan: BatchPlan, answers: Items[Mapping[str, Any]], shape: RouterShape, wanted: int) -> StepRoutes:
     """All ranks' pieces as one step's routes, in plan order."""
     size = plan.num_tokens, len(shape.layer_ids), shape.top_k
     ids = np.empty(size, np.uint8 if shape.num_experts <= 256 else np.int16)
