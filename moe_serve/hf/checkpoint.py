@@ -39,7 +39,7 @@ def read_config(folder: str) -> Any:
     try:
         # Before AutoConfig, whose error for an unknown type would list none of ours.
         find(str(json.loads((path / "config.json").read_text()).get("model_type")))
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     scheme_in(folder, config)

@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from expert_cache.report import ExpertReport, ExpertTotals, Residency
 from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
@@ -150,6 +151,9 @@ class FakeEngine:
 
     def expert_report(self) -> ExpertReport | None:
         return self.experts(self.num_steps)
+
+    def trouble(self) -> Trouble | None:
+        return None
 
     def close(self) -> None:
         self.is_closed = True
