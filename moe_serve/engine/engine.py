@@ -17,6 +17,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine import expert_aware
 from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.step_stats import StepRecorder, finished_stats
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RouteObserver, RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
@@ -198,6 +199,10 @@ class Engine:
         """Stop the threads behind the model; the engine is of no use afterwards."""
         self.runner.close()
         self._grammars.close()
+
+    def trouble(self) -> Trouble | None:
+        """Why it cannot serve now; on one device nothing but death keeps it from that."""
+        return None
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()

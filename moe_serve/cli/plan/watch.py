@@ -7,7 +7,6 @@ half judges it. With `--follow` the files are looked at again whenever they chan
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.plan.flags import number, positive
 from moe_serve.cli.plan.solve import use_one_thread
+from moe_serve.cli.table import add_json_flag, print_json
+from moe_serve.config.units import MIB
 
 if TYPE_CHECKING:
     from placement.drift import Stakes, Verdict
@@ -46,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: 0.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write the plan to move to here, if any.")
     add_force_flag(parser)
+    add_json_flag(parser)
     parser.add_argument("--follow", type=number, metavar="S", help="Look again every S seconds, until Ctrl-C.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line of JSON per window. A plan that pays is in force from then on."""
+    """One sentence per window, and one line of JSON (see `print_json`). A plan that pays is in force from then on."""
     use_one_thread()
     check_outputs(args, output=args.output)
     from moe_serve.planning import problems
@@ -60,12 +62,22 @@ def run(args: argparse.Namespace) -> int:
         plan = load_plan(args.plan)
         for number_, window in enumerate(_windows(args)):
             verdict, candidate = _decide(args, plan, window)
-            print(json.dumps({"window": number_, "tokens": window.num_tokens, **verdict.to_json()}), flush=True)
+            print(_sentence(number_, window, verdict), flush=True)
+            print_json(args, {"window": number_, "tokens": window.num_tokens, **verdict.to_json()})
             if verdict.migrate:
                 plan = candidate
                 if args.output:
                     save_plan(plan, args.output)
     return 0
+
+
+def _sentence(window_number: int, window: RoutingTrace, verdict: Verdict) -> str:
+    return (
+        f"window {window_number}, {window.num_tokens} tokens: {'move' if verdict.migrate else 'stay'}, {verdict.why};"
+        f" traffic {verdict.traffic_now:.4f} -> {verdict.traffic_then:.4f},"
+        f" balance {verdict.balance_now:.3f} -> {verdict.balance_then:.3f},"
+        f" {verdict.moved_bytes / MIB:.0f} MiB to move"
+    )
 
 
 def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:

@@ -40,7 +40,11 @@ def raise_file_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     room = max(16, hard - RESERVED_FILES)
     if room < 1024:
-        log.warning("only %d connections at a time: the limit of open files is %d; raise it (ulimit -n)", room, hard)
+        log.warning(
+            "at most %d connections are open together, because the limit of open files is %d; raise it with ulimit -n",
+            room,
+            hard,
+        )
     return room
 
 
@@ -119,7 +123,7 @@ class _Connection(HTTPProtocol):
 
     def _cut_off(self) -> None:
         """Abort rather than close: closing would wait until the client has taken what is buffered."""
-        log.info("a client took nothing for %g s; its connection is closed", self._write_timeout_s)
+        log.info("a client read nothing for %g s; its connection is closed", self._write_timeout_s)
         self.transport.abort()
 
     def _stop(self, name: str) -> None:
