@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from uvicorn.protocols.http.h11_impl import H11Protocol as HTTPProtocol
-else:  # with httptools installed, its parser in C: a quarter less time per event than h11
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol as HTTPProtocol
+from moe_serve.server.transport.request_head import BoundedHead
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def connection_class(read_timeout_s: float, write_timeout_s: float, max_connecti
     return Connection
 
 
-class _Connection(HTTPProtocol):
+class _Connection(BoundedHead):
     """An HTTP/1.1 connection that ends when its client neither sends nor takes."""
 
     limits: tuple[float, float, int]
