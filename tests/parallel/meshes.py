@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from expert_cache.running.usage import RouteBuffer
 from expert_cache.storage.errors import ExpertReadError
-from expert_cache.usage import RouteBuffer
 from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.wire.sockets import Wire

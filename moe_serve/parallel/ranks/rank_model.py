@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from expert_cache.local_experts import RegroupedExperts
+from expert_cache.running.local_experts import RegroupedExperts
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.engine.model_runner import ModelRunner, load_model
 from moe_serve.errors import ConfigError
