@@ -28,7 +28,7 @@ from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.expert_routes.live_predictor import LivePredictor
 from moe_serve.grammars.masks import MaskThread
-from moe_serve.hf import attend, dense, device_routers, experts, loading, whole_steps
+from moe_serve.hf import attend, dense, device_routers, experts, loading, rope, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
@@ -241,6 +241,8 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.experts.expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    assert resolved.max_model_len is not None
+    rope.fix_length(loaded.model, resolved.max_model_len)
     if resolved.experts.cache_mib and device.type == "cpu":
         dense.copy_from_files(loaded.model)
         if not config.experts.page_cache:
