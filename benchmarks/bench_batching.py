@@ -108,9 +108,7 @@ class Account:
     def __init__(self, trace: RoutingTrace, cache_frac: float) -> None:
         shape = trace.num_layers, trace.num_experts
         self.ended: dict[str, int] = {}
-        self._cache = ShadowCache(
-            find_policy("affinity")(*shape), Capacity.of_capacity(cache_frac, *shape), *shape, True
-        )
+        self._cache = ShadowCache(find_policy("affinity")(*shape), Capacity.of_frac(cache_frac, *shape), *shape, True)
         self._widths: list[int] = []
         self._distinct: list[float] = []
         self._waits: list[int] = []

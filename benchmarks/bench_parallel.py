@@ -176,9 +176,9 @@ def record(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[tuple[np
     """For each prompt the token ids [N] that were computed and the experts [N, L, K] they went to."""
     size = sum(map(len, prompts)) + len(prompts) * new_tokens
     recorder = RouteRecorder(llm.engine.routing_shape(), size, token_ids=True)
-    llm.engine.listen_to_routes(recorder)
+    llm.engine.observe_routes(recorder)
     llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True))
-    llm.engine.listen_to_routes(recorder, wanted=False)
+    llm.engine.observe_routes(recorder, wanted=False)
     trace = recorder.trace({})
     assert trace.token_ids is not None
     routes = [(trace.token_ids[a:b], trace.ids[a:b]) for a, b in pairwise(trace.seq_offsets.tolist())]

@@ -31,6 +31,7 @@ from moe_serve.cli import main as moe_serve
 from moe_serve.cli.flags import default_model
 from moe_serve.hf.checkpoint import open_all_experts
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
+from predictors.shape import MoELayer
 
 Decode = Callable[[int, int], tuple[torch.Tensor, ...]]
 """(layer, expert) -> gate, up, down in float32."""
@@ -99,10 +100,10 @@ def _formats(folder: Path, calibration: Path, tokens: int) -> Iterator[tuple[str
     """(name, bytes of an expert, decoder), bf16 first."""
     original = open_all_experts(default_model())
 
-    def fp8(layer: int, expert: int) -> tuple[torch.Tensor, ...]:
+    def fp8(layer: MoELayer, expert: int) -> tuple[torch.Tensor, ...]:
         return tuple(_through_fp8(m) for m in _floats(original)(layer, expert))
 
-    rows = sum(m.shape[0] for m in matrices_of(original.weights(0, 0)))
+    rows = sum(m.shape[0] for m in matrices_of(original.weights(original.layers[0], 0)))
     yield "bf16", original.expert_bytes, _floats(original)
     yield "fp8", original.expert_bytes // 2 + 4 * rows, fp8
     searched = ["--calibration", str(calibration), "--calibration-tokens", str(tokens)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moe_serve.parallel.config import ParallelConfig
     from moe_serve.scheduling.sequence import Completion, SampleOutput, SamplingParams, TokenLogprob
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LLM",

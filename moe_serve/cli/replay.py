@@ -21,9 +21,8 @@ from moe_serve_base.whole_files import whole_file, write_text
 
 if TYPE_CHECKING:
     from expert_cache.capacity import Capacity
-    from expert_cache.simulation.comparison import Row
     from expert_cache.simulation.events import Events
-    from expert_cache.simulation.replay import ReplayResult
+    from expert_cache.simulation.replay import ReplayResult, Row
     from predictors.trace import RoutingTrace
 
 HELP = "Judge expert-cache policies on recorded routing, without a device."
@@ -128,8 +127,8 @@ def _compare(
     args: argparse.Namespace, trace: RoutingTrace, profile: RoutingTrace | None
 ) -> Iterable[tuple[float, list[Row]]]:
     """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
-    from expert_cache.simulation.comparison import compare
     from expert_cache.simulation.events import events_of
+    from expert_cache.simulation.replay import compare
 
     if profile is not None:
         _require_same_model(trace, profile)
@@ -154,7 +153,7 @@ def _require_same_model(trace: RoutingTrace, profile: RoutingTrace) -> None:
 
 def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
     from expert_cache.policies import find_policy
-    from expert_cache.simulation.comparison import usable_policies
+    from expert_cache.simulation.replay import usable_policies
 
     usable = usable_policies(has_profile)
     for name in wanted or ():
@@ -167,7 +166,7 @@ def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | Non
     from expert_cache.capacity import Capacity
     from expert_cache.simulation.quotas import quota_slots
 
-    uniform = Capacity.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+    uniform = Capacity.of_frac(percent / 100, trace.num_layers, trace.num_experts)
     if pool == "global":
         return Capacity.shared(uniform.total)
     if pool == "quota" and profile is not None:

@@ -79,9 +79,9 @@ def record(
 
     most = sum(len(prompt) + (params.max_tokens or 0) for prompt in prompts) * params.n
     recorder = RouteRecorder(llm.engine.routing_shape(), most, weights, token_ids=True)
-    llm.engine.listen_to_routes(recorder)
+    llm.engine.observe_routes(recorder)
     llm.generate(prompts, params, show_progress=True)
-    llm.engine.listen_to_routes(recorder, wanted=False)
+    llm.engine.observe_routes(recorder, wanted=False)
     return recorder.trace(meta)
 
 

@@ -25,7 +25,7 @@ PROMPT_TOKENS = 32
 
 
 class UsageForecast:
-    """A RouteListener and Forecasts in one."""
+    """A RouteObserver and Forecasts in one."""
 
     wants_weights = False
 

@@ -20,7 +20,7 @@ def serve(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
     """Complete the case's prompts together: tokens, log-probabilities and routes, by prompt."""
     recorder = RouteRecorder(engine.routing_shape(), 4096) if case.get("routes") else None
     if recorder is not None:
-        engine.listen_to_routes(recorder)
+        engine.observe_routes(recorder)
     params = params_from_json(case["params"])
     for i, prompt in enumerate(case["prompts"]):
         engine.add_request(Request(str(i), tuple(prompt), params))

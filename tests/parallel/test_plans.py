@@ -19,6 +19,7 @@ from placement.cost import Layout
 from placement.plan import make_plan, save_plan
 from placement.problem import PlacementProblem
 from placement.topology import Topology
+from predictors.shape import MoELayer
 
 LAYERS = (1, 2)
 
@@ -68,10 +69,13 @@ def test_contiguous_is_uneven_where_it_must_be() -> None:
 def test_copies_are_chosen_by_place_then_company_then_load() -> None:
     hosts = np.zeros((1, 4, 3), bool)
     hosts[0, 0, [0, 1]] = hosts[0, 1, [1, 2]] = hosts[0, 2, 2] = hosts[0, 3, [1, 2]] = True
-    ownership = Ownership(hosts, (5,), 0, torch.device("cpu"))
+    ownership = Ownership(hosts, 0, torch.device("cpu"))
     ids = torch.tensor([[0, 2], [1, 2]])
-    assert ownership.choose(5, ids).tolist() == [[0, 2], [2, 2]]  # here; where expert 2 takes the token anyway
-    assert ownership.choose(5, torch.tensor([[3]])).tolist() == [[1]]  # rank 2 is busier now
+    assert ownership.choose(MoELayer(0), ids).tolist() == [
+        [0, 2],
+        [2, 2],
+    ]  # here; where expert 2 takes the token anyway
+    assert ownership.choose(MoELayer(0), torch.tensor([[3]])).tolist() == [[1]]  # rank 2 is busier now
 
 
 def test_prescheduler_follows_the_table_until_a_rank_is_far_ahead() -> None:
@@ -119,10 +123,10 @@ def test_ranks_agree_whoever_asks() -> None:
     hosts = np.zeros((1, 2, 3), bool)
     hosts[0, 0, [0, 1]] = hosts[0, 1, [1, 2]] = True
     ids = np.array([[0, 1], [1, 0], [0, 0]])
-    found = [Ownership(hosts, (5,), rank, torch.device("cpu")).agree(5, ids, None).tolist() for rank in range(3)]
+    found = [Ownership(hosts, rank, torch.device("cpu")).agree(MoELayer(0), ids, None).tolist() for rank in range(3)]
     assert found[0][:2] == [[1, 1], [1, 1]]
     assert found[1:] == found[:1] * 2
-    at_home = Ownership(hosts, (5,), 0, torch.device("cpu")).agree(5, ids[:2], np.array([0, 2]))
+    at_home = Ownership(hosts, 0, torch.device("cpu")).agree(MoELayer(0), ids[:2], np.array([0, 2]))
     assert at_home.tolist() == [[0, 1], [2, 0]]
 
 

@@ -13,7 +13,7 @@ import pytest
 from moe_serve.config import EngineConfig, ServerConfig
 from moe_serve.errors import ConfigError, OverloadedError
 from moe_serve.scheduling.admission import Admission
-from moe_serve.server.endpoints.probes import guard
+from moe_serve.server.transport.guard import guard
 from tests.patience import PATIENCE_S
 
 PATH = "/v1/completions"

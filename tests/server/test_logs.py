@@ -12,10 +12,10 @@ import pytest
 
 from moe_serve.config import ServerConfig
 from moe_serve.scheduling.stats import EngineLoad, StepStats
-from moe_serve.server.endpoints.probes import guard, warn_if_open
 from moe_serve.server.monitoring import stats_log
 from moe_serve.server.monitoring.logs import FIELDS, JsonFormatter, TextFormatter
 from moe_serve.server.monitoring.stats_log import StatsLog
+from moe_serve.server.transport.guard import guard, warn_if_open
 
 SECRET = "The quick brown"
 

@@ -51,7 +51,7 @@ class LivePlacement:
         window = engine.team.parallel.expert_plan_window
         self._recorder = RouteRecorder(engine.routing_shape(), window) if window else None
         if self._recorder is not None:
-            engine.listen_to_routes(self._recorder)
+            engine.observe_routes(self._recorder)
 
     @property
     def plan(self) -> PlacementPlan:

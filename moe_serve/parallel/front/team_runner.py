@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from expert_cache.counters import ExpertTotals
+from expert_cache.experts import ResizeError
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.expert_plans import layout_to_json
 from moe_serve.parallel.front.prescheduling import Prescheduler
@@ -21,16 +20,28 @@ from placement.cost import Layout, hosts_of
 
 
 class TeamExperts:
-    """The ranks' expert caches as one, for statistics."""
+    """All ranks' experts as one. Knows no tensors: they run on the ranks."""
 
-    belady_gap_frac = None
-    """Each rank has its own, and their mean means nothing."""
-    shadow_hits: Mapping[str, int] = {}
-
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Team, reports: TeamReports) -> None:
         self._team = team
+        self._reports = reports
         self._last = self._before = ExpertTotals()
-        self.experts = self.counters = self
+
+    def resize(self, mib: int) -> None:
+        """Every rank gets this much. ResizeError."""
+        for answer in self._team.ask_all({"op": "resize", "mib": mib}):
+            if "refused" in answer:
+                raise ResizeError(answer["refused"])
+
+    def resident(self) -> None:
+        """Each rank has its own, and they change faster than ranks tell."""
+
+    def report(self) -> ExpertReport | None:
+        """All ranks' together, of the last second or two."""
+        return self._reports.total()
+
+    def close(self) -> None:
+        """The team is stopped as a whole."""
 
     def totals(self) -> ExpertTotals:
         """Sums over ranks, as of their last answers, and over the groups of ranks there have been."""
@@ -57,8 +68,8 @@ class TeamRunner:
         self.team = team
         self.config = config
         self.prescheduler = prescheduler
-        self.expert_layers = TeamExperts(team)
         self.reports = TeamReports(team.reports)
+        self.experts = TeamExperts(team, self.reports)
         self._shape = shape
         self._routes = routes.OFF
         self._writer = StepWriter()
@@ -79,23 +90,10 @@ class TeamRunner:
         result = merge_results(plan, answers)
         return replace(result, routes=routes.gather(plan, answers, self._shape, wanted)) if wanted else result
 
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """Every rank gets this much. InvalidRequestError."""
-        for answer in self.team.ask_all({"op": "resize", "mib": moe_cache_mib}):
-            if "refused" in answer:
-                raise InvalidRequestError("mib", answer["refused"])
-
     def moe_layer_ids(self) -> tuple[int, ...]:
         return self._shape.layer_ids
 
-    def resident_experts(self) -> None:
-        """Each rank has its own, and they change faster than ranks tell."""
-
-    def expert_report(self) -> ExpertReport | None:
-        """All ranks' together, of the last second or two."""
-        return self.reports.total()
-
-    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+    def observe_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, ranks add routes to their answers, or stop to."""
         self._routes = (routes.IDS_AND_WEIGHTS if weights else routes.IDS) if wanted else routes.OFF
 

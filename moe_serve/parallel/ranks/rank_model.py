@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine.model_runner import ModelRunner, load_runner
+from moe_serve.engine.model_runner import ModelRunner, load_model
 from moe_serve.errors import ConfigError
+from moe_serve.offload import build
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.modes.expert_share import ExpertShare
@@ -42,19 +43,18 @@ def load(config: EngineConfig, parallel: ParallelConfig, place: RankAddress) -> 
         raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
     if config.experts.cache_manager == "device":
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
-    config = config.replace(device=_device_of(config, place), moe_cache_manager="host", enforce_eager=True)
-    eos = frozenset(eos_token_ids(config.model))
-    runner, spec = load_runner(config, eos)
-    local = runner.expert_layers
-    store = local.experts.store
+    config = config.replace(device=_device_of(config, place), enforce_eager=True)
+    config, loaded, spec = load_model(config)
+    local, store = build.regrouped_experts(config, loaded, spec), loaded.store
+    runner = ModelRunner(config, loaded, spec, frozenset(eos_token_ids(config.model)), local)
     size = parallel.ranks_per_group
     first_rank = parallel.group_of(place.rank) * size
-    hosts = read_hosts(parallel.expert_plan, store.layers, store.num_experts, size)
+    hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
     device = runner.device
     wire = connect_all(place, parallel.rank_step_s) if device.type == "cpu" else GroupWire(device)
     exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
     like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=device)
-    ownership = Ownership(hosts, store.layers, exchange.rank, device)
+    ownership = Ownership(hosts, exchange.rank, device)
     return runner, ExpertShare(local, ownership, exchange, spec.top_k, like)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.experts import ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
-from moe_serve.errors import InvalidRequestError
 from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import layout_from_json
 from moe_serve.parallel.front.reports import report_to_json
@@ -47,7 +46,7 @@ class Worker:
             [self._runner.config.kv.num_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
         )
         self.config = self._runner.config.replace(num_kv_pages=pages, max_model_len=context)
-        self.layers = self._shared.layers
+        self.layers = self._shared.local.store.decoder_layers
         mode = MODES[parallel.ep_mode](self._runner, self._shared)
         size = parallel.ranks_per_group
         self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
@@ -81,27 +80,25 @@ class Worker:
         """Another placement from the next step on; experts that are no longer run here leave this rank's cache."""
         shared = self._shared
         hosts = hosts_of(layout_from_json(message), shared.exchange.num_ranks)
-        shared.ownership = Ownership(hosts, shared.layers, shared.exchange.rank, self._runner.device)
-        experts = self._runner.expert_layers.experts
-        if isinstance(experts, ExpertCache):
-            experts.keep_only(hosts[:, :, shared.exchange.rank])
+        shared.ownership = Ownership(hosts, shared.exchange.rank, self._runner.device)
+        shared.local.keep_only(hosts[:, :, shared.exchange.rank])
         return {}
 
     def report(self) -> dict[str, Any]:
         """What the experts here have done since the start. Any thread may ask."""
-        return report_to_json(self._runner.expert_report())
+        return report_to_json(self._shared.local.report())
 
     def resize(self, moe_cache_mib: int) -> dict[str, Any]:
         """Change this rank's memory for experts; the answer says why not."""
         try:
-            self._runner.resize_expert_cache(moe_cache_mib)
-        except InvalidRequestError as error:
+            self._shared.local.resize(moe_cache_mib)
+        except ResizeError as error:
             return {"refused": error.message}
         return {}
 
     def _counted(self) -> dict[str, Any]:
         traffic = self._shared.exchange.traffic
-        totals = self._runner.expert_layers.experts.counters.totals()
+        totals = self._shared.local.totals()
         return {
             "traffic": traffic.totals(),
             "layer_bytes": traffic.by_layer(),

@@ -22,6 +22,7 @@ from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.experts import RunsExperts
 from moe_serve.parallel.wire.messages import RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan, StepRoutes
+from predictors.shape import MoELayer
 
 OFF, IDS, IDS_AND_WEIGHTS = 0, 1, 2
 """What the front wants to know, as a step's message says it."""
@@ -49,8 +50,8 @@ class RouteNoter:
         self._ids.clear()
         self._weights.clear()
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As ExpertLayers.run."""
+    def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As Experts.run."""
         if self.wanted:
             self._ids.append(ids if self._rows is None else ids[self._rows])
             self._weights.append(weights if self._rows is None else weights[self._rows])

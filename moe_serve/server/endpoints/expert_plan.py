@@ -13,10 +13,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -30,14 +30,13 @@ from moe_serve.parallel.front.live_placement import Decision, LivePlacement
 from moe_serve.planning import problems
 from moe_serve.planning.replanning import Terms
 from moe_serve.server.endpoints import ranks
-from moe_serve.server.endpoints.bodies.parsing import Body, parse
-from moe_serve.server.endpoints.reference import openapi
+from moe_serve.server.endpoints.bodies.given import TheService, parsed
+from moe_serve.server.endpoints.bodies.parsing import Body
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan
 from predictors.trace import RoutingTrace
 
-if TYPE_CHECKING:
-    from moe_serve.server.app import Service
+router = APIRouter()
 
 DEFAULT_TIME_LIMIT_S = 10.0
 
@@ -53,28 +52,43 @@ class ExpertPlanBody(Body):
     time_limit_s: Annotated[float, Field(gt=0, le=600)] = DEFAULT_TIME_LIMIT_S
     """For the search."""
 
+    may_be_absent: ClassVar[bool] = True
 
-def install(app: FastAPI, service: Service) -> None:
-    """Add the endpoints, and where there are ranks the metrics and what --expert-plan-interval-s asks for."""
-    engine = service.engine.engine
-    replacement = LivePlacement(service.engine, engine) if isinstance(engine, ParallelEngine) else None
-    if isinstance(engine, ParallelEngine) and replacement is not None:
-        service.metrics.registry.register(DecisionCollector(replacement))
-        _repeat_while_serving(app, engine, replacement)
 
-    @app.get("/expert_plan")
-    async def show_expert_plan() -> Response:
-        """The plan in force."""
-        return Response(json.dumps(_present(replacement).plan.to_json()), media_type="application/json")
+def add(app: FastAPI, service: TheService) -> None:
+    """The routes, and where there are ranks the metrics and what --expert-plan-interval-s asks for."""
+    app.include_router(router)
+    app.state.placement = None
+    if service.ranks is not None:
+        app.state.placement = placement = LivePlacement(service.engine, service.ranks)
+        service.metrics.registry.register(DecisionCollector(placement))
+        _repeat_while_serving(app, service.ranks, placement)
 
-    @app.post("/expert_plan", openapi_extra=openapi.takes(ExpertPlanBody, required=False))
-    async def change_expert_plan(http: HttpRequest) -> dict[str, Any]:
-        """Another plan, given or made from recent traffic; answers when it is in force or was found not worth it."""
-        body = await parse(http, ExpertPlanBody) if await http.body() else ExpertPlanBody()
-        found = _present(replacement)
-        assert isinstance(engine, ParallelEngine)
-        decision = await _change(body, found, engine)
-        return {**decision.to_json(), "placements": engine.num_placements}
+
+async def _placement_of(http: HttpRequest) -> LivePlacement:
+    placement: LivePlacement | None = http.app.state.placement
+    if placement is None:
+        raise InvalidRequestError("plan", "this server runs on one device; start it with --devices above 1")
+    return placement
+
+
+ThePlacement = Annotated[LivePlacement, Depends(_placement_of)]
+
+
+@router.get("/expert_plan")
+async def show_expert_plan(placement: ThePlacement) -> Response:
+    """The plan in force."""
+    return Response(json.dumps(placement.plan.to_json()), media_type="application/json")
+
+
+@router.post("/expert_plan")
+async def change_expert_plan(
+    body: Annotated[ExpertPlanBody, Depends(parsed(ExpertPlanBody))], placement: ThePlacement, service: TheService
+) -> dict[str, Any]:
+    """Another plan, given or made from recent traffic; answers when it is in force or was found not worth it."""
+    assert service.ranks is not None
+    decision = await _change(body, placement, service.ranks)
+    return {**decision.to_json(), "placements": service.ranks.num_placements}
 
 
 async def _change(body: ExpertPlanBody, replacement: LivePlacement, engine: ParallelEngine) -> Decision:
@@ -85,12 +99,6 @@ async def _change(body: ExpertPlanBody, replacement: LivePlacement, engine: Para
     default = engine.team.parallel.expert_plan_margin
     margin = default if body.margin_frac is None else body.margin_frac
     return await replacement.consider(Terms(margin, body.time_limit_s), candidate)
-
-
-def _present(replacement: LivePlacement | None) -> LivePlacement:
-    if replacement is None:
-        raise InvalidRequestError("plan", "this server runs on one device; start it with --devices above 1")
-    return replacement
 
 
 def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> PlacementPlan:

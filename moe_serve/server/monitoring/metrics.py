@@ -14,7 +14,7 @@ from expert_cache.report import ExpertReport
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
-from moe_serve.server.monitoring.last_minute import LiveStats
+from moe_serve.server.monitoring.last_minute import LastMinute
 
 PREFIX = "moe_serve:"
 TTFT_S = (
@@ -89,7 +89,7 @@ class Metrics:
         predictor: str = "off",
     ) -> None:
         """`cache_config`: facts for cache_config_info. `predictor`: who advises the expert cache, if anybody."""
-        self.live = LiveStats(expert_report)
+        self.live = LastMinute(expert_report)
         """The last minute, for whoever draws it."""
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from expert_cache.compute import PreparedWeights
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
+from predictors.shape import MoELayer
 
 
 @dataclass(slots=True)
@@ -17,8 +18,7 @@ class Acquisition:
     in_flight = {1, 6}, waiting = [7]. When 4 has run and is released, 7 moves to in_flight.
     """
 
-    layer: int
-    """Decoder layer."""
+    layer: MoELayer
     is_pinned: bool = True
     """False where nothing can be evicted anyway."""
     ready: dict[int, PreparedWeights] = field(default_factory=dict)
