@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
-from expert_cache.experts import Experts
+from expert_cache.running.experts import Experts
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig

@@ -53,7 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 def _cache_memory_in_kib(monkeypatch) -> None:
     """So that a budget can hold a part of these models."""
     monkeypatch.setattr("moe_serve.resolve.MIB", 1 << 10)
-    monkeypatch.setattr("expert_cache.capacity.MIB", 1 << 10)
+    monkeypatch.setattr("expert_cache.simulation.capacity.MIB", 1 << 10)
 
 
 @pytest.fixture(autouse=True)
