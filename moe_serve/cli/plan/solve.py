@@ -96,10 +96,10 @@ def solve_all(
     """One plan per solver, all held against the same bound."""
     from placement.solve import find_plan, prove_all
 
-    limit_s = args.time_limit * (1 - PROVING_FRAC)
+    limit_s = args.time_limit_s * (1 - PROVING_FRAC)
     search = {"seed": args.seed, "effort": args.effort, "time_limit_s": limit_s, "provenance": facts}
     plans = [find_plan(problem, name, progress=progress(args, name), **search) for name in solvers or args.solver]
-    return prove_all(problem, plans, args.time_limit * PROVING_FRAC)
+    return prove_all(problem, plans, args.time_limit_s * PROVING_FRAC)
 
 
 def progress(args: argparse.Namespace, name: str) -> Progress:

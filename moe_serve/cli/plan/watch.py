@@ -1,7 +1,7 @@
 """`moe-serve plan watch PLAN TRACE ...`: does live traffic still suit the plan, and would a new one pay for moving?
 
 The trace is read in windows of whole sequences. Half of a window's sequences make a candidate, the other
-half judges it. With `--follow` the files are looked at again whenever they change.
+half judges it. With `--follow-s` the files are looked at again whenever they change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
-from moe_serve.cli.plan.flags import number, positive
+from moe_serve.cli.plan.flags import add_seconds_flag, number, positive
 from moe_serve.cli.plan.solve import use_one_thread
 from moe_serve.cli.table import add_json_flag, print_json
 from moe_serve.config.units import MIB
@@ -38,17 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--horizon", type=positive, metavar="N", help="Tokens a new plan is expected to serve. Default: 10 windows."
     )
     parser.add_argument(
-        "--hidden-bytes", type=positive, default=8192, metavar="N", help="A token's hidden state. Default: 8192."
+        "--hidden-bytes",
+        type=positive,
+        default=8192,
+        metavar="N",
+        help="Bytes of one token's hidden state. Default: 8192.",
     )
     parser.add_argument(
-        "--migration-weight", type=number, default=1.0, metavar="X", help="Price of a moved byte. Default: 1."
+        "--migration-weight",
+        type=number,
+        default=1.0,
+        metavar="X",
+        help="Cost of a moved byte, where a byte of traffic costs 1. Default: 1.",
     )
-    parser.add_argument("--time-limit", type=number, default=30.0, metavar="S", help="For each candidate. Default: 30.")
+    add_seconds_flag(
+        parser, "--time-limit-s", "--time-limit", 30.0, "Longest time to search for each candidate. Default: 30."
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Default: 0.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="Write the plan to move to here, if any.")
     add_force_flag(parser)
     add_json_flag(parser)
-    parser.add_argument("--follow", type=number, metavar="S", help="Look again every S seconds, until Ctrl-C.")
+    add_seconds_flag(parser, "--follow-s", "--follow", None, "Look again every S seconds, until Ctrl-C.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,9 +107,9 @@ def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
             if tokens >= args.window and len(window) > 1:
                 yield trace.select(window)
                 done, window, tokens = sequence + 1, [], 0
-        if args.follow is None:
+        if args.follow_s is None:
             return
-        time.sleep(args.follow)
+        time.sleep(args.follow_s)
 
 
 def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace) -> tuple[Migration, PlacementPlan]:
@@ -115,7 +125,7 @@ def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace)
     hop_bytes = stakes.horizon_tokens * (live.num_layers - 1) * stakes.choices_per_hop * stakes.hidden_bytes
     price = problem.load.size * problem.expert_bytes * stakes.migration_weight / max(hop_bytes, 1.0)
     priced = problem.with_(current=plan.layout.device_of, migration_price=price)
-    candidate = find_plan(priced, "auto", seed=args.seed, time_limit_s=args.time_limit, effort=4)
+    candidate = find_plan(priced, "auto", seed=args.seed, time_limit_s=args.time_limit_s, effort=4)
     candidate = replace(candidate, provenance=problems.provenance(window))
     return judge(live, plan, candidate, stakes), candidate
 
