@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.server import endpoints
 from moe_serve.server.endpoints.reference import openapi
 from moe_serve.server.monitoring.metrics import Metrics
@@ -40,8 +41,12 @@ def create_app(
     recording_dir: str | None = None,
     recording_buffer_tokens: int = 65536,
     tracing: Tracing | None = None,
+    ranks: ParallelEngine | None = None,
 ) -> FastAPI:
-    """The ASGI application; starting it starts the engine's thread, stopping it drains."""
+    """The ASGI application; starting it starts the engine's thread, stopping it drains.
+
+    `ranks`: the same engine, where it runs over several devices.
+    """
     metrics = _metrics_of(engine, model_name)
     engine.core.observer = StatsLog(metrics) if log_stats else metrics
     service = Service(
@@ -57,6 +62,7 @@ def create_app(
         with_dashboard=with_dashboard,
         recording_dir=Path(recording_dir) if recording_dir else None,
         recording_buffer_tokens=recording_buffer_tokens,
+        ranks=ranks,
     )
     app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(service, drain_timeout_s, tracing))
     app.state.service = service

@@ -87,13 +87,15 @@ def _load(
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.engine.async_engine import AsyncEngine
-    from moe_serve.parallel.front.start import make_engine
+    from moe_serve.engine.engine import Engine
+    from moe_serve.parallel.front.start import engine_over_ranks
     from moe_serve.server.app import create_app
     from moe_serve.text.generation_defaults import read_generation_defaults
 
     started = time.monotonic()
     log.info("loading %s", engine_config.model)
-    engine = make_engine(engine_config, parallel_config)
+    ranks = engine_over_ranks(engine_config, parallel_config)
+    engine = ranks or Engine.from_config(engine_config)
     _log_engine(engine, time.monotonic() - started)
     name = server_config.served_model_name or model_name_of(engine_config.model)
     app = create_app(
@@ -109,6 +111,7 @@ def _load(
         recording_dir=server_config.recording_dir,
         recording_buffer_tokens=server_config.recording_buffer_tokens,
         tracing=tracing,
+        ranks=ranks,
     )
     _keep_for_good()
     _announce(server_config, port, name)

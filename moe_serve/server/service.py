@@ -40,6 +40,8 @@ class Service:
     recording_dir: Path | None = None
     """Where recordings of routing are written; None: they are refused."""
     recording_buffer_tokens: int = 65536
+    ranks: ParallelEngine | None = None
+    """The engine over ranks; None on one device."""
     started_s: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -51,12 +53,6 @@ class Service:
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together."""
         return self.engine.core.max_model_len
-
-    @property
-    def ranks(self) -> ParallelEngine | None:
-        """The engine over ranks; None on one device."""
-        core = self.engine.core
-        return core if isinstance(core, ParallelEngine) else None
 
     def check_model(self, name: str | None) -> None:
         """ModelNotFoundError unless the name, where one is given, is this model's."""

@@ -41,6 +41,7 @@ def talk(checkpoint: Path, recording_dir: Path | None, *calls: Call) -> list[htt
             model_path=str(checkpoint),
             recording_dir=str(recording_dir) if recording_dir else None,
             recording_buffer_tokens=500,
+            ranks=llm.ranks,
         )
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app=app)

@@ -91,7 +91,7 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
     folder, prompts = checkpoint("mixtral"), reference("mixtral").prompts
     settings = {"moe_cache_mib": 1, "enable_prefix_caching": False, "expert_plan_margin": 0.95}
     llm = load(folder, **settings, expert_plan_interval=INTERVAL_S)
-    app = create_app(AsyncEngine(llm.engine), llm.tokenizer, model_name="tiny", model_path=str(folder))
+    app = create_app(AsyncEngine(llm.engine), llm.tokenizer, model_name="tiny", model_path=str(folder), ranks=llm.ranks)
 
     async def run() -> None:
         async with app.router.lifespan_context(app):

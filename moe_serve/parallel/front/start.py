@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.engine.engine import Engine
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.expert_plans import read_plan
@@ -27,10 +26,10 @@ from placement.cost import hosts_of
 from predictors.predictor import RouterShape
 
 
-def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
-    """An engine in this process for one device, over ranks for several. ConfigError and its subclasses."""
+def engine_over_ranks(config: EngineConfig, parallel: ParallelConfig) -> ParallelEngine | None:
+    """Starts the ranks, or connects to those of a launcher; None for one device. ConfigError and its subclasses."""
     if parallel.devices == 1:
-        return Engine.from_config(config)
+        return None
     spec = ModelSpec.from_hf(read_config(config.model))  # a wrong folder is found before any process starts
     tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
     uses = None if parallel.ep_predictor is None else load_uses(parallel.ep_predictor)
