@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,8 @@ class ExpertReport:
     expert_bytes: int
     tokens: Counts
     """[L, E] (token, choice) pairs each expert has computed."""
-    counts: Mapping[str, NDArray[np.int64] | NDArray[np.float64]]
-    """[L] by name: the fields of CacheCounters, and usage.PREDICTION_COUNTS."""
+    counts: Mapping[str, NDArray[Any]]
+    """[L] int64 or float64 by name: the fields of CacheCounters, and usage.PREDICTION_COUNTS."""
     residency: Residency
     shadow_hits: Mapping[str, int] = field(default_factory=dict)
     """Hits that other policies would have had, by name."""

@@ -10,10 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, QueueConfig
+    from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, ParallelConfig, QueueConfig
     from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
     from moe_serve.llm import LLM, RequestResult
-    from moe_serve.parallel.config import ParallelConfig
     from moe_serve.scheduling.sequence import Completion, SampleOutput, SamplingParams, TokenLogprob
 
 __version__ = "0.2.0"
@@ -40,10 +39,9 @@ __all__ = [
 def _home_of(name: str) -> str | None:
     """Our module that defines a public name; None if the name is not public."""
     homes = {
-        "config": ("EngineConfig", "ExpertCacheConfig", "KVConfig", "QueueConfig"),
+        "config": ("EngineConfig", "ExpertCacheConfig", "KVConfig", "ParallelConfig", "QueueConfig"),
         "errors": ("ConfigError", "InvalidRequestError", "MoEServeError"),
         "llm": ("LLM", "RequestResult"),
-        "parallel.config": ("ParallelConfig",),
         "scheduling.sequence": ("Completion", "SampleOutput", "SamplingParams", "TokenLogprob"),
     }
     return next((home for home, names in homes.items() if name in names), None)

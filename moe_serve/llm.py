@@ -14,12 +14,11 @@ from typing import Any, Self, overload
 
 from tqdm import tqdm
 
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.config.model_folder import find_model
 from moe_serve.config.settings import refuse_no_effect, sort_out
 from moe_serve.errors import InvalidRequestError, MoEServeError
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.start import make_engine
+from moe_serve.parallel.front.start import make_engine
 from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
 from moe_serve.text.tokenizer import Tokenizer

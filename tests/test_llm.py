@@ -120,3 +120,8 @@ def test_lists_are_kept_as_tuples() -> None:
 def test_a_wrong_setting_is_refused_before_the_model_loads(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         LLM("no/model", **settings)
+
+
+def test_a_cache_that_is_not_needed_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(default_model(), max_model_len=64, num_kv_pages=8, num_threads=1, moe_prefetch="affinity", device="cpu"):
+        assert "no expert cache: --moe-prefetch has no effect" in caplog.text

@@ -61,6 +61,6 @@ class MemoryGuard:
         return self._change(fewer) if fewer < self._num_slots else None
 
     def _change(self, num_slots: int) -> int:
-        log.warning("memory: the expert cache goes from %d to %d slots", self._num_slots, num_slots)
+        log.warning("memory: the expert cache changes from %d to %d slots", self._num_slots, num_slots)
         self._num_slots = num_slots
         return num_slots

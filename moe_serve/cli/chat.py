@@ -31,7 +31,7 @@ Message = dict[str, str]
 
 
 class Backend(Protocol):
-    """Whatever can answer a conversation."""
+    """A model that answers conversations."""
 
     def reply(self, messages: list[Message]) -> Generator[str, None, None]:
         """Pieces of the answer as they come. Closing the generator stops the answer."""
@@ -94,7 +94,7 @@ def _turn(backend: Backend, messages: list[Message], line: str) -> int:
 
 
 def _print_reply(reply: Generator[str, None, None]) -> str:
-    """Show pieces as they come; Ctrl-C stops the answer and keeps what there is of it."""
+    """Show pieces as they come; Ctrl-C stops the answer and keeps the part that was shown."""
     said: list[str] = []
     try:
         with suppress(KeyboardInterrupt), closing(reply):

@@ -55,6 +55,10 @@ HINTS: Mapping[str, str] = MappingProxyType(
         "-t": "--num-threads N sets the CPU threads",
         "--parallel": "--max-num-seqs N sets the sequences in one step",
         "-np": "--max-num-seqs N sets the sequences in one step",
+        "--host": "--base-url URL gives the server's address",
+        "--port": "--base-url URL gives the server's address",
+        "--endpoint-type": "--backend says which API to call",
+        "--tokenizer": "prompts are spelt with the server's own /tokenize; leave it out",
         "-m": "MODEL is given without a flag: moe-serve serve MODEL",
         "-p": "--prompt TEXT gives the prompt",
     }

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from expert_cache.storage.safetensors_header import read_header
-from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 from moe_serve.config.model_folder import find_model, read_config_json
 from moe_serve.config.settings import Settings, settings_of
 from moe_serve.config.units import MIB
 from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_serve.hf.families import family_names
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.transport.listening import bind
 
 EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)\.")

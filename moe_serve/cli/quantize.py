@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="A text like those the model will see: scales are chosen for the least error on it.",
     )
     parser.add_argument(
-        "--calibration-tokens", metavar="N", type=int, default=16384, help="At most so many. Default: 16384."
+        "--calibration-tokens",
+        metavar="N",
+        type=int,
+        default=16384,
+        help="Use at most N tokens of the file. Default: 16384.",
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_cache.policies import policy_names
 from moe_serve.cli.outputs import add_force_flag, check_outputs
+from moe_serve.cli.table import number, table
 from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError, TraceFileError
@@ -175,15 +176,13 @@ def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | Non
 
 
 def _table(percent: float, trace: RoutingTrace, rows: list[Row], args: argparse.Namespace) -> str:
-    header = f"  {'policy':<12} {'hits %':>8} {'gap closed %':>13} {'misses/token':>13}"
-    lines = [_title(percent, trace, rows[0].result, args), header + " MiB/token" * bool(args.expert_mib)]
+    cells = [["policy", "hits %", "gap closed %", "misses/token", *["MiB/token"] * bool(args.expert_mib)]]
     for row in rows:
-        line = f"  {row.policy:<12} {100 * row.result.hit_frac:>8.2f} {100 * row.gap_closed_frac:>13.1f}"
-        line += f" {row.result.bytes_per_token(1):>13.2f}"
+        gap, misses = number(100 * row.gap_closed_frac, 1), number(row.result.bytes_per_token(1))
+        cells.append([row.policy, number(100 * row.result.hit_frac), gap, misses])
         if args.expert_mib:
-            line += f" {row.result.bytes_per_token(args.expert_mib):>9.1f}"
-        lines.append(line)
-    return "\n".join([*lines, ""])
+            cells[-1].append(number(row.result.bytes_per_token(args.expert_mib), 1))
+    return f"{_title(percent, trace, rows[0].result, args)}\n{table(cells, indent='  ')}\n"
 
 
 def _title(percent: float, trace: RoutingTrace, result: ReplayResult, args: argparse.Namespace) -> str:

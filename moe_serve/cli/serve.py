@@ -8,10 +8,8 @@ from collections.abc import Sequence
 
 from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
-from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 from moe_serve.config.settings import refuse_no_effect
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.ranks import rank
 from moe_serve.parallel.wire.environment import is_launched, read_place
 from moe_serve.server.monitoring import logs
 
@@ -35,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if is_launched():  # the first process is the front, the others are ranks
         place = read_place()
         if not place.is_first:
+            from moe_serve.parallel.ranks import rank
+
             return rank.main()
         args.devices = getattr(args, "devices", place.world_size)
     parallel = config_from_args(args, ParallelConfig)

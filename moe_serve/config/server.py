@@ -32,6 +32,16 @@ class ServerConfig(Settings):
     allowed_origins: tuple[str, ...] = option(
         (), "Web origin whose pages may call this server (CORS); may be repeated. * allows all."
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Host name under which a proxy or another machine reaches this server; may be repeated. Without a key, a server"
+        " on loopback answers only to loopback's names and these.",
+    )
+    share_prefixes_between_keys: bool = option(
+        False,
+        "Let requests with different API keys reuse one another's cached prefixes. Saves work, but cached_tokens then"
+        " tells one key's user what others have sent.",
+    )
     max_body_mib: float = option(
         32.0, "Largest request body in MiB; the server refuses larger ones with 413.", bound="positive"
     )

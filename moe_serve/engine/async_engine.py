@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.engine.request_queue import InFlight, RequestQueue
+from moe_serve.engine.request_queue import Pending, RequestQueue
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
 from moe_serve.expert_routes.route_recorder import RouteObserver, RoutingShape
@@ -138,7 +138,7 @@ class AsyncEngine:
         self._post(run)
         return await done
 
-    def submit(self, request: Request) -> InFlight:
+    def submit(self, request: Request) -> Pending:
         """Accept a request or raise why not; `generate` reads its outputs."""
         self._check_serving()
         self.core.check_request(request)

@@ -213,7 +213,7 @@ def _capture(runner: ModelRunner) -> None:
             return
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-    log.warning("decoding steps are launched one operation at a time, without CUDA graphs: %s", reason)
+    log.warning("decoding steps run without CUDA graphs, one launch per operation, because %s", reason)
 
 
 def _why_no_graphs(runner: ModelRunner) -> str | None:

@@ -133,9 +133,9 @@ def whole_steps(
     """For models on a CPU in float32 whose layers the kernel knows; None, and a line in the log, for others."""
     reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
     if reason is None and len(routers) != len(loaded.store.layers):
-        reason = "its routers cannot be told"
+        reason = "some layers have no router beside their experts"
     if reason is not None:
-        log.info("decoding steps run through the model's modules: %s", reason)
+        log.info("decoding steps run module by module, not as one kernel call, because %s", reason)
         return None
     return WholeSteps(loaded, kv_cache, experts, routers, page_size)
 

@@ -30,7 +30,7 @@ def gpu_managed_experts(
 ) -> GpuManagedExperts | None:
     """Experts in a cache that the GPU manages, or None, with a line in the log that says why not.
 
-    ConfigError where the user insists on it and it cannot be.
+    ConfigError where the user asks for it and it cannot be.
     """
     if config.experts.cache_manager == "host":
         return None
@@ -43,7 +43,7 @@ def gpu_managed_experts(
             except (ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
         if not is_required:
-            log.warning("the host manages the expert cache, step by step: %s", reason)
+            log.warning("the host manages the expert cache, not the GPU, because %s", reason)
     else:
         reason = "there is no GPU with triton"
     if is_required:

@@ -59,8 +59,8 @@ def _by_crossover(
     except ExpertReadError as error:
         raise CheckpointError(error.message) from error
     log.info(
-        "an expert takes %.2f ms to the GPU and %.2f ms on the CPU for one token: the CPU computes missing experts of"
-        " up to %d tokens; a token's last bits depend on what was resident",
+        "copying an expert to the GPU takes %.2f ms, computing one token on the CPU %.2f ms: the CPU computes missing"
+        " experts of up to %d tokens. A token's last bits depend on which experts were resident",
         1e3 * costs.copy_s,
         1e3 * costs.host(1),
         costs.crossover_tokens,

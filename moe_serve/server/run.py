@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_serve import __version__
-from moe_serve.config import EngineConfig, ServerConfig, flag_name
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig, flag_name
 from moe_serve.config.model_folder import model_id_of
 from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError, EngineDeadError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.server.monitoring import logs
 from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys
@@ -88,7 +87,7 @@ def _load(
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.engine.async_engine import AsyncEngine
-    from moe_serve.parallel.start import make_engine
+    from moe_serve.parallel.front.start import make_engine
     from moe_serve.server.app import create_app
     from moe_serve.text.generation_defaults import read_generation_defaults
 

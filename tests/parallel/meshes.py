@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.usage import RouteBuffer
+from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
-from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.wire.exchange import Exchange
+from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.sockets import Wire
-from moe_serve.parallel.wire.traffic import Traffic
 
 HIDDEN = 4
 
@@ -68,9 +67,8 @@ def shared_layers(
     found = []
     for rank, wire in enumerate(wires):
         local: Any = FakeExperts(num_layers, num_experts)
-        ownership = Ownership(hosts, rank, torch.device("cpu"))
         exchange = Exchange(rank, num_ranks, Traffic(num_layers), wire)
-        found.append(ExpertShare(local, ownership, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
+        found.append(ExpertShare(local, hosts, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
     return found
 
 

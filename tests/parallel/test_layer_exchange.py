@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moe_serve.parallel.modes.conventional import ConventionalExperts
 from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingExperts
-from moe_serve.parallel.traffic_forecast import RowBytes, forecast
+from tests.support.traffic_forecast import RowBytes, forecast
 
 from .conftest import Mesh
 from .meshes import HIDDEN, at_once, expected, shared_layers

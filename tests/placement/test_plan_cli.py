@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-QUICK = ("--gpus", 2, "--effort", 2, "--time-limit", 5, "--quiet")
+QUICK = ("--gpus", 2, "--effort", 2, "--time-limit-s", 5, "--quiet")
 
 
 def test_plan_compare_evaluate_migrate_watch(run: Run, trace: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def _talk(served: Any, *calls: tuple[str, Any]) -> list[httpx.Response]:
     async def run() -> list[httpx.Response]:
         async with served.app.router.lifespan_context(served.app):
             transport = httpx.ASGITransport(guard(served.app, ServerConfig(), frozenset()))
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 headers = {"X-Request-Id": "mine"}
                 return [
                     await (client.get(path) if body is None else client.post(path, json=body, headers=headers))

@@ -10,19 +10,16 @@ Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
 from expert_cache.experts import nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf.experts import connect
+from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, SharedExperts, share_of
-from moe_serve.parallel.modes.runner import Outcome
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.exchange import pack, unpack
-from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteNoter
+from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan
 from predictors.shape import MoELayer
 
@@ -95,25 +92,19 @@ class ConventionalRunner:
         self._runner = runner
         self._experts = runner.experts = ConventionalExperts(shared)
         self._rank = shared.exchange.rank
-        self._tap = RouteNoter(self._experts, shared.local.store.num_experts)
-        connect(runner.model, self._tap)
+        self._noter = RouteNoter(self._experts, shared.local.store.num_experts)
+        connect(runner.model, self._noter)
 
     def run(self, step: RankStep) -> Outcome:
         own = step.part_of(self._rank)
         if not own:
             for layer in self._experts.shared.local.store.layers:
                 self._experts.join(layer)
-            return Outcome({}, {}, [])
+            return Outcome({}, {}, None)
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in own))
-        self._tap.begin(step.routes)
+        self._noter.begin(step.routes)
         result = self._runner.run(plan)
         sampled = [i for i in own if step.plan.scheduled[i].needs_sample]
         tokens = dict(zip(sampled, zip(result.token_ids, result.logprobs, strict=True), strict=True))
         errors = {i: result.errors[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in result.errors}
-        return Outcome(tokens, errors, self._routes(step, plan, own))
-
-    def _routes(self, step: RankStep, plan: BatchPlan, own: list[int]) -> list[dict[str, Any]]:
-        if not step.routes:
-            return []
-        places = routes.spans(step.plan)
-        return self._tap.take(routes.plan_numbers(plan, [places[i] for i in own]))
+        return Outcome(tokens, errors, self._noter.take(step, own))

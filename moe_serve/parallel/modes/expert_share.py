@@ -1,9 +1,9 @@
-"""ExpertShare: what both modes need of a MoE layer of which this rank runs a share.
+"""ExpertShare: a MoE layer's experts divided among ranks: those of this rank, and the way to the others.
 
 Sums are float32 and in the router's order, so that with two choices per token, wherever they run, the
 bits are those of one rank; with more they differ by the rounding of a float32 sum.
 
-Shape alphabet: T tokens, K choices, H hidden.
+Shape alphabet: T tokens, K choices, H hidden, L MoE layers, E experts, G ranks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from expert_cache.counters import ExpertTotals
 from expert_cache.local_experts import RegroupedExperts
 from expert_cache.report import ExpertReport
 from expert_cache.storage.errors import ExpertReadError
+from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.wire.exchange import Exchange
 from moe_serve.scheduling.batch_plan import BatchPlan
+from placement.cost import Hosts
 from predictors.shape import MoELayer
 
 NOT_HERE = -1
@@ -58,17 +59,22 @@ class ExpertShare:
     def __init__(
         self,
         local: RegroupedExperts[BatchPlan],
-        ownership: Ownership,
+        hosts: Hosts,
         exchange: Exchange,
         top_k: int,
         like: torch.Tensor,
     ) -> None:
-        """`like` [.., H]: a tensor of the model's width, type and device."""
+        """hosts [L, E, G]; `like` [.., H]: a tensor of the model's width, type and device."""
         self.local = local
-        self.ownership = ownership
         self.exchange = exchange
         self.top_k = top_k
         self._like = like
+        self.ownership = Ownership(hosts, exchange.rank, like.device)
+
+    def place(self, hosts: Hosts) -> None:
+        """From now on experts live as hosts [L, E, G] says; those that no longer run here leave this rank's cache."""
+        self.ownership = Ownership(hosts, self.exchange.rank, self._like.device)
+        self.local.keep_only(hosts[:, :, self.exchange.rank])
 
     def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden, ids and weights of no token at all."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moe_serve.parallel.expert_plans import Hosts
 from moe_serve.parallel.modes.copies import Bools, Ints, choose_copies
+from placement.cost import Hosts
 from predictors.shape import MoELayer
 
 FORGET = 0.9

@@ -25,13 +25,11 @@ from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits
 from moe_serve.hf.experts import connect, moe_layers
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
+from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, SharedExperts, share_of
-from moe_serve.parallel.modes.runner import Outcome
+from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_rows
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.exchange import pack, unpack
-from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteNoter
 from predictors.shape import MoELayer
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -165,8 +163,8 @@ class RecomputingRunner:
         self._rank = shared.exchange.rank
         last_layer = moe_layers(runner.model).get(max(runner.kv_cache.layers))
         self._experts = runner.experts = RecomputingExperts(shared, last_layer)
-        self._tap = RouteNoter(self._experts, shared.local.store.num_experts)
-        connect(runner.model, self._tap)
+        self._noter = RouteNoter(self._experts, shared.local.store.num_experts)
+        connect(runner.model, self._noter)
 
     def run(self, step: RankStep) -> Outcome:
         self._experts.between_steps()
@@ -174,7 +172,7 @@ class RecomputingRunner:
         batch = forward_batch.make(step.plan, config.kv.page_size, device, GroupLimits())
         homes = home_ranks(step, device)
         self._experts.begin(homes, batch.sample_rows)
-        self._tap.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
+        self._noter.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
         rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
         logits: torch.Tensor = self._runner.model(
             input_ids=batch.input_ids,
@@ -185,7 +183,7 @@ class RecomputingRunner:
             kv_cache=self._runner.kv_cache,
         ).logits[0]
         sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        return Outcome(sampled, errors_of(step, self._experts.losses) | lost, routes.whole_step(self._tap, step))
+        return Outcome(sampled, errors_of(step, self._experts.losses) | lost, self._noter.take(step))
 
 
 def _check_of(routes: Ints) -> torch.Tensor:

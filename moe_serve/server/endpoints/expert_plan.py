@@ -4,7 +4,7 @@
     POST /expert_plan      {"plan": {...}}      brings a plan into force
                            {}, or no body       has one made from recent traffic, and takes it if it is better
 
-Knows FastAPI; what a replacement is, moe_serve/parallel/front/live_placement.py says.
+Knows FastAPI; LivePlacement (moe_serve/parallel/front/live_placement.py) does the work.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ async def change_expert_plan(
     return {**decision.to_json(), "placements": service.ranks.num_placements}
 
 
-async def _change(body: ExpertPlanBody, replacement: LivePlacement, engine: ParallelEngine) -> Decision:
+async def _change(body: ExpertPlanBody, placement: LivePlacement, engine: ParallelEngine) -> Decision:
     size = engine.team.parallel.ranks_per_group
     candidate = None if body.plan is None else read_plan(body.plan, engine.routing_shape(), size)
     if candidate is not None and body.margin_frac is None:
-        return await replacement.adopt(candidate)
+        return await placement.adopt(candidate)
     default = engine.team.parallel.expert_plan_margin
     margin = default if body.margin_frac is None else body.margin_frac
-    return await replacement.consider(Terms(margin, body.time_limit_s), candidate)
+    return await placement.consider(Terms(margin, body.time_limit_s), candidate)
 
 
 def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> PlacementPlan:
@@ -121,7 +121,7 @@ def _any_trace(shape: RoutingShape) -> RoutingTrace:
     return RoutingTrace(row, np.array([0, 1]), np.array(shape.layer_ids), shape.num_experts)
 
 
-def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: LivePlacement) -> None:
+def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, placement: LivePlacement) -> None:
     """A task beside the application, where --expert-plan-interval-s asks for one."""
     parallel, inner = engine.team.parallel, app.router.lifespan_context
     interval_s = parallel.expert_plan_interval_s
@@ -132,7 +132,7 @@ def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Liv
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
             terms = Terms(parallel.expert_plan_margin, min(DEFAULT_TIME_LIMIT_S, interval_s))
-            task = asyncio.create_task(replacement.repeat(terms, interval_s))
+            task = asyncio.create_task(placement.repeat(terms, interval_s))
             try:
                 yield state
             finally:
@@ -143,14 +143,14 @@ def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Liv
 
 
 class DecisionCollector:
-    """Reads the replacement's counts when Prometheus asks."""
+    """Reads the live placement's counts when Prometheus asks."""
 
-    def __init__(self, replacement: LivePlacement) -> None:
-        self._replacement = replacement
+    def __init__(self, placement: LivePlacement) -> None:
+        self._placement = placement
 
     def collect(self) -> Iterator[Metric]:
         name = ranks.PREFIX + "expert_plan_decisions"
         family = CounterMetricFamily(name, "Other placements considered, by outcome.", labels=["outcome"])
-        for outcome, count in self._replacement.counts.items():
+        for outcome, count in self._placement.counts.items():
             family.add_metric([outcome], count)
         yield family

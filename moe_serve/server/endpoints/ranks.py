@@ -37,8 +37,8 @@ async def ranks(service: TheService) -> dict[str, Any]:
     return {
         **engine.team.describe(),
         "placements": engine.num_placements,
-        "traffic": {rank: answer["traffic"] for rank, answer in counted},
-        "sent_bytes_by_layer": {rank: answer["layer_bytes"] for rank, answer in counted},
+        "traffic": {rank: each.traffic for rank, each in counted},
+        "sent_bytes_by_layer": {rank: each.layer_bytes for rank, each in counted},
         "experts": {rank: _experts(report) for rank, report in engine.expert_reports.by_rank().items()},
     }
 
@@ -80,14 +80,14 @@ class TeamCollector:
             PREFIX + "layer_sent_bytes", "Payload sent to other ranks, by MoE layer.", labels=["rank", "layer"]
         )
         trips = CounterMetricFamily(PREFIX + "trips", "Waits for other ranks, a link's delay each.", labels=["rank"])
-        for rank, answer in sorted(self._team.counted.items()):
-            trips.add_metric([str(rank)], answer["traffic"]["trips"])
-            for name, amount in answer["traffic"].items():
+        for rank, counted in sorted(self._team.counted.items()):
+            trips.add_metric([str(rank)], counted.traffic["trips"])
+            for name, amount in counted.traffic.items():
                 if name in ("local_rows", "remote_rows"):
                     rows.add_metric([str(rank), name.removesuffix("_rows")], amount)
                 elif name.endswith("_bytes") and name != "unmerged_bytes":
                     sent.add_metric([str(rank), name.removesuffix("_bytes")], amount)
-            for layer, amount in zip(self._team.layers, answer["layer_bytes"], strict=True):
+            for layer, amount in zip(self._team.layers, counted.layer_bytes, strict=True):
                 layers.add_metric([str(rank), str(layer)], amount)
         yield from (sent, rows, trips, layers, self._expert_tokens())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
@@ -46,6 +47,7 @@ async def answer(
     events: AsyncGenerator[bytes] | None,
 ) -> Response:
     """Run a body's requests. `whole` shapes the answer, unless it is to be the stream `events`."""
+    _keep_prefixes_apart(merger, http)
     for request in merger.requests:  # refuse the whole body before any part of it runs
         if request.params.grammar is None:
             service.engine.core.check_request(request)
@@ -63,6 +65,13 @@ async def answer(
         service.metrics.on_rejected(error.error_type.removesuffix("_error"))
         raise
     return sse.EventStream(first, events, headers)
+
+
+def _keep_prefixes_apart(merger: AnswerMerger, http: HttpRequest) -> None:
+    """Where keys are told apart, cached_tokens must not tell what another key's user has sent."""
+    owner = getattr(http.state, "prefix_owner", "")
+    if owner:
+        merger.requests = [replace(r, cache_salt=f"{owner}:{r.cache_salt}") for r in merger.requests]
 
 
 async def chunks(

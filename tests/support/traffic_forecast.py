@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_serve.parallel.expert_plans import Hosts
 from moe_serve.parallel.modes.copies import Bools, Ints, choose_copies, visits
+from placement.cost import Hosts
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.sockets import LENGTH, Wire
-from moe_serve.parallel.wire.traffic import Traffic
 
 
 class Exchange:
