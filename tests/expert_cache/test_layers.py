@@ -97,7 +97,7 @@ def test_work_of_others_is_done_once_and_while_experts_are_read(capacity: str, t
         cache = layers.cache
         in_flight: list[int] = []
         for _ in range(2):
-            layers.run(FIRST, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(0))))
+            layers.run(FIRST, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(FIRST))))
         assert in_flight == [2, 0]
     calls: list[None] = []
     mapped_layers(store, SILU).run(FIRST, *routing(1), meanwhile=lambda: calls.append(None))
@@ -183,14 +183,14 @@ class Wrong:
 
     def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(E) if e not in experts)
-        return [Advice(i, others, (1.0,) * len(others)) for i in range(len(LAYERS))]
+        return [Advice(other, others, (1.0,) * len(others)) for other in LAYERS]
 
 
 class Everything:
     """Expects all experts of the other layer."""
 
     def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
-        return [Advice(1 - layer, tuple(range(E)), tuple(float(E - e) for e in range(E)))]
+        return [Advice(SECOND if layer == FIRST else FIRST, tuple(range(E)), tuple(float(E - e) for e in range(E)))]
 
 
 @pytest.mark.parametrize("advisor", [FromAffinity(2, E), FromNextGate(ROUTERS), Wrong(), Everything()])

@@ -24,6 +24,7 @@ from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import DEMAND, Fetch
 from expert_cache.storage.store import ExpertStore
+from predictors.shape import MoELayer
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import FIRST, LAYERS, SECOND, SILU, E, H, matrices, routing, split_store, stored
@@ -35,7 +36,7 @@ def cache_with(store: ExpertStore, slots: Capacity, num_transit: int = 0) -> tup
     return ExpertCache(store, lambda w: w, arena, slots, num_transit, find_policy("lru")(2, E), fetcher), fetcher
 
 
-def run_out(cache: ExpertCache, layer: int, experts: list[int]) -> None:
+def run_out(cache: ExpertCache, layer: MoELayer, experts: list[int]) -> None:
     """One layer's step, every expert run as soon as it is there."""
     wanted = cache.acquirer.acquire(layer, experts, [1] * len(experts))
     while wanted.ready or wanted.is_pending:
@@ -45,7 +46,7 @@ def run_out(cache: ExpertCache, layer: int, experts: list[int]) -> None:
             cache.acquirer.wait(wanted)
 
 
-def bytes_of(store: ExpertStore, *keys: tuple[int, int]) -> int:
+def bytes_of(store: ExpertStore, *keys: tuple[MoELayer, int]) -> int:
     return sum(read.span[1] for key in keys for read in store.reads(*key))
 
 
@@ -204,7 +205,7 @@ def test_files_are_opened_for_reading_only(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     with cached_layers(store, SILU, Capacity.shared(1)) as layers:
         layers.run(FIRST, *routing(9))
-        descriptor = layers.cache.fetcher._files[tmp_path / "layer3.safetensors"]._fd  # type: ignore[attr-defined]
+        descriptor = layers.cache.fetcher._files[tmp_path / "layer3.safetensors"]._fd
         flags = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
         assert flags & 3 == 0
 
