@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.experts import ResizeError
+from expert_cache.report import ExpertTotals
+from expert_cache.running.experts import ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.execution import sampler

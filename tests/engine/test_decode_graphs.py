@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from expert_cache.experts import PaddingRows
+from expert_cache.running.experts import PaddingRows
 from moe_serve.execution.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import layout_of
 from expert_cache.gpu_managed.pool import PooledExpert, SlotPool
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
-from expert_cache.local_experts import LocalExperts
 from expert_cache.policies import find_policy
+from expert_cache.running.local_experts import LocalExperts
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.cuda_arena import CudaTransit
 from expert_cache.storage.fetch import Fetcher

@@ -16,7 +16,7 @@ from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.host_compute.crossover import MissCosts
 from expert_cache.host_compute.miss_choice import ByCrossover
 from expert_cache.host_managed.experts import HostManagedExperts
-from expert_cache.local_experts import LocalExperts
+from expert_cache.running.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
 
