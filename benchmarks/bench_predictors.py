@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,19 +97,18 @@ class Tap:
 
     @contextmanager
     def on(self, llm: LLM) -> Iterator[None]:
-        experts = runner_of(llm).experts
-        run: Callable[..., Any] = experts.run
+        experts: Any = runner_of(llm).experts
+        run = experts.run
 
-        def run_and_keep(layer: int, hidden: Any, ids: Any, weights: Any, *more: Any) -> Any:
+        def run_and_keep(layer: Any, hidden: Any, ids: Any, weights: Any, *rest: Any) -> Any:
             self.layers.setdefault(layer, []).append((hidden.float().numpy(), ids.numpy(), weights.float().numpy()))
-            return run(layer, hidden, ids, weights, *more)
+            return run(layer, hidden, ids, weights, *rest)
 
-        patched: Any = experts  # its method is replaced for as long as this lasts
-        patched.run = run_and_keep
+        experts.run = run_and_keep
         try:
             yield
         finally:
-            patched.run = run
+            experts.run = run
 
     def sequence(self, llm: LLM, prompt: list[int]) -> None:
         from moe_serve import SamplingParams

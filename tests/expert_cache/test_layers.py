@@ -19,6 +19,7 @@ from expert_cache.simulation.live_shadows import LiveShadows
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher
 from moe_serve.hf.activations import clamped, gated
+from predictors.shape import MoELayer
 
 from .caches import cached_layers, mapped_layers
 from .stores import FIRST, LAYERS, SECOND, SILU, STORES, E, H, expected, routing, split_store
@@ -181,16 +182,16 @@ ROUTERS = [(torch.randn(E, H, generator=torch.Generator().manual_seed(i)), None)
 class Wrong:
     """Always expects what the router did not choose, in every layer."""
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(E) if e not in experts)
-        return [Advice(other, others, (1.0,) * len(others)) for other in LAYERS]
+        return [Advice(MoELayer(i), others, (1.0,) * len(others)) for i in range(len(LAYERS))]
 
 
 class Everything:
     """Expects all experts of the other layer."""
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
-        return [Advice(SECOND if layer == FIRST else FIRST, tuple(range(E)), tuple(float(E - e) for e in range(E)))]
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+        return [Advice(MoELayer(1 - layer), tuple(range(E)), tuple(float(E - e) for e in range(E)))]
 
 
 @pytest.mark.parametrize("advisor", [FromAffinity(2, E), FromNextGate(ROUTERS), Wrong(), Everything()])

@@ -24,7 +24,7 @@ from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import DEMAND, Fetch
 from expert_cache.storage.store import ExpertStore
-from predictors.shape import MoELayer
+from predictors.shape import Key, MoELayer
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import FIRST, LAYERS, SECOND, SILU, E, H, matrices, routing, split_store, stored
@@ -46,7 +46,7 @@ def run_out(cache: ExpertCache, layer: MoELayer, experts: list[int]) -> None:
             cache.acquirer.wait(wanted)
 
 
-def bytes_of(store: ExpertStore, *keys: tuple[MoELayer, int]) -> int:
+def bytes_of(store: ExpertStore, *keys: Key) -> int:
     return sum(read.span[1] for key in keys for read in store.reads(*key))
 
 

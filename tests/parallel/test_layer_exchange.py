@@ -63,7 +63,7 @@ def recompute(
     """The layer on every rank, all tokens sampled but the first."""
     calls = []
     for each in shared:
-        layers = RecomputingExperts(each, last_layer)
+        layers = RecomputingExperts(each, MoELayer(last_layer))
         layers.begin(homes, torch.arange(1, TOKENS))
         calls.append(lambda layers=layers: layers.run(layer, *tokens))
     return at_once(*calls)
@@ -98,7 +98,7 @@ def test_recompute_marks_what_could_not_be_read(mesh: Mesh) -> None:
     notes = []
     calls = []
     for each in shared:
-        layers = RecomputingExperts(each, SECOND)
+        layers = RecomputingExperts(each, MoELayer(1))
         notes.append(layers.losses)
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         calls.append(lambda layers=layers: layers.run(FIRST, hidden, ids, weights))
@@ -112,7 +112,7 @@ def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
     hidden, ids, weights = random_tokens(torch.float32)
     calls = []
     for rank, each in enumerate(shared):
-        layers = RecomputingExperts(each, SECOND)
+        layers = RecomputingExperts(each, MoELayer(1))
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         mine = ids if rank else ids.flip(1)
         calls.append(lambda layers=layers, mine=mine: layers.run(FIRST, hidden, mine, weights))

@@ -45,7 +45,7 @@ def chosen(token: int, layer: int) -> list[int]:
 def call(noter: RouteNoter, layer: MoELayer, tokens: list[int]) -> None:
     """The router of `layer` has chosen for the tokens with these plan-order numbers."""
     ids = torch.tensor([chosen(token, layer) for token in tokens])
-    noter.run(layer, torch.zeros(len(tokens), 4), ids, ids / 8)
+    noter.run(MoELayer(layer), torch.zeros(len(tokens), 4), ids, ids / 8)
 
 
 def expected() -> list[Any]:
