@@ -1,8 +1,9 @@
-"""WholeSteps: decoding steps of few sequences on a CPU, without the model's modules.
+"""WholeSteps: steps on a CPU without the model's modules.
 
-The kernel runs all layers in one call where every expert is in place; else it runs each layer up to its experts, and
-whoever brings experts runs those. Steps with a part of a prompt, or with more sequences, stay with the modules. The
-counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
+A few sequences that decode one token each are one call of the kernel where every expert is in place, else one per layer
+up to its experts; those run where experts are brought. Every other step, with parts of prompts or many sequences, runs
+kernel by kernel. All give a token the same bits, whatever else is in the step. The counterpart of decode_graphs.py.
+Knows steps and kernels; nothing of requests.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu.decode_step import DecodeStep, most_tokens
 from moe_serve_kernels.cpu.decoder import DecodeInputs
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
+from moe_serve_kernels.cpu.layer_parts import LayerParts
+from moe_serve_kernels.cpu.native_model import NativeModel
 from predictors.methods.next_gate import Router
 
 log = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class RotaryTable:
 
 
 class WholeSteps:
-    """One model's decoding steps."""
+    """One model's steps."""
 
     def __init__(
         self, loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
@@ -69,61 +72,90 @@ class WholeSteps:
         self._embedding_scale = getattr(self._config, "embedding_multiplier", 1.0)
         self._logits_divisor = getattr(self._config, "logits_scaling", 1.0)
         self._in_place = layers.in_place
-        self._step = self._new_step()
+        self._few, self._many = self._new_steps()
 
-    def _new_step(self) -> DecodeStep:
+    def _new_steps(self) -> tuple[DecodeStep, LayerParts]:
         model = self._model
         blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, self._in_place)
-        return DecodeStep(self._shape, blocks, model.model.norm.weight, decoder_blocks.weights_of(model.lm_head))
+        head = decoder_blocks.weights_of(model.lm_head)
+        native = NativeModel(self._shape, blocks, model.model.norm.weight, head)
+        return DecodeStep(native), LayerParts(native)
 
-    def takes(self, batch: ForwardBatch) -> bool:
-        """Every sequence decodes one token, and they are few."""
-        return batch.num_tokens <= most_tokens() and not batch.prefill_runs and len(batch.decode_groups) == 1
-
-    def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [rows to sample, V] of a batch that `takes` takes; overwritten by the next step of as many tokens."""
-        (group,) = batch.decode_groups
-        cos, sin = self._rotary.at(batch.positions[0], group.max_length - 1)
-        x = self._model.model.embed_tokens(batch.input_ids[0])
-        if self._embedding_scale != 1:
-            x = x * self._embedding_scale
-        inputs = DecodeInputs(x, cos, sin, batch.kv_slots, group.page_table, group.lengths)
+    def run(self, batch: ForwardBatch, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of the tokens `rows` [n]; overwritten by the next step of as many tokens."""
         self._follow(self._layers.in_place)
-        logits = self._run_at_once(inputs) if self._in_place else self._run_by_layer(inputs)
-        if self._logits_divisor != 1:
-            logits.div_(self._logits_divisor)
-        return logits if len(batch.sample_rows) == batch.num_tokens else logits[batch.sample_rows]
+        inputs = self._inputs(batch)
+        logits = self._run_few(inputs, rows) if _are_few(batch) else self._run_many(inputs, rows)
+        return logits if self._logits_divisor == 1 else logits.div_(self._logits_divisor)
+
+    def _inputs(self, batch: ForwardBatch) -> DecodeInputs:
+        page_table, lengths = _contexts(batch)
+        cos, sin = self._rotary.at(batch.positions[0], int(lengths.max()) - 1)
+        x = self._model.model.embed_tokens(batch.input_ids[0])
+        # Embedded tokens are added to in place.
+        x = x * self._embedding_scale if self._embedding_scale != 1 else x.contiguous()
+        return DecodeInputs(x, cos, sin, batch.kv_slots, page_table, lengths)
 
     def _follow(self, in_place: Mapping[int, ExpertLayer]) -> None:
         """A cache that has room for all experts has filled, or was resized."""
         if in_place is not self._in_place and (in_place or self._in_place):
             self._in_place = in_place
-            self._step = self._new_step()
+            self._few, self._many = self._new_steps()
+
+    def _run_few(self, inputs: DecodeInputs, rows: torch.Tensor) -> torch.Tensor:
+        logits = self._run_at_once(inputs) if self._in_place else self._run_by_layer(inputs)
+        return logits if len(rows) == len(logits) else logits[rows]
 
     def _run_at_once(self, inputs: DecodeInputs) -> torch.Tensor:
-        logits, ids, weights = self._step.run(inputs)
+        logits, ids, weights = self._few.run(inputs)
         self._layers.have_run(ids, weights)
         return logits
 
     def _run_by_layer(self, inputs: DecodeInputs) -> torch.Tensor:
+        self._run_layers(self._few, inputs)
+        return self._few.head(inputs)
+
+    def _run_many(self, inputs: DecodeInputs, rows: torch.Tensor) -> torch.Tensor:
+        self._run_layers(self._many, inputs)
+        return self._many.head(inputs.x[rows])
+
+    def _run_layers(self, step: DecodeStep | LayerParts, inputs: DecodeInputs) -> None:
         for layer in range(len(self._kv_cache.layers)):
-            hidden, ids, weights = self._step.until_experts(layer, inputs)
+            hidden, ids, weights = step.until_experts(layer, inputs)
             if layer in self._routers:
-                shared = functools.partial(self._step.shared, layer, inputs)
+                shared = functools.partial(step.shared, layer, inputs)
                 mixed = self._layers.run(layer, hidden, ids, weights, meanwhile=shared)
                 inputs.x.add_(mixed.mul_(self._shape.residual_scale))
-        return self._step.head(inputs)
+
+
+def _are_few(batch: ForwardBatch) -> bool:
+    """Every sequence decodes one token, and they are few."""
+    return batch.num_tokens <= most_tokens() and not batch.prefill_runs
+
+
+def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page table [T, pages] and lengths [T] of what each token sees."""
+    groups, runs = batch.decode_groups, batch.prefill_runs
+    if len(groups) == 1 and not runs:
+        return groups[0].page_table, groups[0].lengths
+    tables = [*(group.page_table for group in groups), *(run.pages.expand(run.count, -1) for run in runs)]
+    page_table = torch.zeros(batch.num_tokens, max(table.shape[1] for table in tables), dtype=torch.int64)
+    first = 0
+    for table in tables:
+        page_table[first : first + len(table), : table.shape[1]] = table
+        first += len(table)
+    return page_table, batch.positions[0] + 1
 
 
 def whole_steps(
     loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
 ) -> WholeSteps | None:
-    """For models on a CPU in float32 whose layers the kernel knows; None, and a line in the log, for others."""
+    """For models on a CPU in float32 whose layers the kernels know; None, and a line in the log, for others."""
     reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
     if reason is None and len(routers) != len(layers.experts.store.layers):
         reason = "its routers cannot be told"
     if reason is not None:
-        log.info("decoding steps run through the model's modules: %s", reason)
+        log.info("steps run through the model's modules: %s", reason)
         return None
     return WholeSteps(loaded, kv_cache, layers, routers, page_size)
 

@@ -204,6 +204,12 @@ void tell_functions(std::ostream& text) {
     TELL_FUNCTION(moe_serve_decode_until_experts);
     TELL_FUNCTION(moe_serve_decode_shared);
     TELL_FUNCTION(moe_serve_decode_head);
+    TELL_FUNCTION(moe_serve_norm);
+    TELL_FUNCTION(moe_serve_attend);
+    TELL_FUNCTION(moe_serve_write_latents);
+    TELL_FUNCTION(moe_serve_attend_to_latents);
+    TELL_FUNCTION(moe_serve_route);
+    TELL_FUNCTION(moe_serve_probabilities);
 }
 
 }  // namespace
