@@ -1,9 +1,11 @@
 # Every target sets itself up in .venv, so `make serve` works on a bare clone.
 #
 #   make serve           serve the embedded demo model (or: make serve MODEL=/path/to/checkpoint)
-#   make test            the test suite
-#   make check           lint, format check, types, tests: what CI runs
+#   make test            the tests of a change: all but the long proofs
+#   make test-slow       the long proofs; CI runs both
+#   make check           lint, format check, types, tests: what CI runs first
 #   make fix             repair what ruff can repair
+#   make docs            build the documentation's site into site/
 #   make bench           serve the demo model and measure it with `moe-serve bench serve`
 #   make clean           remove .venv, builds and tool caches
 #
@@ -25,15 +27,20 @@ READY := $(VENV)/.ready
 CPP := $(wildcard kernels/moe_serve_kernels/cpu/native/*/*.[chi]*)
 
 .DELETE_ON_ERROR:
-.PHONY: serve test check lint types fix bench clean
+.PHONY: serve test test-slow check lint types fix docs bench clean
 
 serve: $(READY)
 	$(BIN)/moe-serve serve $(MODEL) $(SERVE_ARGS)
 
 # OMP_WAIT_POLICY: idle OpenMP threads must sleep, not spin, or small machines test at half speed.
 # TEST_WORKERS: files are dealt out to so many processes; 0 runs everything in one.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 check: lint types test
 
@@ -50,6 +57,9 @@ fix: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # BENCH_PORT is not serve's port, so a running server is neither measured nor disturbed by accident.
 bench: $(READY)
 	@$(BIN)/moe-serve serve $(MODEL) --port $(BENCH_PORT) $(SERVE_ARGS) & server=$$!; \
@@ -57,7 +67,7 @@ bench: $(READY)
 	$(BIN)/moe-serve bench serve --base-url http://127.0.0.1:$(BENCH_PORT) --ready-check-timeout-sec 600 $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and alone, so that TORCH_INDEX is asked for nothing else; where that index cannot
 # be reached, pip says so and takes the build it finds elsewhere.
@@ -68,4 +78,8 @@ $(READY): pyproject.toml constraints.txt setup.py $(CPP)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --no-deps --retries 1 -c constraints.txt \
 	    --extra-index-url $(TORCH_INDEX) torch)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
 	touch $@

@@ -1,6 +1,6 @@
 """Expert-aware batching on recorded routes: the real scheduler, with a trace in the place of the model.
 
-    python benchmarks/bench_batching.py ../shared/data/traces/deepseek-v2-lite/*.npz
+    python benchmarks/bench_batching.py TRACE.npz ...
 
 Every sequence of the trace becomes a request: its first tokens the prompt, the others what it generates. 64 of them
 run at a time and 8 decode in a step. Sides: first come, first served; turns (whoever waited longest, no forecast);
@@ -108,9 +108,7 @@ class Account:
     def __init__(self, trace: RoutingTrace, cache_frac: float) -> None:
         shape = trace.num_layers, trace.num_experts
         self.ended: dict[str, int] = {}
-        self._cache = ShadowCache(
-            find_policy("affinity")(*shape), Capacity.of_capacity(cache_frac, *shape), *shape, True
-        )
+        self._cache = ShadowCache(find_policy("affinity")(*shape), Capacity.of_frac(cache_frac, *shape), *shape, True)
         self._widths: list[int] = []
         self._distinct: list[float] = []
         self._waits: list[int] = []

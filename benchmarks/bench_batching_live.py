@@ -69,7 +69,7 @@ class Side:
             moe_cache_mib=cache_mib(args.model, args.cache_frac),
             enable_prefix_caching=False,
         )
-        self.counters = self.llm.engine.runner.expert_layers.experts.counters  # type: ignore[attr-defined]
+        self.counters = self.llm.engine.runner.experts.counters  # type: ignore[attr-defined]
         self.num_tokens = self.num_steps = 0
         self.bytes = self.uses = 0
         self.cpu_s = 0.0

@@ -166,7 +166,7 @@ def totals(side: Any) -> dict[str, float]:
     """Counters of a cache; zeros where there is none."""
     if isinstance(side, Transformers):
         return {"hits": 0.0, "misses": 0.0, "link_bytes": 0.0}
-    found = side.experts.counters.totals()
+    found = side.experts.totals()
     return {"hits": found.hits, "misses": found.misses, "link_bytes": found.demand_bytes}
 
 

@@ -33,20 +33,22 @@ import torch.distributed as dist
 
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli.flags import default_model
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.expert_routes.route_recorder import RouteRecorder
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_hosts
-from moe_serve.parallel.front.prescheduling import count_uses
+from moe_serve.parallel.front.token_uses import count_uses
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker
-from moe_serve.parallel.traffic_forecast import RowBytes, forecast
 from moe_serve.parallel.wire.environment import read_place
+from moe_serve.parallel.wire.messages import Order, Step
+from moe_serve.parallel.wire.sockets import Wire, connect_all
 from placement.plan import save_plan
 from placement.problem import PlacementProblem
 from placement.solve import find_plan
 from placement.topology import Topology
-from tests.support.group_team import GroupTeam, complete, engine_over, follow
+from predictors.trace import RoutingTrace, offsets_of
+from tests.support.group_team import GroupTeam, Kind, complete, engine_over, follow
+from tests.support.traffic_forecast import RowBytes, forecast
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ KINDS = ("dispatch", "combine", "control")
 class CountingTeam(GroupTeam):
     """Notes bytes and seconds of the steps that only decode."""
 
-    def __init__(self, worker: Worker, parallel: ParallelConfig) -> None:
-        super().__init__(worker, parallel)
+    def __init__(self, worker: Worker, parallel: ParallelConfig, wire: Wire) -> None:
+        super().__init__(worker, parallel, wire)
         self.bytes = dict.fromkeys((*KINDS, "unmerged"), 0)
         self.tokens = 0
         self.step_s: list[float] = []
@@ -92,14 +94,15 @@ class CountingTeam(GroupTeam):
         """Of all ranks together."""
         self.homes: dict[str, int] = {}
 
-    def ask_all(self, message: dict[str, Any]) -> list[Any]:
+    def ask_all(self, order: Order, kind: type[Kind]) -> list[Kind]:
         before, start, cpu_start = self._sent(), time.perf_counter(), time.process_time()
-        answers = super().ask_all(message)
-        self.homes.update({entry["request_id"]: entry["home"] for entry in message["new"]})
-        if all(item[2] == 1 for item in message["items"]):
+        answers = super().ask_all(order, kind)
+        assert isinstance(order, Step)
+        self.homes.update({entry.request_id: entry.home for entry in order.new})
+        if all(item.count == 1 for item in order.items):
             self.step_s.append(time.perf_counter() - start)
             self.cpu_s += time.process_time() - cpu_start
-            self.tokens += len(message["items"])
+            self.tokens += len(order.items)
             after = self._sent()
             self.trips += after["trips"] - before["trips"]
             for kind in self.bytes:
@@ -107,7 +110,7 @@ class CountingTeam(GroupTeam):
         return answers
 
     def _sent(self) -> dict[str, int]:
-        totals = [answer["traffic"] for answer in self.counted.values()]
+        totals = [counted.traffic for counted in self.counted.values()]
         sent = {kind: sum(t[f"{kind}_bytes"] for t in totals) for kind in self.bytes}
         return {**sent, "trips": sum(t["trips"] for t in totals)}
 
@@ -127,9 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     place = read_place()
-    rank_model.join_group(
-        place, ParallelConfig(devices=place.world_size, rank_step_s=PATIENCE_S), EngineConfig.of(device="cpu")
-    )
+    rank_model.join_group(place, "cpu", PATIENCE_S)
     with torch.inference_mode():
         jobs = [prepare(args, place.world_size) if place.is_first else None]
         dist.broadcast_object_list(jobs)
@@ -166,8 +167,15 @@ def prepare(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
         save_plan(find_plan(problem, "auto", effort=args.effort, time_limit_s=20.0), folder / f"{name}.json")
         plans[name] = str(folder / f"{name}.json")
     print("planned", file=sys.stderr, flush=True)
-    tokens = np.concatenate([tokens for tokens, _ in routes[: args.plan_count]])
-    uses = count_uses(tokens, planning.astype(np.int64), llm.engine.spec.vocab_size, llm.engine.spec.num_experts)
+    first = [len(tokens) for tokens, _ in routes[: args.plan_count]]
+    trace = RoutingTrace(
+        planning,
+        offsets_of(first),
+        np.array(llm.engine.routing_shape().layer_ids),
+        llm.engine.spec.num_experts,
+        token_ids=np.concatenate([tokens for tokens, _ in routes[: args.plan_count]]),
+    )
+    uses = count_uses(trace)
     llm.close()
     return {"prompts": prompts, "routes": routes, "plans": plans, "uses": uses}
 
@@ -176,9 +184,9 @@ def record(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[tuple[np
     """For each prompt the token ids [N] that were computed and the experts [N, L, K] they went to."""
     size = sum(map(len, prompts)) + len(prompts) * new_tokens
     recorder = RouteRecorder(llm.engine.routing_shape(), size, token_ids=True)
-    llm.engine.listen_to_routes(recorder)
+    llm.engine.observe_routes(recorder)
     llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True))
-    llm.engine.listen_to_routes(recorder, wanted=False)
+    llm.engine.observe_routes(recorder, wanted=False)
     trace = recorder.trace({})
     assert trace.token_ids is not None
     routes = [(trace.token_ids[a:b], trace.ids[a:b]) for a, b in pairwise(trace.seq_offsets.tolist())]
@@ -191,21 +199,20 @@ def run(args: argparse.Namespace, place: Any, job: dict[str, Any]) -> None:
     chosen = [
         v for i, v in enumerate(VARIANTS) if (not args.only or i in args.only) and place.world_size >= 2 * v.groups
     ]
-    workers = []
+    workers, wire = [], connect_all(place, PATIENCE_S)
     for v in chosen:
         settings_of = {"ep_mode": v.mode, "expert_plan": job["plans"][v.plan]}
         parallel = ParallelConfig(devices=place.world_size, ep_groups=v.groups, **settings_of)
-        workers.append(
-            (parallel, Worker(place, EngineConfig.of(**settings(args), num_threads=1, device="cpu"), parallel))
-        )
-    teams = [CountingTeam(worker, parallel) for parallel, worker in workers]
+        config = EngineConfig.of(**settings(args), num_threads=1, device="cpu")
+        workers.append((parallel, Worker(rank_model.load(place, config, parallel))))
+    teams = [CountingTeam(worker, parallel, wire) for parallel, worker in workers]
     tokens: list[Any] = []
     for _ in range(args.rounds):
         for (_, worker), team, variant in zip(workers, teams, chosen, strict=True):
             if place.is_first:
                 tokens.append(serve(args, team, worker, job, variant))
             else:
-                follow(worker)
+                follow(worker, wire)
     if place.is_first:
         rows = [report(args, team, worker, job, v) for (_, worker), team, v in zip(workers, teams, chosen, strict=True)]
         alone = [known[args.length :].tolist() for known, _ in job["routes"][args.plan_count :]]

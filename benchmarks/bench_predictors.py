@@ -92,23 +92,23 @@ class Tap:
     """What went through the experts of every layer."""
 
     layers: dict[int, list[Any]] = field(default_factory=dict)
-    """Model layer -> (hidden [T, H], ids [T, K], weights [T, K]) of each call."""
+    """MoE layer -> (hidden [T, H], ids [T, K], weights [T, K]) of each call."""
     prompts: list[list[int]] = field(default_factory=list)
 
     @contextmanager
     def on(self, llm: LLM) -> Iterator[None]:
-        expert_layers = runner_of(llm).expert_layers
-        run = expert_layers.run
+        experts = runner_of(llm).experts
+        run = experts.run
 
         def run_and_keep(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
             self.layers.setdefault(layer, []).append((hidden.float().numpy(), ids.numpy(), weights.float().numpy()))
             return run(layer, hidden, ids, weights)
 
-        expert_layers.run = run_and_keep
+        experts.run = run_and_keep
         try:
             yield
         finally:
-            expert_layers.run = run
+            experts.run = run
 
     def sequence(self, llm: LLM, prompt: list[int]) -> None:
         from moe_serve import SamplingParams
@@ -116,7 +116,7 @@ class Tap:
         self.prompts.append(prompt)
         llm.generate([prompt], SamplingParams(max_tokens=1))
 
-    def trace(self, num_experts: int) -> tuple[RoutingTrace, Any]:
+    def trace(self, layer_ids: tuple[int, ...], num_experts: int) -> tuple[RoutingTrace, Any]:
         """The routes, and hidden [N, L, H]."""
         import numpy as np
 
@@ -129,7 +129,8 @@ class Tap:
         )
         offsets = offsets_of([len(p) for p in self.prompts])
         tokens = np.concatenate([np.array(p) for p in self.prompts])
-        return RoutingTrace(ids, offsets, np.array(names, np.int32), num_experts, weights, token_ids=tokens), hidden
+        ids_of_layers = np.array(layer_ids, np.int32)
+        return RoutingTrace(ids, offsets, ids_of_layers, num_experts, weights, token_ids=tokens), hidden
 
 
 def judge(llm: LLM, tap: Tap, args: argparse.Namespace) -> dict[str, Any]:
@@ -139,8 +140,8 @@ def judge(llm: LLM, tap: Tap, args: argparse.Namespace) -> dict[str, Any]:
     from predictors.predictor import Training
 
     runner, spec = runner_of(llm), llm.engine.spec
-    num_experts = runner.expert_layers.experts.store.num_experts
-    trace, hidden = tap.trace(num_experts)
+    num_experts = spec.num_experts
+    trace, hidden = tap.trace(runner.moe_layer_ids(), num_experts)
     last_train = round(0.8 * trace.num_sequences)
     cut = int(trace.seq_offsets[last_train])
     train, test = trace.head(cut), trace.select(list(range(last_train, trace.num_sequences)))

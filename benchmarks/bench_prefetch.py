@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import fix_environment, hardware, median, versions
 
+from predictors.shape import MoELayer
+
 
 def main() -> None:
     args = parse()
@@ -68,7 +70,7 @@ class AlwaysWrong:
         if layer + 1 == self._num_layers:
             return []
         others = tuple(e for e in range(self._num_experts) if e not in experts)[: len(experts)]
-        return [Advice(layer + 1, others, (1.0,) * len(others))]
+        return [Advice(MoELayer(layer + 1), others, (1.0,) * len(others))]
 
 
 class Side:
@@ -91,10 +93,14 @@ class Side:
             moe_prefetch_audit=not name.endswith("-unaudited"),
             **json.loads(args.settings),
         )
-        self.layers = self.llm.engine.runner.expert_layers  # type: ignore[attr-defined]
-        cache = self.layers.experts
+        from expert_cache.host_managed.experts import HostManagedExperts
+
+        experts = self.llm.engine.runner.experts
+        assert isinstance(experts, HostManagedExperts)
+        self.experts = experts
+        cache = self.experts.cache
         if kind == "wrong":
-            self.layers.advisor = AlwaysWrong(len(cache.store.layers), cache.store.num_experts)
+            self.experts.advisor = AlwaysWrong(len(cache.store.layers), cache.store.num_experts)
         self.tokens: list[int] = []
         self.steps_s: list[tuple[float, bool]] = []
         """(time, prefetching)."""
@@ -115,11 +121,11 @@ class Side:
         """Seconds of so many steps."""
         first = len(self.steps_s)
         for _ in range(steps):
-            on = self.layers.audit is not None and self.layers.audit.is_prefetching
+            on = self.experts.audit is not None and self.experts.audit.is_prefetching
             start = time.perf_counter()
             self.tokens += [t for output in self.llm.engine.step() for t in output.token_ids]
             self.steps_s.append((time.perf_counter() - start, on))
-        self.layers.experts.cancel_prefetches()  # or they would go on while another side is timed
+        self.experts.cache.cancel_prefetches()  # or they would go on while another side is timed
         return sum(seconds for seconds, _ in self.steps_s[first:])
 
     @property
@@ -129,15 +135,15 @@ class Side:
         return sum(len(times) * quantiles(times, n=4)[0] for times in kinds if len(times) > 1) / len(self.steps_s)
 
     def report(self, own: list[float], off: list[float], quiet_off_s: float) -> dict[str, Any]:
-        counters, audit = self.layers.experts.counters, self.layers.audit
-        predictions = self.layers.usage.predictions()
+        counters, audit = self.experts.counters, self.experts.audit
+        predictions = self.experts.usage.predictions()
         right, missed = (int(predictions[name].sum()) for name in ("predicted_used", "unpredicted"))
         return {
             "speed": sum(off) / sum(own),
             "quiet_speed": quiet_off_s / self.quiet_s,
             "median_speed": median([o / s for o, s in zip(off, own, strict=True)]),
             "tokens_per_s": len(self.tokens) / sum(own),
-            "layers_on": int(counters.prefetch_on.sum()) if audit or self.layers.advisor else 0,
+            "layers_on": int(counters.prefetch_on.sum()) if audit or self.experts.advisor else 0,
             "layers": len(counters.hits),
             "last_ratio": None if audit is None or audit.last_ratio is None else round(audit.last_ratio, 3),
             "recall": right / max(1, right + missed),

@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     lengths = [int(n) for n in args.prompt_lens.split(",")]
     vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
     llm = open_model(args, cache_mib(args))
-    cache = llm.engine.runner.expert_layers.experts
+    cache = llm.engine.runner.experts.cache
     suits = cache.acquirer.streaming.suits
     ways = {"streaming": suits, "waves": lambda num_wanted: False}
     rows = []

@@ -1,6 +1,6 @@
 """Perplexity of the demo model on held-out text, its experts in bf16 and quantised.
 
-    python benchmarks/bench_quantized.py --data ../shared/data --out quantized.json
+    PYTHONPATH=. python benchmarks/bench_quantized.py --data DATA --out quantized.json
 
 Every format is made by `moe-serve quantize` (fp8: here, e4m3 with a scale per row) and read back from its codes;
 what the codes stand for goes into one and the same torch model, whose other weights stay as they are. Calibration
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from examples.train_demo.data import Corpus, read_corpus
+from examples.train_demo.evaluate import load_model, windows
 from expert_cache.storage.store import matrices_of
 from moe_serve.cli import main as moe_serve
 from moe_serve.cli.flags import default_model
-from moe_serve.demo.data import Corpus, read_corpus
-from moe_serve.demo.evaluate import load_model, windows
 from moe_serve.hf.checkpoint import open_all_experts
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
+from predictors.shape import MoELayer
 
 Decode = Callable[[int, int], tuple[torch.Tensor, ...]]
 """(layer, expert) -> gate, up, down in float32."""
@@ -38,7 +39,7 @@ Decode = Callable[[int, int], tuple[torch.Tensor, ...]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True, help="See examples/train_demo/README.md.")
     parser.add_argument("--tokens", type=int, default=20_000, help="Held-out tokens to score, from all books alike.")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--out", type=Path)
@@ -99,10 +100,10 @@ def _formats(folder: Path, calibration: Path, tokens: int) -> Iterator[tuple[str
     """(name, bytes of an expert, decoder), bf16 first."""
     original = open_all_experts(default_model())
 
-    def fp8(layer: int, expert: int) -> tuple[torch.Tensor, ...]:
+    def fp8(layer: MoELayer, expert: int) -> tuple[torch.Tensor, ...]:
         return tuple(_through_fp8(m) for m in _floats(original)(layer, expert))
 
-    rows = sum(m.shape[0] for m in matrices_of(original.weights(0, 0)))
+    rows = sum(m.shape[0] for m in matrices_of(original.weights(original.layers[0], 0)))
     yield "bf16", original.expert_bytes, _floats(original)
     yield "fp8", original.expert_bytes // 2 + 4 * rows, fp8
     searched = ["--calibration", str(calibration), "--calibration-tokens", str(tokens)]

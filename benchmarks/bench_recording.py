@@ -38,7 +38,7 @@ def main() -> None:
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for i in range(2 * args.steps):
         wanted = i % 2 == 1
-        llm.engine.listen_to_routes(recorder, wanted)
+        llm.engine.observe_routes(recorder, wanted)
         seconds[wanted].append(step_s(llm))
     off, on = median(seconds[False]), median(seconds[True])
     print(f"batch {args.batch}: a step takes {1000 * off:.2f} ms, with the recorder {1000 * on:.2f} ms: {on / off:.4f}")

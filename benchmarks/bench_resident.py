@@ -46,15 +46,15 @@ def main() -> int:
 
 def fill(llm: Any) -> None:
     """Bring every expert into its slot."""
-    cache = llm.engine.runner.expert_layers.experts
+    cache = llm.engine.runner.experts.cache
     everything = list(range(cache.store.num_experts))
     for layer in cache.store.layers:
-        wanted = cache.acquire(layer, everything, [1] * len(everything))
+        wanted = cache.acquirer.acquire(layer, everything, [1] * len(everything))
         while wanted.ready or wanted.is_pending:
             for expert in list(wanted.ready):
-                cache.release(wanted, expert)
+                cache.acquirer.release(wanted, expert)
             if wanted.is_pending:
-                cache.wait(wanted)
+                cache.acquirer.wait(wanted)
     assert cache.num_resident == cache.store.num_total
 
 

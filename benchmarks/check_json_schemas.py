@@ -15,14 +15,13 @@ import json
 import random
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 from random_schemas import random_schema
 
 from moe_serve import LLM, SamplingParams
-from moe_serve.demo import evaluate
+from moe_serve.demo import MODEL
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, GrammarKind, GrammarSpec
 
@@ -86,7 +85,7 @@ def mask_cost(llm: LLM, num_seqs: int, length: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default=str(Path(evaluate.__file__).parent / "model"))
+    parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--schemas", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,6 @@ from measuring import StepClock
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from moe_serve import LLM, SamplingParams
-from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.scheduling.sequence import Request
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
@@ -45,9 +44,7 @@ class MoEServe:
     @property
     def experts(self) -> Any:
         """What runs its experts, with counters."""
-        runner = self._llm.engine.runner
-        assert isinstance(runner, ModelRunner)
-        return runner.expert_layers.experts
+        return self._llm.engine.runner.experts
 
     def close(self) -> None:
         """Stop its threads."""

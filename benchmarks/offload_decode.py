@@ -54,7 +54,7 @@ def decode(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     """The first token comes with the prompt; time and bytes count from there on."""
     from moe_serve import SamplingParams
 
-    cache = llm.engine.runner.expert_layers.experts
+    cache = llm.engine.runner.experts.cache
     clock = Clock(cache)
     llm.engine.observer = clock
     rates = [read_rate(cache)]
@@ -110,7 +110,7 @@ def read_rate(cache: Any) -> float:
     seconds = 0.0
     for i, key in enumerate(keys[: RATE_EXPERTS + 1]):
         start = time.perf_counter()
-        fetch = Fetch(key, store.reads(*key), arena.landing(0), DEMAND, store.checksums.get(key))
+        fetch = Fetch.of(store, key, arena.landing(0), DEMAND)
         cache.fetcher.submit(fetch)
         cache.fetcher.wait_until(lambda f=fetch: f.is_done)
         seconds += time.perf_counter() - start if i else 0.0  # the first one also maps the memory
@@ -122,7 +122,7 @@ def memory(llm: Any) -> dict[str, Any]:
     """What the model ought to take, and what the process took, in MB."""
     runner = llm.engine.runner
     dense = sum(p.nbytes for p in runner.model.parameters()) + sum(b.nbytes for b in runner.model.buffers())
-    cache = runner.expert_layers.experts
+    cache = runner.experts.cache
     return {
         "budget_mb": cache.num_slots * cache.store.slot_bytes / 1e6,
         "dense_mb": dense / 1e6,

@@ -9,14 +9,13 @@ Shape alphabet: T tokens, P (token, choice) pairs sorted by expert, H hidden, I 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from expert_cache.storage.store import ExpertWeights
 from moe_serve_kernels.cpu import expert_layer
 from moe_serve_kernels.cpu import expert_mlp as native
-from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, StartedMLP
 
 Segment = tuple[int, int]
@@ -109,16 +108,6 @@ class ExpertCompute:
         gate = _linear(x, expert.gate, expert.gate_bias)
         up = _linear(x, expert.up, expert.up_bias)
         return _linear(native.activate(self.activation, gate, up), expert.down, expert.down_bias)
-
-
-def in_place(weights: Mapping[tuple[int, int], PreparedWeights]) -> dict[int, ExpertLayer]:
-    """All experts by (layer, expert), from 0 on, as layers that run at once; {} if the kernels cannot read them all."""
-    by_layer: dict[int, list[MLPWeights]] = {}
-    for (layer, _), expert in sorted(weights.items(), key=lambda item: item[0]):
-        if not isinstance(expert, MLPWeights):
-            return {}
-        by_layer.setdefault(layer, []).append(expert)
-    return {layer: ExpertLayer(experts) for layer, experts in by_layer.items()}
 
 
 def _readable_copy(expert: ExpertWeights) -> MLPWeights:

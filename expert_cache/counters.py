@@ -1,6 +1,6 @@
 """CacheCounters: what the expert cache did, by layer, since the start.
 
-Shape alphabet: L layers by dense index.
+Shape alphabet: L MoE layers.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 Copies, so that it can be kept: two reports subtracted are what happened between them. Any thread may
 ask for one; numbers that the engine changes meanwhile may be a step apart. Knows no metrics library.
 
-Shape alphabet: L layers by dense index, E experts per layer.
+Shape alphabet: L MoE layers, E experts per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +50,10 @@ class ExpertReport:
     expert_bytes: int
     tokens: Counts
     """[L, E] (token, choice) pairs each expert has computed."""
-    counts: Mapping[str, NDArray[np.int64] | NDArray[np.float64]]
-    """[L] by name: the fields of CacheCounters, and usage.PREDICTION_COUNTS."""
+    counts: Mapping[str, NDArray[Any]]
+    """[L] int64 or float64 by name: the fields of CacheCounters, and usage.PREDICTION_COUNTS."""
     residency: Residency
-    shadow_hits: Mapping[str, int]
+    shadow_hits: Mapping[str, int] = field(default_factory=dict)
     """Hits that other policies would have had, by name."""
-    belady_gap_frac: float | None
+    belady_gap_frac: float | None = None
     """Of the recent misses, the fraction that perfect foresight would have avoided."""

@@ -10,20 +10,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_serve.config import EngineConfig
-    from moe_serve.errors import MoEServeError
-    from moe_serve.llm import LLM
-    from moe_serve.scheduling.sequence import SamplingParams
+    from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, ParallelConfig, QueueConfig
+    from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
+    from moe_serve.llm import LLM, RequestResult
+    from moe_serve.scheduling.sequence import Completion, SampleOutput, SamplingParams, TokenLogprob
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = ["LLM", "EngineConfig", "MoEServeError", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "ConfigError",
+    "EngineConfig",
+    "ExpertCacheConfig",
+    "InvalidRequestError",
+    "KVConfig",
+    "MoEServeError",
+    "ParallelConfig",
+    "QueueConfig",
+    "RequestResult",
+    "SampleOutput",
+    "SamplingParams",
+    "TokenLogprob",
+    "__version__",
+]
 
 
 def _home_of(name: str) -> str | None:
     """Our module that defines a public name; None if the name is not public."""
-    homes = {"LLM": "llm", "EngineConfig": "config", "MoEServeError": "errors", "SamplingParams": "scheduling.sequence"}
-    return homes.get(name)
+    homes = {
+        "config": ("EngineConfig", "ExpertCacheConfig", "KVConfig", "ParallelConfig", "QueueConfig"),
+        "errors": ("ConfigError", "InvalidRequestError", "MoEServeError"),
+        "llm": ("LLM", "RequestResult"),
+        "scheduling.sequence": ("Completion", "SampleOutput", "SamplingParams", "TokenLogprob"),
+    }
+    return next((home for home, names in homes.items() if name in names), None)
 
 
 def __getattr__(name: str) -> Any:

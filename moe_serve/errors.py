@@ -8,6 +8,7 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     │   ├── UnsupportedFieldError   400  a field (or a value of it) that this server does not implement
     │   └── ContextTooLongError     400  the prompt does not fit the context window
     ├── UnauthorizedError           401  no API key, or a wrong one
+    ├── ForbiddenError              403  from another site's page, or to another host's name
     ├── ModelNotFoundError          404
     ├── SlowClientError             408  the body did not arrive in time
     ├── BodyTooLargeError           413
@@ -52,6 +53,13 @@ class UnsupportedFieldError(InvalidRequestError):
 
 class ContextTooLongError(InvalidRequestError):
     """Prompt plus requested completion exceed the context window or the KV pages that exist."""
+
+
+class ForbiddenError(MoEServeError):
+    """The request comes from a page, or to a name, that this server does not serve."""
+
+    http_status = 403
+    error_type = "permission_error"
 
 
 class ModelNotFoundError(MoEServeError):

@@ -1,4 +1,4 @@
-"""LLM: the engine for offline use, without a server. `LLM(path).generate(["Once upon a time"])`.
+"""LLM: the engine for offline use, without a server. `LLM(path).generate("Once upon a time")`.
 
 Knows the engine and the tokenizer; knows no threads and no HTTP.
 """
@@ -9,18 +9,24 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from typing import Any, Self, overload
 
 from tqdm import tqdm
 
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, ParallelConfig
+from moe_serve.config.model_folder import find_model
 from moe_serve.config.settings import refuse_no_effect, sort_out
 from moe_serve.errors import InvalidRequestError, MoEServeError
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.start import make_engine
+from moe_serve.parallel.front.start import make_engine
+from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
+from moe_serve.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, its token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}"""
 
 
 @dataclass(slots=True)
@@ -34,6 +40,11 @@ class RequestResult:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt but its first token, where SamplingParams.prompt_logprobs asked for them."""
 
+    @property
+    def outputs(self) -> list[Completion]:
+        """`completions`, by vLLM's name."""
+        return self.completions
+
     def _apply(self, output: SampleOutput) -> None:
         self.completions[output.index].add(output)
         if output.index == 0:
@@ -42,29 +53,42 @@ class RequestResult:
 
 
 class LLM:
-    """A loaded model. Keyword arguments are the flags' names: settings of EngineConfig and, for several devices,
-    of ParallelConfig (`moe_cache_mib=64`), or whole parts (`experts=ExpertCacheConfig(cache_mib=64)`)."""
+    """A loaded model; also a context manager, which closes it.
 
-    def __init__(self, model: str, **settings: Any) -> None:
+    `model`: a checkpoint folder, or a model id in the local Hugging Face cache. Keyword arguments are the flags' names:
+    settings of EngineConfig and, for several devices, of ParallelConfig (`moe_cache_mib=64`), or whole parts
+    (`experts=ExpertCacheConfig(cache_mib=64)`). ConfigError names a setting that is unknown, wrong or without effect.
+    """
+
+    def __init__(self, model: str | PathLike[str], **settings: Any) -> None:
         engine, ranks = sort_out("LLM", {"model": model, **settings}, EngineConfig, ParallelConfig)
         config, parallel = EngineConfig.from_dict(engine), ParallelConfig.from_dict(ranks)
         refuse_no_effect(config, parallel)
-        self.engine = make_engine(config, parallel)
+        self.engine = make_engine(config.replace(model=find_model(config.model)), parallel)
         self.tokenizer = self.engine.tokenizer
         self._ids = itertools.count()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         show_progress: bool = False,
     ) -> list[RequestResult]:
-        """Complete all prompts (texts or token ids) together; results in their order.
+        """Complete one prompt, or several together; results in their order.
 
-        Raises InvalidRequestError before anything runs if one of them is impossible.
+        Without `params`, an answer ends at the model's end-of-sequence token or with the context: give
+        SamplingParams(max_tokens=N) for a limit. Raises InvalidRequestError before anything runs if one of the requests
+        is impossible.
         """
-        pairs = zip(prompts, _spread(params, len(prompts)), strict=True)
+        several = _prompts(prompts)
+        pairs = zip(several, _spread(params, len(several)), strict=True)
         requests = [self._request(prompt, p) for prompt, p in pairs]
         results = {r.request_id: _empty_result(r) for r in requests}
         for request in requests:
@@ -86,23 +110,50 @@ class LLM:
         finally:
             self.engine.abort(request.request_id)
 
+    @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
-    ) -> RequestResult:
-        """Answer a conversation, rendered with the model's chat template."""
-        return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **template_kwargs: Any
+    ) -> RequestResult: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Sequence[Message]], params: SamplingParams | None = None, **template_kwargs: Any
+    ) -> list[RequestResult]: ...
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        **template_kwargs: Any,
+    ) -> RequestResult | list[RequestResult]:
+        """Answer a conversation, or several together, rendered with the model's chat template."""
+        conversations = _conversations(messages)
+        if conversations is None:
+            return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]  # type: ignore[arg-type]
+        return self.generate([self.render_chat(each, **template_kwargs) for each in conversations], params)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation, ready for `generate` or `stream`."""
         return self.tokenizer.render_chat(list(messages), chat_template_kwargs=template_kwargs or None)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """`tokenizer`, by vLLM's name."""
+        return self.tokenizer
 
     def close(self) -> None:
         """Stop the threads behind the model. Dropping the last reference does the same."""
         self.engine.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Request(f"llm-{next(self._ids)}", tuple(ids), params, time.monotonic())
+        return Request(f"llm-{next(self._ids)}", self._ids_of(prompt), params, time.monotonic())
+
+    def _ids_of(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return token_ids("prompt_token_ids", prompt["prompt_token_ids"])
+            if not isinstance(prompt.get("prompt"), str):
+                found = ", ".join(map(str, prompt))
+                raise InvalidRequestError("prompts", f"a prompt has a text as prompt, or prompt_token_ids; got {found}")
+            prompt = prompt["prompt"]
+        return tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else token_ids("prompts", prompt)
 
     def _run(self, request_ids: set[str]) -> Iterator[SampleOutput]:
         """Step until the given requests have nothing left; a failed sample raises."""
@@ -114,6 +165,27 @@ class LLM:
                     yield output
 
 
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text, a mapping, or token ids) as a list of one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise InvalidRequestError("prompts", f"prompts takes texts, token ids or dicts, got {type(prompts).__name__}")
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _conversations(messages: Any) -> Sequence[Sequence[Message]] | None:
+    """Several conversations, or None for a single one. InvalidRequestError for anything else."""
+    if isinstance(messages, Sequence) and not isinstance(messages, str | bytes):
+        if all(isinstance(item, Mapping) for item in messages):
+            return None
+        if all(isinstance(item, Sequence) and not isinstance(item, str | bytes) for item in messages):
+            return messages
+    raise InvalidRequestError("messages", "messages takes a list of {role, content} dicts, or a list of such lists")
+
+
 def _empty_result(request: Request) -> RequestResult:
     return RequestResult(request.request_id, request.prompt_token_ids, [Completion(i) for i in range(request.params.n)])
 
@@ -121,6 +193,8 @@ def _empty_result(request: Request) -> RequestResult:
 def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
+        raise InvalidRequestError("params", f"params takes SamplingParams, one or one per prompt, got {params!r}")
     if len(params) != count:
         raise InvalidRequestError(
             "params", f"{len(params)} sampling parameters for {count} prompts; give one or one each"

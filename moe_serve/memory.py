@@ -66,7 +66,7 @@ def _cgroup_roots() -> Iterator[Path]:
 
 
 def _left(root: Path, version: CgroupFiles) -> int:
-    """What one limit leaves, or a very large number where there is none."""
+    """Bytes left under one limit; NO_LIMIT without one."""
     paths = [_locate(root, name) for name in (version.limit, version.used, version.stat)]
     try:
         limit, used = paths[0].read_text().strip(), int(paths[1].read_text())

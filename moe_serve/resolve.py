@@ -5,6 +5,7 @@ Returns new configs and never changes one. Knows memory sizes and CPU features, 
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -12,13 +13,15 @@ import torch
 from expert_cache.gpu_managed.layout import device_bytes
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
 
-MIB = 1 << 20
+log = logging.getLogger(__name__)
+
 KV_SHARE_OF_FREE = 0.25
 EXPERT_SHARE_OF_FREE = 0.70
 
@@ -71,15 +74,24 @@ def resolve(
     free = free_bytes(device)
     num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.kv.page_size, free)
     max_model_len = min(max_model_len, num_pages * config.kv.page_size)
+    cache_mib = _moe_cache_mib(config, store.num_total, device_bytes(store, dtype, device), device, free)
+    _warn_of_idle_flags(config, cache_mib)
     return config.replace(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         max_model_len=max_model_len,
         max_num_batched_tokens=_token_budget(config, max_model_len),
         num_kv_pages=num_pages,
-        moe_cache_mib=_moe_cache_mib(config, store.num_total, device_bytes(store, dtype, device), device, free),
+        moe_cache_mib=cache_mib,
         num_threads=num_threads_of(config),
     )
+
+
+def _warn_of_idle_flags(config: EngineConfig, cache_mib: int) -> None:
+    """Settings of a cache that this machine does not need. To refuse them would tie a command line to a machine."""
+    idle = config.experts.replace(cache_mib=cache_mib).no_effect()
+    if config.experts.cache_mib is None and idle is not None:
+        log.warning("all experts fit in memory, so there is no expert cache: %s", idle)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

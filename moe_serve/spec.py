@@ -1,4 +1,4 @@
-"""ModelSpec: what the checkpoint is, in our words. The one place that knows HF config field names."""
+"""ModelSpec: what the checkpoint is, in our words. Engine, scheduler and server read no field of a HF config."""
 
 from __future__ import annotations
 

@@ -72,8 +72,12 @@ class Layout:
     """[R, 3] further copies: layer, expert, device."""
 
 
-def hosts_of(layout: Layout, num_devices: int) -> Bools:
-    """[L, E, G] whether a device holds an expert."""
+Hosts = Bools
+"""[L, E, G] whether a device holds an expert."""
+
+
+def hosts_of(layout: Layout, num_devices: int) -> Hosts:
+    """A layout as an array."""
     hosts = np.zeros((*layout.device_of.shape, num_devices), bool)
     np.put_along_axis(hosts, layout.device_of[..., None], True, 2)
     hosts[tuple(layout.replicas.T)] = True

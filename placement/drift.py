@@ -7,34 +7,22 @@ plan on the half of the window it was not made from.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from placement.cost import evaluate
 from placement.migrate import migration_steps, moved_bytes
 from placement.plan import PlacementPlan
 from placement.problem import PlacementProblem
+from placement.verdict import Verdict, numbers_of
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether to move to a candidate plan, and the numbers behind it."""
+class Migration(Verdict):
+    """Whether to move to a candidate plan, in bytes."""
 
-    migrate: bool
-    why: str
-    traffic_now: float
-    """Mean hop cost per transition of the plan in force, on the judging half of the window."""
-    traffic_then: float
-    """Of the candidate."""
-    balance_now: float
-    """Mean over layers of the busiest device's load over fair, of the plan in force."""
-    balance_then: float
     moved_bytes: int
     saved_bytes: float
     """Hop bytes saved over the horizon; negative if the candidate is worse."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class Stakes:
     """Price of a moved byte in hop bytes: below 1 where links idle at times."""
 
 
-def judge(live: PlacementProblem, in_force: PlacementPlan, candidate: PlacementPlan, stakes: Stakes) -> Verdict:
+def judge(live: PlacementProblem, in_force: PlacementPlan, candidate: PlacementPlan, stakes: Stakes) -> Migration:
     """Compare on `live`, a problem of traffic the candidate was not made from."""
     now, then = evaluate(live, in_force.layout), evaluate(live, candidate.layout)
     hops = stakes.horizon_tokens * (live.num_layers - 1) * stakes.choices_per_hop
@@ -62,13 +50,4 @@ def judge(live: PlacementProblem, in_force: PlacementPlan, candidate: PlacementP
     why = "saves more than it moves" if pays else "moves more than it saves"
     if over_limit and not pays:
         why = "the balance limit is broken, and less with the candidate"
-    return Verdict(
-        migrate=pays or over_limit,
-        why=why,
-        traffic_now=now.traffic,
-        traffic_then=then.traffic,
-        balance_now=now.balance_mean,
-        balance_then=then.balance_mean,
-        moved_bytes=moved,
-        saved_bytes=saved,
-    )
+    return Migration(adopt=pays or over_limit, why=why, **numbers_of(now, then), moved_bytes=moved, saved_bytes=saved)

@@ -21,8 +21,6 @@ from placement.topology import Floats, Ints
 MOST_STATES = 300
 """States of a layer; a step of the chain costs the square of it."""
 
-Signs = npt.NDArray[np.int8]
-
 
 def improve_pair(costs: LayerCosts, device_of: Ints, a: int, b: int) -> Ints:
     """[L, E] a layout at least as good; differs only in which of a and b holds what."""
@@ -102,7 +100,7 @@ def _splits(now: npt.NDArray[np.bool_], slots: Ints) -> npt.NDArray[np.bool_]:
     size, count = now.size, int(now.sum())
     if comb(size, count) <= MOST_STATES:
         rows = [now, *(_members(size, chosen) for chosen in combinations(range(size), count))]
-        return np.array(rows).reshape(-1, size)
+        return np.array(rows, bool).reshape(len(rows), size)
     swaps = [(i, j) for i in np.flatnonzero(~now) for j in np.flatnonzero(now)]
     changes = [(), *swaps]
     doubles = comb(size - count, 2) * comb(count, 2) + len(swaps)

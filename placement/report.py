@@ -1,4 +1,4 @@
-"""Plans as a table of text. Knows no files and prints nothing."""
+"""Plans as rows of text. Knows no files and prints nothing."""
 
 from __future__ import annotations
 
@@ -12,26 +12,14 @@ HEADER = ("solver", "traffic", "cut %", "node %", "balance", "worst", "MiB/GPU",
 HELD_OUT = ("held-out cut %", "balance")
 
 
-def as_table(problem: PlacementProblem, plans: Sequence[PlacementPlan], unseen: PlacementProblem | None = None) -> str:
-    """One row per plan; with `unseen`, another workload's problem, two columns on that."""
-    rows = table_rows(problem, plans, unseen)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(_aligned(row, widths)).rstrip() for row in rows)
-
-
 def table_rows(
     problem: PlacementProblem, plans: Sequence[PlacementPlan], unseen: PlacementProblem | None = None
 ) -> list[tuple[str, ...]]:
-    """The header and one row of text per plan."""
+    """The header and one row of text per plan; with `unseen`, another workload's problem, two columns on that."""
     rows: list[tuple[str, ...]] = [(*HEADER, *(HELD_OUT if unseen else ()))]
     for plan in plans:
         rows.append((*_row(problem, plan), *(_unseen(unseen, plan) if unseen else ())))
     return rows
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    first, *rest = zip(row, widths, strict=True)
-    return [first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]
 
 
 def _row(problem: PlacementProblem, plan: PlacementPlan) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """How well a predictor knows recorded routes: recall and precision by lookahead and layer, and who is left out to test.
 
 A trace's sequences run as streams, many at a time, so that a method is judged in the form in which it serves.
-Knows numpy only; what forecasts do to a cache is expert_cache/simulation/forecast_replay.py.
+Knows numpy only; what forecasts do to a cache is expert_cache/simulation/replay.py.
 
 Shape alphabet: T rows, D lookaheads, L layers, E experts, K experts per token.
 """

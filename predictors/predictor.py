@@ -22,7 +22,7 @@ Laws. tests/predictors/test_methods.py checks them on every method that is insta
 
 Knows numpy only; neither slots nor models. Hidden states pass through untouched, in whatever the caller computes in.
 
-Shape alphabet: T rows, L MoE layers by dense index, E experts per layer, K experts per token, H hidden.
+Shape alphabet: T rows, L MoE layers, E experts per layer, K experts per token, H hidden.
 """
 
 from __future__ import annotations

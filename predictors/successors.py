@@ -4,7 +4,7 @@ For a model of which there is no trace yet; `methods/transition.py` is fitted to
 expert b of layer l+1 was used in a step that used expert a of layer l: the affinity of ExFlow, used as a Markov
 model. Knows numpy only.
 
-Shape alphabet: L layers by dense index, E experts.
+Shape alphabet: L MoE layers, E experts.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import zlib
 
 import torch
 
+from expert_cache.counters import ExpertTotals
+from expert_cache.experts import ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.execution import sampler
@@ -20,32 +22,46 @@ from moe_serve.spec import ModelSpec
 from moe_serve.text.tokenizer import Tokenizer
 
 
-class WithoutExperts:
+class NoExperts:
+    """The experts of a model that has none."""
+
+    def resize(self, mib: int) -> None:
+        raise ResizeError("there is no cache")
+
+    def resident(self) -> None:
+        """No expert is anywhere."""
+
+    def report(self) -> None:
+        """Nothing is known."""
+
+    def totals(self) -> ExpertTotals:
+        return ExpertTotals()
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class DenseRunner:
     """The part of a Runner that is about experts, for models that have none."""
 
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """There is none."""
+    def __init__(self) -> None:
+        self.experts = NoExperts()
 
-    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+    def observe_routes(self, wanted: bool, weights: bool = False) -> None:
         """There are none."""
 
     def moe_layer_ids(self) -> tuple[int, ...]:
         return ()
 
-    def resident_experts(self) -> None:
-        """No expert is anywhere."""
 
-    def expert_report(self) -> None:
-        """It has no experts."""
-
-
-class RandomRunner(WithoutExperts):
+class RandomRunner(DenseRunner):
     """Logits are noise, a function of the tokens so far; `script` (ids) is what it says instead, if it may."""
 
     def __init__(self, vocab_size: int, eos: frozenset[int], config: EngineConfig) -> None:
         self.config = config
         self.script: list[int] = []
         self._vocab_size = vocab_size
+        super().__init__()
         self._eos = eos
         self._masks = MaskThread(vocab_size)
 

@@ -56,8 +56,8 @@ TORCH_FREE = (
     "moe_serve.config",
     "moe_serve.cli",
     "expert_cache.policies",
-    "expert_cache.simulation.comparison",
-    "expert_cache.simulation.belady_window",
+    "expert_cache.capacity",
+    "expert_cache.simulation",
     "predictors.trace",
     "predictors.formats",
     "placement",
@@ -67,7 +67,7 @@ TORCH_FREE = (
 TABLE_ROWS = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
 MOE_SERVE_ORDER = re.findall(r"`(\w+)`", " ".join(TABLE_ROWS))
 # Package -> most arrows between its rooms (tools/count_arrows.py).
-MOST_ARROWS = {"expert_cache": 107, "moe_serve.parallel": 66, "moe_serve.server": 77, "moe_serve_kernels": 13}
+MOST_ARROWS = {"expert_cache": 118, "moe_serve.parallel": 66, "moe_serve.server": 25, "moe_serve_kernels": 13}
 HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}
 
 
@@ -166,8 +166,7 @@ def graph() -> Graph:
 
 
 def test_no_file_imports_itself_through_others(graph: Graph) -> None:
-    found = circles(graph)
-    assert [circle for circle in found if not all(inside(module, ["moe_serve.server"]) for module in circle)] == []
+    assert circles(graph) == []
 
 
 @pytest.mark.parametrize("package", MOST_ARROWS)

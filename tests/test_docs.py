@@ -1,4 +1,4 @@
-"""docs/architecture.md and docs/glossary.md point at files and names that exist, so a reader finds what they name."""
+"""docs/architecture.md, docs/glossary.md and SECURITY.md point at what exists; the site has every page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from moe_serve.hf.family import family_names, find
 ROOT = Path(__file__).resolve().parents[1]
 WALK = (ROOT / "docs" / "architecture.md").read_text()
 README = (ROOT / "README.md").read_text()
+SECURITY = (ROOT / "SECURITY.md").read_text()
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
 FOLDERS = r"(?:moe_serve|expert_cache|kernels|predictors|placement|tests)"
 POINTER = rf"`({FOLDERS}/[\w/]+\.py)`,\s+`([\w.]+)`"
-PATHS = re.findall(rf"`({FOLDERS}/[\w/]*[\w.]*)`", WALK + GLOSSARY)
+PATHS = re.findall(rf"`({FOLDERS}/[\w/]*[\w.]*)`", WALK + GLOSSARY + SECURITY)
 WORDS = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", GLOSSARY, flags=re.MULTILINE)
 
 
@@ -47,7 +48,7 @@ def test_every_word_of_the_glossary_has_one_meaning_and_a_place() -> None:
     assert [word for word, where in WORDS if word not in ("Word", "---") and not re.search(POINTER, where)] == []
 
 
-@pytest.mark.parametrize(("path", "name"), sorted(set(re.findall(POINTER, WALK + GLOSSARY))))
+@pytest.mark.parametrize(("path", "name"), sorted(set(re.findall(POINTER, WALK + GLOSSARY + SECURITY))))
 def test_every_name_is_where_the_docs_say(path: str, name: str) -> None:
     assert name in defined_names(ROOT / path)
 
@@ -63,3 +64,10 @@ def test_the_readme_lists_each_family_by_how_it_decodes() -> None:
     plain = [name for name in family_names() if find(name).plain_layers]
     assert listed == {"decoding in one": plain, "through transf": [n for n in family_names() if n not in plain]}
     assert f"{len(family_names())} of transformers' architectures" in README
+
+
+def test_the_site_lists_every_page() -> None:
+    """mkdocs itself would only say so when the site is built."""
+    listed = re.findall(r"([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text())
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)

@@ -17,7 +17,11 @@ def test_every_public_name_resolves(name: str) -> None:
 
 
 def test_public_names_are_these() -> None:
-    assert set(moe_serve.__all__) == {"LLM", "EngineConfig", "MoEServeError", "SamplingParams", "__version__"}
+    assert set(moe_serve.__all__) == {
+        *("LLM", "RequestResult", "Completion", "SampleOutput", "SamplingParams", "TokenLogprob"),
+        *("EngineConfig", "ExpertCacheConfig", "KVConfig", "QueueConfig", "ParallelConfig"),
+        *("ConfigError", "InvalidRequestError", "MoEServeError", "__version__"),
+    }
     assert set(moe_serve.__all__) <= set(dir(moe_serve))
 
 

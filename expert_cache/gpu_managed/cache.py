@@ -1,4 +1,4 @@
-"""DeviceCache: experts in pinned host memory, some of them in slots on the GPU, which itself decides which ones.
+"""GpuManagedExperts: experts in pinned host memory, some of them in slots on the GPU, which itself decides which ones.
 
 Before each layer the GPU looks at the router's choice, gives the missing experts the slots of those used longest ago
 and copies them from host memory (moe_serve_kernels.gpu.residency). The host is never asked, so a decoding step that
@@ -11,73 +11,74 @@ Shape alphabet: L layers, E experts per layer, S slots, T tokens, H hidden, K ch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.acquisition import Acquisition
 from expert_cache.counters import CacheCounters, ExpertTotals
+from expert_cache.experts import PaddingRows, nothing
 from expert_cache.gpu_managed.compute import GpuCompute
-from expert_cache.gpu_managed.experts import DeviceExperts
-from expert_cache.gpu_managed.host_heap import ALIGN_BYTES, HostHeap
 from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_slot
+from expert_cache.local_experts import LocalExperts
 from expert_cache.report import Residency
 from expert_cache.storage.store import ExpertStore
 from moe_serve_kernels.gpu.pool import Bank
+from predictors.shape import MoELayer
+
+CHUNK_BYTES = 1 << 30
+ALIGN_BYTES = 16
+"""Of every piece: what a copying kernel moves at a time."""
 
 
-class DeviceCache(DeviceExperts):
-    """ExpertCache's place for those who run layers; there is nothing to acquire."""
-
-    belady_gap_frac: float | None = None
-    """Nobody on the host sees what would be needed to know."""
+class GpuManagedExperts(LocalExperts[object]):
+    """Experts of a cache that the GPU manages by itself."""
 
     def __init__(self, store: ExpertStore, compute: GpuCompute, device: torch.device) -> None:
         """Reads the whole checkpoint. All slots of the pool are divided evenly among the layers, one each at least.
 
         ValueError: an expert's layout that cannot be copied. RuntimeError: no pinned memory for all experts.
         """
-        from moe_serve_kernels.gpu.cached_layer import (
-            CachedLayers,
-        )  # needs triton, which few machines without a GPU have
+        # Needs triton, which few machines without a GPU have.
+        from moe_serve_kernels.gpu.cached_layer import CachedLayers
 
-        super().__init__(compute)
-        self.store = store
-        self._device = device
-        self._index = {layer: i for i, layer in enumerate(store.layers)}
         pool = compute.pool.experts
         gate_up, down = _read_experts(store, compute, pinned=device.type == "cuda")
         slots = shares(pool.down.num_slots, len(store.layers))
         self._layers = CachedLayers(gate_up, down, pool, store.num_experts, slots)
-        self.counters: CacheCounters = DeviceCounters(len(store.layers), self._layers.state.totals, self.slot_bytes)
+        self._slot_bytes = sum(compute.pool.layout.part_bytes())
+        self._num_slots = pool.down.num_slots
+        counters = DeviceCounters(len(store.layers), self._layers.state.totals, self._slot_bytes)
+        super().__init__(store, compute, counters)
+        self.padding = PaddingRows()
 
-    def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self._layers.run(self._index[layer], hidden, ids, weights, self.compute.activation)
-
-    @property
-    def slot_bytes(self) -> int:
-        return sum(self.compute.pool.layout.part_bytes())
-
-    @property
-    def shadow_hits(self) -> dict[str, int]:
-        """The host does not see who is chosen."""
-        return {}
+    def run(
+        self,
+        layer: MoELayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
+        """See Experts; nothing in it waits for the device, and its launches follow from shapes alone."""
+        self.routes.add(ids, weights)
+        meanwhile()
+        assert self.padding is not None
+        return self._layers.run(layer, hidden, self.padding.leave_out(ids), weights, self.compute.activation)
 
     def residency(self) -> Residency:
         """What is in slots at this moment; waits for the device."""
         ready = self._slot_of() >= 0
-        num_slots = self.compute.pool.experts.down.num_slots
         return Residency(
             ready=ready,
             unused=np.zeros_like(ready),
             fast_tier="device",
             slow_tier="host",
-            num_slots=num_slots,
-            slot_bytes=self.slot_bytes,
-            used_bytes=int(ready.sum()) * self.slot_bytes,
-            link_bytes=int(self.counters.totals().demand_bytes),
+            num_slots=self._num_slots,
+            slot_bytes=self._slot_bytes,
+            used_bytes=int(ready.sum()) * self._slot_bytes,
+            link_bytes=int(self.totals().demand_bytes),
         )
 
     def check_integrity(self) -> None:
@@ -88,30 +89,10 @@ class DeviceCache(DeviceExperts):
         assert sorted(owners[owned]) == list(np.flatnonzero(table >= 0)), "a slot's owner is not in the table"
         assert (table[owners[owned]] == owned).all(), "an expert is not in the slot that it owns"
 
-    def close(self) -> None:
-        """Nothing to stop."""
-
     def _slot_of(self) -> NDArray[np.int32]:
         """[L, E]"""
         slots: NDArray[np.int32] = self._layers.state.slot_of.view(len(self.store.layers), -1).cpu().numpy()
         return slots
-
-    # ---- what only caches on the host have -------------------------------------------------------
-
-    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
-        raise AssertionError("the GPU gets its experts by itself")
-
-    def wait(self, wanted: Acquisition) -> None:
-        raise AssertionError("the GPU gets its experts by itself")
-
-    def release(self, wanted: Acquisition, expert: int) -> None:
-        raise AssertionError("the GPU gets its experts by itself")
-
-    def abandon(self, wanted: Acquisition) -> None:
-        raise AssertionError("the GPU gets its experts by itself")
-
-    def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None:
-        raise AssertionError("the GPU gets its experts by itself")
 
 
 class DeviceCounters(CacheCounters):
@@ -145,7 +126,7 @@ def shares(num_slots: int, num_layers: int) -> list[tuple[int, int]]:
 
 
 def host_bytes(store: ExpertStore, compute: GpuCompute) -> int:
-    """Host memory that a DeviceCache takes."""
+    """Host memory that GpuManagedExperts take."""
     one = sum(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in compute.pool.layout.part_bytes())
     return one * store.num_total
 
@@ -172,3 +153,29 @@ def _take(heap: HostHeap, bank: Bank) -> Parts:
     """Host memory for one slot of a bank."""
     likes = slot_of_bank(bank, 0)
     return {name: heap.take(like.nbytes).view(like.dtype).view(like.shape) for name, like in likes.items()}
+
+
+class HostHeap:
+    """Host memory that a GPU can read by itself, handed out piece by piece and given back as a whole.
+
+    Pinned in chunks of a power of two, because torch's allocator rounds every pinned allocation up to one: an
+    allocation per tensor would take up to twice the memory.
+    """
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        """`num_bytes`: what will be taken, roundings to ALIGN_BYTES included. `pinned`: a GPU reads it."""
+        self._left = num_bytes
+        self._pinned = pinned
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """Uninitialised uint8 [num_bytes]. RuntimeError: the system gives no more pinned memory."""
+        size = -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
+        if self._used + size > len(self._chunk):
+            wanted = max(size, min(CHUNK_BYTES, self._left))
+            self._chunk, self._used = torch.empty(wanted, dtype=torch.uint8, pin_memory=self._pinned), 0
+        piece = self._chunk[self._used : self._used + num_bytes]
+        self._used += size
+        self._left -= size
+        return piece

@@ -1,42 +1,58 @@
-"""DeviceExperts: experts that a layer reaches from the router's choice on the GPU, without asking the host.
+"""ResidentExperts: every expert in the GPU's memory from the start, so that a layer runs without asking the host.
 
-What a CUDA graph of a decoding step can hold. Two kinds: all experts in slots (resident.py), and a cache that the GPU
-manages by itself (device_cache.py).
+The counterpart of MappedExperts for GPUs: what a CUDA graph of a decoding step can hold.
 
 Shape alphabet: T tokens, H hidden, K choices, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 
+from expert_cache.experts import PaddingRows, nothing
 from expert_cache.gpu_managed.compute import GpuCompute
-from moe_serve_kernels.cpu.expert_layer import ExpertLayer
+from expert_cache.gpu_managed.pool import PooledExpert
+from expert_cache.mapped import MappedExperts
+from expert_cache.storage.store import ExpertStore
+from predictors.shape import Key, MoELayer
 
 
-class DeviceExperts:
-    """A whole layer in one call; nothing in it waits for the device, and its launches follow from shapes alone."""
+class ResidentExperts(MappedExperts):
+    """MappedExperts whose weights were all prepared into the pool when it was made."""
 
-    def __init__(self, compute: GpuCompute) -> None:
-        self.compute = compute
-        self.padding: torch.Tensor | None = None
-        """[T, 1] bool: rows that only fill a batch up. Set while a step is captured that may have some."""
+    def __init__(self, store: ExpertStore, compute: GpuCompute, device: torch.device) -> None:
+        """Reads the whole checkpoint. The pool must have room for every expert."""
+        super().__init__(store, compute)
+        self.padding = PaddingRows()
+        self._pool = compute.pool.experts
+        self._slot_of = [
+            torch.tensor([self._slot((layer, e)) for e in range(store.num_experts)], dtype=torch.int32).to(device)
+            for layer in store.layers
+        ]
 
-    def layers_in_place(self) -> Mapping[int, ExpertLayer]:
-        """None for the CPU's kernels."""
-        return {}
+    def in_place(self) -> None:
+        """The CPU's kernels run nothing here."""
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs: hidden [T, H], ids and weights [T, K] -> [T, H].
+    def _slot(self, key: Key) -> int:
+        weights = self.prepared(key)
+        assert isinstance(weights, PooledExpert)
+        return weights.slot
 
-        Rows that are padding choose nobody and get zeros.
-        """
-        if self.padding is not None:
-            ids = ids.masked_fill(self.padding, -1)
-        return self._run(layer, hidden, ids, weights)
+    def run(
+        self,
+        layer: MoELayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
+        """See Experts; nothing in it waits for the device, and its launches follow from shapes alone."""
+        from moe_serve_kernels.gpu.moe_layer import moe_layer  # needs triton, which machines without a GPU may lack
 
-    def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The same; negative ids are nobody's choices."""
-        raise NotImplementedError
+        self.routes.add(ids, weights)
+        meanwhile()
+        assert self.padding is not None
+        chosen, slot_of = self.padding.leave_out(ids), self._slot_of[layer]
+        return moe_layer(hidden, chosen, weights, slot_of, self._pool, self.compute.activation)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.crossover import MissCosts, calibrate
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import DEMAND, Fetch, Fetcher
 from expert_cache.storage.store import ExpertStore
 
@@ -35,7 +35,7 @@ def measure(
 
     def bring(number: int) -> None:
         key = keys[number % len(keys)]
-        fetch = Fetch(key, store.reads(*key), arena.landing(0), DEMAND, store.checksums.get(key))
+        fetch = Fetch.of(store, key, arena.landing(0), DEMAND)
         fetcher.submit(fetch)
         fetcher.wait_until(lambda: fetch.is_done)
         if fetch.error is not None:

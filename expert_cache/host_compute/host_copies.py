@@ -14,10 +14,11 @@ import torch
 import xxhash
 
 from expert_cache.compute import PreparedWeights
-from expert_cache.errors import ExpertReadError
 from expert_cache.storage import page_cache
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.store import ExpertStore, ExpertWeights, Read
+from predictors.shape import Key, MoELayer
 
 
 class HostCopies:
@@ -26,7 +27,7 @@ class HostCopies:
     def __init__(self, store: ExpertStore, prepare: Callable[[ExpertWeights], PreparedWeights]) -> None:
         """`prepare`: into the form of the CPU's kernel."""
         self._store, self._prepare = store, prepare
-        self._weights: dict[tuple[int, int], PreparedWeights] = {}
+        self._weights: dict[Key, PreparedWeights] = {}
         self._files: dict[Path, DirectFile] = {}
         self._told: dict[Path, bool] = {}
         for layer in store.layers:
@@ -36,20 +37,19 @@ class HostCopies:
         for file in self._told:
             self._files[file] = DirectFile(file, direct=False)
 
-    def is_in_memory(self, layer: int, expert: int) -> bool:
+    def is_in_memory(self, layer: MoELayer, expert: int) -> bool:
         """The page cache holds all of it, and the system says so reliably."""
         reads = self._store.reads(layer, expert)
         return all(self._told[read.file] for read in reads) and page_cache.is_cached(_span(r) for r in reads)
 
-    def weights(self, layer: int, expert: int) -> PreparedWeights:
+    def weights(self, layer: MoELayer, expert: int) -> PreparedWeights:
         """Views of the mapped file. ExpertReadError: it has changed, or does not match its checksum."""
         for read in self._store.reads(layer, expert):
             try:
                 self._files[read.file].check_unchanged()
             except ExpertReadError as error:
-                raise ExpertReadError(
-                    f"layer {layer} expert {expert}: {error.message} (tensors {read.names})"
-                ) from None
+                name = self._store.name(layer, expert)
+                raise ExpertReadError(f"{name}: {error.message} (tensors {read.names})") from None
         if not page_cache.map_in(_span(read) for read in self._store.reads(layer, expert)):
             raise ExpertReadError(self._describe(layer, expert, "cannot be read where it is mapped"))
         self._verify(layer, expert)
@@ -57,7 +57,7 @@ class HostCopies:
             self._weights[layer, expert] = self._prepare(self._store.weights(layer, expert))
         return self._weights[layer, expert]
 
-    def let_go(self, layer: int, expert: int) -> None:
+    def let_go(self, layer: MoELayer, expert: int) -> None:
         """It has been used; it counts no longer as this process's memory."""
         page_cache.let_go(_span(read) for read in self._store.reads(layer, expert))
 
@@ -66,18 +66,18 @@ class HostCopies:
             file.close()
         self._files.clear()
 
-    def _verify(self, layer: int, expert: int) -> None:
+    def _verify(self, layer: MoELayer, expert: int) -> None:
         """Every time: the page may have come from the disk again since the last one."""
-        checksum = self._store.checksums.get((layer, expert))
+        checksum = self._store.checksum(layer, expert)
         if checksum is None or checksum == _checksum(self._store.reads(layer, expert)):
             return
         what = "the checksum does not match, the data on disk is damaged; make the expert file again with"
         raise ExpertReadError(self._describe(layer, expert, f"{what} `moe-serve pack`"))
 
-    def _describe(self, layer: int, expert: int, what: str) -> str:
+    def _describe(self, layer: MoELayer, expert: int, what: str) -> str:
         reads = self._store.reads(layer, expert)
         where = "; ".join(f"{r.file} at byte {r.offset}, tensors {r.names}" for r in reads)
-        return f"layer {layer} expert {expert}: {what} ({where})"
+        return f"{self._store.name(layer, expert)}: {what} ({where})"
 
 
 def _span(read: Read) -> page_cache.Span:

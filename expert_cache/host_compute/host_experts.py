@@ -18,9 +18,10 @@ from functools import partial
 import torch
 
 from expert_cache.compute import ExpertCompute, Segment
-from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.regroup import Regrouped
+from expert_cache.storage.errors import ExpertReadError
+from predictors.shape import MoELayer
 
 Failures = dict[int, ExpertReadError]
 
@@ -53,7 +54,7 @@ class HostExperts:
         self._thread = ThreadPoolExecutor(1, "moe-serve-host-lane") if beside_device else None
         self._close = weakref.finalize(self, _close, self._thread, copies)
 
-    def start(self, layer: int, hidden: torch.Tensor, groups: Regrouped, experts: Sequence[int]) -> HostRun:
+    def start(self, layer: MoELayer, hidden: torch.Tensor, groups: Regrouped, experts: Sequence[int]) -> HostRun:
         """Begin with these experts; hidden [T, H] on any device."""
         segments = tuple(groups.segments[e] for e in experts)
         tokens = torch.cat([groups.tokens[first:last] for first, last in segments])
@@ -63,7 +64,7 @@ class HostExperts:
         return HostRun(tuple(experts), segments, result)
 
     def run(
-        self, layer: int, x: torch.Tensor, experts: Sequence[int], counts: Sequence[int]
+        self, layer: MoELayer, x: torch.Tensor, experts: Sequence[int], counts: Sequence[int]
     ) -> tuple[torch.Tensor, Failures]:
         """x [P, H], `counts` rows of each expert in turn -> [P, H], float32 at least.
 

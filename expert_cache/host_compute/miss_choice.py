@@ -13,17 +13,18 @@ from typing import Protocol
 
 from expert_cache.host_compute.crossover import MissCosts, cheapest_on_host
 from expert_cache.host_compute.host_copies import HostCopies
+from predictors.shape import MoELayer
 
 
 class MissChoice(Protocol):
     """Asked once per layer and step in which something is missing."""
 
-    def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
+    def on_host(self, layer: MoELayer, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
         """Of the missing experts, those to compute on the host. `counts`: tokens of each; `num_coming`: experts of the
         layer that are on their way already."""
         ...
 
-    def stays(self, layer: int, expert: int) -> bool:
+    def stays(self, layer: MoELayer, expert: int) -> bool:
         """It would be computed on the host whoever wants it, so bringing it ahead of time is of no use."""
         ...
 
@@ -34,11 +35,11 @@ class FromPageCache:
     def __init__(self, copies: HostCopies) -> None:
         self._copies = copies
 
-    def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
+    def on_host(self, layer: MoELayer, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
         """See MissChoice."""
         return [expert for expert in missing if self._copies.is_in_memory(layer, expert)]
 
-    def stays(self, layer: int, expert: int) -> bool:
+    def stays(self, layer: MoELayer, expert: int) -> bool:
         """See MissChoice."""
         return self._copies.is_in_memory(layer, expert)
 
@@ -49,10 +50,10 @@ class ByCrossover:
     def __init__(self, costs: MissCosts) -> None:
         self.costs = costs
 
-    def on_host(self, layer: int, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
+    def on_host(self, layer: MoELayer, missing: Sequence[int], counts: Sequence[int], num_coming: int) -> list[int]:
         """See MissChoice."""
         return [missing[i] for i in cheapest_on_host(counts, self.costs, num_coming)]
 
-    def stays(self, layer: int, expert: int) -> bool:
+    def stays(self, layer: MoELayer, expert: int) -> bool:
         """Nobody knows for how many tokens it will be wanted."""
         return False

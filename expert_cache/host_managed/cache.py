@@ -1,7 +1,7 @@
-"""ExpertCache: experts in slots, on their way, or waiting; one layer's step at a time.
+"""ExpertCache: experts in slots and on their way: ahead of time, between steps, and what the outside sees.
 
-One thread, the engine's, calls it; the Fetcher's threads only fill memory. Steps are the Acquirer's; here is what
-happens ahead of time and between steps, and what the outside sees. Knows no tokens and no arithmetic.
+One thread, the engine's, calls it; the Fetcher's threads only fill memory. A layer's step is `acquirer`'s. Knows no
+tokens and no arithmetic.
 
 Shape alphabet: L layers, E experts per layer, S slots.
 """
@@ -9,21 +9,20 @@ Shape alphabet: L layers, E experts per layer, S slots.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_cache.acquisition import Acquisition
-from expert_cache.capacity import Capacity
-from expert_cache.compute import PreparedWeights, in_place
+from expert_cache.capacity import Capacity, resized
+from expert_cache.compute import PreparedWeights
 from expert_cache.host_compute.miss_choice import MissChoice
 from expert_cache.host_managed.acquirer import Acquirer
 from expert_cache.host_managed.holdings import Holdings
 from expert_cache.host_managed.in_flight import START_EARLY_BYTES
 from expert_cache.host_managed.observers import Observers
-from expert_cache.host_managed.pools import resized
 from expert_cache.host_managed.slot_table import SlotTable
+from expert_cache.in_place import layers_of
 from expert_cache.policies.policy import Policy
 from expert_cache.report import Residency
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
@@ -32,9 +31,10 @@ from expert_cache.storage.arena import SlotArena
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
+from predictors.shape import MoELayer
 
 SLOTS_PER_TRANSIT = 8
-"""One slot in transit for so many slots: few enough not to be missed by the pools."""
+"""One slot in transit for every 8 slots: the pools lose an eighth at most."""
 
 
 class ExpertCache:
@@ -45,7 +45,7 @@ class ExpertCache:
         store: ExpertStore,
         prepare: Callable[[ExpertWeights], PreparedWeights],
         arena: SlotArena,
-        slots: Capacity,
+        capacity: Capacity,
         num_transit: int,
         policy: Policy,
         fetcher: Fetcher,
@@ -54,7 +54,7 @@ class ExpertCache:
         quotas: AdaptiveQuotas | None = None,
         misses: MissChoice | None = None,
     ) -> None:
-        """`num_transit`: slots beside `slots` in which experts arrive before it is decided who stays. `quotas`: who
+        """`num_transit`: slots beside `capacity` in which experts arrive before it is decided who stays. `quotas`: who
         solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host, if anyone.
 
         `arena` has at least as many slots as the two together; more allow growing later.
@@ -62,64 +62,31 @@ class ExpertCache:
         shape = len(store.layers), store.num_experts
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
         self.quotas = quotas
-        self.table = SlotTable(*shape, arena.num_slots, slots, num_transit, policy)
-        self._stock = Holdings(store, prepare, arena, self.table, fetcher, start_early_bytes)
-        self.counters, self.in_flight = self._stock.counters, self._stock.in_flight
-        self.observers = Observers(policy, slots, *shape, shadows, quotas)
-        self.acquirer = Acquirer(self._stock, self.observers, misses)
+        self.table = SlotTable(*shape, arena.num_slots, capacity, num_transit, policy)
+        self._holdings = Holdings(store, prepare, arena, self.table, fetcher, start_early_bytes)
+        self.counters, self.in_flight = self._holdings.counters, self._holdings.in_flight
+        self.observers = Observers(policy, capacity, *shape, shadows, quotas)
+        self.acquirer = Acquirer(self._holdings, self.observers, misses)
         self._most_transit = num_transit
-        self._in_place: Mapping[int, ExpertLayer] | None = None
+        self._in_place: Sequence[ExpertLayer] | None = None
         self._close = weakref.finalize(self, fetcher.close)  # a dropped cache must not leave threads behind
-
-    # ---- one layer's step -------------------------------------------------------------------------
-
-    def acquire(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Acquisition:
-        """Pin what is here and start to bring what is not.
-
-        `experts`: distinct, ascending; `counts`: tokens of each. Prefetches for this layer that the
-        router did not confirm are cancelled (ExpertFlow's real-time correction).
-        """
-        return self.acquirer.acquire(layer, experts, counts)
-
-    def wait(self, wanted: Acquisition) -> None:
-        """Block until something in flight has arrived (then it is in `ready`), failed (`failed`), or at least brought
-        what its first product needs (`inputs`)."""
-        self.acquirer.wait(wanted)
-
-    def release(self, wanted: Acquisition, expert: int) -> None:
-        """A ready expert has run: its slot may go to one that waits."""
-        self.acquirer.release(wanted, expert)
-
-    def abandon(self, wanted: Acquisition) -> None:
-        """Give everything up: the step that acquired it has failed."""
-        self.acquirer.abandon(wanted)
-
-    def layers_in_place(self) -> Mapping[int, ExpertLayer]:
-        """By layer, if all experts are in slots and none will ever be evicted; else {}. The same object until a
-        resize."""
-        if not self._stock.everything_fits or self.num_resident < self.store.num_total:
-            return {}
-        if self._in_place is None:
-            layers = self.store.layers
-            self._in_place = in_place({(layers[i], e): weights for (i, e), weights in self._stock.weights.items()})
-        return self._in_place
 
     # ---- ahead of time ----------------------------------------------------------------------------
 
-    def prefetch(self, layer: int, experts: Sequence[int], urgencies: Sequence[float]) -> None:
+    def prefetch(self, layer: MoELayer, experts: Sequence[int], urgencies: Sequence[float]) -> None:
         """Bring experts that a predictor expects, as far as free slots and slots in transit go: nothing is evicted
         on a guess. `urgencies` are finite; larger is earlier."""
-        self._stock.land_prefetches()
+        self._holdings.land_prefetches()
         for expert, urgency in zip(experts, urgencies, strict=True):
-            key = self._stock.index_of[layer], expert
+            key = layer, expert
             if self.acquirer.is_of_use(key):
-                if not self._stock.claims.without_evicting(key):
+                if not self._holdings.claims.without_evicting(key):
                     return
                 self.in_flight.start(key, urgency)
 
     def cancel_prefetches(self) -> None:
         """Drop every prefetch under way."""
-        self._stock.land_prefetches()
+        self._holdings.land_prefetches()
         for key in self.in_flight.prefetches():
             self.in_flight.cancel(key)
 
@@ -137,29 +104,29 @@ class ExpertCache:
         """Free the slots of experts outside `wanted` [L, E], which will not be asked for any more."""
         self._in_place = None
         self.cancel_prefetches()
-        for index, expert in np.argwhere((self.table.slot_of >= 0) & ~wanted):
-            self._stock.claims.evict((int(index), int(expert)))
+        for layer, expert in np.argwhere((self.table.slot_of >= 0) & ~wanted):
+            self._holdings.claims.evict((MoELayer(int(layer)), int(expert)))
 
     def rebalance(self) -> None:
         """Give the layers other shares of the slots if recent traffic says that it saves misses."""
         quotas = self.table.allowed.quotas
         if self.quotas is not None and self.quotas.is_due and quotas is not None:
-            slots = self.quotas.proposal(quotas)
-            if slots is not None:
+            capacity = self.quotas.proposal(quotas)
+            if capacity is not None:
                 self.cancel_prefetches()
-                self._reallot(slots)
+                self._reallot(capacity)
 
     def _reallot(self, allowed: Capacity) -> None:
         """Other pools; what no longer fits is evicted and its memory freed."""
         self._in_place = None
         self.table.allowed = allowed
         self.observers.resized(allowed)
-        for index, expert in np.argwhere(self.table.in_transit):
-            self.arena.release(self._stock.claims.evict((int(index), int(expert))))
+        for layer, expert in np.argwhere(self.table.in_transit):
+            self.arena.release(self._holdings.claims.evict((MoELayer(int(layer)), int(expert))))
         while crowded := self.table.over_capacity():
-            victim = self.table.victim(crowded[0], spare_unused=False)
+            victim = self.table.victim(crowded[0], spare_unasked=False)
             assert victim is not None, "resized while a step has experts pinned"
-            self.arena.release(self._stock.claims.evict(victim[0]))
+            self.arena.release(self._holdings.claims.evict(victim[0]))
 
     def close(self) -> None:
         """Stop the reading threads; more than once does no harm."""
@@ -167,10 +134,18 @@ class ExpertCache:
 
     # ---- looking at it ----------------------------------------------------------------------------
 
+    def layers_in_place(self) -> Sequence[ExpertLayer]:
+        """[L], if all experts are in slots and none will ever be evicted; else []. The same object until a resize."""
+        if not self._holdings.everything_fits or self.num_resident < self.store.num_total:
+            return ()
+        if self._in_place is None:
+            self._in_place = layers_of(self._holdings.weights)
+        return self._in_place
+
     @property
     def num_resident(self) -> int:
         """Experts ready to run."""
-        return len(self._stock.weights)
+        return len(self._holdings.weights)
 
     @property
     def num_slots(self) -> int:
@@ -182,22 +157,12 @@ class ExpertCache:
         """Memory of the slots in use."""
         return self.table.num_owned * self.arena.slot_bytes
 
-    @property
-    def belady_gap_frac(self) -> float | None:
-        """See Observers."""
-        return self.observers.belady_gap_frac
-
-    @property
-    def shadow_hits(self) -> dict[str, int]:
-        """See Observers."""
-        return self.observers.shadow_hits
-
     def residency(self) -> Residency:
         """What is in slots now, and what was read to get there."""
         num_bytes, busy_s = self.fetcher.activity()
         return Residency(
             ready=self.table.slot_of >= 0,
-            unused=self.table.unused.copy(),
+            unused=self.table.not_asked_yet.copy(),
             fast_tier="device",
             slow_tier="disk" if self.arena.lands_in_place else "host",
             num_slots=self.num_slots,
@@ -209,4 +174,4 @@ class ExpertCache:
 
     def check_integrity(self) -> None:
         """Prove the invariants; AssertionError says which one broke."""
-        self._stock.check_integrity()
+        self._holdings.check_integrity()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
 from expert_cache.host_managed.in_flight import InFlight
-from expert_cache.host_managed.slot_table import Key, SlotTable
+from expert_cache.host_managed.slot_table import SlotTable
+from predictors.shape import Key
 
 
 class SlotClaims:
@@ -35,7 +36,7 @@ class SlotClaims:
         if rivals:
             self._in_flight.cancel(self._in_flight.least_urgent(rivals))
             return self.without_evicting(key)
-        return may_evict and any(self._by_evicting(key, spare_unused) for spare_unused in (True, False))
+        return may_evict and any(self._by_evicting(key, spare_unasked) for spare_unasked in (True, False))
 
     def without_evicting(self, key: Key) -> bool:
         """Take a slot that nobody owns, of the pool or in transit."""
@@ -66,7 +67,7 @@ class SlotClaims:
     def evict(self, victim: Key) -> int:
         """Free the slot of a ready expert; returns which."""
         self._counters.evictions[victim[0]] += 1
-        if self._table.unused[victim]:
+        if self._table.not_asked_yet[victim]:
             self._counters.wasted_bytes[victim[0]] += self._expert_bytes
         del self._weights[victim]
         return self._table.evict(victim)
@@ -75,14 +76,14 @@ class SlotClaims:
         """The pool of an expert has a slot for it, or gives up one that is worth less."""
         if self._table.has_room(key):
             return True
-        victim = self._table.victim(key[0], spare_unused=True)
+        victim = self._table.victim(key[0], spare_unasked=True)
         if victim is None or self._table.value(key) <= victim[1]:
             return False
         self.evict(victim[0])
         return True
 
-    def _by_evicting(self, key: Key, spare_unused: bool) -> bool:
-        victim = self._table.victim(key[0], spare_unused)
+    def _by_evicting(self, key: Key, spare_unasked: bool) -> bool:
+        victim = self._table.victim(key[0], spare_unasked)
         if victim is None:
             return False
         self.evict(victim[0])

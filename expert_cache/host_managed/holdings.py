@@ -1,4 +1,4 @@
-"""Stock: what an expert cache holds and what is on its way into it, for those who decide what that should be."""
+"""Holdings: what an expert cache holds and what is on its way into it, for those who decide what that should be."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import numpy as np
 
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
-from expert_cache.errors import ExpertReadError
 from expert_cache.host_managed.claims import SlotClaims
 from expert_cache.host_managed.in_flight import InFlight
-from expert_cache.host_managed.slot_table import Key, SlotTable
+from expert_cache.host_managed.slot_table import SlotTable
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.quantized import QuantizedRows
+from predictors.shape import Key
 
 
 class Holdings:
-    """Slots, the weights in them, and reads that fill others. Layers are dense indices, except in `index_of`."""
+    """Slots, the weights in them, and reads that fill others."""
 
     def __init__(
         self,
@@ -32,7 +33,6 @@ class Holdings:
     ) -> None:
         self.store, self.arena, self.table = store, arena, table
         self.counters = CacheCounters(len(store.layers))
-        self.index_of = {layer: i for i, layer in enumerate(store.layers)}
         self.weights: dict[Key, PreparedWeights] = {}
         """Of the experts that are ready."""
         self.in_flight = InFlight(store, prepare, arena, table, fetcher, self.counters, start_early_bytes)
@@ -54,7 +54,7 @@ class Holdings:
         """Book prefetches that have finished. A failed one is forgotten: if the router wants it, it is read again."""
         for key in self.in_flight.prefetches():
             if self.in_flight.is_done(key) and not isinstance(self.land(key), ExpertReadError):
-                self.table.unused[key] = True
+                self.table.not_asked_yet[key] = True
 
     def has(self, key: Key) -> bool:
         """It is ready, or on its way."""

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 
 from expert_cache.compute import PreparedWeights
 from expert_cache.counters import CacheCounters
-from expert_cache.errors import ExpertReadError
-from expert_cache.host_managed.slot_table import Key, SlotTable
+from expert_cache.host_managed.slot_table import SlotTable
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import DEMAND, Fetch, Fetcher
 from expert_cache.storage.store import ExpertStore, ExpertWeights, views_in
+from predictors.shape import Key, MoELayer
 
 START_EARLY_BYTES = 4 << 20
 """From this size on, an expert's first product is worth starting while the down projection is being read."""
@@ -43,8 +44,8 @@ class InFlight:
     def __contains__(self, key: Key) -> bool:
         return key in self._fetches
 
-    def of_layer(self, index: int) -> list[Key]:
-        return [key for key in self._fetches if key[0] == index]
+    def of_layer(self, layer: MoELayer) -> list[Key]:
+        return [key for key in self._fetches if key[0] == layer]
 
     def prefetches(self) -> list[Key]:
         """Those that nobody has asked for yet."""
@@ -55,11 +56,8 @@ class InFlight:
 
     def start(self, key: Key, urgency: float) -> None:
         """Begin to fill the slot that was taken for an expert."""
-        layer = self._store.layers[key[0]]
-        reads = self._store.reads(layer, key[1])
         memory = self._arena.landing(self._table.taken[key])
-        checksum = self._store.checksums.get((layer, key[1]))
-        fetch = self._fetches[key] = Fetch((layer, key[1]), reads, memory, urgency, checksum)
+        fetch = self._fetches[key] = Fetch.of(self._store, key, memory, urgency)
         self._fetcher.submit(fetch)
 
     def promote(self, key: Key) -> None:
@@ -118,7 +116,7 @@ class InFlight:
 
     def _weights_in(self, key: Key) -> PreparedWeights:
         """The weights of an expert that lies, or will lie, in the slot taken for it."""
-        reads = self._store.reads(self._store.layers[key[0]], key[1])
+        reads = self._store.reads(*key)
         memory = self._arena.tensor(self._table.taken[key])
         return self._prepare(self._store.assemble(views_in(memory, reads)))
 

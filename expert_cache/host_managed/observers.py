@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
-from expert_cache.simulation.belady_window import BeladyWindow
+from expert_cache.simulation.belady import BeladyWindow
 from expert_cache.simulation.live_shadows import LiveShadows
+from predictors.shape import MoELayer
 
 WINDOW_STEPS = 256
 """Steps over which the cache is compared with the best possible one."""
@@ -21,7 +22,7 @@ class Observers:
     def __init__(
         self,
         policy: Policy,
-        slots: Capacity,
+        capacity: Capacity,
         num_layers: int,
         num_experts: int,
         shadows: LiveShadows | None,
@@ -29,27 +30,27 @@ class Observers:
     ) -> None:
         self.policy, self.shadows, self.quotas = policy, shadows, quotas
         self._shape = num_layers, num_experts
-        self._slots = slots
+        self._capacity = capacity
         self._window = self._new_window()
 
-    def record(self, index: int, experts: Ints, counts: Ints) -> None:
+    def record(self, layer: MoELayer, experts: Ints, counts: Ints) -> None:
         """A layer's distinct experts, ascending, and the tokens of each, before anything is evicted for them."""
-        self.policy.record(index, experts, counts, None)
+        self.policy.record(layer, experts, counts, None)
         if self.shadows is not None:
-            self.shadows.event(index, experts, counts)
-        if self.quotas is not None and self._slots.quotas is not None:
-            self.quotas.add(index, experts)
+            self.shadows.event(layer, experts, counts)
+        if self.quotas is not None and self._capacity.quotas is not None:
+            self.quotas.add(layer, experts)
 
-    def found(self, index: int, experts: Ints, num_ready: int, resident: NDArray[np.bool_]) -> None:
+    def found(self, layer: MoELayer, experts: Ints, num_ready: int, resident: NDArray[np.bool_]) -> None:
         """So many of them were ready; `resident` [L, E]."""
-        self._window.add(index, experts, num_ready, resident)
+        self._window.add(layer, experts, num_ready, resident)
 
-    def resized(self, slots: Capacity) -> None:
+    def resized(self, capacity: Capacity) -> None:
         """The cache has other pools now."""
-        self._slots = slots
+        self._capacity = capacity
         self._window = self._new_window()
         if self.shadows is not None:
-            self.shadows.resize(slots)
+            self.shadows.resize(capacity)
 
     @property
     def belady_gap_frac(self) -> float | None:
@@ -65,4 +66,4 @@ class Observers:
 
     def _new_window(self) -> BeladyWindow:
         num_layers, num_experts = self._shape
-        return BeladyWindow(self._slots, num_layers, num_experts, WINDOW_STEPS * num_layers)
+        return BeladyWindow(self._capacity, num_layers, num_experts, WINDOW_STEPS * num_layers)

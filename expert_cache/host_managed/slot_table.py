@@ -3,7 +3,7 @@
 Plain bookkeeping on one thread: no reading, no memory, no waiting. A slot is free, taken (its expert
 is on the way) or ready.
 
-Shape alphabet: L layers by dense index, E experts per layer, S slots.
+Shape alphabet: L MoE layers, E experts per layer, S slots.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Policy
-
-Key = tuple[int, int]
-"""(dense layer index, expert)."""
+from predictors.shape import Key, MoELayer
 
 
 class SlotTable:
@@ -33,7 +31,7 @@ class SlotTable:
         """[L, E] the slot of an expert that is ready to run; -1: absent or still on its way."""
         self.pins = np.zeros(shape, np.int16)
         """[L, E] how many users need an expert to stay."""
-        self.unused = np.zeros(shape, np.bool_)
+        self.not_asked_yet = np.zeros(shape, np.bool_)
         """[L, E] prefetched and not asked for yet."""
         self.in_transit = np.zeros(shape, np.bool_)
         """[L, E] in a slot that belongs to no pool: whether the expert stays is decided after its use."""
@@ -88,25 +86,26 @@ class SlotTable:
         assert slot >= 0, "an absent expert was to be evicted"
         assert self.pins[key] == 0, "an expert in use was to be evicted"
         self.slot_of[key] = -1
-        self.unused[key] = False
+        self.not_asked_yet[key] = False
         self._give_back(key, slot)
         return slot
 
-    def victim(self, layer: int, spare_unused: bool) -> tuple[Key, float] | None:
+    def victim(self, layer: MoELayer, spare_unasked: bool) -> tuple[Key, float] | None:
         """The ready, unpinned expert that the policy values least, of those in the pool of `layer`, and its value.
 
-        `spare_unused`: not one that was prefetched and has not been used yet.
+        `spare_unasked`: not one that was prefetched and has not been used yet.
         """
         one = self.allowed.quotas is not None
         rows = layer if one else slice(None)
         allowed = (self.slot_of[rows] >= 0) & (self.pins[rows] == 0) & ~self.in_transit[rows]
-        if spare_unused:
-            allowed &= ~self.unused[rows]
+        if spare_unasked:
+            allowed &= ~self.not_asked_yet[rows]
         if not allowed.any():
             return None
         values = self._policy.keep_values(layer) if one else self._policy.keep_values_all()
         least = int(np.where(allowed, values, np.inf).argmin())
-        return ((layer, least) if one else divmod(least, allowed.shape[1])), float(values.flat[least])
+        first, expert = (layer, least) if one else divmod(least, allowed.shape[1])
+        return (MoELayer(first), expert), float(values.flat[least])
 
     def value(self, key: Key) -> float:
         """What the policy gives for an expert, comparable with those of its pool."""
@@ -114,13 +113,13 @@ class SlotTable:
             return float(self._policy.keep_values(key[0])[key[1]])
         return float(self._policy.keep_values_all()[key])
 
-    def over_capacity(self) -> list[int]:
+    def over_capacity(self) -> list[MoELayer]:
         """A layer of each pool that holds more than it may, after `allowed` was replaced."""
         if self.allowed.quotas is None:
-            return [0] if self._used.sum() > self.allowed.total else []
-        return [layer for layer, quota in enumerate(self.allowed.quotas) if self._used[layer] > quota]
+            return [MoELayer(0)] if self._used.sum() > self.allowed.total else []
+        return [MoELayer(i) for i, quota in enumerate(self.allowed.quotas) if self._used[i] > quota]
 
-    def same_pool(self, layer: int, other: int) -> bool:
+    def same_pool(self, layer: MoELayer, other: MoELayer) -> bool:
         """Two layers compete for slots."""
         return self.allowed.quotas is None or layer == other
 
@@ -144,7 +143,7 @@ class SlotTable:
         travellers = {(int(i), int(e)) for i, e in np.argwhere(self.in_transit)}
         assert travellers <= ready.keys() | self.taken.keys(), "an absent expert is in transit"
         assert (self.pins >= 0).all(), "unpinned too often"
-        assert not (self.unused & (self.slot_of < 0)).any(), "an absent expert is marked as prefetched"
+        assert not (self.not_asked_yet & (self.slot_of < 0)).any(), "an absent expert is marked as prefetched"
 
     def _give_back(self, key: Key, slot: int) -> None:
         self._free.append(slot)

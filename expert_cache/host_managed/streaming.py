@@ -6,15 +6,15 @@ decoding keeps in the pools stay where they are. A layer's own need decides for 
 per layer and step, and a wrong one costs at most the ring.
 Knows experts and where they lie; knows no slots and no tokens.
 
-Shape alphabet: L layers by dense index, E experts per layer.
+Shape alphabet: L MoE layers, E experts per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from expert_cache.host_managed.slot_table import Key
 from expert_cache.storage.store import ExpertStore
+from predictors.shape import Key, MoELayer
 
 NEARLY_ALL_FRAC = 0.875
 """Of a layer's experts: reading the rest for nothing is then cheaper than an idle disk."""
@@ -27,28 +27,27 @@ class Streaming:
 
     def __init__(self, store: ExpertStore) -> None:
         self._num_experts = store.num_experts
-        self._num_layers = len(store.layers)
         self._store = store
-        self._order: dict[int, list[int]] = {}
+        self._order: dict[MoELayer, list[int]] = {}
 
     def suits(self, num_wanted: int) -> bool:
         """A step that wants so many of a layer's experts wants nearly all of the next one's."""
         return num_wanted >= NEARLY_ALL_FRAC * self._num_experts
 
-    def in_file_order(self, index: int, experts: Iterable[int]) -> list[int]:
+    def in_file_order(self, layer: MoELayer, experts: Iterable[int]) -> list[int]:
         """These experts of a layer as one reads the file from front to back."""
         wanted = set(experts)
-        return [expert for expert in self._file_order(index) if expert in wanted]
+        return [expert for expert in self._file_order(layer) if expert in wanted]
 
-    def ahead(self, index: int) -> Iterator[Key]:
+    def ahead(self, layer: MoELayer) -> Iterator[Key]:
         """Every expert of the layers after this one, nearest first."""
-        for later in range(index + 1, self._num_layers):
+        for later in self._store.layers[layer + 1 :]:
             for expert in self._file_order(later):
                 yield later, expert
 
-    def _file_order(self, index: int) -> list[int]:
-        if index not in self._order:
-            reads, layer = self._store.reads, self._store.layers[index]
+    def _file_order(self, layer: MoELayer) -> list[int]:
+        if layer not in self._order:
+            reads = self._store.reads
             place = {e: (reads(layer, e)[0].file, reads(layer, e)[0].offset) for e in range(self._num_experts)}
-            self._order[index] = sorted(place, key=place.__getitem__)
-        return self._order[index]
+            self._order[layer] = sorted(place, key=place.__getitem__)
+        return self._order[layer]

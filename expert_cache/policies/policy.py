@@ -21,7 +21,7 @@ Laws. tests/expert_cache/test_policies.py checks them on every policy that is in
 
 A policy knows numpy only; neither slots nor bytes nor devices.
 
-Shape alphabet: L layers (by dense index 0..L-1), E experts per layer, n distinct experts of one event.
+Shape alphabet: L MoE layers, E experts per layer, n distinct experts of one event.
 """
 
 from __future__ import annotations

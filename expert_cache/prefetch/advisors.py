@@ -3,7 +3,7 @@
 Advice changes when bytes move, never which experts run: the model's own router decides, and the cache
 corrects what was advised wrongly. Knows no bytes and no slots.
 
-Shape alphabet: L layers by dense index, E experts.
+Shape alphabet: L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from predictors.methods.next_gate import NextGate, Router
+from predictors.shape import MoELayer
 from predictors.successors import Successors
 
 
@@ -22,8 +23,7 @@ from predictors.successors import Successors
 class Advice:
     """Experts of one layer that are expected, most urgent first."""
 
-    layer: int
-    """Dense index."""
+    layer: MoELayer
     experts: tuple[int, ...]
     urgencies: tuple[float, ...]
     """Finite; larger is earlier."""
@@ -32,8 +32,8 @@ class Advice:
 class Advisor(Protocol):
     """Asked once per layer and step."""
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
-        """The router of `layer` (dense index) has chosen `experts` (ascending) for `hidden` [T, H]: what comes next?"""
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
+        """The router of `layer` has chosen `experts` (ascending) for `hidden` [T, H]: what comes next?"""
         ...
 
 
@@ -49,11 +49,11 @@ class FromNextGate:
         self._num_layers = len(routers)
         self._lookahead = lookahead
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
         ahead = range(layer + 1, min(layer + 1 + self._lookahead, self._num_layers))
-        return [self._expect(later, later - layer, len(experts), hidden) for later in ahead]
+        return [self._expect(later, later - layer, len(experts), hidden) for later in map(MoELayer, ahead)]
 
-    def _expect(self, layer: int, distance: int, count: int, hidden: torch.Tensor) -> Advice:
+    def _expect(self, layer: MoELayer, distance: int, count: int, hidden: torch.Tensor) -> Advice:
         """The best of one layer; scores are at most the number of tokens, so distance comes first in urgency."""
         scores, best = self._gate.scores(layer, hidden).topk(count)
         urgencies = scores - distance * (hidden.shape[0] + 1)
@@ -68,7 +68,7 @@ class FromAffinity:
         self._last_layer = num_layers - 1
         self._before: tuple[int, Sequence[int]] | None = None
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
         if self._before is not None and self._before[0] == layer - 1:
             self._successors.record(layer - 1, self._before[1], experts)
         self._before = layer, experts
@@ -76,4 +76,4 @@ class FromAffinity:
             return ()
         scores = self._successors.scores(layer, experts)
         best = [int(e) for e in (-scores).argsort(kind="stable")[: len(experts)] if scores[e] > 0]
-        return (Advice(layer + 1, tuple(best), tuple(float(scores[e]) for e in best)),)
+        return (Advice(MoELayer(layer + 1), tuple(best), tuple(float(scores[e]) for e in best)),)

@@ -12,7 +12,7 @@ Single layers, by what prefetching brought: experts used, or on their way when t
 Both need more evidence to change their mind than to keep it. Knows no models; the clock is only for the engine's
 thread. Prefetching changes when bytes move, so whatever is decided here, results are the same bit for bit.
 
-Shape alphabet: L layers by dense index.
+Shape alphabet: L MoE layers.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class AdaptiveQuotas:
         """[L, E+1] LRU's hits by slots, over the windows before the newest, older ones weighing less."""
 
     def add(self, layer: int, experts: Ints) -> None:
-        """An event: the distinct experts that a step used in a layer (dense index)."""
+        """An event: the distinct experts that a step used."""
         self._sets.append((layer, np.array(experts)))
 
     @property

@@ -30,7 +30,7 @@ class Events:
     num_layers: int
     num_experts: int
     layers: npt.NDArray[np.int64]
-    """[V]: dense index of each event's layer."""
+    """[V]: each event's MoE layer."""
     offsets: npt.NDArray[np.int64]
     """[V+1]: event v is uses offsets[v] to offsets[v+1]."""
     experts: npt.NDArray[np.int64]

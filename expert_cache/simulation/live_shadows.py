@@ -19,24 +19,24 @@ from expert_cache.simulation.shadow import ShadowCache
 class LiveShadows:
     """One ShadowCache per policy, as large as the real cache."""
 
-    def __init__(self, names: Iterable[str], slots: Capacity, num_layers: int, num_experts: int) -> None:
+    def __init__(self, names: Iterable[str], capacity: Capacity, num_layers: int, num_experts: int) -> None:
         """Raises ValueError for a policy there is not."""
         self._makers = {name: find_policy(name) for name in names}
         self._shape = num_layers, num_experts
         self._hits_before = dict.fromkeys(self._makers, 0)
         self._caches: dict[str, ShadowCache] = {}
-        self.resize(slots)
+        self.resize(capacity)
 
     def event(self, layer: int, experts: Ints, counts: Ints) -> None:
         """One layer's experts in one step, as in `Policy.record`."""
         for cache in self._caches.values():
             cache.event(layer, experts, counts)
 
-    def resize(self, slots: Capacity) -> None:
+    def resize(self, capacity: Capacity) -> None:
         """Start again, empty, at another size; hits so far stay counted."""
         self._hits_before |= self.hits()
         self._caches = {
-            name: ShadowCache(maker(*self._shape, None), slots, *self._shape, bypass=True)
+            name: ShadowCache(maker(*self._shape, None), capacity, *self._shape, bypass=True)
             for name, maker in self._makers.items()
         }
 

@@ -20,21 +20,21 @@ class ShadowCache:
     """Residency by (layer, expert). Starts empty, keeps its state across sequences, as a server does."""
 
     def __init__(
-        self, policy: Policy, slots: Capacity, num_layers: int, num_experts: int, bypass: bool = False
+        self, policy: Policy, capacity: Capacity, num_layers: int, num_experts: int, bypass: bool = False
     ) -> None:
         """`bypass`: misses are fetched to spare slots outside the pool, as many as one event needs; afterwards the
         pool keeps whatever is worth most, which need not be what was just used."""
-        if slots.quotas is not None and len(slots.quotas) != num_layers:
-            raise ValueError(f"quotas has {len(slots.quotas)} entries; give one for each of {num_layers} layers")
+        if capacity.quotas is not None and len(capacity.quotas) != num_layers:
+            raise ValueError(f"quotas has {len(capacity.quotas)} entries; give one for each of {num_layers} layers")
         self.resident: npt.NDArray[np.bool_] = np.zeros((num_layers, num_experts), dtype=bool)
         """[L, E]."""
         self.hits = [0] * num_layers
         self.misses = [0] * num_layers
         self._policy = policy
         self._num_experts = num_experts
-        self._slots = slots
+        self._capacity = capacity
         self._bypass = bypass
-        self._free = [slots.total] if slots.quotas is None else list(slots.quotas)
+        self._free = [capacity.total] if capacity.quotas is None else list(capacity.quotas)
 
     def event(self, layer: int, experts: Ints, counts: Ints, weights: Floats | None = None) -> int:
         """Run one event, with the arguments of `Policy.record`; how many of its experts were resident."""
@@ -48,8 +48,10 @@ class ShadowCache:
         return num_hits
 
     def _admit(self, layer: int, experts: Ints, num_misses: int) -> None:
-        shared = self._slots.quotas is None
-        pool, size = (0, self._slots.total) if self._slots.quotas is None else (layer, self._slots.quotas[layer])
+        shared = self._capacity.quotas is None
+        pool, size = (
+            (0, self._capacity.total) if self._capacity.quotas is None else (layer, self._capacity.quotas[layer])
+        )
         resident = self.resident.reshape(-1) if shared else self.resident[layer]
         members = experts + layer * self._num_experts if shared else experts
         num_evictions = num_misses - self._free[pool]

@@ -11,7 +11,7 @@ import errno
 import os
 from pathlib import Path
 
-from expert_cache.errors import ExpertReadError
+from expert_cache.storage.errors import ExpertReadError
 
 BLOCK_BYTES = 4096
 """Alignment that O_DIRECT wants of offsets, lengths and memory: the page, and every disk's sector, divide it."""

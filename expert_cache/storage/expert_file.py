@@ -20,10 +20,12 @@ import xxhash
 
 from expert_cache.storage.direct_io import BLOCK_BYTES
 from expert_cache.storage.encoding import Encoding
-from expert_cache.storage.safetensors_file import LENGTH_BYTES, read_header, stored_tensors
+from expert_cache.storage.safetensors_file import stored_tensors
+from expert_cache.storage.safetensors_header import LENGTH_BYTES, read_header
 from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
 from moe_serve_base.whole_files import whole_file
 from moe_serve_kernels.quantized import QuantizedRows
+from predictors.shape import Key
 
 FORMAT = "moe-serve-experts-1"
 NAME = re.compile(
@@ -77,7 +79,7 @@ def read(path: Path) -> tuple[ExpertStore, str]:
     return ExpertStore(tensors, num_experts, None, checksums, encoding, shape), metadata["source"]
 
 
-def _keys(store: ExpertStore, on_expert: Callable[[], None]) -> Iterator[tuple[int, int]]:
+def _keys(store: ExpertStore, on_expert: Callable[[], None]) -> Iterator[Key]:
     for layer in store.layers:
         for expert in range(store.num_experts):
             yield layer, expert
@@ -130,20 +132,21 @@ def _padding(size: int) -> int:
     return -size % BLOCK_BYTES
 
 
-def _header_bytes(store: ExpertStore, source: str, checksums: dict[tuple[int, int], str]) -> bytes:
+def _header_bytes(store: ExpertStore, source: str, checksums: dict[Key, str]) -> bytes:
     """Length and header, filled up with blanks so that the data starts on a block; the same length for any sums."""
     header: dict[str, Any] = {}
     offset = 0
     present = {layer: list(_present(store.weights(layer, 0))) for layer in store.layers}
     for layer, expert in _keys(store, lambda: None):
-        first = offset
+        first, name = offset, f"layers.{store.decoder_layer(layer)}.experts.{expert}"
         for part, tensor in present[layer]:
-            header[f"layers.{layer}.experts.{expert}.{part}"] = _entry(tensor.dtype, tensor.shape, offset)
+            header[f"{name}.{part}"] = _entry(tensor.dtype, tensor.shape, offset)
             offset += tensor.nbytes
         if padding := _padding(offset - first):
-            header[f"layers.{layer}.experts.{expert}.{PADDING}"] = _entry(torch.uint8, (padding,), offset)
+            header[f"{name}.{PADDING}"] = _entry(torch.uint8, (padding,), offset)
             offset += padding
-    sums = {f"{layer}.{e}": checksums.get((layer, e), NO_CHECKSUM) for layer, e in _keys(store, lambda: None)}
+    keys = _keys(store, lambda: None)
+    sums = {f"{store.decoder_layer(key[0])}.{key[1]}": checksums.get(key, NO_CHECKSUM) for key in keys}
     header["__metadata__"] = {"format": FORMAT, "source": source, "checksums": json.dumps(sums)}
     if (encoding := _encoding_of(store)) != "null":
         header["__metadata__"]["encoding"] = encoding

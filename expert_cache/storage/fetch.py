@@ -18,9 +18,10 @@ from pathlib import Path
 
 import xxhash
 
-from expert_cache.errors import ExpertReadError
 from expert_cache.storage.direct_io import DirectFile
-from expert_cache.storage.store import Read
+from expert_cache.storage.errors import ExpertReadError
+from expert_cache.storage.store import ExpertStore, Read
+from predictors.shape import Key
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,9 @@ def _has_input(read: Read, start: int, end: int) -> bool:
 class Fetch:
     """One expert on its way into memory. Its fields are read by other threads only once `is_done`."""
 
-    key: tuple[int, int]
-    """(layer, expert)."""
+    key: Key
+    name: str
+    """What errors call the expert."""
     reads: tuple[Read, ...]
     memory: memoryview
     urgency: float
@@ -93,6 +95,11 @@ class Fetch:
     """Finished, failed or cancelled: no thread will touch the memory any more."""
     error: ExpertReadError | None = None
     order: int = 0
+
+    @classmethod
+    def of(cls, store: ExpertStore, key: Key, memory: memoryview, urgency: float) -> Fetch:
+        """An expert of `store` on its way into `memory`, which is laid out as the store's reads say."""
+        return cls(key, store.name(*key), store.reads(*key), memory, urgency, store.checksum(*key))
 
     @property
     def is_busy(self) -> bool:
@@ -114,7 +121,7 @@ class Fetcher:
         """Time during which at least one read was in progress."""
         self._open_file = open_file
         self._files: dict[Path, DirectFile] = {}
-        self._chunks: dict[tuple[int, int], tuple[tuple[Chunk, ...], int]] = {}
+        self._chunks: dict[Key, tuple[tuple[Chunk, ...], int]] = {}
         """Of every expert that was ever fetched: its chunks, and how many hold inputs."""
         self._queue: list[Fetch] = []
         self._changed = threading.Condition()
@@ -210,10 +217,10 @@ class Fetcher:
         try:
             self._file(chunk.file).read(memory, chunk.offset, chunk.needed)
         except ExpertReadError as error:
-            return ExpertReadError(f"{_describe(fetch)}: {error.message} (tensors {chunk.names})")
+            return ExpertReadError(f"{fetch.name}: {error.message} (tensors {chunk.names})")
         except Exception as error:  # a thread that dies here would leave the engine waiting for ever
             log.exception("a reading thread failed")
-            return ExpertReadError(f"{_describe(fetch)}: {chunk.file}: {type(error).__name__} while reading")
+            return ExpertReadError(f"{fetch.name}: {chunk.file}: {type(error).__name__} while reading")
         return None
 
     def _file(self, path: Path) -> DirectFile:
@@ -251,12 +258,12 @@ class Fetcher:
             for read in fetch.reads:
                 self._file(read.file).check_unchanged()
         except ExpertReadError as failure:
-            return ExpertReadError(f"{_describe(fetch)}: {failure.message}")
+            return ExpertReadError(f"{fetch.name}: {failure.message}")
         if fetch.checksum is None or fetch.checksum == checksum_of(fetch.reads, fetch.memory):
             return None
         where = "; ".join(f"{r.file} at byte {r.offset}, tensors {r.names}" for r in fetch.reads)
         return ExpertReadError(
-            f"{_describe(fetch)}: the checksum does not match, the data on disk is damaged ({where});"
+            f"{fetch.name}: the checksum does not match, the data on disk is damaged ({where});"
             " make the expert file again with `moe-serve pack`"
         )
 
@@ -285,8 +292,3 @@ def checksum_of(reads: Sequence[Read], memory: memoryview) -> str:
         start = read.memory_offset + read.offset - read.span[0]
         digest.update(memory[start : start + read.num_bytes])
     return digest.hexdigest()
-
-
-def _describe(fetch: Fetch) -> str:
-    layer, expert = fetch.key
-    return f"layer {layer} expert {expert}"

@@ -1,31 +1,17 @@
 """Tensors of a safetensors file as StoredTensors: mapped views, each with the place of its bytes.
 
-The safetensors library maps the tensors; it does not say where they lie, so the header (a length and
-JSON, see the format's README) is read here as well.
+The safetensors library maps the tensors; it does not say where they lie, so the header is read as well.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
+from expert_cache.storage.safetensors_header import read_header
 from expert_cache.storage.store import StoredTensor
-
-LENGTH_BYTES = 8
-"""A little-endian integer before the header: the header's length."""
-
-
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(header, offset of the first tensor byte). ValueError or OSError if this is no safetensors file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-        if length > file.stat().st_size:
-            raise ValueError(f"header of {length} bytes in a file of {file.stat().st_size}")
-        return json.loads(stream.read(length)), LENGTH_BYTES + length
 
 
 def stored_tensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[StoredTensor]:

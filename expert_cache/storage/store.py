@@ -21,6 +21,7 @@ import torch
 from expert_cache.storage.direct_io import BLOCK_BYTES, aligned_span
 from expert_cache.storage.encoding import ROLES, Encoding, Matrix
 from moe_serve_kernels.quantized import QuantizedRows
+from predictors.shape import Key, MoELayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,6 @@ class ExpertWeights:
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the three matrices."""
-        return 3 * self.gate.shape[0] * self.gate.shape[1]
 
 
 def matrices_of(weights: ExpertWeights) -> tuple[Matrix, Matrix, Matrix]:
@@ -112,7 +108,7 @@ LayerTensors = Mapping[tuple[str, int | None], StoredTensor]
 
 
 class ExpertStore:
-    """Expert weights by (decoder layer, expert).
+    """Expert weights by (MoE layer, expert). The one place that knows which decoder layer a MoE layer is.
 
     Parts are gate, up, down, gate_up, gate_up_bias, down_bias, gate_bias, up_bias. A quantised matrix is several:
     gate its codes, gate_scale, gate_zero, gate_order (see Encoding), and so on.
@@ -127,29 +123,43 @@ class ExpertStore:
         encoding: Encoding | None = None,
         shape: tuple[int, int] = (0, 0),
     ) -> None:
-        """`encoding`: of matrices that have scales; needed with it: `shape`, an expert's (I, H)."""
-        self._parts = {layer: _by_expert(parts, num_experts) for layer, parts in tensors.items()}
-        self._reads: dict[tuple[int, int], tuple[Read, ...]] = {}
-        self._fused = fused or FusedLayout()
-        self.layers = tuple(sorted(tensors))
-        """Decoder layers that have experts."""
+        """`tensors` and `checksums`: by decoder layer. `encoding`: of matrices that have scales; needed with it:
+        `shape`, an expert's (I, H). `checksums`: xxh3-64 of an expert's bytes in file order, in hexadecimal; only
+        expert files carry them."""
+        self.decoder_layers = tuple(sorted(tensors))
+        """Those with experts, in order: each MoE layer's index in the checkpoint."""
+        self.layers = tuple(MoELayer(i) for i in range(len(self.decoder_layers)))
         self.num_experts = num_experts
+        self._parts = [_by_expert(tensors[layer], num_experts) for layer in self.decoder_layers]
+        self._checksums = checksums or {}
+        self._reads: dict[Key, tuple[Read, ...]] = {}
+        self._fused = fused or FusedLayout()
         self.encoding = encoding
         self.shape = shape
-        self.checksums = checksums or {}
-        """xxh3-64 of an expert's bytes in file order, in hexadecimal; only expert files carry them."""
 
-    def weights(self, layer: int, expert: int) -> ExpertWeights:
+    def decoder_layer(self, layer: MoELayer) -> int:
+        """The checkpoint's index of a MoE layer: for errors, reports and metrics."""
+        return self.decoder_layers[layer]
+
+    def name(self, layer: MoELayer, expert: int) -> str:
+        """What errors call an expert."""
+        return f"layer {self.decoder_layer(layer)} expert {expert}"
+
+    def checksum(self, layer: MoELayer, expert: int) -> str | None:
+        """xxh3-64 of the expert's bytes in file order, in hexadecimal, where the file carries it."""
+        return self._checksums.get((self.decoder_layer(layer), expert))
+
+    def weights(self, layer: MoELayer, expert: int) -> ExpertWeights:
         """Views of one expert's weights in the mapped file; touching them reads it."""
         return self.assemble({part: t.tensor for part, t in self._parts[layer][expert].items()})
 
-    def reads(self, layer: int, expert: int) -> tuple[Read, ...]:
+    def reads(self, layer: MoELayer, expert: int) -> tuple[Read, ...]:
         """The runs of bytes that hold an expert, longest possible, in file order."""
         if (layer, expert) not in self._reads:
             self._reads[layer, expert] = self._find_reads(layer, expert)
         return self._reads[layer, expert]
 
-    def _find_reads(self, layer: int, expert: int) -> tuple[Read, ...]:
+    def _find_reads(self, layer: MoELayer, expert: int) -> tuple[Read, ...]:
         runs: list[list[tuple[str, StoredTensor]]] = []
         for item in sorted(self._parts[layer][expert].items(), key=lambda p: (p[1].file, p[1].offset)):
             if runs and _follows(runs[-1][-1][1], item[1]):
@@ -158,7 +168,7 @@ class ExpertStore:
                 runs.append([item])
         return tuple(_place(runs))
 
-    def parts(self, layer: int, expert: int) -> Mapping[str, StoredTensor]:
+    def parts(self, layer: MoELayer, expert: int) -> Mapping[str, StoredTensor]:
         """One expert's tensors as stored."""
         return self._parts[layer][expert]
 
@@ -169,7 +179,7 @@ class ExpertStore:
 
     @cached_property
     def _has_order(self) -> bool:
-        return any(part.endswith("_order") for part in self._parts[self.layers[0]][0])
+        return any(part.endswith("_order") for part in self._parts[0][0])
 
     def assemble(self, parts: Mapping[str, torch.Tensor]) -> ExpertWeights:
         """The weights made of one expert's tensors, wherever those lie."""
@@ -200,7 +210,7 @@ class ExpertStore:
     @cached_property
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored; all experts of a model have the same shape."""
-        return sum(t.tensor.nbytes for t in self._parts[self.layers[0]][0].values())
+        return sum(t.tensor.nbytes for t in self._parts[0][0].values())
 
     @cached_property
     def slot_bytes(self) -> int:

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 
 from moe_serve import __version__
 from moe_serve.cli.commands import Parser, add_commands
+from moe_serve.cli.foreign_flags import HINTS
 from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.openmp import spin_briefly
 from moe_serve_base.extensions import ExtensionError
@@ -51,15 +52,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_commands(parser, __name__, __path__, words)
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        args.parser.error(_unknown_message(unknown, args.parser))
+        args.parser.error(_unknown_message(unknown, args.parser, args.extra_argument))
     return args
 
 
-def _unknown_message(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """Names the first unknown flag, and the known one most like it."""
+def _unknown_message(unknown: Sequence[str], parser: argparse.ArgumentParser, extra: str | None) -> str:
+    """Names the first unknown flag, and what to give instead: its name here, or the known flag most like it."""
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
-        return f"unexpected argument: {unknown[0]}"
+        return f"unexpected argument: {unknown[0]}" + (f"; {extra}" if extra else "")
+    if flags[0] in HINTS:
+        return f"unknown flag {flags[0]}; {HINTS[flags[0]]}"
     known = re.findall(r"--[\w-]+", parser.format_help())
     near = get_close_matches(flags[0], known, n=1)
     return f"unknown flag {flags[0]}" + (f"; did you mean {near[0]}?" if near else "")

@@ -8,21 +8,30 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import OF_SERVER, add_config_flags, add_model_argument, config_from_args, given
 from moe_serve.cli.sampling import HELP_OF, add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig
-from moe_serve.errors import MoEServeError
+from moe_serve.config.settings import refuse_no_effect, settings_of
+from moe_serve.errors import ConfigError, MoEServeError
+from moe_serve.loadtest.api_key import add_key_flag, headers_of
 from moe_serve.loadtest.openai_stream import parse_line, reply_error, text_of
 
 if TYPE_CHECKING:
     import httpx
 
 HELP = "Chat with a model in the terminal, in this process or on a server."
+USAGE = "[MODEL] [flags]"
+EXAMPLES = (
+    "moe-serve chat MODEL --temperature 0.7",
+    "moe-serve chat --url http://127.0.0.1:8000          # the key comes from MOE_SERVE_API_KEY",
+)
+EXTRA_ARGUMENT = "start the chat first, then type the question"
 Message = dict[str, str]
 
 
 class Backend(Protocol):
-    """Whatever can answer a conversation."""
+    """A model that answers conversations."""
 
     def reply(self, messages: list[Message]) -> Generator[str, None, None]:
         """Pieces of the answer as they come. Closing the generator stops the answer."""
@@ -39,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--served-model-name", metavar="TEXT", help="With --url: which model. Default: the server's first."
     )
+    add_key_flag(parser)
     parser.add_argument("--system", metavar="TEXT", help="System prompt.")
     add_sampling_flags(parser)
     add_config_flags(parser, EngineConfig, skip=OF_SERVER)
@@ -84,7 +94,7 @@ def _turn(backend: Backend, messages: list[Message], line: str) -> int:
 
 
 def _print_reply(reply: Generator[str, None, None]) -> str:
-    """Show pieces as they come; Ctrl-C stops the answer and keeps what there is of it."""
+    """Show pieces as they come; Ctrl-C stops the answer and keeps the part that was shown."""
     said: list[str] = []
     try:
         with suppress(KeyboardInterrupt), closing(reply):
@@ -101,7 +111,10 @@ class Local:
 
     def __init__(self, args: argparse.Namespace) -> None:
         config = config_from_args(args, EngineConfig)
+        refuse_no_effect(config)
+        config = preflight.check_engine(config)
         self._params = sampling_from_args(args, config)
+        preflight.say_importing()
         from moe_serve.llm import LLM
 
         self._llm = LLM(**vars(config))
@@ -120,8 +133,11 @@ class Remote:
     def __init__(self, args: argparse.Namespace) -> None:
         import httpx
 
+        _refuse_local_flags(args)
         base_url = args.url.rstrip("/").removesuffix("/v1")
-        self._client = httpx.Client(base_url=base_url, timeout=httpx.Timeout(10, read=None))
+        self._client = httpx.Client(
+            base_url=base_url, timeout=httpx.Timeout(10, read=None), headers=headers_of(args.api_key)
+        )
         self._settings = given(args, [*HELP_OF, "stop"])
         self._model: str | None = args.served_model_name
 
@@ -142,6 +158,13 @@ class Remote:
             if response.status_code != 200:
                 raise reply_error(response.status_code, response.read().decode(errors="replace"))
             yield from _texts(response)
+
+
+def _refuse_local_flags(args: argparse.Namespace) -> None:
+    """ConfigError on a flag that only a model in this process would read."""
+    for setting in settings_of(EngineConfig):
+        if setting.name != "model" and hasattr(args, setting.name):
+            raise ConfigError(f"{setting.flag} has no effect with --url: the server has settings of its own")
 
 
 def _texts(response: httpx.Response) -> Iterator[str]:

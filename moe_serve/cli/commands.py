@@ -9,8 +9,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NoReturn, Protocol, cast
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples, and never breaks a flag's name at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: object) -> None:
         settings.setdefault("allow_abbrev", False)
+        settings.setdefault("formatter_class", HelpFormatter)
         super().__init__(**settings)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
@@ -26,7 +35,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class Command(Protocol):
-    """What a command's file exports."""
+    """What a command's file exports. Where it also has these, they are used:
+
+    USAGE: a short line instead of argparse's list of all flags, such as "[MODEL] [flags]".
+    EXAMPLES: command lines to show above the flags.
+    EXTRA_ARGUMENT: what to say of a word that is one too many.
+    """
 
     HELP: str
 
@@ -49,7 +63,15 @@ def add_commands(parser: argparse.ArgumentParser, package: str, path: Iterable[s
     """
     choices = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in find_commands(package, path).items():
-        sub = choices.add_parser(name, help=command.HELP, description=command.HELP)
-        sub.set_defaults(run=command.run, parser=sub)
+        sub = choices.add_parser(name, help=command.HELP, description=_description(command))
+        sub.set_defaults(run=command.run, parser=sub, extra_argument=getattr(command, "EXTRA_ARGUMENT", None))
+        if hasattr(command, "USAGE"):
+            sub.usage = f"%(prog)s {command.USAGE}"
         if name in argv:
             command.add_arguments(sub, argv)
+
+
+def _description(command: Command) -> str:
+    examples: Sequence[str] = getattr(command, "EXAMPLES", ())
+    shown = "".join(f"\n    {line}" for line in examples)
+    return command.HELP + (f"\n\nExamples:{shown}" if shown else "")

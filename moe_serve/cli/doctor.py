@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_model_argument, default_model
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if something was found with which serving would fail."""
+    args.model = preflight.check_model(args.model)
     import torch
 
     from moe_serve import resolve

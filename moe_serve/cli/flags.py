@@ -11,12 +11,11 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-import moe_serve
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.settings import Setting, Settings, flag_name, kind_of, settings_of
+from moe_serve.demo import MODEL
 from moe_serve.hf.families import family_names
 
 S = TypeVar("S", bound=Settings)
@@ -33,7 +32,7 @@ OF_SERVER = ("model", *names_of(QueueConfig))
 
 def default_model() -> str:
     """Folder of the demo model that is part of the package."""
-    return str(Path(moe_serve.__file__).parent / "demo" / "model")
+    return str(MODEL)
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +54,10 @@ def add_config_flags(parser: argparse.ArgumentParser, *configs: type[Settings], 
             continue
         if setting.heading not in groups:
             groups[setting.heading] = parser.add_argument_group(setting.heading)
-        add_flag(groups[setting.heading], setting.name, setting.kind, _help_of(setting), setting.choices)
+        shared = (setting.choices, setting.metavar)
+        add_flag(groups[setting.heading], setting.name, setting.kind, _help_of(setting), *shared)
         for alias in setting.aliases:
-            add_flag(groups[setting.heading], setting.name, setting.kind, argparse.SUPPRESS, setting.choices, alias)
+            add_flag(groups[setting.heading], setting.name, setting.kind, argparse.SUPPRESS, *shared, spelling=alias)
 
 
 def add_flag(
@@ -66,6 +66,7 @@ def add_flag(
     kind: type,
     help: str,
     choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
     spelling: str | None = None,
 ) -> None:
     """A flag that stays out of the parsed arguments unless it is given. `help` is plain text, no % codes.
@@ -81,7 +82,7 @@ def add_flag(
     if kind is tuple:
         group.add_argument(flag, action="append", metavar="TEXT", **settings)
         return
-    metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+    metavar = None if choices else metavar or {int: "N", float: "X"}.get(kind, "TEXT")
     group.add_argument(flag, type=kind, choices=choices, metavar=metavar, **settings)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_model_argument
 from moe_serve.cli.outputs import add_force_flag
 from moe_serve.errors import ConfigError
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.model = preflight.check_model(args.model)
     from tqdm import tqdm
 
     from expert_cache.storage import expert_file

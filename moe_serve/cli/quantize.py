@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_model_argument
 from moe_serve.cli.outputs import check_outputs
 from moe_serve.errors import ConfigError
@@ -32,11 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="A text like those the model will see: scales are chosen for the least error on it.",
     )
     parser.add_argument(
-        "--calibration-tokens", metavar="N", type=int, default=16384, help="At most so many. Default: 16384."
+        "--calibration-tokens",
+        metavar="N",
+        type=int,
+        default=16384,
+        help="Use at most N tokens of the file. Default: 16384.",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    args.model = preflight.check_model(args.model)
     from tqdm import tqdm
 
     from moe_serve.quantization.writing import num_matrices, write_quantized

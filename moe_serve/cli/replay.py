@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from expert_cache.policies import policy_names
 from moe_serve.cli.outputs import add_force_flag, check_outputs
+from moe_serve.cli.table import number, table
 from moe_serve.cli.trace_files import KINDS, read_traces
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError, TraceFileError
 from moe_serve_base.whole_files import whole_file, write_text
 
 if TYPE_CHECKING:
     from expert_cache.capacity import Capacity
-    from expert_cache.simulation.comparison import Row
     from expert_cache.simulation.events import Events
-    from expert_cache.simulation.replay import ReplayResult
+    from expert_cache.simulation.replay import ReplayResult, Row
     from predictors.trace import RoutingTrace
 
 HELP = "Judge expert-cache policies on recorded routing, without a device."
 POOLS = ("per-layer", "global", "quota")
-MIB = 1 << 20
 LACKING = {
     "popularity": "--profile TRACE: its ranking comes from an earlier trace",
     "forecast": "a predictor's forecasts, which a trace does not hold; leave it out",
@@ -128,8 +128,8 @@ def _compare(
     args: argparse.Namespace, trace: RoutingTrace, profile: RoutingTrace | None
 ) -> Iterable[tuple[float, list[Row]]]:
     """(capacity in percent, rows) for each capacity; prints each table as soon as it is known."""
-    from expert_cache.simulation.comparison import compare
     from expert_cache.simulation.events import events_of
+    from expert_cache.simulation.replay import compare
 
     if profile is not None:
         _require_same_model(trace, profile)
@@ -154,7 +154,7 @@ def _require_same_model(trace: RoutingTrace, profile: RoutingTrace) -> None:
 
 def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
     from expert_cache.policies import find_policy
-    from expert_cache.simulation.comparison import usable_policies
+    from expert_cache.simulation.replay import usable_policies
 
     usable = usable_policies(has_profile)
     for name in wanted or ():
@@ -167,7 +167,7 @@ def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | Non
     from expert_cache.capacity import Capacity
     from expert_cache.simulation.quotas import quota_slots
 
-    uniform = Capacity.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+    uniform = Capacity.of_frac(percent / 100, trace.num_layers, trace.num_experts)
     if pool == "global":
         return Capacity.shared(uniform.total)
     if pool == "quota" and profile is not None:
@@ -176,15 +176,13 @@ def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | Non
 
 
 def _table(percent: float, trace: RoutingTrace, rows: list[Row], args: argparse.Namespace) -> str:
-    header = f"  {'policy':<12} {'hits %':>8} {'gap closed %':>13} {'misses/token':>13}"
-    lines = [_title(percent, trace, rows[0].result, args), header + " MiB/token" * bool(args.expert_mib)]
+    cells = [["policy", "hits %", "gap closed %", "misses/token", *["MiB/token"] * bool(args.expert_mib)]]
     for row in rows:
-        line = f"  {row.policy:<12} {100 * row.result.hit_frac:>8.2f} {100 * row.gap_closed_frac:>13.1f}"
-        line += f" {row.result.bytes_per_token(1):>13.2f}"
+        gap, misses = number(100 * row.gap_closed_frac, 1), number(row.result.bytes_per_token(1))
+        cells.append([row.policy, number(100 * row.result.hit_frac), gap, misses])
         if args.expert_mib:
-            line += f" {row.result.bytes_per_token(args.expert_mib):>9.1f}"
-        lines.append(line)
-    return "\n".join([*lines, ""])
+            cells[-1].append(number(row.result.bytes_per_token(args.expert_mib), 1))
+    return f"{_title(percent, trace, rows[0].result, args)}\n{table(cells, indent='  ')}\n"
 
 
 def _title(percent: float, trace: RoutingTrace, result: ReplayResult, args: argparse.Namespace) -> str:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_config_flags, add_model_argument, config_from_args
-from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 from moe_serve.config.settings import refuse_no_effect
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.ranks import rank
 from moe_serve.parallel.wire.environment import is_launched, read_place
+from moe_serve.server.monitoring import logs
+
+log = logging.getLogger("moe_serve")
 
 HELP = "Serve a model over HTTP, as an OpenAI-compatible API."
+USAGE = "[MODEL] [flags]"
+EXAMPLES = (
+    "moe-serve serve                                     # the demo model, at http://127.0.0.1:8000",
+    "moe-serve serve Qwen/Qwen3-30B-A3B --moe-cache-mib 8000 --moe-prefetch next-gate",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -25,10 +33,16 @@ def run(args: argparse.Namespace) -> int:
     if is_launched():  # the first process is the front, the others are ranks
         place = read_place()
         if not place.is_first:
+            from moe_serve.parallel.ranks import rank
+
             return rank.main()
         args.devices = getattr(args, "devices", place.world_size)
     parallel = config_from_args(args, ParallelConfig)
     refuse_no_effect(server, engine, parallel)
+    engine = preflight.check_engine(engine)
+    preflight.check_server(server, parallel)
+    logs.set_up(server.log_format)
+    log.info("importing torch and transformers")
     from moe_serve.server.run import serve
 
     serve(server, engine, parallel)

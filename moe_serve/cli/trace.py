@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import OF_SERVER, add_config_flags, add_model_argument, config_from_args
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.prompt_files import read_prompts
 from moe_serve.cli.sampling import add_sampling_flags, sampling_from_args
 from moe_serve.config import EngineConfig
+from moe_serve.config.settings import refuse_no_effect
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM, Prompt
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from predictors.trace import RoutingTrace
 
 HELP = "Run prompts and record the experts of every token, for replay, plan and predictor."
+USAGE = "[MODEL] --prompts FILE -o TRACE [flags]"
+EXAMPLES = ("moe-serve trace MODEL --prompts questions.txt -o routes.npz",)
 MAX_TOKENS = 128
 
 
@@ -48,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if params.max_tokens is None:
         params = dataclasses.replace(params, max_tokens=MAX_TOKENS)
     prompts = read_prompts(args.prompts, args.num_prompts)
+    refuse_no_effect(config)
     check_outputs(args, output=args.output)
+    config = preflight.check_engine(config)
+    preflight.say_importing()
     from moe_serve.hf.checkpoint import checkpoint_fingerprint
     from moe_serve.llm import LLM
 
@@ -72,9 +79,9 @@ def record(
 
     most = sum(len(prompt) + (params.max_tokens or 0) for prompt in prompts) * params.n
     recorder = RouteRecorder(llm.engine.routing_shape(), most, weights, token_ids=True)
-    llm.engine.listen_to_routes(recorder)
+    llm.engine.observe_routes(recorder)
     llm.generate(prompts, params, show_progress=True)
-    llm.engine.listen_to_routes(recorder, wanted=False)
+    llm.engine.observe_routes(recorder, wanted=False)
     return recorder.trace(meta)
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_model_argument
 from moe_serve.errors import ConfigError
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.model = preflight.check_model(args.model)
     import torch
 
     from moe_serve_kernels import gpu

@@ -5,7 +5,7 @@
     ├── experts: ExpertCacheConfig  which experts are where
     └── queue: QueueConfig      who may wait, and for how long
     ServerConfig            HTTP
-    ParallelConfig          several devices (moe_serve/parallel/config.py)
+    ParallelConfig          several devices
 
 Flag names are vLLM's where vLLM has one. "auto" stays "auto" here; `resolve` in moe_serve/resolve.py returns a new
 config with numbers, once the model and the hardware are known. Knows no torch, no transformers.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from moe_serve.config.engine import EngineConfig
 from moe_serve.config.experts import ExpertCacheConfig
 from moe_serve.config.kv import KVConfig
+from moe_serve.config.parallel import ParallelConfig
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.server import ServerConfig
 from moe_serve.config.settings import Settings, flag_name, option
@@ -24,6 +25,7 @@ __all__ = [
     "EngineConfig",
     "ExpertCacheConfig",
     "KVConfig",
+    "ParallelConfig",
     "QueueConfig",
     "ServerConfig",
     "Settings",

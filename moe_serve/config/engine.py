@@ -23,7 +23,7 @@ class EngineConfig(Settings):
         "", "Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json), or a model id in the"
         " local Hugging Face cache."
     )  # fmt: skip
-    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's folder.")
+    tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's folder.", metavar="FOLDER")
     dtype: str = option(
         "auto",
         "Type of weights and activations. auto: the checkpoint's type on a GPU, float32 on a CPU, where a request's"
@@ -43,7 +43,9 @@ class EngineConfig(Settings):
         " kernel call on a CPU.",
     )
     seed: int = option(0, "Seed for requests that bring none of their own.")
-    chat_template: str | None = option(None, "File with a Jinja chat template that replaces the tokenizer's.")
+    chat_template: str | None = option(
+        None, "File with a Jinja chat template that replaces the tokenizer's.", metavar="FILE"
+    )
     generation_config: str = option(
         "auto",
         "Default sampling parameters. auto: those of the checkpoint's generation_config.json. vllm: neutral ones.",

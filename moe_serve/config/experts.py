@@ -49,6 +49,7 @@ class ExpertCacheConfig(Settings):
         None,
         "Routing trace of this model (.npz, made by `moe-serve trace`), for quotas and for policies that start from"
         " popularity.",
+        metavar="FILE",
     )
     prefetch: str = option(
         "off",
@@ -61,6 +62,7 @@ class ExpertCacheConfig(Settings):
         None,
         "File made by `moe-serve predictor train` from a trace of this model, for --moe-prefetch predictor and"
         " --moe-cache-policy predicted.",
+        metavar="FILE",
     )
     prefetch_audit: bool = option(
         True, "Time steps with and without prefetching now and then; turn prefetching off where it does not pay."
@@ -76,7 +78,7 @@ class ExpertCacheConfig(Settings):
         " the start. A token's last bits then depend on which experts were resident.",
     )
     expert_file: str | None = option(
-        None, "Read experts from this file, which `moe-serve pack` made of the checkpoint."
+        None, "Read experts from this file, which `moe-serve pack` made of the checkpoint.", metavar="FILE"
     )
     io: str = option(
         "direct",

@@ -28,9 +28,19 @@ class ServerConfig(Settings):
         " read it in the process list: --api-key-file and the variable MOE_SERVE_API_KEY are safer.",
         secret=True,
     )
-    api_key_file: str | None = option(None, "File with one API key per line.")
+    api_key_file: str | None = option(None, "File with one API key per line.", metavar="FILE")
     allowed_origins: tuple[str, ...] = option(
         (), "Web origin whose pages may call this server (CORS); may be repeated. * allows all."
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Host name under which a proxy or another machine reaches this server; may be repeated. Without a key, a server"
+        " on loopback answers only to loopback's names and these.",
+    )
+    share_prefixes_between_keys: bool = option(
+        False,
+        "Let requests with different API keys reuse one another's cached prefixes. Saves work, but cached_tokens then"
+        " tells one key's user what others have sent.",
     )
     max_body_mib: float = option(
         32.0, "Largest request body in MiB; the server refuses larger ones with 413.", bound="positive"
@@ -65,11 +75,13 @@ class ServerConfig(Settings):
         None,
         "URL of an OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318/v1/traces); every request"
         " becomes a span there. Needs the extra moe-serve[otel]. Default: no tracing.",
+        metavar="URL",
         heading=LOGS,
     )
     recording_dir: str | None = option(
         None,
         "Folder for recordings of routing (POST /dump_expert_distribution_record). Default: none are made.",
+        metavar="FOLDER",
         heading=LOGS,
     )
     recording_buffer_tokens: int = option(

@@ -24,6 +24,8 @@ from typing import Any, ClassVar, Literal, Self
 from moe_serve.errors import ConfigError
 
 Bound = Literal["positive", "not negative"]
+UNITS = {"_mib": "MIB", "_s": "S"}
+"""End of a flat name -> what `--help` shows for its value."""
 
 
 def option(
@@ -36,14 +38,16 @@ def option(
     flat: str | None = None,
     aliases: tuple[str, ...] = (),
     secret: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """A dataclass field with all that flags, docs and errors need.
 
     choices: allowed values. bound: allowed numbers. heading: its group in `--help`, if not the class's.
     flat: its flat name, if not PREFIX and the field's name. aliases: older or foreign flat names, not shown in
-    `--help`. secret: not shown in logs.
+    `--help`. secret: not shown in logs. metavar: what stands for the value in `--help`; FILE must exist.
     """
     facts = {"help": help, "choices": choices, "bound": bound, "heading": heading, "flat": flat, "aliases": aliases}
+    facts["metavar"] = metavar
     return dataclasses.field(default=default, repr=not secret, metadata=facts)
 
 
@@ -73,6 +77,13 @@ class Setting:
     @property
     def aliases(self) -> tuple[str, ...]:
         found: tuple[str, ...] = self.field.metadata["aliases"]
+        return found
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in `--help`: its unit, if the name has one."""
+        unit = next((shown for suffix, shown in UNITS.items() if self.name.endswith(suffix)), None)
+        found: str = self.field.metadata["metavar"] or unit or {int: "N", float: "X"}.get(self.kind, "TEXT")
         return found
 
     @property

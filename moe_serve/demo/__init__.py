@@ -1,1 +1,8 @@
-"""The embedded demo model: the script that trained it, its data recipe and its evaluation."""
+"""The demo model that is part of the package; examples/train_demo made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODEL = Path(__file__).resolve().parent / "model"
+"""A Hugging Face folder."""

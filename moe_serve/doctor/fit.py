@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from moe_serve.config.units import MIB
 from moe_serve.doctor.rates import Rates
 from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
 from moe_serve.hf.dense import is_available
 from moe_serve.hf.loading import kv_shapes_of
-from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE, MIB
+from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE
 from moe_serve.spec import ModelSpec
 
 CPU = torch.device("cpu")

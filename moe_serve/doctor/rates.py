@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from expert_cache.storage.direct_io import BLOCK_BYTES, DirectFile
+from moe_serve.config.units import MIB
 from moe_serve.offload.build import DISK_READERS
 
-MIB = 1 << 20
 CHUNK_BYTES = 8 * MIB
 """Of one read: about an expert."""
 MEMORY_BYTES = 256 * MIB

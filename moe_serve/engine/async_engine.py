@@ -19,9 +19,10 @@ from typing import Any, Protocol, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.engine.request_queue import InFlight, RequestQueue
+from moe_serve.engine.request_queue import Pending, RequestQueue
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
-from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
+from moe_serve.expert_routes.route_recorder import RouteObserver, RoutingShape
 from moe_serve.scheduling.sequence import Request, SampleOutput
 from moe_serve.scheduling.stats import StatsObserver
 
@@ -33,7 +34,7 @@ MAX_FAILED_STEPS = 3
 
 
 class EngineLike(Protocol):
-    """What AsyncEngine needs of an engine; all but the checks and expert_report run on the worker thread."""
+    """What AsyncEngine needs of an engine. Checks and reports may run on any thread, all else on the worker thread."""
 
     config: EngineConfig
     observer: StatsObserver | None
@@ -52,7 +53,8 @@ class EngineLike(Protocol):
     def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
     def expert_report(self) -> ExpertReport | None: ...
     def routing_shape(self) -> RoutingShape: ...
-    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None: ...
+    def observe_routes(self, observer: RouteObserver, wanted: bool = True) -> None: ...
+    def trouble(self) -> Trouble | None: ...
     def close(self) -> None: ...
 
 
@@ -69,7 +71,8 @@ class AsyncEngine:
     """Many concurrent `generate` calls over one engine."""
 
     def __init__(self, engine: EngineLike) -> None:
-        self.engine = engine
+        self.core = engine
+        """The engine itself. Its facts may be read from any thread; all else belongs to the worker thread."""
         self.state = EngineState.READY
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -112,16 +115,12 @@ class AsyncEngine:
         finally:
             self._reception.leave(in_flight)
             if in_flight.unfinished > 0:
-                self._post(self.engine.abort, request.request_id)
+                self._post(self.core.abort, request.request_id)
 
     async def check(self, request: Request) -> None:
         """Raise what makes a request impossible. Its grammar is compiled elsewhere; being cancelled ends that."""
-        if (compiling := self.engine.begin_check(request)) is not None:
+        if (compiling := self.core.begin_check(request)) is not None:
             await asyncio.wrap_future(compiling)
-
-    async def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """Change the memory for experts while serving; returns when it is done. Errors of the engine apply."""
-        await self.call(lambda: self.engine.resize_expert_cache(moe_cache_mib))
 
     async def call(self, function: Callable[[], T]) -> T:
         """What `function` returns, or raises, on the engine's thread between two steps."""
@@ -139,10 +138,10 @@ class AsyncEngine:
         self._post(run)
         return await done
 
-    def submit(self, request: Request) -> InFlight:
+    def submit(self, request: Request) -> Pending:
         """Accept a request or raise why not; `generate` reads its outputs."""
         self._check_serving()
-        self.engine.check_request(request)
+        self.core.check_request(request)
         in_flight = self._reception.enter(request)
         self._post(self._admit, request)
         return in_flight
@@ -163,14 +162,14 @@ class AsyncEngine:
         while self.num_in_flight and time.monotonic() < deadline and self.state is EngineState.DRAINING:
             await asyncio.sleep(0.02)
         for request_id in self._reception.request_ids:
-            self._post(self.engine.abort, request_id)
+            self._post(self.core.abort, request_id)
             self._reception.refuse(request_id, NotServingError("the server is shutting down", retry_after_s=10))
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
-        self.engine.close()
+        self.core.close()
         if self.state is not EngineState.DEAD:
             self.state = EngineState.STOPPED
 
@@ -213,7 +212,7 @@ class AsyncEngine:
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """Wait for something to do; None means stop."""
         with self._wake:
-            while not self._inbox and not self._stopping and not self.engine.has_work():
+            while not self._inbox and not self._stopping and not self.core.has_work():
                 self._wake.wait()
             if self._stopping and not self._inbox:
                 return None
@@ -225,10 +224,10 @@ class AsyncEngine:
         for command in commands:
             self._run(command)
         try:
-            return (self.engine.step() if self.engine.has_work() else []), None
+            return (self.core.step() if self.core.has_work() else []), None
         except Exception as error:
             log.exception("an engine step failed")
-            return self.engine.fail_running(f"the engine failed on this request ({type(error).__name__})"), str(error)
+            return self.core.fail_running(f"the engine failed on this request ({type(error).__name__})"), str(error)
 
     def _run(self, command: Callable[[], None]) -> None:
         """Run one command; if it raises, the others of the batch still run."""
@@ -240,18 +239,18 @@ class AsyncEngine:
     def _admit(self, request: Request) -> None:
         """Give the engine a request. If it raises, this request ends with the error and leaves nothing behind."""
         try:
-            self.engine.add_request(request)
+            self.core.add_request(request)
         except Exception as error:
             if not isinstance(error, MoEServeError):
                 log.exception("the engine could not take request %s", request.request_id)
                 error = MoEServeError(f"the engine could not take this request ({type(error).__name__})")
             self._call_loop(self._reception.refuse, request.request_id, error)
-            self.engine.abort(request.request_id)
+            self.core.abort(request.request_id)
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """Refuse a request that waits, unless the batch has taken it meanwhile."""
-        if self.engine.is_waiting(request_id):
-            self.engine.abort(request_id)
+        if self.core.is_waiting(request_id):
+            self.core.abort(request_id)
             self._call_loop(self._reception.refuse_late, request_id, reason)
 
     def _call_loop(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -11,16 +11,15 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from expert_cache.experts import ExpertsControl, ResizeError
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
 from moe_serve.engine import expert_aware
 from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.step_stats import StepRecorder, finished_stats
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.expert_routes.route_recorder import RouteListener, RoutingShape
+from moe_serve.expert_routes.route_recorder import RouteObserver, RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.grammars.matcher import Place
@@ -41,12 +40,11 @@ class Runner(Protocol):
 
     config: EngineConfig
 
+    @property
+    def experts(self) -> ExpertsControl: ...
     def run(self, plan: BatchPlan) -> StepResult: ...
-    def resize_expert_cache(self, moe_cache_mib: int) -> None: ...
-    def watch_routes(self, wanted: bool, weights: bool = False) -> None: ...
+    def observe_routes(self, wanted: bool, weights: bool = False) -> None: ...
     def moe_layer_ids(self) -> tuple[int, ...]: ...
-    def resident_experts(self) -> NDArray[np.bool_] | None: ...
-    def expert_report(self) -> ExpertReport | None: ...
     def close(self) -> None: ...
 
 
@@ -66,7 +64,7 @@ class Engine:
         limits = GrammarLimits(config.queue.grammar_timeout_s, config.queue.grammar_memory_mib)
         self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids, limits)
         self.observer: StatsObserver | None = None
-        self._route_listeners: list[RouteListener] = []
+        self._route_observers: list[RouteObserver] = []
         self.max_model_len = config.max_model_len
         self.num_pages = config.kv.num_pages
         self.page_size = config.kv.page_size
@@ -78,17 +76,16 @@ class Engine:
     def from_config(config: EngineConfig) -> Engine:
         """Load the model folder `config` names. ConfigError and its subclasses say what is wrong."""
         eos = frozenset(read_eos_token_ids(config.model))
-        runner, spec = load_runner(config, eos)
-        runner.run_whole_steps()
+        runner = load_runner(config, eos)
         tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
-        return Engine(runner, tokenizer, spec, eos | frozenset(tokenizer.eos_token_ids))
+        return Engine(runner, tokenizer, runner.spec, eos | frozenset(tokenizer.eos_token_ids))
 
     def _choose_batches_by_experts(self) -> None:
         """Install expert-aware batching where settings and model ask for it."""
         forecast = UsageForecast(self.routing_shape())
-        choice = expert_aware.choice_for(self.config, self.spec, self.runner.resident_experts, forecast)
+        choice = expert_aware.choice_for(self.config, self.spec, self.runner.experts.resident, forecast)
         if choice is not None:
-            self.listen_to_routes(forecast)
+            self.observe_routes(forecast)
             self.scheduler.choice = choice
 
     # ---- requests ---------------------------------------------------------------------------------
@@ -178,27 +175,34 @@ class Engine:
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts, between steps. InvalidRequestError says why it cannot be."""
-        self.runner.resize_expert_cache(moe_cache_mib)
+        try:
+            self.runner.experts.resize(moe_cache_mib)
+        except ResizeError as error:
+            raise InvalidRequestError("mib", error.message) from error
 
     def expert_report(self) -> ExpertReport | None:
         """What the experts have done so far; None for a runner that does not tell. Any thread may call."""
-        return self.runner.expert_report()
+        return self.runner.experts.report()
 
     def routing_shape(self) -> RoutingShape:
         """What routes look like in this model."""
         return RoutingShape(self.runner.moe_layer_ids(), self.spec.num_experts, self.spec.top_k)
 
-    def listen_to_routes(self, listener: RouteListener, wanted: bool = True) -> None:
-        """From the next step on, tell `listener` where tokens went, or stop to. Without listeners it costs nothing."""
-        others = [known for known in self._route_listeners if known is not listener]
-        self._route_listeners = [*others, listener] if wanted else others
-        weights = any(known.wants_weights for known in self._route_listeners)
-        self.runner.watch_routes(bool(self._route_listeners), weights)
+    def observe_routes(self, observer: RouteObserver, wanted: bool = True) -> None:
+        """From the next step on, tell `observer` where tokens went, or stop to. Without observers it costs nothing."""
+        others = [known for known in self._route_observers if known is not observer]
+        self._route_observers = [*others, observer] if wanted else others
+        weights = any(known.wants_weights for known in self._route_observers)
+        self.runner.observe_routes(bool(self._route_observers), weights)
 
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""
         self.runner.close()
         self._grammars.close()
+
+    def trouble(self) -> Trouble | None:
+        """Why it cannot serve now; on one device nothing but death keeps it from that."""
+        return None
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -207,7 +211,7 @@ class Engine:
 
     def step(self) -> list[SampleOutput]:
         """Plan, run, apply; returns what each sequence that got a token gained."""
-        recorder = StepRecorder(self.runner, self.observer)
+        recorder = StepRecorder(self.runner.experts, self.observer)
         plan = self.scheduler.schedule()
         if plan.is_empty:
             return []
@@ -217,8 +221,8 @@ class Engine:
         advanced = self.scheduler.update(plan, result)
         recorder.stamp(advanced, now)
         if result.routes is not None:
-            for listener in self._route_listeners:
-                listener.on_routes(plan, result)
+            for observer in self._route_observers:
+                observer.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
         recorder.report(outputs)
         outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]

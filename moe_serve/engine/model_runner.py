@@ -9,32 +9,24 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from expert_cache.gpu_managed.experts import DeviceExperts
-from expert_cache.host_managed.cache import ExpertCache
-from expert_cache.layers import Experts
-from expert_cache.report import ExpertReport
+from expert_cache.experts import Experts
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
-from moe_serve.errors import CheckpointError, InvalidRequestError
 from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
-from moe_serve.expert_routes.live_predictor import LivePredictor
 from moe_serve.grammars.masks import MaskThread
-from moe_serve.hf import attend, dense, device_routers, experts, loading, whole_steps
+from moe_serve.hf import attend, dense, device_routers, loading, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
+from moe_serve.hf.experts import connect
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
-from moe_serve.memory import free_bytes
 from moe_serve.offload import build
-from moe_serve.offload.memory_guard import MemoryGuard
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
 
@@ -49,7 +41,12 @@ class ModelRunner:
     """One model on one device; `run` turns a plan into sampled tokens."""
 
     def __init__(
-        self, config: EngineConfig, loaded: LoadedModel, spec: ModelSpec, eos_token_ids: frozenset[int]
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        spec: ModelSpec,
+        eos_token_ids: frozenset[int],
+        experts: Experts[BatchPlan],
     ) -> None:
         """`config` must be resolved (moe_serve.resolve.resolve)."""
         assert config.kv.num_pages is not None
@@ -57,77 +54,45 @@ class ModelRunner:
         self.device = torch.device(config.device)
         dtype: torch.dtype = getattr(torch, config.dtype)
         self.model = loaded.model
-        self._loaded = loaded
-        self._routers = find_routers(self.model, spec.num_experts, spec.hidden_size)
-        self.expert_layers = build.expert_layers(
-            config, loaded.store, spec, loaded.family.activation, loaded.hf_config, self._routers
-        )
+        self.loaded = loaded
+        self.spec = spec
+        self.experts = experts
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
-        self._guard = _memory_guard(self.expert_layers.experts, self.device)
         self._graphs: DecodeGraphs | None = None
-        experts.connect(self.model, self.expert_layers)
         self._whole_steps: WholeSteps | None = None
-        if isinstance(self.expert_layers.experts, DeviceExperts):
+        connect(self.model, experts)
+        if experts.padding is not None:
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
 
     def run_whole_steps(self) -> None:
         """From now on run steps without the model's modules, where there are kernels for that. Only for a
-        runner whose experts nobody else divides."""
+        runner that has all experts."""
         dtype = getattr(torch, self.config.dtype)
         is_ours = whole_steps.is_available(self.device, dtype) and not self.config.enforce_eager
-        if is_ours and not isinstance(self.expert_layers.experts, DeviceExperts):
+        if is_ours and self.experts.padding is None:
+            routers = find_routers(self.model, self.spec.num_experts, self.spec.hidden_size)
             page_size = self.config.kv.page_size
-            self._whole_steps = whole_steps.whole_steps(
-                self._loaded, self.kv_cache, self.expert_layers, self._routers, page_size
-            )
+            self._whole_steps = whole_steps.whole_steps(self.loaded, self.kv_cache, self.experts, routers, page_size)
 
     def capture_decoding(self, capture: Capture) -> None:
         """From now on replay decoding steps as graphs. RuntimeError: a step cannot be captured; nothing has changed."""
-        config, managed = self.config, self.expert_layers.experts
+        config, padding = self.config, self.experts.padding
         assert config.kv.num_pages is not None
         assert config.max_model_len is not None
-        assert isinstance(managed, DeviceExperts)
+        assert padding is not None
         sizes = sizes_up_to(config.max_num_batched_seqs or config.max_num_seqs)
         widths = widths_up_to(config.max_model_len, config.kv.page_size)
         inputs = StepInputs(sizes[-1], widths[-1], config.kv.page_size, config.kv.num_pages, self.device)
-        self._graphs = DecodeGraphs(sizes, widths, inputs, self._forward, managed, capture)
+        self._graphs = DecodeGraphs(sizes, widths, inputs, self._forward, padding, capture)
         log.info("captured %d decoding steps in %.1f s", len(sizes) * len(widths), self._graphs.capture_s)
-
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """Change the memory for experts, between steps. InvalidRequestError if it holds no expert."""
-        cache = self.expert_layers.experts
-        if not isinstance(cache, ExpertCache):
-            raise InvalidRequestError("mib", "this server was started without an expert cache (--moe-cache-mib)")
-        slot_bytes = build.slot_bytes_of(self.config, cache.store)
-        slots = build.num_slots(moe_cache_mib, cache.store, slot_bytes)
-        if slots < 1:
-            least = -(-slot_bytes // resolve.MIB)
-            raise InvalidRequestError("mib", f"{moe_cache_mib} MiB do not hold a single expert; give at least {least}")
-        cache.resize(slots)
-        assert self._guard is not None
-        self._guard.resized(slots)
-
-    def relieve_memory(self) -> None:
-        """Shrink the expert cache if memory is short, or let it grow back."""
-        cache = self.expert_layers.experts
-        if isinstance(cache, ExpertCache) and self._guard is not None:
-            num_slots = self._guard.check(cache.table.num_owned)
-            if num_slots is not None:
-                cache.resize(num_slots)
-
-    def rebalance(self) -> None:
-        """Let the expert cache's layers change their shares."""
-        cache = self.expert_layers.experts
-        if isinstance(cache, ExpertCache):
-            cache.rebalance()
 
     def close(self) -> None:
         """Stop reading threads; the runner is of no use afterwards."""
-        self.expert_layers.close()
+        self.experts.close()
         self.masks.close()
 
     @torch.inference_mode()
@@ -138,11 +103,9 @@ class ModelRunner:
             return self._run(plan)
 
     def _run(self, plan: BatchPlan) -> StepResult:
-        self.relieve_memory()
-        self.rebalance()
-        self.expert_layers.tap.clear()
-        if isinstance(self.expert_layers.watcher, LivePredictor):
-            self.expert_layers.watcher.begin_step(plan)
+        self.experts.between_steps()
+        self.experts.routes.clear()
+        self.experts.begin_step(plan)
         graphs = self._graphs_for(plan)
         device = self.device if graphs is None else torch.device("cpu")
         batch = forward_batch.make(plan, self.config.kv.page_size, device, self._group_limits)
@@ -156,7 +119,7 @@ class ModelRunner:
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
-        failures = forward_batch.by_sequence(plan, self.expert_layers.take_failures())
+        failures = forward_batch.by_sequence(plan, self.experts.take_failures())
         errors = broken | {seq: error.message for seq, error in failures.items()}
         errors |= masks.errors if masks is not None else {}
         return StepResult(
@@ -168,32 +131,23 @@ class ModelRunner:
         )
 
     def _graphs_for(self, plan: BatchPlan) -> DecodeGraphs | None:
-        """The graphs, if they can run this plan. A graph does not tell the routes that somebody wants to see."""
-        if self._graphs is None or self.expert_layers.tap.is_on or not self._graphs.takes(plan):
+        """The graphs, if they can run this plan. A graph does not tell the routes that an observer wants."""
+        if self._graphs is None or self.experts.routes.is_on or not self._graphs.takes(plan):
             return None
         return self._graphs
 
     def _routes(self, plan: BatchPlan) -> StepRoutes | None:
-        tap = self.expert_layers.tap
-        return StepRoutes(*tap.take(), forward_batch.rows_of(plan)) if tap.is_on else None
+        routes = self.experts.routes
+        return StepRoutes(*routes.take(), forward_batch.rows_of(plan)) if routes.is_on else None
 
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Each MoE layer's index in the checkpoint."""
-        return tuple(self.expert_layers.experts.store.layers)
+        return self.loaded.store.decoder_layers
 
-    def resident_experts(self) -> NDArray[np.bool_] | None:
-        """[L, E] experts in slots; None where experts are used where the checkpoint is mapped."""
-        cache = self.expert_layers.experts
-        return cache.table.slot_of >= 0 if isinstance(cache, ExpertCache) else None
-
-    def expert_report(self) -> ExpertReport:
-        """What the experts have done so far. Any thread may call."""
-        return self.expert_layers.report()
-
-    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+    def observe_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, put routes into the StepResult, or stop to; `weights`: those of the router too."""
-        self.expert_layers.tap.is_on = wanted
-        self.expert_layers.tap.keeps_weights = weights
+        self.experts.routes.is_on = wanted
+        self.experts.routes.keeps_weights = weights
 
     def _forward(self, batch: forward_batch.ForwardBatch, scored: Sequence[int] = ()) -> torch.Tensor:
         """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
@@ -214,13 +168,6 @@ class ModelRunner:
         return logits
 
 
-def _memory_guard(experts: Experts, device: torch.device) -> MemoryGuard | None:
-    """Watches over a cache's memory; mapped experts have none of their own."""
-    if not isinstance(experts, ExpertCache):
-        return None
-    return MemoryGuard(experts.num_slots, experts.store.slot_bytes, lambda: free_bytes(device))
-
-
 def _group_limits(
     kv_shapes: dict[int, LayerKVShape], dtype: torch.dtype, device: torch.device
 ) -> forward_batch.GroupLimits:
@@ -233,8 +180,8 @@ def _group_limits(
     return forward_batch.GroupLimits(max_tokens=L2_BYTES / token_bytes, max_padding=PADDING_LIMIT)
 
 
-def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[ModelRunner, ModelSpec]:
-    """Load the checkpoint `config` names; the runner's config is the resolved one."""
+def load_model(config: EngineConfig) -> tuple[EngineConfig, LoadedModel, ModelSpec]:
+    """Load the checkpoint `config` names; the config that comes back is the resolved one."""
     device = resolve.device_of(config)
     torch.set_num_threads(resolve.num_threads_of(config))
     hf_config = read_config(config.model)
@@ -246,13 +193,17 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> tuple[Mo
         dense.copy_from_files(loaded.model)
         if not config.experts.page_cache:
             _leave_the_page_cache(config.model)
-    try:
-        runner = ModelRunner(resolved, loaded, spec, eos_token_ids)
-    except ValueError as error:  # an activation we do not have
-        raise CheckpointError(f"{config.model}/config.json: {error}") from error
-    if device.type == "cuda" and not config.enforce_eager:
+    return resolved, loaded, spec
+
+
+def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRunner:
+    """A runner with all of a model's experts, in the fastest way of this machine."""
+    resolved, loaded, spec = load_model(config)
+    runner = ModelRunner(resolved, loaded, spec, eos_token_ids, build.experts(resolved, loaded, spec))
+    if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
-    return runner, spec
+    runner.run_whole_steps()
+    return runner
 
 
 def _capture(runner: ModelRunner) -> None:
@@ -264,11 +215,11 @@ def _capture(runner: ModelRunner) -> None:
             return
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-    log.warning("decoding steps are launched one operation at a time, without CUDA graphs: %s", reason)
+    log.warning("decoding steps run without CUDA graphs, one launch per operation, because %s", reason)
 
 
 def _why_no_graphs(runner: ModelRunner) -> str | None:
-    if not isinstance(runner.expert_layers.experts, DeviceExperts):
+    if runner.experts.padding is None:
         return "the host brings the experts of every layer"
     if attend.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
         return f"no attention kernel reads {runner.config.dtype} pages in place"

@@ -1,4 +1,4 @@
-"""Reception: who is in flight, who of them waits for a place in the batch, and who is refused and told why.
+"""RequestQueue: requests in flight, those that wait for a seat in the batch, and those that are refused.
 
 Knows requests, their mailboxes and their timers, all on the event loop; knows no thread and no engine.
 """
@@ -18,7 +18,7 @@ from moe_serve.scheduling.sequence import Request, SampleOutput
 
 
 @dataclass(slots=True)
-class InFlight:
+class Pending:
     """A request as the event loop sees it, from submission to its last output."""
 
     request: Request
@@ -38,7 +38,7 @@ class RequestQueue:
         self._config = config
         self._give_up = give_up
         self._admission = Admission(config)
-        self._in_flight: dict[str, InFlight] = {}
+        self._in_flight: dict[str, Pending] = {}
 
     @property
     def num_in_flight(self) -> int:
@@ -56,17 +56,17 @@ class RequestQueue:
         running = len(self._in_flight) - without_output
         return max(0, without_output - max(0, self._config.max_num_seqs - running))
 
-    def enter(self, request: Request) -> InFlight:
+    def enter(self, request: Request) -> Pending:
         """Take a request in. InvalidRequestError if its id is in flight already, OverloadedError if it may not wait."""
         if request.request_id in self._in_flight:
             raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
         self._check_queue(request)
-        in_flight = self._in_flight[request.request_id] = InFlight(request, unfinished=request.params.n)
+        in_flight = self._in_flight[request.request_id] = Pending(request, unfinished=request.params.n)
         self._set_timers(in_flight)
         return in_flight
 
-    def leave(self, in_flight: InFlight) -> None:
-        """Nobody reads its outputs any more."""
+    def leave(self, in_flight: Pending) -> None:
+        """The client has all it wants, or has left."""
         del self._in_flight[in_flight.request.request_id]
         for timer in in_flight.timers:
             timer.cancel()
@@ -90,10 +90,10 @@ class RequestQueue:
             in_flight.mailbox.put(error)
 
     def refuse_late(self, request_id: str, reason: str) -> None:
-        """End one that has waited, as if it had been refused when it came."""
+        """End a request that has waited, with the error of one that is refused on arrival."""
         self.refuse(request_id, self._admission.refusal(self.num_queued, reason))
 
-    def _set_timers(self, in_flight: InFlight) -> None:
+    def _set_timers(self, in_flight: Pending) -> None:
         """Have a request end that takes, or waits, longer than it may."""
         loop, request_id = asyncio.get_running_loop(), in_flight.request.request_id
         limits = self._config.queue
@@ -102,7 +102,7 @@ class RequestQueue:
             error = RequestTimeoutError(f"the request did not finish within {longest_s:g} s, this server's limit")
             in_flight.timers.append(loop.call_later(longest_s, self.refuse, request_id, error))
         if wait_s is not None:
-            reason = f"it found no place in the batch within {wait_s:g} s"
+            reason = f"no seat in the batch became free within {wait_s:g} s"
             in_flight.timers.append(loop.call_later(wait_s, self._give_up, request_id, reason))
 
     def _check_queue(self, request: Request) -> None:
@@ -120,11 +120,11 @@ class RequestQueue:
             raise
 
     def _shorten_queue(self, num_queued: int) -> None:
-        """An overload begins. Who is further back than it allows is told now, and does not make others late."""
+        """An overload begins: refuse the requests beyond those that may wait in it, so that they delay no others."""
         in_turn = sorted(self._without_output(), key=lambda r: r.priority)
         num_kept = len(in_turn) - num_queued + self._admission.num_standing
         for request in in_turn[num_kept:]:
-            reason = "more requests came than this server can take, and it was at the end of the queue"
+            reason = "the server is overloaded, and this request was at the end of the queue"
             self._give_up(request.request_id, reason)
 
     def _num_queued_tokens(self) -> int:

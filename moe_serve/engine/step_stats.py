@@ -6,9 +6,9 @@ Keeps measuring out of the engine's three-line heart. Knows no metrics library.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from expert_cache.counters import ExpertTotals
+from expert_cache.experts import ExpertsControl
 from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.sequence import SampleOutput, Sequence
@@ -18,11 +18,10 @@ from moe_serve.scheduling.stats import StatsObserver, StepStats
 class StepRecorder:
     """Lives for one step: `planned` before the model runs, `stamp` when its result is booked, `report` at the end."""
 
-    def __init__(self, runner: Any, observer: StatsObserver | None) -> None:
+    def __init__(self, experts: ExpertsControl, observer: StatsObserver | None) -> None:
         self._start = self._end = time.monotonic()
         self._num_generated = 0
-        layers = getattr(runner, "expert_layers", None)
-        self._experts = layers.experts if layers is not None else None
+        self._experts = experts
         self._observer = observer
         self._plan = BatchPlan(())
         self._num_prompt_tokens = 0
@@ -31,11 +30,8 @@ class StepRecorder:
         self._firsts: tuple[float, ...] = ()
 
     def _expert_totals(self) -> ExpertTotals:
-        """So far; zeros for runners without experts, or when nobody wants to know."""
-        if self._experts is None or self._observer is None:
-            return ExpertTotals()
-        totals: ExpertTotals = self._experts.counters.totals()
-        return totals
+        """So far; zeros without an observer, because a GPU has to be asked."""
+        return ExpertTotals() if self._observer is None else self._experts.totals()
 
     def planned(self, plan: BatchPlan) -> None:
         """Note what is about to run, while each sequence still shows its state before the step."""

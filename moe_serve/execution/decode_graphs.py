@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from expert_cache.gpu_managed.experts import DeviceExperts
+from expert_cache.experts import PaddingRows
 from moe_serve.execution.cuda_graph import Capture
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.scheduling.batch_plan import BatchPlan
@@ -104,17 +104,17 @@ class DecodeGraphs:
         widths: list[int],
         inputs: StepInputs,
         forward: Forward,
-        experts: DeviceExperts,
+        padding: PaddingRows,
         capture: Capture,
     ) -> None:
         """Captures all of them, the largest first, so that the others fit into its memory.
 
         `sizes`: rows, ascending; `widths`: pages, ascending. `forward`: the model on a step -> logits [M, V], waiting
-        for the device nowhere. RuntimeError: it does.
+        for the device nowhere. `padding`: where its experts look for rows to leave out. RuntimeError: it waits.
         """
         self._inputs = inputs
         self._forward = forward
-        self._experts = experts
+        self._padding = padding
         self.sizes = sizes
         self.widths = widths
         start = time.perf_counter()
@@ -131,11 +131,11 @@ class DecodeGraphs:
         batch = self._inputs.batch(rows, width)
 
         def work() -> torch.Tensor:
-            self._experts.padding = self._inputs.is_padding(rows) if may_be_padded else None
+            self._padding.mask = self._inputs.is_padding(rows) if may_be_padded else None
             try:
                 return self._forward(batch)
             finally:
-                self._experts.padding = None
+                self._padding.mask = None
 
         return work
 

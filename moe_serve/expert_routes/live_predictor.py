@@ -3,7 +3,7 @@
 Each running sequence is a stream of the predictor (predictors/predictor.py). Only single tokens are followed: in a step
 with a part of a prompt nearly every expert is used anyway. As an advisor it names the next layer's experts, for the
 prefetcher; and where the cache's policy is `predicted`, each layer's eviction is told of the tokens to come as soon as
-its router has chosen, as expert_cache/simulation/forecast_replay.py does.
+its router has chosen, as expert_cache/simulation/replay.py does.
 Knows plans and predictors; the cache knows neither.
 
 Shape alphabet: T tokens of the step, N of them decode, K experts per token.
@@ -23,10 +23,11 @@ from moe_serve.execution import forward_batch
 from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.scheduling.sequence import Sequence as Seq
 from predictors.predictor import HIDDEN, Foresight, Predictor
+from predictors.shape import MoELayer
 
 
 class LivePredictor:
-    """A RouteWatcher and an Advisor of ExpertLayers."""
+    """A LayerObserver and an Advisor of HostManagedExperts."""
 
     def __init__(self, predictor: Predictor, num_layers: int, policy: Predicted | None = None) -> None:
         """`policy`: whose slots it protects, if it can look beyond the current token."""
@@ -52,8 +53,8 @@ class LivePredictor:
         if len(self._now):
             self._predictor.step(self._now, np.array([item.seq.token_ids[item.start] for item, _ in decoding]))
 
-    def watch(self, layer: int, ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        """The router of `layer` (dense index) chose `ids` [T, K] for `hidden` [T, H]; nothing is evicted for it yet."""
+    def on_layer(self, layer: MoELayer, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """The router of `layer` chose `ids` [T, K] for `hidden` [T, H]; nothing is evicted for it yet."""
         if not len(self._now):
             return
         self._top_k = ids.shape[1]
@@ -62,13 +63,13 @@ class LivePredictor:
         if self._policy is not None and self._foresight is not None:
             self._policy.set_forecast(layer, self._foresight.upcoming(layer, self._now).sum(axis=0, dtype=np.float64))
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
         if not len(self._now) or layer + 1 == self._num_layers:
             return ()
         expected = self._predictor.probabilities(layer + 1, self._now).sum(axis=0)
         count = min(len(experts), self._top_k * len(self._now))
         best = (-expected).argsort(kind="stable")[:count].tolist()
-        return (Advice(layer + 1, tuple(best), tuple(float(expected[e]) for e in best)),)
+        return (Advice(MoELayer(layer + 1), tuple(best), tuple(float(expected[e]) for e in best)),)
 
 
 class Streams:

@@ -15,8 +15,7 @@ import numpy as np
 from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.events import events_of
-from expert_cache.simulation.forecast_replay import replay_forecasts
-from expert_cache.simulation.replay import ReplayResult, replay_belady, replay_events
+from expert_cache.simulation.replay import ReplayResult, replay_belady, replay_events, replay_forecasts
 from moe_serve.errors import ConfigError, TraceFileError
 from predictors.evaluation import Scores, evaluate, split_sequences
 from predictors.methods import find_method, method_names
@@ -126,7 +125,7 @@ def _replay_policies(test: RoutingTrace, report: Report) -> None:
 
 
 def slots_of(percent: float, trace: RoutingTrace) -> Capacity:
-    return Capacity.of_capacity(percent / 100, trace.num_layers, trace.num_experts)
+    return Capacity.of_frac(percent / 100, trace.num_layers, trace.num_experts)
 
 
 def added(one: Scores, two: Scores) -> Scores:

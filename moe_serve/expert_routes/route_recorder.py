@@ -35,8 +35,8 @@ class RoutingShape:
     top_k: int
 
 
-class RouteListener(Protocol):
-    """Wants to know where the routers send tokens."""
+class RouteObserver(Protocol):
+    """Is told where the routers of a step sent its tokens."""
 
     wants_weights: bool
 
@@ -46,7 +46,7 @@ class RouteListener(Protocol):
 
 
 class RouteRecorder:
-    """A RouteListener; `trace` gives what was heard."""
+    """A RouteObserver; `trace` gives what it was told."""
 
     def __init__(self, shape: RoutingShape, num_tokens: int, weights: bool = False, token_ids: bool = False) -> None:
         """Memory for `num_tokens` rows is touched only as they fill up. `weights`, `token_ids`: keep these as well."""
@@ -59,7 +59,7 @@ class RouteRecorder:
         self._weights: NDArray[np.float16] | None = np.empty(rows, np.float16) if weights else None
         self._token_ids: NDArray[np.int32] | None = np.empty(num_tokens, np.int32) if token_ids else None
         self._numbers = np.empty(num_tokens, np.int64)
-        """[R] whose row it is: sequences are numbered as they are first heard of."""
+        """[R] whose row it is: sequences are numbered as they are first seen."""
         self._positions = np.empty(num_tokens, np.int32)
         self._number_of: dict[Sequence, int] = {}
         self._next_position: dict[Sequence, int] = {}

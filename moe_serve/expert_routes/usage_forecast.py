@@ -21,11 +21,11 @@ from moe_serve.scheduling.sequence import Sequence
 DECAY = 0.6
 """Per token: an average over about the last 2.5 tokens."""
 PROMPT_TOKENS = 32
-"""Of the tokens computed in one step, so many count: older ones weigh nothing."""
+"""The newest tokens of a step that count; older ones have no weight."""
 
 
 class UsageForecast:
-    """A RouteListener and Forecasts in one."""
+    """A RouteObserver and Forecasts in one."""
 
     wants_weights = False
 

@@ -39,7 +39,7 @@ def read_config(folder: str) -> Any:
     try:
         # Before AutoConfig, whose error for an unknown type would list none of ours.
         find(str(json.loads((path / "config.json").read_text()).get("model_type")))
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     scheme_in(folder, config)
@@ -193,7 +193,7 @@ def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec)
             f"--moe-expert-file {path} was not made from the checkpoint in {folder}, or that has changed since;"
             " make it again with `moe-serve pack`"
         )
-    if store.layers != tuple(layers) or store.num_experts != spec.num_experts:
+    if store.decoder_layers != tuple(layers) or store.num_experts != spec.num_experts:
         raise CheckpointError(f"--moe-expert-file {path} does not hold the experts that {folder}/config.json asks for")
     _check_shapes(path, store, spec)
     return store
@@ -219,7 +219,7 @@ def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
     inner, hidden = spec.expert_intermediate_size, spec.hidden_size
     for layer in store.layers:
         for expert in range(store.num_experts):
-            where = f"{folder}: layer {layer} expert {expert}"
+            where = f"{folder}: {store.name(layer, expert)}"
             if store.encoding is not None:
                 _check_quantized(where, store, store.parts(layer, expert), spec)
                 continue

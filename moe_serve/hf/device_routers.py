@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_serve.hf.experts import SlottedExperts
+from moe_serve.hf.experts import ExpertsProxy
 from moe_serve.hf.routers import correction_of
 from moe_serve_kernels.routings import Routing
 
@@ -42,11 +42,11 @@ class DeviceRouter(nn.Module):
 
 
 def install(model: nn.Module, routing: Routing | None, num_experts: int) -> None:
-    """Put a DeviceRouter in the place of the router beside every SlottedExperts; None: leave them all."""
+    """Put a DeviceRouter in the place of the router beside every ExpertsProxy; None: leave them all."""
     if routing is None:
         return
     for block in list(model.modules()):
-        if any(isinstance(child, SlottedExperts) for child in block.children()):
+        if any(isinstance(child, ExpertsProxy) for child in block.children()):
             for name, child in list(block.named_children()):
                 if _is_router(child, num_experts):
                     setattr(block, name, DeviceRouter(child, routing, _logits_dtype(child)))

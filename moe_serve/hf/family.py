@@ -51,7 +51,7 @@ class Family:
     """How one architecture stores and applies its experts."""
 
     experts_class: str
-    """Name of the transformers class that our SlottedExperts replaces."""
+    """Name of the transformers class that our ExpertsProxy replaces."""
     patterns: tuple[re.Pattern[str], ...] = (PER_EXPERT, FUSED)
     """Checkpoint names of expert tensors, with groups layer, part and (per-expert layout) expert."""
     transposed: bool = False

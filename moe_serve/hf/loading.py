@@ -83,16 +83,16 @@ def load(
 
 def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
     if scheme is not None and scheme.rounds_activations:
-        log.info("the checkpoint was made for quantised activations; here activations stay floats")
+        log.info("the checkpoint was made for quantised activations; this server computes activations as floats")
     if store.is_copied:
         log.warning(
-            "experts are stored by columns or in an order of columns that the kernels cannot read: each is copied when"
-            " it comes in, beside the memory of its slot; `moe-serve pack` does that once and for all"
+            "the kernels cannot read this checkpoint's order of columns: each expert is copied when it is read, which"
+            " takes memory beside its slot. `moe-serve pack` makes a file in the right order"
         )
     elif store.encoding is not None and not are_readable(matrices_of(store.weights(store.layers[0], 0))):
         log.warning(
-            "experts are quantised in groups of %d columns, which the kernels cannot read: each is dequantised"
-            " whenever it runs, which is slow",
+            "the kernels cannot read experts quantised in groups of %d columns: each is dequantised on every use, which"
+            " is slow",
             store.encoding.group,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moe_serve.hf.experts import SlottedExperts, find_experts
+from moe_serve.hf.experts import ExpertsProxy, find_experts
 from predictors.methods.next_gate import Router
 
 CORRECTION = "e_score_correction_bias"
@@ -15,7 +15,7 @@ CORRECTION = "e_score_correction_bias"
 def find_routers(model: nn.Module, num_experts: int, hidden_size: int) -> list[Router]:
     """Each MoE layer's gate, in order; [] if one cannot be told."""
     found: list[Router] = []
-    siblings = {id(e): m for m in model.modules() for e in m.children() if isinstance(e, SlottedExperts)}
+    siblings = {id(e): m for m in model.modules() for e in m.children() if isinstance(e, ExpertsProxy)}
     for _, experts in sorted(find_experts(model).items()):
         gates: list[Router] = [
             (p, getattr(child, "bias", None))

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from expert_cache.layers import ExpertLayers
+from expert_cache.experts import Experts
+from expert_cache.in_place import InPlaceExperts
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf import decoder_blocks
+from moe_serve.hf.experts import moe_layers
 from moe_serve.hf.loading import LoadedModel
+from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu.decode_step import DecodeStep, most_tokens
 from moe_serve_kernels.cpu.decoder import DecodeInputs
-from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.layer_parts import LayerParts
 from moe_serve_kernels.cpu.native_model import NativeModel
 from predictors.methods.next_gate import Router
@@ -57,35 +59,42 @@ class WholeSteps:
     """One model's steps."""
 
     def __init__(
-        self, loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
+        self,
+        loaded: LoadedModel,
+        kv_cache: KVCache,
+        experts: Experts[BatchPlan],
+        routers: Sequence[Router],
+        page_size: int,
     ) -> None:
         """`routers`: one for every layer with experts. The family must be one that `decoder_blocks.why_not` takes."""
         model: Any = loaded.model
         self._model = model
         self._config = loaded.hf_config
         self._kv_cache = kv_cache
-        self._layers = layers
-        self._routers = dict(zip(layers.experts.store.layers, routers, strict=True))
-        activation = layers.compute.activation
+        self._experts = experts
+        self._moe_layers = moe_layers(loaded.model)
+        self._routers = dict(zip(self._moe_layers, routers, strict=True))
+        activation = loaded.family.activation(self._config)
         self._shape = decoder_blocks.shape_of(model, loaded.family, self._config, activation, page_size)
         self._rotary = RotaryTable(model.model.rotary_emb, self._shape.rotary_dim)
         self._embedding_scale = getattr(self._config, "embedding_multiplier", 1.0)
         self._logits_divisor = getattr(self._config, "logits_scaling", 1.0)
-        self._in_place = layers.in_place
+        self._in_place = experts.in_place()
         self._few, self._many = self._new_steps()
 
     def _new_steps(self) -> tuple[DecodeStep, LayerParts]:
-        model = self._model
-        blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, self._in_place)
+        model, found = self._model, self._in_place
+        in_place = {} if found is None else {i: found.layers[layer] for i, layer in self._moe_layers.items()}
+        blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, in_place)
         head = decoder_blocks.weights_of(model.lm_head)
         native = NativeModel(self._shape, blocks, model.model.norm.weight, head)
         return DecodeStep(native), LayerParts(native)
 
     def run(self, batch: ForwardBatch, rows: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of the tokens `rows` [n]; overwritten by the next step of as many tokens."""
-        self._follow(self._layers.in_place)
+        in_place = self._follow()
         inputs = self._inputs(batch)
-        logits = self._run_few(inputs, rows) if _are_few(batch) else self._run_many(inputs, rows)
+        logits = self._run_few(inputs, rows, in_place) if _are_few(batch) else self._run_many(inputs, rows)
         return logits if self._logits_divisor == 1 else logits.div_(self._logits_divisor)
 
     def _inputs(self, batch: ForwardBatch) -> DecodeInputs:
@@ -96,19 +105,21 @@ class WholeSteps:
         x = x * self._embedding_scale if self._embedding_scale != 1 else x.contiguous()
         return DecodeInputs(x, cos, sin, batch.kv_slots, page_table, lengths)
 
-    def _follow(self, in_place: Mapping[int, ExpertLayer]) -> None:
-        """A cache that has room for all experts has filled, or was resized."""
-        if in_place is not self._in_place and (in_place or self._in_place):
+    def _follow(self) -> InPlaceExperts | None:
+        """The experts in place now: they change when a cache with room for all has filled, or is resized."""
+        in_place = self._experts.in_place()
+        if in_place is not self._in_place:
             self._in_place = in_place
             self._few, self._many = self._new_steps()
+        return in_place
 
-    def _run_few(self, inputs: DecodeInputs, rows: torch.Tensor) -> torch.Tensor:
-        logits = self._run_at_once(inputs) if self._in_place else self._run_by_layer(inputs)
+    def _run_few(self, inputs: DecodeInputs, rows: torch.Tensor, in_place: InPlaceExperts | None) -> torch.Tensor:
+        logits = self._run_by_layer(inputs) if in_place is None else self._run_at_once(inputs, in_place)
         return logits if len(rows) == len(logits) else logits[rows]
 
-    def _run_at_once(self, inputs: DecodeInputs) -> torch.Tensor:
+    def _run_at_once(self, inputs: DecodeInputs, experts: InPlaceExperts) -> torch.Tensor:
         logits, ids, weights = self._few.run(inputs)
-        self._layers.have_run(ids, weights)
+        experts.have_run(ids, weights)
         return logits
 
     def _run_by_layer(self, inputs: DecodeInputs) -> torch.Tensor:
@@ -120,11 +131,12 @@ class WholeSteps:
         return self._many.head(inputs.x[rows])
 
     def _run_layers(self, step: DecodeStep | LayerParts, inputs: DecodeInputs) -> None:
-        for layer in range(len(self._kv_cache.layers)):
-            hidden, ids, weights = step.until_experts(layer, inputs)
-            if layer in self._routers:
-                shared = functools.partial(step.shared, layer, inputs)
-                mixed = self._layers.run(layer, hidden, ids, weights, meanwhile=shared)
+        for decoder_layer in range(len(self._kv_cache.layers)):
+            hidden, ids, weights = step.until_experts(decoder_layer, inputs)
+            layer = self._moe_layers.get(decoder_layer)
+            if layer is not None:
+                shared = functools.partial(step.shared, decoder_layer, inputs)
+                mixed = self._experts.run(layer, hidden, ids, weights, meanwhile=shared)
                 inputs.x.add_(mixed.mul_(self._shape.residual_scale))
 
 
@@ -148,16 +160,16 @@ def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def whole_steps(
-    loaded: LoadedModel, kv_cache: KVCache, layers: ExpertLayers, routers: Sequence[Router], page_size: int
+    loaded: LoadedModel, kv_cache: KVCache, experts: Experts[BatchPlan], routers: Sequence[Router], page_size: int
 ) -> WholeSteps | None:
     """For models on a CPU in float32 whose layers the kernels know; None, and a line in the log, for others."""
     reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
-    if reason is None and len(routers) != len(layers.experts.store.layers):
-        reason = "its routers cannot be told"
+    if reason is None and len(routers) != len(loaded.store.layers):
+        reason = "some layers have no router beside their experts"
     if reason is not None:
-        log.info("steps run through the model's modules: %s", reason)
+        log.info("steps run module by module, not kernel by kernel, because %s", reason)
         return None
-    return WholeSteps(loaded, kv_cache, layers, routers, page_size)
+    return WholeSteps(loaded, kv_cache, experts, routers, page_size)
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -89,14 +88,13 @@ class Clients:
     the server's.
     """
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, headers: Mapping[str, str]) -> None:
         import httpx
 
-        key = os.environ.get("OPENAI_API_KEY")
         self._settings: dict[str, Any] = {
             "base_url": base_url.rstrip("/"),
             "timeout": httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "headers": dict(headers),
             "verify": ssl.create_default_context(),
             "trust_env": False,
         }

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_serve.errors import ConfigError
+from moe_serve.loadtest.api_key import add_key_flag
 from moe_serve.loadtest.datasets import DATASETS, DatasetOptions
 from moe_serve.loadtest.summary import GOODPUT_METRICS, METRIC_TITLES, SummaryOptions
 
@@ -42,38 +43,53 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="Default: %(default)s.")
     group.add_argument(
-        "--backend", choices=sorted(ENDPOINT_OF), default="openai", help="Which API. Default: %(default)s."
+        "--base-url",
+        default="http://127.0.0.1:8000",
+        metavar="URL",
+        help="Address of the server. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--backend", choices=sorted(ENDPOINT_OF), default="openai", help="Which API to call. Default: openai."
     )
     group.add_argument(
         "--endpoint", metavar="PATH", help="Default: /v1/completions, or /v1/chat/completions for openai-chat."
     )
+    add_key_flag(group)
     group.add_argument("--model", metavar="NAME", help="Model to ask for. Default: the server's first.")
     group.add_argument(
-        "--ready-check-timeout-sec",
+        "--ready-check-timeout-s",
         type=float,
         default=0.0,
         metavar="S",
-        help="Wait this long for the server. Default: 0.",
+        help="Longest wait for the server to be ready, in seconds. Default: 0.",
+    )
+    group.add_argument(  # vLLM's spelling
+        "--ready-check-timeout-sec",
+        dest="ready_check_timeout_s",
+        type=float,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
     )
 
 
 def _add_load_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-prompts", type=positive, default=1000, metavar="N", help="Default: %(default)s.")
+    group.add_argument(
+        "--num-prompts", type=positive, default=1000, metavar="N", help="Number of requests. Default: 1000."
+    )
     group.add_argument(
         "--request-rate",
         type=positive_float,
         default=math.inf,
         metavar="R",
-        help="Per second. Default: inf, all at once.",
+        help="Requests per second. Default: inf, all together.",
     )
     group.add_argument(
         "--burstiness",
         type=positive_float,
         default=1.0,
         metavar="B",
-        help="1: Poisson; below: bursts; above: even. Default: 1.",
+        help="Shape of the arrivals. 1: Poisson; below 1: bursts; above 1: even. Default: 1.",
     )
     group.add_argument(
         "--max-concurrency", type=positive, metavar="N", help="Most requests in flight. Default: no limit."
@@ -91,7 +107,9 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_dataset_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--dataset-name", choices=sorted(DATASETS), default="random", help="Default: %(default)s.")
+    group.add_argument(
+        "--dataset-name", choices=sorted(DATASETS), default="random", help="Where prompts come from. Default: random."
+    )
     group.add_argument("--dataset-path", type=Path, metavar="FILE", help="For sharegpt, custom and timed_trace.")
     for name, default, help in (
         ("--random-input-len", 1024, "random: prompt length in tokens."),
@@ -146,7 +164,7 @@ def _add_result_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--result-dir", type=Path, default=Path(), metavar="DIR", help="Default: here.")
     group.add_argument("--result-filename", metavar="NAME", help="Default: made from the settings and the date.")
     group.add_argument("--label", metavar="TEXT", help="Noted in the result.")
-    group.add_argument("--disable-tqdm", action="store_true", help="No progress bar.")
+    group.add_argument("--disable-tqdm", action="store_true", help="Show no progress bar.")
 
 
 def endpoint(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""From outcomes to figures: the result keys of `vllm bench serve`, and a table of the same numbers.
+"""From outcomes to figures: the result keys of `vllm bench serve`, and rows of the same numbers.
 
 Pure arithmetic; knows nothing of HTTP or of data sets.
 """
@@ -25,7 +25,6 @@ METRIC_TITLES: Mapping[str, str] = MappingProxyType(
 )
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 DETAIL_KEYS = ("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "generated_texts", "errors")
-WIDTH = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,20 +133,18 @@ def without_details(result: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in DETAIL_KEYS}
 
 
-def table(result: Mapping[str, Any], options: SummaryOptions) -> str:
-    """The figures for people."""
-    lines = [" Serving benchmark ".center(WIDTH, "=")]
-    lines += [_row(title, result[key]) for title, key in _HEADLINES if result[key] is not None]
+def sections(result: Mapping[str, Any], options: SummaryOptions) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The figures for people: titles, and rows of (name, number) under each."""
+    found = [("Requests", [(title, _shown(result[key])) for title, key in _HEADLINES if result[key] is not None])]
     for metric in options.metrics:
-        lines.append(f" {METRIC_TITLES[metric]} (ms) ".center(WIDTH, "-"))
         words = ["mean", "median", "std", *(f"p{p:g}" for p in options.percentiles)]
-        lines += [_row(f"{word} {metric}", result[f"{word}_{metric}_ms"]) for word in words]
-    return "\n".join([*lines, "=" * WIDTH])
+        rows = [(f"{word} {metric}", _shown(result[f"{word}_{metric}_ms"])) for word in words]
+        found.append((f"{METRIC_TITLES[metric]} (ms)", rows))
+    return found
 
 
-def _row(title: str, value: float) -> str:
-    shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-    return f"{title:<36}{shown:>{WIDTH - 36}}"
+def _shown(value: float) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 _HEADLINES = (

@@ -5,21 +5,20 @@ The one place where EngineConfig meets the parts of expert_cache. Knows no token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
-from expert_cache.capacity import Capacity
+from expert_cache.capacity import Capacity, global_pool, least_mib, per_layer, slots_in
 from expert_cache.compute import ExpertCompute
 from expert_cache.gpu_managed import pool as gpu_pool
 from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import device_bytes, layout_of
-from expert_cache.gpu_managed.resident import ResidentExperts
 from expert_cache.host_managed.cache import SLOTS_PER_TRANSIT, ExpertCache
-from expert_cache.host_managed.pools import global_pool, per_layer
-from expert_cache.layers import ExpertLayers
+from expert_cache.host_managed.experts import HostManagedExperts
+from expert_cache.host_managed.memory_guard import MemoryGuard
+from expert_cache.local_experts import LocalExperts, RegroupedExperts
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Policy
@@ -36,20 +35,21 @@ from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
-from moe_serve.errors import ConfigError
+from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.expert_routes.live_predictor import LivePredictor
-from moe_serve.hf.activations import ActivationOf
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from moe_serve.hf.loading import LoadedModel
+from moe_serve.hf.routers import find_routers
+from moe_serve.memory import free_bytes
 from moe_serve.offload import deepspeed_io
 from moe_serve.offload.cpu_compute import cpu_compute
-from moe_serve.offload.gpu_managed import device_cache
+from moe_serve.offload.gpu_managed import gpu_managed_experts
 from moe_serve.offload.host_side import host_side
-from moe_serve.resolve import MIB
+from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.spec import ModelSpec
 from moe_serve_base.extensions import ExtensionError
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from predictors import files as predictor_files
-from predictors.methods.next_gate import Router
 from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, TraceError
 from predictors.trace import load as load_trace
@@ -62,28 +62,44 @@ HOST_READERS = 4
 """Threads that copy from the page cache for a GPU: one cannot fill a PCIe link."""
 
 
-def expert_layers(
-    config: EngineConfig,
-    store: ExpertStore,
-    spec: ModelSpec,
-    activation_of: ActivationOf,
-    hf_config: Any,
-    routers: Sequence[Router] = (),
-) -> ExpertLayers:
-    """Everything that runs a model's experts. `config` must be resolved; `routers`: each MoE layer's gate.
+def experts(config: EngineConfig, loaded: LoadedModel, spec: ModelSpec) -> LocalExperts[BatchPlan]:
+    """What runs a model's experts, in the fastest way that settings and machine allow. `config` must be resolved.
 
-    ValueError: an unknown activation.
+    CheckpointError: an unknown activation.
     """
-    dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    compute = _compute(config, store, activation_of(hf_config), dtype, device)
-    if isinstance(compute, GpuCompute) and compute.pool.num_free >= store.num_total:
-        return ExpertLayers(ResidentExperts(store, compute, device), compute)
-    if (managed := device_cache(config, store, compute, device)) is not None:
-        return ExpertLayers(managed, compute)
+    store, compute = loaded.store, _compute(config, loaded)
+    managed = None
+    if not _holds_all(compute, store):
+        managed = gpu_managed_experts(config, store, compute, torch.device(config.device))
+    return managed or _regrouped(config, loaded, spec, compute)
+
+
+def regrouped_experts(config: EngineConfig, loaded: LoadedModel, spec: ModelSpec) -> RegroupedExperts[BatchPlan]:
+    """As `experts`, where some of a token's experts run elsewhere. CheckpointError."""
+    return _regrouped(config, loaded, spec, _compute(config, loaded))
+
+
+def _regrouped(
+    config: EngineConfig, loaded: LoadedModel, spec: ModelSpec, compute: ExpertCompute
+) -> RegroupedExperts[BatchPlan]:
+    if isinstance(compute, GpuCompute) and _holds_all(compute, loaded.store):
+        return ResidentExperts(loaded.store, compute, torch.device(config.device))
     if not config.experts.cache_mib:
-        return ExpertLayers(MappedExperts(store, compute.prepare), compute)
+        return MappedExperts(loaded.store, compute)
+    return _host_managed(config, loaded, spec, compute)
+
+
+def _holds_all(compute: ExpertCompute, store: ExpertStore) -> bool:
+    """A GPU's pool has room for every expert."""
+    return isinstance(compute, GpuCompute) and compute.pool.num_free >= store.num_total
+
+
+def _host_managed(
+    config: EngineConfig, loaded: LoadedModel, spec: ModelSpec, compute: ExpertCompute
+) -> HostManagedExperts[BatchPlan]:
+    store, device = loaded.store, torch.device(config.device)
     profile = _profile(config, store)
-    slots, num_transit = slots_of(config, store, spec.top_k, profile)
+    capacity, num_transit = capacity_of(config, store, spec.top_k, profile)
     policy = _policy(config, store, profile)
     arena, fetcher = _arena(store, device, compute), _fetcher(config, device)
     host, misses = host_side(config, store, compute, arena, fetcher)
@@ -91,32 +107,33 @@ def expert_layers(
         store,
         compute.prepare,
         arena,
-        slots,
+        capacity,
         num_transit,
         policy,
         fetcher,
-        shadows=_shadows(config, store, slots),
+        shadows=_shadows(config, store, capacity),
         quotas=AdaptiveQuotas(len(store.layers), store.num_experts)
         if config.experts.cache_pool == "adaptive"
         else None,
         misses=misses,
     )
-    advisor = _advisor(config, store, routers)
     predictor = _predictor(config, store, spec, policy)
-    if config.experts.prefetch == "predictor":
-        advisor = predictor
+    advisor = predictor if config.experts.prefetch == "predictor" else _advisor(config, loaded, spec)
     audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.experts.prefetch_audit else None
-    layers = ExpertLayers(cache, compute, advisor, audit, host)
-    layers.watcher = predictor
-    return layers
+    guard = MemoryGuard(cache.num_slots, store.slot_bytes, partial(free_bytes, device))
+    return HostManagedExperts(
+        cache, compute, advisor, audit, host, predictor, guard, slot_bytes=slot_bytes_of(config, store)
+    )
 
 
-def _advisor(config: EngineConfig, store: ExpertStore, routers: Sequence[Router]) -> Advisor | None:
-    """Whoever says what to bring ahead of time."""
-    if config.experts.prefetch in ("off", "predictor"):
+def _advisor(config: EngineConfig, loaded: LoadedModel, spec: ModelSpec) -> Advisor | None:
+    """What says which experts to bring ahead of time, if no trained predictor does."""
+    store = loaded.store
+    if config.experts.prefetch == "off":
         return None
     if config.experts.prefetch == "affinity":
         return FromAffinity(len(store.layers), store.num_experts)
+    routers = find_routers(loaded.model, spec.num_experts, spec.hidden_size)
     if len(routers) != len(store.layers):
         raise ConfigError("--moe-prefetch next-gate: no router was found beside every layer's experts; choose affinity")
     return FromNextGate(routers)
@@ -132,11 +149,6 @@ def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy
     except predictor_files.PredictorFileError as error:
         raise ConfigError(f"--moe-predictor: {error}") from error
     return LivePredictor(found, len(store.layers), policy if isinstance(policy, Predicted) else None)
-
-
-def num_slots(moe_cache_mib: int, store: ExpertStore, slot_bytes: int) -> int:
-    """Slots that a budget holds."""
-    return min(moe_cache_mib * MIB // slot_bytes, store.num_total)
 
 
 def slot_bytes_of(config: EngineConfig, store: ExpertStore) -> int:
@@ -170,7 +182,7 @@ def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | No
     return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())
 
 
-def _shadows(config: EngineConfig, store: ExpertStore, slots: Capacity) -> LiveShadows | None:
+def _shadows(config: EngineConfig, store: ExpertStore, capacity: Capacity) -> LiveShadows | None:
     if config.experts.cache_shadow is None:
         return None
     names = [name.strip() for name in config.experts.cache_shadow.split(",")]
@@ -178,18 +190,18 @@ def _shadows(config: EngineConfig, store: ExpertStore, slots: Capacity) -> LiveS
         needy = [name for name in names if find_policy(name).needs]
         if needy:
             raise ValueError(f"{needy[0]} needs a {find_policy(needy[0]).needs} and cannot run as a shadow")
-        return LiveShadows(names, slots, len(store.layers), store.num_experts)
+        return LiveShadows(names, capacity, len(store.layers), store.num_experts)
     except ValueError as error:
         raise ConfigError(f"--moe-cache-shadow: {error}") from error
 
 
-def slots_of(
+def capacity_of(
     config: EngineConfig, store: ExpertStore, top_k: int, profile: RoutingTrace | None = None
 ) -> tuple[Capacity, int]:
     """How the layers share the slots (ExpertCacheConfig.cache_pool), and how many more are in transit."""
     assert config.experts.cache_mib is not None
     slot_bytes = slot_bytes_of(config, store)
-    slots, layers = num_slots(config.experts.cache_mib, store, slot_bytes), len(store.layers)
+    slots, layers = slots_in(config.experts.cache_mib, slot_bytes, store.num_total), len(store.layers)
     num_transit = min(top_k, slots // SLOTS_PER_TRANSIT) if slots < store.num_total else 0
     slots -= num_transit
     wanted = config.experts.cache_pool
@@ -200,7 +212,7 @@ def slots_of(
     if slots < layers:
         raise ConfigError(
             f"--moe-cache-pool {wanted}: --moe-cache-mib {config.experts.cache_mib} holds {slots} experts, fewer than"
-            f" the {layers} layers; give at least {-(-layers * slot_bytes // MIB)} or choose global"
+            f" the {layers} layers; give at least {least_mib(layers, slot_bytes)} or choose global"
         )
     if wanted == "quota":
         if profile is None:
@@ -209,18 +221,24 @@ def slots_of(
     return per_layer(layers, store.num_experts, slots), num_transit
 
 
-def _compute(
-    config: EngineConfig, store: ExpertStore, activation: Activation, dtype: torch.dtype, device: torch.device
-) -> ExpertCompute:
+def _compute(config: EngineConfig, loaded: LoadedModel) -> ExpertCompute:
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
+    store, dtype, device = loaded.store, getattr(torch, config.dtype), torch.device(config.device)
+    activation = _activation(config, loaded)
     if not gpu_pool.is_available(device):
         on_cpu = device.type == "cpu"
         return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
-    budget = config.experts.cache_mib
-    slots = num_slots(budget, store, slot_bytes_of(config, store)) if budget else store.num_total
+    budget, most = config.experts.cache_mib, store.num_total
+    slots = slots_in(budget, slot_bytes_of(config, store), most) if budget else most
     layout = layout_of(store.weights(store.layers[0], 0), dtype)
-    pool = gpu_pool.SlotPool(layout, slots, device)
-    return GpuCompute(activation, dtype, device, pool)
+    return GpuCompute(activation, dtype, device, gpu_pool.SlotPool(layout, slots, device))
+
+
+def _activation(config: EngineConfig, loaded: LoadedModel) -> Activation:
+    try:
+        return loaded.family.activation(loaded.hf_config)
+    except ValueError as error:  # one that we do not have
+        raise CheckpointError(f"{config.model}/config.json: {error}") from error
 
 
 def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> SlotArena:

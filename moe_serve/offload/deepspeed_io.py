@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from expert_cache.errors import ExpertReadError
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from moe_serve.errors import ConfigError
 
 BLOCK_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Whether a GPU can manage its expert cache by itself, and why not: settings and machine against DeviceCache's needs.
+"""Whether a GPU can manage its expert cache by itself, and why not: settings and machine against what it needs.
 
 Knows no tokens and no requests.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from expert_cache.compute import ExpertCompute
-from expert_cache.gpu_managed.cache import DeviceCache, host_bytes
+from expert_cache.gpu_managed.cache import GpuManagedExperts, host_bytes
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
@@ -25,36 +25,30 @@ HOST_SHARE = 0.8
 GIB = 1 << 30
 
 
-def device_cache(
+def gpu_managed_experts(
     config: EngineConfig, store: ExpertStore, compute: ExpertCompute, device: torch.device
-) -> DeviceCache | None:
-    """The cache that the GPU manages, or None, with a line in the log that says why not.
+) -> GpuManagedExperts | None:
+    """Experts in a cache that the GPU manages, or None, with a line in the log that says why not.
 
-    ConfigError where the user insists on it and it cannot be.
+    ConfigError where the user asks for it and it cannot be.
     """
     if config.experts.cache_manager == "host":
         return None
-    found = _try(config, store, compute, device)
-    if isinstance(found, DeviceCache):
-        return found
-    if config.experts.cache_manager == "device":
-        raise ConfigError(f"--moe-cache-manager device: {found}; choose auto or host")
+    is_required = config.experts.cache_manager == "device"
     if isinstance(compute, GpuCompute):
-        log.warning("the host manages the expert cache, step by step: %s", found)
+        reason = next(_hindrances(config, store, compute), None)
+        if reason is None:
+            try:
+                return GpuManagedExperts(store, compute, device)
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+        if not is_required:
+            log.warning("the host manages the expert cache, not the GPU, because %s", reason)
+    else:
+        reason = "there is no GPU with triton"
+    if is_required:
+        raise ConfigError(f"--moe-cache-manager device: {reason}; choose auto or host")
     return None
-
-
-def _try(config: EngineConfig, store: ExpertStore, compute: ExpertCompute, device: torch.device) -> DeviceCache | str:
-    """The cache, or why there is none."""
-    if not isinstance(compute, GpuCompute):
-        return "there is no GPU with triton"
-    reason = next(_hindrances(config, store, compute), None)
-    if reason is not None:
-        return reason
-    try:
-        return DeviceCache(store, compute, device)
-    except (ValueError, RuntimeError) as error:
-        return str(error).splitlines()[0]
 
 
 def _hindrances(config: EngineConfig, store: ExpertStore, compute: GpuCompute) -> Iterator[str]:

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 
 from expert_cache.compute import ExpertCompute
-from expert_cache.errors import ExpertReadError
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import ByCrossover, FromPageCache, MissChoice
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
@@ -59,8 +59,8 @@ def _by_crossover(
     except ExpertReadError as error:
         raise CheckpointError(error.message) from error
     log.info(
-        "an expert takes %.2f ms to the GPU and %.2f ms on the CPU for one token: the CPU computes missing experts of"
-        " up to %d tokens; a token's last bits depend on what was resident",
+        "copying an expert to the GPU takes %.2f ms, computing one token on the CPU %.2f ms: the CPU computes missing"
+        " experts of up to %d tokens. A token's last bits depend on which experts were resident",
         1e3 * costs.copy_s,
         1e3 * costs.host(1),
         costs.crossover_tokens,

@@ -5,22 +5,18 @@ Knows the planner's format; knows no torch and no processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_serve.errors import ConfigError
-from placement.cost import Layout, hosts_of
+from placement.cost import Hosts, Layout, hosts_of
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan, load_plan, make_plan
 from placement.problem import PlacementProblem
 from placement.topology import Ints, Topology
 
-Hosts = npt.NDArray[np.bool_]
-"""[L, E, G] whether a rank holds an expert."""
 MAX_IMBALANCE = 1.25
 """Limit on a rank's load over fair for plans made while serving without one. Without it a new plan saved 26 and 27 %
 of the hops of two real traces and loaded the busiest of 8 ranks with 1.77 and 2.08 times fair, where contiguous runs
@@ -90,11 +86,3 @@ def _contiguous_devices(num_layers: int, num_experts: int, num_ranks: int) -> In
     """Equal runs of experts, the first ranks one more where they do not divide: 8 experts on 3 ranks are 3, 3, 2."""
     sizes = [len(part) for part in np.array_split(range(num_experts), num_ranks)]
     return np.tile(np.repeat(np.arange(num_ranks), sizes), (num_layers, 1))
-
-
-def layout_to_json(layout: Layout) -> dict[str, Any]:
-    return {"device_of": layout.device_of.tolist(), "replicas": layout.replicas.tolist()}
-
-
-def layout_from_json(data: Mapping[str, Any]) -> Layout:
-    return Layout(np.array(data["device_of"], np.int64), np.array(data["replicas"], np.int64).reshape(-1, 3))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve.planning.recordings import Loads, read_recording
 from moe_serve_base.whole_files import whole_file, write_text
@@ -26,8 +27,6 @@ from placement.plan import PlacementPlan, check_plan, load_plan, save_plan
 from placement.problem import PlacementProblem, count_load, count_transitions
 from placement.topology import Topology
 from predictors.trace import RoutingTrace, TraceError
-
-MIB = 1 << 20
 
 
 @contextmanager

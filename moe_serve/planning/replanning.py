@@ -8,13 +8,13 @@ and plans; knows no ranks.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from moe_serve.planning import problems
 from placement.cost import TOLERANCE, PlanCost, evaluate, hosts_of
 from placement.plan import PlacementPlan
 from placement.solve import find_plan
+from placement.verdict import Verdict, numbers_of
 from predictors.trace import RoutingTrace
 
 MIN_TOKENS = 500
@@ -34,24 +34,13 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The plan in force and another on the same traffic."""
+class Replanning(Verdict):
+    """Whether another plan comes into force, and what it was judged on."""
 
-    adopt: bool
-    why: str
     tokens: int
     """Of the traffic."""
-    traffic_now: float
-    """Mean hop cost per transition: with equal hops, the share of transitions that leave a rank."""
-    traffic_then: float
-    balance_now: float
-    """Mean over layers of the busiest rank's load over its fair share."""
-    balance_then: float
     moved: int
     """(layer, expert, rank) that the other plan needs and the one in force does not have."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def lacking(trace: RoutingTrace | None) -> str:
@@ -62,7 +51,7 @@ def lacking(trace: RoutingTrace | None) -> str:
     return f"recent traffic is {tokens} tokens of {sequences} sequences; at least {MIN_TOKENS} of 2 are needed"
 
 
-def propose(plan: PlacementPlan, trace: RoutingTrace, terms: Terms) -> tuple[PlacementPlan, Verdict]:
+def propose(plan: PlacementPlan, trace: RoutingTrace, terms: Terms) -> tuple[PlacementPlan, Replanning]:
     """A candidate under the settings of the plan in force, judged on traffic that it was not made from."""
     order = list(range(trace.num_sequences))
     problem = problems.problem_of_plan(plan, trace.select(order[::2]))
@@ -74,20 +63,17 @@ def propose(plan: PlacementPlan, trace: RoutingTrace, terms: Terms) -> tuple[Pla
     return candidate, judge(plan, candidate, trace.select(order[1::2]), terms)
 
 
-def judge(plan: PlacementPlan, candidate: PlacementPlan, trace: RoutingTrace, terms: Terms) -> Verdict:
+def judge(plan: PlacementPlan, candidate: PlacementPlan, trace: RoutingTrace, terms: Terms) -> Replanning:
     """Compare on traffic, under the settings of the plan in force."""
     live = problems.problem_of_plan(plan, trace)
     now, then = evaluate(live, plan.layout), evaluate(live, candidate.layout)
     adopt, why = _decide(now, then, terms.margin_frac)
     before, after = (hosts_of(each.layout, plan.num_devices) for each in (plan, candidate))
-    return Verdict(
+    return Replanning(
         adopt=adopt,
         why=why,
+        **numbers_of(now, then),
         tokens=trace.num_tokens,
-        traffic_now=now.traffic,
-        traffic_then=then.traffic,
-        balance_now=now.balance_mean,
-        balance_then=then.balance_mean,
         moved=int((after & ~before).sum()),
     )
 

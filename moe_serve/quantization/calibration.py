@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_cache.layers import ExpertLayers
 from expert_cache.regroup import regroup
-from expert_cache.storage.store import ExpertWeights
+from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import ConfigError
-from moe_serve.hf import experts
+from moe_serve.hf.experts import RunsExperts, connect
 from moe_serve.llm import LLM
 from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate, as_tensor
+from predictors.shape import MoELayer
 
 WINDOW_TOKENS = 512
 PRIOR_TOKENS = 32
@@ -37,35 +37,37 @@ class _Sums:
 
 
 class ActivationRecorder:
-    """ExpertLayers that remembers the squares of its inputs."""
+    """Stands before a model's experts and remembers the squares of their inputs."""
 
-    def __init__(self, layers: ExpertLayers, activation: Activation) -> None:
-        self._layers = layers
+    def __init__(self, experts: RunsExperts, store: ExpertStore, activation: Activation) -> None:
+        self._experts = experts
+        self._store = store
         self._activation = activation
         self._sums: dict[tuple[int, int], _Sums] = {}
+        """By (decoder layer, expert)."""
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As ExpertLayers.run."""
-        groups = regroup(ids, self._layers.experts.store.num_experts)
+    def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As Experts.run."""
+        groups, decoder_layer = regroup(ids, self._store.num_experts), self._store.decoder_layer(layer)
         for expert in groups.experts:
             start, end = groups.segments[expert]
             x = hidden[groups.tokens[start:end]].float()
-            self._add(layer, expert, x, self._layers.experts.store.weights(layer, expert))
-        return self._layers.run(layer, hidden, ids, weights)
+            self._add((decoder_layer, expert), x, self._store.weights(layer, expert))
+        return self._experts.run(layer, hidden, ids, weights)
 
-    def _add(self, layer: int, expert: int, x: torch.Tensor, weights: ExpertWeights) -> None:
+    def _add(self, key: tuple[int, int], x: torch.Tensor, weights: ExpertWeights) -> None:
         gate = torch.nn.functional.linear(x, as_tensor(weights.gate, x.dtype), _bias(weights.gate_bias))
         up = torch.nn.functional.linear(x, as_tensor(weights.up, x.dtype), _bias(weights.up_bias))
         inner = activate(self._activation, gate, up).square().sum(0)
-        old = self._sums.get((layer, expert)) or _Sums(0, torch.zeros(x.shape[1]), torch.zeros(inner.shape[0]))
-        self._sums[layer, expert] = _Sums(len(x) + old.tokens, old.hidden + x.square().sum(0), old.inner + inner)
+        old = self._sums.get(key) or _Sums(0, torch.zeros(x.shape[1]), torch.zeros(inner.shape[0]))
+        self._sums[key] = _Sums(len(x) + old.tokens, old.hidden + x.square().sum(0), old.inner + inner)
 
-    def importance(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def importance(self, decoder_layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean squares ([H] of gate's and up's inputs, [I] of down's) of an expert, drawn towards its layer's."""
-        all_sums = [sums for (at, _), sums in self._sums.items() if at == layer]
+        all_sums = [sums for (at, _), sums in self._sums.items() if at == decoder_layer]
         total = sum(sums.tokens for sums in all_sums)
         mean = [torch.stack([getattr(s, name) for s in all_sums]).sum(0) / total for name in ("hidden", "inner")]
-        own = self._sums.get((layer, expert)) or _Sums(0, torch.zeros_like(mean[0]), torch.zeros_like(mean[1]))
+        own = self._sums.get((decoder_layer, expert)) or _Sums(0, torch.zeros_like(mean[0]), torch.zeros_like(mean[1]))
         tokens = own.tokens + PRIOR_TOKENS
         return (own.hidden + PRIOR_TOKENS * mean[0]) / tokens, (own.inner + PRIOR_TOKENS * mean[1]) / tokens
 
@@ -83,8 +85,9 @@ def record(model: str, text: str, most_tokens: int) -> ActivationRecorder:
         raise ConfigError("--calibration: the file has no text")
     runner = llm.engine.runner
     assert isinstance(runner, ModelRunner)
-    recorder = ActivationRecorder(runner.expert_layers, runner.expert_layers.compute.activation)
-    experts.connect(runner.model, recorder)
+    loaded = runner.loaded
+    recorder = ActivationRecorder(runner.experts, loaded.store, loaded.family.activation(loaded.hf_config))
+    connect(runner.model, recorder)
     try:
         llm.generate(_windows(ids), SamplingParams(max_tokens=1, temperature=0), show_progress=False)
     finally:

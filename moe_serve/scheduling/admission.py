@@ -17,15 +17,15 @@ from moe_serve.errors import OverloadedError
 RECENT_SAMPLES = 64
 """Finished samples that the expected wait is worked out from."""
 FULL_SAMPLES = 512
-"""Finished samples that say how fast a full batch is: enough not to notice that a machine stood still for seconds."""
+"""Finished samples that say how fast a full batch is: a stall of seconds does not change their mean much."""
 SEATS_PER_STANDING = 16
-"""In an overload one request may wait for so many seats: enough to fill a seat as soon as it is free."""
+"""Seats per request that may wait in an overload: enough to fill a seat as soon as it is free."""
 WINDOW_S = 2.0
-"""In two of these in a row far more requests come in an overload; two without a refusal end it."""
+"""An overload begins after two windows in a row with too many arrivals; it ends after two without a refusal."""
 FEWEST_PER_WINDOW = 24
-"""Requests that can be served in a window: where one takes long, windows are longer."""
+"""A window is long enough to serve this many requests: few arrivals are noisy."""
 OVERLOAD = 1.7
-"""Times as many as can be served. At a mean of 0.8 the bursts of Azure's and Mooncake's traces reach 1.45."""
+"""Arrivals over the service rate. The bursts of Azure's and Mooncake's arrival traces reach 1.45 at a mean of 0.8."""
 SAMPLE_S = WINDOW_S / 25
 MAX_RETRY_AFTER_S = 60
 
@@ -42,16 +42,16 @@ class Admission:
         self._last_refusal_s = -math.inf
         self._num_arrivals = 0
         self._arrivals: deque[tuple[float, int]] = deque([(-math.inf, 0)])
-        """How many requests had come when: some points of two windows, and the last one before."""
+        """(time, arrivals until then): some points of two windows, and the last one before."""
 
     def note_finished(self, seat_s: float) -> None:
-        """A sample has ended that kept its seat in the batch for so long."""
+        """A sample has ended that kept its seat in the batch for `seat_s`."""
         self._seat_times_s.append(seat_s)
         if self._is_full:
             self._full_seat_times_s.append(seat_s)
 
     def note_arrival(self, num_queued: int) -> None:
-        """A request has come, and finds so many waiting."""
+        """A request has come, while `num_queued` others wait."""
         self._num_arrivals += 1
         self._is_full = num_queued > 0
         now_s = self._clock()
@@ -65,13 +65,13 @@ class Admission:
         """OverloadedError if a request that finds every seat taken may not wait behind `num_queued` others."""
         limits = self._config.queue
         if num_queued >= limits.max_num_queued_reqs:
-            raise self.refusal(num_queued, f"{num_queued} requests are waiting already")
+            raise self.refusal(num_queued, f"{num_queued} requests are already waiting")
         if limits.max_queue_wait_s is not None:
             self._check_wait(num_queued, limits.max_queue_wait_s)
         if limits.max_num_queued_tokens is not None:
             tokens = queued_tokens()
             if tokens + prompt_tokens > limits.max_num_queued_tokens:
-                raise self.refusal(num_queued, f"{tokens} prompt tokens are waiting already")
+                raise self.refusal(num_queued, f"{tokens} prompt tokens are already waiting")
 
     def _check_wait(self, num_queued: int, longest_s: float) -> None:
         """A burst may wait for the whole max_queue_wait_s. But in an overload a long queue only makes every accepted
@@ -79,9 +79,9 @@ class Admission:
         (the idea of controlled delay; B. Maurer, Fail at Scale, ACM Queue 2015)."""
         wait_s = self.expected_wait_s(num_queued + 1)
         if wait_s > longest_s:
-            raise self.refusal(num_queued, f"it would wait for about {wait_s:.1f} s, longer than it may")
+            raise self.refusal(num_queued, f"its wait would be about {wait_s:.1f} s; the limit is {longest_s:g} s")
         if num_queued >= self.num_standing and (self.is_overloaded or self._far_more_come()):
-            raise self.refusal(num_queued, f"more come than can be served, and it would wait for about {wait_s:.1f} s")
+            raise self.refusal(num_queued, f"the server is overloaded, and its wait would be about {wait_s:.1f} s")
 
     @property
     def num_standing(self) -> int:
@@ -95,8 +95,8 @@ class Admission:
         return is_limited and self._clock() - self._last_refusal_s < 2 * WINDOW_S
 
     def _far_more_come(self) -> bool:
-        """Than can be served, and not all at once. Told by arrivals, not by the queue: that grows as fast when the
-        machine stands still for a moment."""
+        """True if two windows in a row had more arrivals than OVERLOAD times the service rate. The queue's length is no
+        sign: it grows as fast when the machine stalls for a moment."""
         one_s, now_s = self._served_in_s(), self._clock()
         if one_s == 0:
             return False
@@ -106,7 +106,7 @@ class Admission:
         return self._num_arrivals - before > most and before - long_before > most
 
     def _served_in_s(self) -> float:
-        """Seconds per sample that a full batch needs, or about that if it has not been full for long."""
+        """Seconds per sample of a full batch; an estimate until the batch was full for RECENT_SAMPLES."""
         is_known = len(self._full_seat_times_s) >= RECENT_SAMPLES
         times_s = self._full_seat_times_s if is_known else self._seat_times_s
         return statistics.fmean(times_s) / self._config.max_num_seqs if times_s else 0.0
@@ -115,12 +115,12 @@ class Admission:
         return max(WINDOW_S, FEWEST_PER_WINDOW * one_s)
 
     def _num_until(self, time_s: float) -> int:
-        """How many requests had come by then, or by the first time that is remembered."""
+        """Arrivals until `time_s`, or until the oldest time kept."""
         oldest = self._arrivals[0][1]
         return next((number for came_s, number in reversed(self._arrivals) if came_s <= time_s), oldest)
 
     def expected_wait_s(self, num_queued: int) -> float:
-        """Seconds until so many requests have found seats, from how long recent samples kept theirs.
+        """Seconds until `num_queued` requests have seats, from how long recent samples kept theirs.
 
         Not from how many finished per second: that says how fast requests came, unless the batch was full.
         """

@@ -3,7 +3,7 @@
 First come, first served is the default. ExpertAware prefers sequences that are expected to use the same experts,
 and experts that are already resident: Read-ME forms batches by the experts its pre-gating router foresees, and
 ExpertFlow regroups tokens by predicted expert paths. Here the choice is among sequences that hold their KV pages
-anyway, so it moves no memory, and a sequence that was passed over too often goes first, so nobody starves.
+anyway, so it moves no memory, and a sequence that was passed over too often goes first, so none starves.
 
 What to expect of a sequence comes from its own recent tokens (moe_serve/expert_routes/usage_forecast.py) or from any
 other Forecasts. Knows no torch, no pages and no clock.
@@ -51,7 +51,7 @@ class Forecasts(Protocol):
 
 
 class ExpertAware:
-    """Starts from whoever waited longest, then adds, one by one, the sequence that needs the fewest more experts."""
+    """Starts from the sequence that waited longest; then adds, one by one, that with the fewest further experts."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class ExpertAware:
         can_pay: Callable[[int], bool] = lambda width: True,
     ) -> None:
         """`max_skipped`: steps in a row that a sequence may be passed over; it may be exceeded only when more than
-        `width` sequences have waited so long. `resident`: [L * E] experts that cost nothing now. `can_pay(width)`:
-        whether choosing is worth it at the moment; if not, whoever waited longest is taken."""
+        `width` sequences have waited that long. `resident`: [L * E] experts that cost nothing now. `can_pay(width)`:
+        whether choosing is worth it at the moment; if not, those that waited longest are taken."""
         self._forecasts = forecasts
         self._max_skipped = max_skipped
         self._resident = resident
@@ -83,7 +83,7 @@ class ExpertAware:
         """Add to `chosen` until there are `width`, each time the one that adds the fewest expected experts."""
         expected = self._forecasts.of(decoding)
         free = None if self._resident is None else self._resident()
-        # Of each cell: how likely it is needed by nobody yet and would have to be brought.
+        # For each (layer, expert): the probability that no chosen sequence needs it yet and that it must be read.
         missing = np.ones(expected.shape[1], np.float32) if free is None else 1 - RESIDENT_WEIGHT * free
         missing = missing.astype(np.float32, copy=False)
         for i in chosen:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,11 @@ class BatchPlan:
     @property
     def is_empty(self) -> bool:
         return not self.scheduled
+
+    def spans(self) -> tuple[slice, ...]:
+        """Each scheduled sequence's tokens, when those of all are counted in plan order."""
+        ends = accumulate(s.count for s in self.scheduled)
+        return tuple(slice(end - s.count, end) for s, end in zip(self.scheduled, ends, strict=True))
 
 
 @dataclass(frozen=True, eq=False, slots=True)

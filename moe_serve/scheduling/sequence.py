@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from moe_serve.errors import InvalidRequestError
+from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
@@ -60,8 +61,8 @@ class SamplingParams:
 
     n: int = 1
     max_tokens: int | None = None
-    """Completion length limit in tokens; None means up to the end of the context window, 0 that only the prompt is
-    computed."""
+    """Completion length limit in tokens. None, the default: up to the end of the context window (vLLM: 16). 0: only the
+    prompt is computed."""
     min_tokens: int = 0
     """No end-of-sequence or stop token is sampled before this many tokens."""
     temperature: float = 1.0
@@ -77,7 +78,7 @@ class SamplingParams:
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None = None
     """Same seed, same prompt, same parameters: same tokens, whatever else runs in the batch."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()  # a string is one of them; kept as a tuple
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -95,6 +96,8 @@ class SamplingParams:
     """The same of the prompt's tokens; such a prompt is computed whole, whatever prefix is cached."""
 
     def __post_init__(self) -> None:
+        for name, value in kept_values(self):
+            object.__setattr__(self, name, value)
         _require(1 <= self.n <= 128, "n", f"must be between 1 and 128, got {self.n}")
         _require((self.max_tokens or 0) >= 0, "max_tokens", f"must not be negative, got {self.max_tokens}")
         _require(self.min_tokens >= 0, "min_tokens", f"must not be negative, got {self.min_tokens}")

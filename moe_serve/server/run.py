@@ -1,89 +1,67 @@
 """`moe-serve serve`: open the port, load the model behind it, serve until told to stop.
 
-Knows uvicorn and the settings; the endpoints are in app.py, which is imported only while loading: it brings
+Knows the settings; the endpoints are in app.py, which is imported only while loading: it brings
 torch along, and until then /health already says "loading".
 """
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import uvicorn
-
 from moe_serve import __version__
-from moe_serve.config import EngineConfig, ServerConfig, flag_name
-from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.server.endpoints import probes, ranks
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig, flag_name
+from moe_serve.config.model_folder import model_id_of
+from moe_serve.demo import MODEL
+from moe_serve.errors import ConfigError, EngineDeadError
+from moe_serve.server.computing import computing
 from moe_serve.server.monitoring import logs
+from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys
-from moe_serve.server.transport.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
-from moe_serve.server.transport.draining import DrainingServer
-from moe_serve.server.transport.loading_app import FrontDoor
+from moe_serve.server.transport.guard import warn_if_open
+from moe_serve.server.transport.listening import bind
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from moe_serve.engine.async_engine import AsyncEngine
     from moe_serve.engine.engine import Engine
     from moe_serve.server.monitoring.request_spans import Tracing
 
 log = logging.getLogger("moe_serve")
-
-LISTEN_BACKLOG = 2048
 
 
 def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_config: ParallelConfig) -> None:
     """Serve until SIGTERM or SIGINT. ConfigError: the port, the keys or the model cannot be used."""
     logs.set_up(server_config.log_format)
     keys = read_keys(server_config)
-    probes.warn_if_open(server_config, keys)
+    warn_if_open(server_config, keys)
     tracing = _tracing(server_config)
-    bound = _bind(server_config)  # before the slow part, so that a taken port is found at once
-    door = FrontDoor(
-        partial(_load, server_config, engine_config, parallel_config, bound.getsockname()[1], tracing),
-        lambda: _end(server),
-    )
-    server = DrainingServer(
-        _uvicorn_config(probes.guard(door, server_config, keys), server_config),
-        door,
-        server_config.shutdown_timeout_s,
-    )
-    asyncio.run(server.serve(sockets=[bound]))
+    bound = bind(server_config)  # before the slow part, so that a taken port is found at once
+    port = bound.getsockname()[1]
+    load = partial(_load, server_config, engine_config, parallel_config, port, tracing)
+    door = serving.serve_until_told(bound, server_config, keys, load)
     gc.unfreeze()  # see _keep_for_good; what is never collected, some libraries call a leak at the end
     if door.failure is not None:
         raise door.failure
     if door.engine is not None:
-        ranks.raise_failure(door.engine.engine)
+        _raise_final_trouble(door.engine)
     if door.is_loading:  # the loading thread would be torn out of torch's code
         sys.stderr.flush()
         os._exit(0)
 
 
-def _end(server: DrainingServer) -> None:
-    server.should_exit = True
-
-
-def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http=connection_class(config.read_timeout_s, config.write_timeout_s, raise_file_limit()),
-        ws="none",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        backlog=LISTEN_BACKLOG,
-        server_header=False,
-        log_config=None,
-        log_level=config.uvicorn_log_level,
-        access_log=False,
-    )
+def _raise_final_trouble(engine: AsyncEngine) -> None:
+    """EngineDeadError if ranks were lost for good: a launcher that may start everything again must see a failure."""
+    trouble = engine.core.trouble()
+    if trouble is not None and trouble.is_final:
+        raise EngineDeadError(trouble.message)
 
 
 def _tracing(config: ServerConfig) -> Tracing | None:
@@ -110,7 +88,7 @@ def _load(
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.engine.async_engine import AsyncEngine
-    from moe_serve.parallel.start import make_engine
+    from moe_serve.parallel.front.start import make_engine
     from moe_serve.server.app import create_app
     from moe_serve.text.generation_defaults import read_generation_defaults
 
@@ -146,32 +124,22 @@ def _keep_for_good() -> None:
 
 
 def model_name_of(folder: str) -> str:
-    """The folder's name; the embedded demo's folder is just called `model`."""
+    """A model id where the folder is in the hub's cache, else its name; the demo's folder is just called `model`."""
     path = Path(folder).resolve()
-    return "moe-serve-demo" if path == Path(__file__).resolve().parents[1] / "demo" / "model" else path.name
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((config.host, config.port))
-    except OSError as error:
-        bound.close()
-        message = f"cannot listen on {config.host} port {config.port} ({error.strerror}); choose another"
-        raise ConfigError(f"{message} with {flag_name('port')}") from error
-    return bound
+    if path == MODEL:
+        return "moe-serve-demo"
+    return model_id_of(folder) or path.name
 
 
 def _log_engine(engine: Engine, seconds: float) -> None:
     config = engine.config
     log.info(
-        "loaded in %.1f s: %s, %s on %s, %d threads, context %d, %d KV pages of %d tokens, expert cache %d MiB",
+        "loaded in %.1f s: %s, %s on %s (%s), %d threads, context %d, %d KV pages of %d tokens, expert cache %d MiB",
         seconds,
         engine.spec.model_type,
         config.dtype,
         config.device,
+        computing(config)["instruction_set"],
         config.num_threads,
         engine.max_model_len,
         engine.num_pages,

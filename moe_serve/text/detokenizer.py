@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
+from moe_serve.scheduling.field_types import strings
 from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ class IncrementalDetokenizer:
         self._pending: list[int] = []
         """Ids since the stream last gave text: half a character, or special tokens."""
         self._held = ""
-        self._stops = params.stop
+        self._stops = strings("stop", params.stop)
         self._include_stop = params.include_stop_str_in_output
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:

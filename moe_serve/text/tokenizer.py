@@ -42,7 +42,7 @@ class Tokenizer:
             # transformers would make up an empty one
             raise ConfigError(f"{folder}: no tokenizer here ({', '.join(TOKENIZER_FILES)}); see --tokenizer")
         try:
-            hf = AutoTokenizer.from_pretrained(folder)
+            hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder}: cannot load its tokenizer ({error})") from error
         if not hf.is_fast:

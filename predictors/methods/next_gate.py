@@ -5,7 +5,7 @@ choose (mixtral-offloading's speculative loading, arXiv 2312.17238). It says not
 
 Cost per token and forecast: H E multiplications, as much as the router itself.
 
-Shape alphabet: T tokens, H hidden, L layers by dense index, E experts.
+Shape alphabet: T tokens, H hidden, L MoE layers, E experts.
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ import pytest
 from moe_serve.cli import main, parse
 from moe_serve.cli.flags import add_config_flags, config_from_args, default_model
 from moe_serve.cli.sampling import HELP_OF, add_sampling_flags, sampling_from_args
-from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, ServerConfig, flag_name
+from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, ParallelConfig, ServerConfig, flag_name
 from moe_serve.config.settings import Setting, Settings, refuse_no_effect, settings_of
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.scheduling.sequence import SamplingParams
 
 CONFIGS = (EngineConfig, ServerConfig, ParallelConfig)

@@ -45,6 +45,8 @@ def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
     modules, cpu_s = json.loads(done.stderr)
     assert done.stdout.startswith(f"usage: moe-serve {command}".rstrip())
     assert not HEAVY & set(modules)
+    timed = re.findall(r"(--[\w-]+) S\b", done.stdout)
+    assert [flag for flag in timed if not flag.endswith("-s")] == [], "a time flag has its unit in its name"
     assert cpu_s < COMMANDS[command]
 
 

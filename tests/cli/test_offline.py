@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -66,12 +67,13 @@ def test_generate_streams_the_completion(fake: type[FakeLLM], capsys: pytest.Cap
 
 
 def test_generate_reads_standard_input(
-    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     _type(monkeypatch, "x y")
-    assert main(["generate", "some/model", "--seed", "5"]) == 0
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    assert main(["generate", str(tmp_path), "--seed", "5"]) == 0
     assert capsys.readouterr().out == "y x \n"
-    assert (fake.last.settings["model"], fake.last.settings["seed"]) == ("some/model", 5)
+    assert (fake.last.settings["model"], fake.last.settings["seed"]) == (str(tmp_path), 5)
 
 
 def test_generate_reports_an_impossible_prompt(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +113,20 @@ def test_chat_with_a_server(stub: Any, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [m["role"] for m in stub.bodies[-1]["messages"]] == ["user", "assistant", "user"]
     assert stub.bodies[-1]["model"] == "stub-model"
     assert "temperature" not in stub.bodies[-1], "what is not asked for is the server's to choose"
+
+
+@pytest.mark.parametrize("variable", ["MOE_SERVE_API_KEY", "OPENAI_API_KEY"])
+def test_chat_sends_a_key(stub: Any, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in ("MOE_SERVE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    _type(monkeypatch, "hello\n")
+    assert main(["chat", "--url", stub.url, "--max-tokens", "3"]) == 0
+    assert b"authorization" not in stub.headers
+    monkeypatch.setenv(variable, "from-the-variable")
+    for flags, key in (([], b"from-the-variable"), (["--api-key", "from-the-flag"], b"from-the-flag")):
+        _type(monkeypatch, "hello\n")
+        assert main(["chat", "--url", stub.url, "--max-tokens", "3", *flags]) == 0
+        assert stub.headers[b"authorization"] == b"Bearer " + key
 
 
 def test_chat_without_a_server_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,11 @@ def test_every_expert_is_one_aligned_run_with_its_checksum(tmp_path: Path, capsy
     assert main(["pack", default_model(), str(path)]) == 0
     assert f"--moe-expert-file {path}" in capsys.readouterr().out
     original, packed = open_all_experts(default_model()), expert_file.read(path)[0]
-    assert packed.layers == original.layers
-    assert len(packed.checksums) == packed.num_total
+    assert packed.decoder_layers == original.decoder_layers
     for layer in packed.layers:
         for expert in range(packed.num_experts):
             (read,) = packed.reads(layer, expert)
+            assert packed.checksum(layer, expert)
             assert read.offset % BLOCK_BYTES == 0
             a, b = packed.weights(layer, expert), original.weights(layer, expert)
             for part, expected in zip((a.gate, a.up, a.down), (b.gate, b.up, b.down), strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_serve.cli import main
+from moe_serve.parallel.front.token_uses import load_uses
 from predictors.files import load
 from predictors.trace import RoutingTrace, offsets_of
 from predictors.trace import load as load_trace
@@ -94,3 +95,20 @@ def test_mistakes(traces: list[str], capsys: pytest.CaptureFixture[str], argv: l
 def test_next_gate_is_not_trained(traces: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predictor", "train", *traces, "--method", "next_gate", "--output", str(tmp_path / "p")]) == 2
     assert "next_gate needs every layer's router" in capsys.readouterr().err
+
+
+def test_tokens_counts_what_each_token_id_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = np.array([[[0, 1], [2, 3]], [[0, 2], [2, 3]], [[1, 2], [0, 3]]])
+    trace, out = tmp_path / "trace.npz", tmp_path / "uses.npz"
+    RoutingTrace(ids, np.array([0, 3]), np.array([1, 2]), 4, token_ids=np.array([5, 9, 5])).save(trace)
+    assert main(["predictor", "tokens", str(trace), "--output", str(out)]) == 0
+    assert "2 token ids, 2 layers of 4 experts" in capsys.readouterr().out
+    uses = load_uses(str(out))
+    assert uses.token_ids.tolist() == [5, 9]
+    assert uses.counts.tolist() == [[[1, 2, 1, 0], [1, 0, 1, 2]], [[1, 0, 1, 0], [0, 0, 1, 1]]]
+    assert uses.layer_ids.tolist() == [1, 2]
+
+
+def test_tokens_needs_token_ids(traces: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predictor", "tokens", *traces, "--output", str(tmp_path / "uses.npz")]) == 2
+    assert "token_ids: missing; record it with `moe-serve trace`" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
 from moe_serve.hf.checkpoint import open_all_experts
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
+from predictors.shape import MoELayer
 
 TEXT = "The old captain looked at the sea and said that it was a cold morning in November. " * 8
 SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "max_model_len": 256, "num_kv_pages": 64}
@@ -29,7 +30,7 @@ def errors(folder: Path) -> list[float]:
     """Relative error of each matrix of the first and last expert."""
     stores = open_all_experts(str(folder)), open_all_experts(default_model())
     found = []
-    for layer, expert in ((0, 0), (7, 7)):
+    for layer, expert in ((MoELayer(0), 0), (MoELayer(7), 7)):
         ours, original = (store.weights(layer, expert) for store in stores)
         for part in ("gate", "up", "down"):
             a, b = as_tensor(getattr(ours, part), torch.float32), as_tensor(getattr(original, part), torch.float32)

@@ -9,8 +9,7 @@ import pytest
 
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
-from moe_serve.config import EngineConfig, ServerConfig
-from moe_serve.parallel.config import ParallelConfig
+from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 
 
 def test_serve_passes_the_configs_on(monkeypatch: pytest.MonkeyPatch) -> None:

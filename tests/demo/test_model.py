@@ -1,7 +1,6 @@
 """The embedded demo model: format, size, and signs that it has really been trained."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moe_serve.demo import evaluate, routing
-
-MODEL = Path(evaluate.__file__).parent / "model"
+from examples.train_demo import evaluate, routing
+from moe_serve.demo import MODEL
 
 # Written for this test, so no training text holds them.
 PROSE = (

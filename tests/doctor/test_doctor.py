@@ -11,10 +11,10 @@ import torch
 from moe_serve.cli import main
 from moe_serve.cli.doctor import command_line
 from moe_serve.cli.flags import default_model
+from moe_serve.config.units import MIB
 from moe_serve.doctor import findings, rates
 from moe_serve.doctor.fit import Sizes, fit, sizes_of
 from moe_serve.doctor.rates import Rates
-from moe_serve.resolve import MIB
 
 GB = 10**9
 SIZES = Sizes(GB, GB // 10, num_layers=10, num_experts=8, top_k=2, kv_bytes_per_token=10_000, context=1000)

@@ -16,15 +16,16 @@ from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
 from moe_serve.text.tokenizer import Tokenizer
-from tests.random_model import WithoutExperts
+from tests.random_model import DenseRunner
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-class AlphabetRunner(WithoutExperts):
+class AlphabetRunner(DenseRunner):
     """A model that always continues the alphabet: after `c` comes `d`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.config = EngineConfig.of(num_kv_pages=32, max_model_len=60, page_size=4, max_num_seqs=4)
         self.fails = False
         self.broken_requests: set[str] = set()

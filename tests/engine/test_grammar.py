@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
 
-from moe_serve.demo import evaluate
+from moe_serve.demo import MODEL
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.grammars.matcher import Matcher
@@ -39,7 +38,7 @@ def regex(text: str) -> GrammarSpec:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_path(str(Path(evaluate.__file__).parent / "model"))
+    return Tokenizer.from_path(str(MODEL))
 
 
 @pytest.fixture

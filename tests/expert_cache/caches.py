@@ -11,8 +11,8 @@ import torch
 from expert_cache.capacity import Capacity
 from expert_cache.compute import ExpertCompute
 from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.host_managed.in_flight import START_EARLY_BYTES
-from expert_cache.layers import ExpertLayers
 from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.storage.arena import HostArena
@@ -30,9 +30,9 @@ def compute_of(activation: Activation, dtype: torch.dtype = torch.float32, matri
 
 def mapped_layers(
     store: ExpertStore, activation: Activation, dtype: torch.dtype = torch.float32, matrix_tokens: int = NEVER
-) -> ExpertLayers:
+) -> MappedExperts:
     compute = compute_of(activation, dtype, matrix_tokens)
-    return ExpertLayers(MappedExperts(store, compute.prepare), compute)
+    return MappedExperts(store, compute)
 
 
 @contextmanager
@@ -46,14 +46,14 @@ def cached_layers(
     matrix_tokens: int = NEVER,
     start_early_bytes: int = START_EARLY_BYTES,
     num_transit: int = 0,
-) -> Iterator[ExpertLayers]:
+) -> Iterator[HostManagedExperts[object]]:
     compute = compute_of(activation, dtype, matrix_tokens)
     arena = HostArena(store.num_total + num_transit, store.slot_bytes)
     keeper = find_policy(policy)(len(store.layers), store.num_experts)
     cache = ExpertCache(
         store, compute.prepare, arena, slots, num_transit, keeper, fetcher or Fetcher(), start_early_bytes
     )
-    yield ExpertLayers(cache, compute)
+    yield HostManagedExperts(cache, compute)
     cache.check_integrity()
     cache.close()
 

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
+from predictors.shape import MoELayer
 
 E, H, INNER = 5, 48, 40
-LAYERS = (3, 7)
+DECODER_LAYERS = (3, 7)
+LAYERS = FIRST, SECOND = MoELayer(0), MoELayer(1)
 SILU = Activation("silu")
 CLAMPED = Activation("clamped_swiglu", 1.5, 2.0)
 
@@ -28,7 +30,7 @@ def matrices(layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def split_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore:
     """One 2-D tensor per expert and matrix, as Mixtral's published files; one file per layer."""
     tensors = {}
-    for layer in LAYERS:
+    for layer in DECODER_LAYERS:
         gate, up, down = (m.to(dtype) for m in matrices(layer))
         parts = {}
         for e in range(E):
@@ -42,7 +44,7 @@ def split_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore
 def fused_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore:
     """One 3-D tensor per layer and matrix, gate and up stacked, as Granite's."""
     tensors = {}
-    for layer in LAYERS:
+    for layer in DECODER_LAYERS:
         gate, up, down = (m.to(dtype) for m in matrices(layer))
         file = folder / f"layer{layer}.safetensors"
         save_file({"gate_up": torch.cat([gate, up], 1).contiguous(), "down": down.contiguous()}, file)
@@ -53,7 +55,7 @@ def fused_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore
 def gpt_oss_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore:
     """Transposed, interleaved, with biases."""
     tensors = {}
-    for layer in LAYERS:
+    for layer in DECODER_LAYERS:
         gate, up, down = (m.to(dtype) for m in matrices(layer))
         parts = {
             "gate_up": torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2).contiguous(),
@@ -88,7 +90,7 @@ def routing(tokens: int, choices: int = 2, seed: int = 1) -> tuple[torch.Tensor,
 def expected(
     store: ExpertStore,
     activation: Activation,
-    layer: int,
+    layer: MoELayer,
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,

@@ -20,19 +20,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from expert_cache.acquisition import Acquisition
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
+from expert_cache.host_managed.acquisition import Acquisition
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy, policy_names
 from expert_cache.storage import fetch
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertWeights
 
 from .caches import SteppedFetcher
-from .stores import LAYERS, E, split_store
+from .stores import FIRST, LAYERS, SECOND, E, split_store
 
 SLOTS = st.one_of(
     st.integers(1, 10).map(Capacity.shared),
@@ -100,7 +100,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.wanted is None)
     @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
     def acquire(self, layer: int, experts: list[int]) -> None:
-        self.wanted = self.cache.acquire(layer, experts, [1] * len(experts))
+        self.wanted = self.cache.acquirer.acquire(layer, experts, [1] * len(experts))
         self.asked = len(experts) - len(self.wanted.on_host)
         self._skip_if_all_on_host()
         self.answered = 0
@@ -110,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
     def release_one(self, data: st.DataObject) -> None:
         assert self.wanted is not None
         expert = data.draw(st.sampled_from(sorted(self.wanted.ready)))
-        self.cache.release(self.wanted, expert)
+        self.cache.acquirer.release(self.wanted, expert)
         self.answered += 1
         self._finish()
 
@@ -118,14 +118,14 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def wait(self) -> None:
         assert self.wanted is not None
-        self.cache.wait(self.wanted)
+        self.cache.acquirer.wait(self.wanted)
         self._finish()
 
     @precondition(lambda self: self.wanted is not None)
     @rule()
     def abandon(self) -> None:
         assert self.wanted is not None
-        self.cache.abandon(self.wanted)
+        self.cache.acquirer.abandon(self.wanted)
         self.wanted = None
 
     @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
@@ -209,15 +209,15 @@ def test_threads_and_a_random_order_of_everything(tmp_path: Path) -> None:
         layer, experts = chooser.choice(LAYERS), sorted(chooser.sample(range(E), chooser.randint(1, E)))
         if chooser.random() < 0.5:
             cache.prefetch(chooser.choice(LAYERS), chooser.sample(range(E), 2), [2.0, 1.0])
-        wanted = cache.acquire(layer, experts, [1] * len(experts))
+        wanted = cache.acquirer.acquire(layer, experts, [1] * len(experts))
         while wanted.ready or wanted.is_pending:
             for expert, weights in list(wanted.ready.items()):
                 assert isinstance(weights, ExpertWeights)
                 assert torch.equal(weights.down, store.weights(layer, expert).down)
-                cache.release(wanted, expert)
+                cache.acquirer.release(wanted, expert)
                 experts.remove(expert)
             if wanted.is_pending:
-                cache.wait(wanted)
+                cache.acquirer.wait(wanted)
         assert not experts
         if chooser.random() < 0.1:
             cache.resize(chooser.randint(1, 10))
@@ -230,13 +230,13 @@ def test_prefetching_never_takes_a_pinned_slot(slots: Capacity, tmp_path: Path) 
     store = split_store(tmp_path)
     arena = HostArena(store.num_total, store.slot_bytes)
     cache = ExpertCache(store, lambda w: w, arena, slots, 0, find_policy("lru")(2, E), Fetcher())
-    wanted = cache.acquire(3, [1], [1])
+    wanted = cache.acquirer.acquire(FIRST, [1], [1])
     while wanted.in_flight:
-        cache.wait(wanted)
-    cache.prefetch(3, [0, 2, 3, 4], [1.0] * 4)
-    cache.prefetch(7, [0, 2, 3, 4], [1.0] * 4)
+        cache.acquirer.wait(wanted)
+    cache.prefetch(FIRST, [0, 2, 3, 4], [1.0] * 4)
+    cache.prefetch(SECOND, [0, 2, 3, 4], [1.0] * 4)
     assert isinstance(wanted.ready[1], ExpertWeights)
-    assert torch.equal(wanted.ready[1].down, store.weights(3, 1).down)
+    assert torch.equal(wanted.ready[1].down, store.weights(FIRST, 1).down)
     assert cache.table.slot_of[0, 1] >= 0
     cache.check_integrity()
     cache.close()

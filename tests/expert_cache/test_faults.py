@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
-from expert_cache.layers import ExpertLayers
+from expert_cache.local_experts import RegroupedExperts
 from expert_cache.storage import expert_file
 from expert_cache.storage.direct_io import DirectFile
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
 
 from .caches import cached_layers, mapped_layers
-from .stores import SILU, E, routing, split_store
+from .stores import FIRST, SILU, E, routing, split_store
 
 
-def run_all(layers: ExpertLayers) -> tuple[torch.Tensor, dict[int, ExpertReadError]]:
+def run_all(layers: RegroupedExperts[object]) -> tuple[torch.Tensor, dict[int, ExpertReadError]]:
     """Token t uses expert t alone."""
     hidden, _, weights = routing(E, choices=1)
-    out = layers.run(3, hidden, torch.arange(E)[:, None], weights)
-    layers.experts.check_integrity()
+    out = layers.run(FIRST, hidden, torch.arange(E)[:, None], weights)
+    layers.check_integrity()
     return out, layers.take_failures()
 
 
@@ -35,7 +35,7 @@ def packed(folder: Path) -> tuple[ExpertStore, Path]:
 
 
 def flip_byte(path: Path, store: ExpertStore, expert: int) -> None:
-    read = store.reads(3, expert)[0]
+    read = store.reads(FIRST, expert)[0]
     with path.open("r+b") as stream:
         stream.seek(read.offset + read.num_bytes // 2)
         byte = stream.read(1)[0]
@@ -61,13 +61,13 @@ def test_a_flipped_byte_fails_its_expert_and_no_other(tmp_path: Path) -> None:
         again, failures = run_all(layers)  # bad bytes were not kept
         assert list(failures) == [2]
         assert torch.equal(again, out)
-        assert layers.experts.counters.read_errors.sum() == 2
+        assert layers.counters.read_errors.sum() == 2
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     file = tmp_path / "layer3.safetensors"
-    os.truncate(file, store.reads(3, 4)[0].offset + 100)
+    os.truncate(file, store.reads(FIRST, 4)[0].offset + 100)
     with cached_layers(store, SILU, Capacity.shared(10)) as layers:
         _, failures = run_all(layers)
         assert 4 in failures
@@ -116,7 +116,7 @@ class BadSector(DirectFile):
 def test_a_read_error_leaves_the_other_experts_running(tmp_path: Path) -> None:
     store, _ = packed(tmp_path)
     want, _ = run_all(mapped_layers(store, SILU))
-    read = store.reads(3, 1)[0]
+    read = store.reads(FIRST, 1)[0]
     BadSector.bad = (read.offset, read.offset + 1)
     with cached_layers(store, SILU, Capacity.shared(2), fetcher=Fetcher(2, BadSector)) as layers:
         out, failures = run_all(layers)
@@ -149,5 +149,5 @@ def test_a_bug_in_the_computation_leaves_the_cache_whole(tmp_path: Path, monkeyp
             patch.setattr(layers.compute, "run", explode)
             with pytest.raises(RuntimeError, match="boom"):
                 run_all(layers)
-        layers.experts.check_integrity()
+        layers.check_integrity()
         assert run_all(layers)[1] == {}

@@ -11,28 +11,30 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.crossover import TOKEN_COUNTS, MissCosts
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import ByCrossover, MissChoice
 from expert_cache.host_managed.cache import ExpertCache
-from expert_cache.layers import ExpertLayers
+from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
 from expert_cache.storage.arena import HostArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
 
 from .caches import compute_of, mapped_layers
-from .stores import SILU, STORES, E, routing, split_store
+from .stores import FIRST, SILU, STORES, E, routing, split_store
 
 FEW_TOKENS = MissCosts(copy_s=1.0, tokens=(1, 2), host_s=(0.4, 0.8))
 """One token takes the CPU 0.4 of the time of a copy, two 0.8."""
 
 
 @contextmanager
-def layers_of(store: ExpertStore, misses: MissChoice, num_slots: int, num_transit: int = 0) -> Iterator[ExpertLayers]:
+def layers_of(
+    store: ExpertStore, misses: MissChoice, num_slots: int, num_transit: int = 0
+) -> Iterator[HostManagedExperts[object]]:
     compute = compute_of(SILU)
     cache = ExpertCache(
         store,
@@ -44,7 +46,7 @@ def layers_of(store: ExpertStore, misses: MissChoice, num_slots: int, num_transi
         Fetcher(2),
         misses=misses,
     )
-    layers = ExpertLayers(cache, compute, host=HostExperts(HostCopies(store, compute.prepare), compute, True))
+    layers = HostManagedExperts(cache, compute, host=HostExperts(HostCopies(store, compute.prepare), compute, True))
     yield layers
     cache.check_integrity()
     layers.close()
@@ -59,8 +61,8 @@ def test_the_same_bits_as_the_device_has_the_same_kernel(num_slots: int, tmp_pat
             for layer in store.layers:
                 step = routing((1, 3, 1, 25)[seed % 4], 2, seed)
                 assert torch.equal(layers.run(layer, *step), plain.run(layer, *step))
-                layers.experts.check_integrity()
-        counters = layers.experts.counters
+                layers.check_integrity()
+        counters = layers.counters
         assert counters.host_runs.sum() > 0
         assert counters.demand_bytes.sum() > 0
 
@@ -71,10 +73,10 @@ def test_what_the_cpu_computed_comes_later_if_it_is_worth_a_slot(tmp_path: Path)
     always = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))
     with layers_of(store, always, num_slots=4) as layers:
         for _ in range(200):
-            layers.run(3, *routing(1, 2, seed=5))
-            if layers.experts.counters.num_hits:
+            layers.run(FIRST, *routing(1, 2, seed=5))
+            if layers.counters.num_hits:
                 break
-        assert layers.experts.counters.num_hits > 0
+        assert layers.counters.num_hits > 0
 
 
 class Never:
@@ -88,16 +90,16 @@ class Never:
 def test_a_service_that_leaves_nothing_changes_nothing(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     with layers_of(store, Never(), num_slots=3) as layers:
-        layers.run(3, *routing(20))
-        assert layers.experts.counters.host_runs.sum() == 0
-        assert layers.experts.counters.num_misses == E
+        layers.run(FIRST, *routing(20))
+        assert layers.counters.host_runs.sum() == 0
+        assert layers.counters.num_misses == E
 
 
 def test_many_tokens_are_copied_and_few_computed() -> None:
     service = ByCrossover(FEW_TOKENS)
-    assert service.on_host(3, [0, 2, 4], [1, 50, 1], 0) == [0, 4]
-    assert service.on_host(3, [2], [50], 0) == []
-    assert not service.stays(3, 2)
+    assert service.on_host(FIRST, [0, 2, 4], [1, 50, 1], 0) == [0, 4]
+    assert service.on_host(FIRST, [2], [50], 0) == []
+    assert not service.stays(FIRST, 2)
 
 
 @pytest.mark.parametrize("layout", STORES)

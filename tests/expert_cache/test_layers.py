@@ -1,4 +1,4 @@
-"""ExpertLayers: right numbers from every layout, and the same bits wherever the experts are."""
+"""RegroupedExperts: right numbers from every layout, and the same bits wherever the experts are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.host_managed.cache import ExpertCache
-from expert_cache.layers import ExpertLayers
+from expert_cache.local_experts import RegroupedExperts
 from expert_cache.policies import policy_names
 from expert_cache.prefetch.advisors import Advice, FromAffinity, FromNextGate
 from expert_cache.regroup import regroup
@@ -22,7 +21,7 @@ from expert_cache.storage.fetch import Fetcher
 from moe_serve.hf.activations import clamped, gated
 
 from .caches import cached_layers, mapped_layers
-from .stores import LAYERS, SILU, STORES, E, H, expected, routing, split_store
+from .stores import FIRST, LAYERS, SECOND, SILU, STORES, E, H, expected, routing, split_store
 
 CAPACITIES = {
     "one_slot_in_all": Capacity.shared(1),
@@ -44,16 +43,16 @@ def layout(request: pytest.FixtureRequest) -> str:
 def test_every_layout_matches_a_plain_loop(layout: str, tokens: int, tmp_path: Path) -> None:
     make, activation = STORES[layout]
     store = make(tmp_path)
-    got = mapped_layers(store, activation).run(3, *routing(tokens))
-    torch.testing.assert_close(got.double(), expected(store, activation, 3, *routing(tokens)), rtol=0, atol=2e-5)
+    got = mapped_layers(store, activation).run(FIRST, *routing(tokens))
+    torch.testing.assert_close(got.double(), expected(store, activation, FIRST, *routing(tokens)), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_bf16_weights_under_float32_activations(layout: str, tokens: int, tmp_path: Path) -> None:
     make, activation = STORES[layout]
     store = make(tmp_path, torch.bfloat16)
-    got = mapped_layers(store, activation).run(7, *routing(tokens))
-    want = expected(store, activation, 7, *routing(tokens))
+    got = mapped_layers(store, activation).run(SECOND, *routing(tokens))
+    want = expected(store, activation, SECOND, *routing(tokens))
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
@@ -61,30 +60,33 @@ def test_bf16_activations_are_rounded_once(tmp_path: Path) -> None:
     store = split_store(tmp_path, torch.bfloat16)
     hidden, ids, weights = routing(6)
     hidden = hidden.bfloat16()
-    got = mapped_layers(store, SILU, torch.bfloat16).run(3, hidden, ids, weights)
+    got = mapped_layers(store, SILU, torch.bfloat16).run(FIRST, hidden, ids, weights)
     assert got.dtype == torch.bfloat16
-    want = expected(store, SILU, 3, hidden, ids, weights)
+    want = expected(store, SILU, FIRST, hidden, ids, weights)
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
 
 
 def test_matrix_instructions_take_over_at_many_tokens(tmp_path: Path) -> None:
     store = split_store(tmp_path, torch.bfloat16)
     hidden, ids, weights = routing(30)
-    got = mapped_layers(store, SILU, torch.bfloat16, matrix_tokens=4).run(3, hidden.bfloat16(), ids, weights)
-    want = expected(store, SILU, 3, hidden.bfloat16(), ids, weights)
+    got = mapped_layers(store, SILU, torch.bfloat16, matrix_tokens=4).run(FIRST, hidden.bfloat16(), ids, weights)
+    want = expected(store, SILU, FIRST, hidden.bfloat16(), ids, weights)
     torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.1)
 
 
-STEPS = [(3, 1, 1), (7, 1, 1), (3, 9, 2), (7, 9, 2), (3, 2, 3), (7, 30, 4), (3, 1, 5), (7, 1, 5), (3, 30, 6)]
+A, B = LAYERS
+STEPS = [(A, 1, 1), (B, 1, 1), (A, 9, 2), (B, 9, 2), (A, 2, 3), (B, 30, 4), (A, 1, 5), (B, 1, 5), (A, 30, 6)]
 """(layer, tokens, seed): a mix of decoding, prompts and batches."""
 
 
-def run_steps(layers: ExpertLayers, dtype: torch.dtype = torch.float32, choices: int = 2) -> list[torch.Tensor]:
+def run_steps(
+    layers: RegroupedExperts[object], dtype: torch.dtype = torch.float32, choices: int = 2
+) -> list[torch.Tensor]:
     outputs = []
     for layer, tokens, seed in STEPS:
         hidden, ids, weights = routing(tokens, choices, seed)
         outputs.append(layers.run(layer, hidden.to(dtype), ids, weights))
-        layers.experts.check_integrity()
+        layers.check_integrity()
     return outputs
 
 
@@ -92,14 +94,13 @@ def run_steps(layers: ExpertLayers, dtype: torch.dtype = torch.float32, choices:
 def test_work_of_others_is_done_once_and_while_experts_are_read(capacity: str, tmp_path: Path) -> None:
     store = split_store(tmp_path, torch.float32)
     with cached_layers(store, SILU, CAPACITIES[capacity]) as layers:
-        cache = layers.experts
-        assert isinstance(cache, ExpertCache)
+        cache = layers.cache
         in_flight: list[int] = []
         for _ in range(2):
-            layers.run(3, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(0))))
+            layers.run(FIRST, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(0))))
         assert in_flight == [2, 0]
     calls: list[None] = []
-    mapped_layers(store, SILU).run(3, *routing(1), meanwhile=lambda: calls.append(None))
+    mapped_layers(store, SILU).run(FIRST, *routing(1), meanwhile=lambda: calls.append(None))
     assert len(calls) == 1
 
 
@@ -119,7 +120,7 @@ def test_the_same_bits_at_any_capacity(
     want = run_steps(mapped_layers(store, activation, dtype), dtype)
     with cached_layers(store, activation, CAPACITIES[capacity], dtype, num_transit=num_transit) as layers:
         assert_same_bits(run_steps(layers, dtype), want)
-        counters = layers.experts.counters
+        counters = layers.counters
         assert counters.num_misses > 0
         assert counters.num_hits + counters.num_misses == sum(
             len(regroup(routing(t, 2, s)[1], E).experts) for _, t, s in STEPS
@@ -206,8 +207,7 @@ def test_a_growing_and_shrinking_cache_keeps_the_bits(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     want = run_steps(mapped_layers(store, SILU))
     with cached_layers(store, SILU, Capacity.uniform(2, 2)) as layers:
-        cache = layers.experts
-        assert isinstance(cache, ExpertCache)
+        cache = layers.cache
         for num_slots in (10, 3, 1, 7):
             cache.resize(num_slots)
             assert_same_bits(run_steps(layers), want)
@@ -219,8 +219,8 @@ def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     hidden, _, weights = routing(9, choices=1)
     ids = torch.full((9, 1), 4)
-    got = mapped_layers(store, SILU).run(3, hidden, ids, weights)
-    want = expected(store, SILU, 3, hidden, ids, weights)
+    got = mapped_layers(store, SILU).run(FIRST, hidden, ids, weights)
+    want = expected(store, SILU, FIRST, hidden, ids, weights)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
@@ -257,12 +257,11 @@ def test_shadows_count_what_other_policies_would_have_hit(tmp_path: Path) -> Non
     store = split_store(tmp_path)
     shadows = LiveShadows(["lru", "lfu"], Capacity.shared(4), 2, E)
     with cached_layers(store, SILU, Capacity.shared(4)) as layers:
-        cache = layers.experts
-        assert isinstance(cache, ExpertCache)
+        cache = layers.cache
         cache.observers.shadows = shadows
         for seed in range(60):
             layers.run(LAYERS[seed % 2], *routing(1, 2, seed))
-        assert cache.shadow_hits["lru"] == cache.counters.num_hits > 0
-        before = cache.shadow_hits
+        assert cache.observers.shadow_hits["lru"] == cache.counters.num_hits > 0
+        before = cache.observers.shadow_hits
         cache.resize(2)
-        assert cache.shadow_hits == before
+        assert cache.observers.shadow_hits == before

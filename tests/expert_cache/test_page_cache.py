@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from expert_cache.capacity import Capacity
-from expert_cache.errors import ExpertReadError
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import FromPageCache
 from expert_cache.host_managed.cache import ExpertCache
-from expert_cache.layers import ExpertLayers
+from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
 from expert_cache.storage import expert_file, page_cache
 from expert_cache.storage.arena import HostArena
+from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore
 
 from .caches import compute_of, mapped_layers
-from .stores import LAYERS, SILU, E, routing, split_store
+from .stores import DECODER_LAYERS, FIRST, LAYERS, SECOND, SILU, E, routing, split_store
 
 PAGE = mmap.PAGESIZE
 
@@ -101,7 +101,7 @@ def test_another_users_file_tells_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 @contextmanager
 def in_place_layers(
     store: ExpertStore, num_slots: int = 2, dtype: torch.dtype = torch.float32
-) -> Iterator[ExpertLayers]:
+) -> Iterator[HostManagedExperts[object]]:
     """A cache with the page cache in sight."""
     compute = compute_of(SILU, dtype)
     copies = HostCopies(store, compute.prepare)
@@ -109,7 +109,7 @@ def in_place_layers(
     keeper = find_policy("lru")(len(store.layers), store.num_experts)
     misses = FromPageCache(copies)
     cache = ExpertCache(store, compute.prepare, arena, Capacity.shared(num_slots), 0, keeper, Fetcher(2), misses=misses)
-    layers = ExpertLayers(cache, compute, host=HostExperts(copies, compute, beside_device=False))
+    layers = HostManagedExperts(cache, compute, host=HostExperts(copies, compute, beside_device=False))
     yield layers
     cache.check_integrity()
     layers.close()
@@ -118,15 +118,15 @@ def in_place_layers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_same_bits_from_the_page_cache_from_slots_and_mixed(dtype: torch.dtype, tmp_path: Path) -> None:
     store = split_store(tmp_path, dtype)
-    files = [tmp_path / f"layer{layer}.safetensors" for layer in LAYERS]
+    files = [tmp_path / f"layer{layer}.safetensors" for layer in DECODER_LAYERS]
     steps = [(layer, tokens, seed) for seed, tokens in enumerate([1, 2, 1, 2]) for layer in LAYERS]  # none streams
 
-    def outputs(layers: ExpertLayers) -> list[torch.Tensor]:
+    def outputs(layers: HostManagedExperts[object]) -> list[torch.Tensor]:
         found = []
         for layer, tokens, seed in steps:
             hidden, ids, weights = routing(tokens, 2, seed)
             found.append(layers.run(layer, hidden.to(dtype), ids, weights))
-            layers.experts.check_integrity()
+            layers.check_integrity()
         return found
 
     want = outputs(mapped_layers(store, SILU, dtype))
@@ -138,7 +138,7 @@ def test_the_same_bits_from_the_page_cache_from_slots_and_mixed(dtype: torch.dty
             remember(file)
         with in_place_layers(store, dtype=dtype) as layers:
             got = outputs(layers)
-            counters = layers.experts.counters
+            counters = layers.counters
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
             assert (counters.host_runs > 0).tolist() == [file in warm for file in files]
             assert (counters.demand_bytes == 0).tolist() == [file in warm for file in files]
@@ -158,7 +158,7 @@ def forget_all(store: ExpertStore, files: list[Path]) -> None:
 def split_store_again(files: list[Path]) -> ExpertStore:
     """The files as they are, mapped anew."""
     tensors = {}
-    for layer, file in zip(LAYERS, files, strict=True):
+    for layer, file in zip(DECODER_LAYERS, files, strict=True):
         found = list(stored_tensors(file, lambda name: True))
         tensors[layer] = {(t.name.split(".")[1], int(t.name.split(".")[0])): t for t in found}
     return ExpertStore(tensors, E)
@@ -168,10 +168,10 @@ def test_what_the_page_cache_holds_is_not_brought_ahead_of_time(tmp_path: Path) 
     store = split_store(tmp_path)
     with in_place_layers(store, num_slots=6) as layers:
         remember(tmp_path / "layer7.safetensors")
-        layers.experts.prefetch(7, [0, 1], [1.0, 1.0])
-        layers.run(7, *routing(1))
-        assert layers.experts.counters.prefetch_bytes.sum() == 0
-        assert layers.experts.counters.host_runs[1] == 2
+        layers.cache.prefetch(SECOND, [0, 1], [1.0, 1.0])
+        layers.run(SECOND, *routing(1))
+        assert layers.counters.prefetch_bytes.sum() == 0
+        assert layers.counters.host_runs[1] == 2
 
 
 def test_a_stream_reads_what_the_page_cache_holds_too(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_a_stream_reads_what_the_page_cache_holds_too(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     remember(tmp_path / "layer3.safetensors")
     with in_place_layers(store) as layers:
-        layers.run(3, *routing(20))
-        assert layers.experts.counters.host_runs[0] == 0
-        assert layers.experts.counters.demand_bytes[0] > 0
+        layers.run(FIRST, *routing(20))
+        assert layers.counters.host_runs[0] == 0
+        assert layers.counters.demand_bytes[0] > 0
 
 
 def packed(folder: Path) -> tuple[ExpertStore, Path]:
@@ -190,17 +190,17 @@ def packed(folder: Path) -> tuple[ExpertStore, Path]:
     return expert_file.read(path)[0], path
 
 
-def most_experts(layers: ExpertLayers) -> dict[int, ExpertReadError]:
+def most_experts(layers: HostManagedExperts[object]) -> dict[int, ExpertReadError]:
     """Token t uses expert t alone; one expert is left out, so that it is no stream."""
     hidden, _, weights = routing(E - 1, choices=1)
-    layers.run(3, hidden, torch.arange(E - 1)[:, None], weights)
-    layers.experts.check_integrity()
+    layers.run(FIRST, hidden, torch.arange(E - 1)[:, None], weights)
+    layers.check_integrity()
     return layers.take_failures()
 
 
 def test_a_flipped_byte_in_the_page_cache_is_noticed(tmp_path: Path) -> None:
     store, path = packed(tmp_path)
-    read = store.reads(3, 2)[0]
+    read = store.reads(FIRST, 2)[0]
     with path.open("r+b") as stream:
         stream.seek(read.offset + 8)
         stream.write(b"\x7f\x7f")
@@ -211,7 +211,7 @@ def test_a_flipped_byte_in_the_page_cache_is_noticed(tmp_path: Path) -> None:
         assert list(failures) == [2]
         assert "checksum" in failures[2].message
         assert str(path) in failures[2].message
-        assert layers.experts.counters.host_runs[0] == E - 1
+        assert layers.counters.host_runs[0] == E - 1
 
 
 def test_a_truncated_file_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_truncated_file_is_an_error_and_not_the_end_of_the_process(tmp_path: P
     remember(file)
     with in_place_layers(store) as layers:
         assert most_experts(layers) == {}
-        os.truncate(file, store.reads(3, 2)[0].offset + 100)
+        os.truncate(file, store.reads(FIRST, 2)[0].offset + 100)
         failures = most_experts(layers)
         assert failures
         assert all(str(file) in f.message for f in failures.values())

@@ -26,7 +26,7 @@ from expert_cache.storage.fetch import DEMAND, Fetch
 from expert_cache.storage.store import ExpertStore
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
-from .stores import LAYERS, SILU, E, H, matrices, routing, split_store, stored
+from .stores import FIRST, LAYERS, SECOND, SILU, E, H, matrices, routing, split_store, stored
 
 
 def cache_with(store: ExpertStore, slots: Capacity, num_transit: int = 0) -> tuple[ExpertCache, SteppedFetcher]:
@@ -37,12 +37,12 @@ def cache_with(store: ExpertStore, slots: Capacity, num_transit: int = 0) -> tup
 
 def run_out(cache: ExpertCache, layer: int, experts: list[int]) -> None:
     """One layer's step, every expert run as soon as it is there."""
-    wanted = cache.acquire(layer, experts, [1] * len(experts))
+    wanted = cache.acquirer.acquire(layer, experts, [1] * len(experts))
     while wanted.ready or wanted.is_pending:
         for expert in list(wanted.ready):
-            cache.release(wanted, expert)
+            cache.acquirer.release(wanted, expert)
         if wanted.is_pending:
-            cache.wait(wanted)
+            cache.acquirer.wait(wanted)
 
 
 def bytes_of(store: ExpertStore, *keys: tuple[int, int]) -> int:
@@ -52,10 +52,10 @@ def bytes_of(store: ExpertStore, *keys: tuple[int, int]) -> int:
 def test_an_expert_on_its_way_is_not_fetched_twice(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     cache, fetcher = cache_with(store, Capacity.shared(4))
-    cache.prefetch(3, [1, 2], [2.0, 1.0])
-    cache.prefetch(3, [2, 1], [2.0, 1.0])
-    run_out(cache, 3, [1, 2])
-    assert fetcher.num_bytes == bytes_of(store, (3, 1), (3, 2))
+    cache.prefetch(FIRST, [1, 2], [2.0, 1.0])
+    cache.prefetch(FIRST, [2, 1], [2.0, 1.0])
+    run_out(cache, FIRST, [1, 2])
+    assert fetcher.num_bytes == bytes_of(store, (FIRST, 1), (FIRST, 2))
     assert cache.counters.late_prefetches.sum() == 2
 
 
@@ -63,31 +63,31 @@ def test_waves_read_every_expert_once(tmp_path: Path) -> None:
     """omlx read prompts' experts seventeen times over: here a step reads each expert it needs once."""
     store = split_store(tmp_path)
     cache, fetcher = cache_with(store, Capacity.shared(2))
-    run_out(cache, 3, list(range(E)))
-    assert fetcher.num_bytes == bytes_of(store, *((3, e) for e in range(E)))
+    run_out(cache, FIRST, list(range(E)))
+    assert fetcher.num_bytes == bytes_of(store, *((FIRST, e) for e in range(E)))
 
 
 def test_overflow_keeps_what_it_can(tmp_path: Path) -> None:
     """The same wide step again: residents run first, so an LRU sweep does not evict each just before its use."""
     store = split_store(tmp_path)
     cache, _ = cache_with(store, Capacity.shared(3))
-    run_out(cache, 3, list(range(E)))
-    run_out(cache, 3, list(range(E)))
+    run_out(cache, FIRST, list(range(E)))
+    run_out(cache, FIRST, list(range(E)))
     assert cache.counters.hits.sum() >= 2
 
 
 def test_a_prefetched_expert_outlives_an_older_one(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     cache, fetcher = cache_with(store, Capacity.shared(3))
-    run_out(cache, 7, [0])
-    run_out(cache, 7, [4])
-    cache.prefetch(3, [1], [1.0])
+    run_out(cache, SECOND, [0])
+    run_out(cache, SECOND, [4])
+    cache.prefetch(FIRST, [1], [1.0])
     while fetcher.step():
         pass
-    run_out(cache, 7, [2])
+    run_out(cache, SECOND, [2])
     assert cache.table.slot_of[0, 1] >= 0, "the prefetched expert was evicted before its use"
     assert cache.table.slot_of[1, 0] < 0
-    run_out(cache, 3, [1])
+    run_out(cache, FIRST, [1])
     assert cache.counters.prefetch_hits.sum() == 1
     assert cache.counters.wasted_bytes.sum() == 0
 
@@ -95,12 +95,12 @@ def test_a_prefetched_expert_outlives_an_older_one(tmp_path: Path) -> None:
 def test_a_prefetch_evicts_nobody(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     cache, fetcher = cache_with(store, Capacity.uniform(1, 2), num_transit=1)
-    run_out(cache, 3, [0])
-    cache.prefetch(3, [1, 2], [2.0, 1.0])
+    run_out(cache, FIRST, [0])
+    cache.prefetch(FIRST, [1, 2], [2.0, 1.0])
     while fetcher.step():
         pass
     assert cache.table.slot_of[0, 0] >= 0
-    run_out(cache, 3, [0])  # the router wants the old one after all: what was prefetched goes
+    run_out(cache, FIRST, [0])  # the router wants the old one after all: what was prefetched goes
     assert cache.counters.hits.sum() == 1
     assert cache.table.slot_of[0, 1] < 0
     assert cache.counters.wasted_bytes.sum() == store.expert_bytes
@@ -113,8 +113,8 @@ def test_an_expert_used_once_passes_through_without_displacing_a_better_one(tmp_
         store, lambda w: w, arena, Capacity.uniform(1, 2), 1, find_policy("lfu")(2, E), SteppedFetcher()
     )
     for _ in range(5):
-        run_out(cache, 3, [0])
-    run_out(cache, 3, [4])
+        run_out(cache, FIRST, [0])
+    run_out(cache, FIRST, [4])
     assert cache.table.slot_of[0, 0] >= 0
     assert cache.table.slot_of[0, 4] < 0
     cache.check_integrity()
@@ -123,9 +123,9 @@ def test_an_expert_used_once_passes_through_without_displacing_a_better_one(tmp_
 def test_demand_overtakes_a_prefetch_between_two_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "CHUNK_BYTES", 4096)
     store, arena, fetcher = split_store(tmp_path), HostArena(3, 1 << 20), SteppedFetcher()
-    guess = Fetch((3, 0), store.reads(3, 0), arena.landing(0), 1.0)
-    better = Fetch((3, 1), store.reads(3, 1), arena.landing(1), 2.0)
-    demand = Fetch((7, 2), store.reads(7, 2), arena.landing(2), DEMAND)
+    guess = Fetch.of(store, (FIRST, 0), arena.landing(0), 1.0)
+    better = Fetch.of(store, (FIRST, 1), arena.landing(1), 2.0)
+    demand = Fetch.of(store, (SECOND, 2), arena.landing(2), DEMAND)
     fetcher.submit(guess)
     fetcher.step()
     fetcher.submit(better)
@@ -137,13 +137,13 @@ def test_demand_overtakes_a_prefetch_between_two_chunks(tmp_path: Path, monkeypa
     assert not guess.is_done
     fetcher.promote(guess)
     fetcher.wait_until(lambda: guess.is_done)
-    assert fetcher.num_bytes == bytes_of(store, (3, 0), (3, 1), (7, 2))
+    assert fetcher.num_bytes == bytes_of(store, (FIRST, 0), (FIRST, 1), (SECOND, 2))
 
 
 def test_a_cancelled_prefetch_stops_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "CHUNK_BYTES", 4096)
     store, arena, fetcher = split_store(tmp_path), HostArena(1, 1 << 20), SteppedFetcher()
-    guess = Fetch((3, 0), store.reads(3, 0), arena.landing(0), 1.0)
+    guess = Fetch.of(store, (FIRST, 0), arena.landing(0), 1.0)
     fetcher.submit(guess)
     fetcher.step()
     fetcher.cancel(guess)
@@ -164,7 +164,7 @@ def test_experts_without_tokens_are_not_touched(tmp_path: Path) -> None:
     ids[ids == 1] = 0
     with cached_layers(store, SILU, Capacity.shared(2)) as layers:
         for source in (layers, mapped_layers(store, SILU)):
-            out = source.run(3, hidden, ids, weights)
+            out = source.run(FIRST, hidden, ids, weights)
             assert out.shape == (12, H)
             assert torch.isfinite(out).all()
 
@@ -203,8 +203,8 @@ def test_files_are_opened_for_reading_only(tmp_path: Path) -> None:
     """Evicting a clean expert writes nothing back: it could not."""
     store = split_store(tmp_path)
     with cached_layers(store, SILU, Capacity.shared(1)) as layers:
-        layers.run(3, *routing(9))
-        descriptor = layers.experts.fetcher._files[tmp_path / "layer3.safetensors"]._fd  # type: ignore[attr-defined]
+        layers.run(FIRST, *routing(9))
+        descriptor = layers.cache.fetcher._files[tmp_path / "layer3.safetensors"]._fd  # type: ignore[attr-defined]
         flags = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
         assert flags & 3 == 0
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
-from expert_cache.simulation.comparison import compare, usable_policies
 from expert_cache.simulation.events import Events, events_from, events_of
-from expert_cache.simulation.replay import gap_closed_frac, replay, replay_belady
+from expert_cache.simulation.replay import compare, gap_closed_frac, replay, replay_belady, usable_policies
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 
@@ -150,8 +149,8 @@ def test_slots_must_be_there() -> None:
         Capacity.per_layer([3, 0])
     with pytest.raises(ValueError, match="one for each of 3 layers"):
         ShadowCache(find_policy("lru")(3, 4), Capacity.per_layer([1, 1]), 3, 4)
-    assert Capacity.of_capacity(0.25, 3, 16).quotas == (4, 4, 4)
-    assert Capacity.of_capacity(0.01, 3, 16).quotas == (1, 1, 1)
+    assert Capacity.of_frac(0.25, 3, 16).quotas == (4, 4, 4)
+    assert Capacity.of_frac(0.01, 3, 16).quotas == (1, 1, 1)
 
 
 def test_events_from_live_sets_match_the_trace() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from expert_cache.capacity import Capacity
-from expert_cache.simulation.comparison import compare
 from expert_cache.simulation.events import events_of
+from expert_cache.simulation.replay import compare
 from predictors.trace import load
 
 TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces"
@@ -24,7 +24,7 @@ def test_affinity_closes_the_gap_and_lfru_is_no_worse_than_lru(name: str) -> Non
     if not path.exists():
         pytest.skip(f"{path} is not there")
     trace = load(path).head(600)
-    slots = Capacity.of_capacity(0.25, trace.num_layers, trace.num_experts)
+    slots = Capacity.of_frac(0.25, trace.num_layers, trace.num_experts)
     rows = {row.policy: row.gap_closed_frac for row in compare(events_of(trace), ["affinity", "lfru"], slots)}
     assert rows["affinity"] >= BARS[name]
     assert rows["lfru"] >= 0

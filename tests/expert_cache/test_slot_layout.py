@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from expert_cache.gpu_managed.host_heap import HostHeap
+from expert_cache.gpu_managed.cache import HostHeap
 from expert_cache.gpu_managed.layout import layout_of, slot_of_bank, write_slot
 from expert_cache.storage.store import ExpertWeights
 from moe_serve_kernels.gpu.pool import dequantize
@@ -75,7 +75,7 @@ def test_floats(tmp_path, name, dtype) -> None:
 
 
 def test_a_heap_gives_aligned_pieces_apart(monkeypatch) -> None:
-    monkeypatch.setattr("expert_cache.gpu_managed.host_heap.CHUNK_BYTES", 256)
+    monkeypatch.setattr("expert_cache.gpu_managed.cache.CHUNK_BYTES", 256)
     sizes = [100, 16, 300, 1, 77]
     heap = HostHeap(sum(-(-size // 16) * 16 for size in sizes), pinned=False)
     pieces = [heap.take(size) for size in sizes]

@@ -1,18 +1,19 @@
 """One case of serving, the same on one device and over ranks: what it gives, and what was counted on the way.
 
-A case is JSON: `prompts`, `params` (as messages.params_to_json), `places` ({step: plan file}), `routes` (bool).
+A case is JSON: `prompts`, `params` (fields of SamplingParams), `places` ({step: plan file}), `routes` (bool).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from moe_serve.engine.engine import Engine
 from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
-from moe_serve.parallel.wire.messages import params_from_json
-from moe_serve.scheduling.sequence import Request
+from moe_serve.scheduling.sequence import Request, SamplingParams
 from placement.cost import hosts_of
 
 
@@ -20,8 +21,8 @@ def serve(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
     """Complete the case's prompts together: tokens, log-probabilities and routes, by prompt."""
     recorder = RouteRecorder(engine.routing_shape(), 4096) if case.get("routes") else None
     if recorder is not None:
-        engine.listen_to_routes(recorder)
-    params = params_from_json(case["params"])
+        engine.observe_routes(recorder)
+    params = msgspec.convert(case["params"], SamplingParams, strict=False)
     for i, prompt in enumerate(case["prompts"]):
         engine.add_request(Request(str(i), tuple(prompt), params))
     tokens: list[list[int]] = [[] for _ in case["prompts"]]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from expert_cache.host_managed.experts import HostManagedExperts
+from expert_cache.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf import loading
@@ -53,11 +55,25 @@ def load(folder: Path, **settings: Any) -> LLM:
         return LLM(str(folder), **{**SMALL_ENGINE, **settings})
 
 
+def experts_of(llm: LLM) -> LocalExperts[Any]:
+    """What runs the model's experts."""
+    experts = runner_of(llm).experts
+    assert isinstance(experts, LocalExperts)
+    return experts
+
+
+def host_managed(llm: LLM) -> HostManagedExperts[Any]:
+    """The same, where it is a cache that the host manages."""
+    experts = runner_of(llm).experts
+    assert isinstance(experts, HostManagedExperts)
+    return experts
+
+
 def greedy(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[RequestResult]:
     """Complete all prompts together, then prove that nothing is left behind."""
     results = llm.generate(prompts, GREEDY)
     llm.engine.check_integrity()
-    runner_of(llm).expert_layers.experts.check_integrity()
+    experts_of(llm).check_integrity()
     assert llm.engine.pool.num_free == llm.engine.num_pages
     return results
 

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 import moe_serve
-from expert_cache.host_managed.cache import ExpertCache
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import library
 
-from .serving import StepLog, load, runner_of
+from .serving import StepLog, host_managed, load
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
@@ -120,8 +119,7 @@ def test_when_preempted(model: Path, requests: Requests) -> None:
 def test_while_the_expert_cache_is_resized(model: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params, alone = requests
     llm = start(model, moe_cache_mib=64, moe_cache_manager="host")
-    cache = runner_of(llm).expert_layers.experts
-    assert isinstance(cache, ExpertCache)
+    cache = host_managed(llm).cache
     sizes, step = (cache.arena.num_slots, 3, 1 + cache.store.num_total // 2), llm.engine.step
     count = 0
 

@@ -169,3 +169,15 @@ def test_a_good_copy_loads(sharded: Path) -> None:
 def test_settings_that_do_not_exist_are_named(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
         LLM(str(checkpoint(FAMILY)), max_nun_seqs=4)
+
+
+def test_code_of_a_checkpoint_is_not_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(checkpoint(FAMILY), folder)
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": names}))
+    (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
+    load(folder).close()
+    assert not ran.exists()

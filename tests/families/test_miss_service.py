@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.acquirer import Acquirer
 from expert_cache.storage import expert_file
 from moe_serve import LLM
 from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from predictors.shape import MoELayer
 
 from .references import Reference
 from .serving import SMALL_ENGINE, load, runner_of
@@ -55,14 +56,14 @@ def test_prompts_that_stream_give_the_same_bits(
     cache.table.num_transit = num_transit
     cache._reallot(type(cache.table.allowed).shared(8))
     streams: list[bool] = []
-    acquire = ExpertCache.acquire
+    acquire = Acquirer.acquire
 
-    def watching(self: ExpertCache, layer: int, experts: list[int], counts: list[int]) -> object:
+    def watching(self: Acquirer, layer: MoELayer, experts: list[int], counts: list[int]) -> object:
         wanted = acquire(self, layer, experts, counts)
         streams.append(wanted.streams)
         return wanted
 
-    monkeypatch.setattr(ExpertCache, "acquire", watching)
+    monkeypatch.setattr(Acquirer, "acquire", watching)
     for _ in range(2):
         llm.engine.pool.clear_cache()
         assert bits(llm, prompts) == resident
@@ -80,7 +81,7 @@ def test_an_expert_file_in_the_page_cache_is_verified_and_gives_the_same_bits(
     plain = load(checkpoint("mixtral"), moe_cache_mib=0)
     want = bits(plain, ref.prompts)
     path = tmp_path / "experts"
-    expert_file.write(runner_of(plain).expert_layers.experts.store, path, checkpoint_fingerprint(folder), lambda: None)
+    expert_file.write(runner_of(plain).loaded.store, path, checkpoint_fingerprint(folder), lambda: None)
     path.read_bytes()
     settings = {**SMALL_ENGINE, "moe_page_cache": True, "moe_cache_mib": 1, "moe_expert_file": str(path)}
     llm = LLM(folder, **settings)

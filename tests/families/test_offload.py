@@ -21,10 +21,11 @@ from expert_cache.storage import expert_file
 from moe_serve import LLM, SamplingParams
 from moe_serve.errors import CheckpointError, ConfigError, InvalidRequestError, MoEServeError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
+from predictors.shape import MoELayer
 from predictors.trace import RoutingTrace
 
 from .references import NEW_TOKENS, Reference
-from .serving import load, runner_of
+from .serving import host_managed, load, runner_of
 from .tiny_configs import CASES
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2")
@@ -40,9 +41,7 @@ def bits(llm: LLM, prompts: Sequence[Sequence[int]]) -> Bits:
 
 
 def cache_of(llm: LLM) -> ExpertCache:
-    cache = runner_of(llm).expert_layers.experts
-    assert isinstance(cache, ExpertCache)
-    return cache
+    return host_managed(llm).cache
 
 
 class AlwaysWrong:
@@ -51,9 +50,9 @@ class AlwaysWrong:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._shape = num_layers, num_experts
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(self._shape[1]) if e not in experts)
-        return [Advice(i, others, (1.0,) * len(others)) for i in range(self._shape[0])]
+        return [Advice(MoELayer(i), others, (1.0,) * len(others)) for i in range(self._shape[0])]
 
 
 def settings_of(capacity: str) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def test_same_bits(case: str, capacity: str, prefetch: str, checkpoint: Checkpoi
     num_layers, total = len(cache.store.layers), cache.store.num_total
     cache.resize({"one_slot": 1, "one_per_layer": num_layers, "a_third": total // 3, "everything": total}[capacity])
     if prefetch == "wrong":
-        runner_of(llm).expert_layers.advisor = AlwaysWrong(num_layers, cache.store.num_experts)
+        host_managed(llm).advisor = AlwaysWrong(num_layers, cache.store.num_experts)
     for _ in range(2):
         llm.engine.pool.clear_cache()
         assert bits(llm, ref.prompts) == resident
@@ -90,7 +89,7 @@ def test_an_expert_file_gives_the_same_bits(
     ref, folder = reference(case), str(checkpoint(case))
     plain = LLM(folder, moe_cache_mib=0, max_model_len=256, num_kv_pages=128, dtype="float32")
     path = tmp_path / "experts"
-    expert_file.write(runner_of(plain).expert_layers.experts.store, path, checkpoint_fingerprint(folder), lambda: None)
+    expert_file.write(runner_of(plain).loaded.store, path, checkpoint_fingerprint(folder), lambda: None)
     packed = LLM(
         folder, moe_cache_mib=1, moe_expert_file=str(path), max_model_len=256, num_kv_pages=128, dtype="float32"
     )
@@ -104,7 +103,7 @@ def test_an_expert_file_gives_the_same_bits(
 def test_another_checkpoints_expert_file_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "experts"
     llm = load(checkpoint("mixtral"))
-    expert_file.write(runner_of(llm).expert_layers.experts.store, path, "another", lambda: None)
+    expert_file.write(runner_of(llm).loaded.store, path, "another", lambda: None)
     with pytest.raises(CheckpointError, match=r"was not made from the checkpoint.*moe-serve pack"):
         LLM(str(checkpoint("mixtral")), moe_expert_file=str(path))
     path.write_bytes(b"nonsense that is no expert file")
@@ -120,7 +119,7 @@ def test_a_budget_that_holds_no_expert_is_refused(checkpoint: Checkpoint, monkey
 
 def test_per_layer_pools_want_a_slot_for_each_layer(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_serve.resolve.MIB", 1)
-    monkeypatch.setattr("moe_serve.offload.build.MIB", 1)
+    monkeypatch.setattr("expert_cache.capacity.MIB", 1)
     slot_bytes = cache_of(load(checkpoint("mixtral"), moe_cache_mib=10**6)).store.slot_bytes
     with pytest.raises(ConfigError, match=r"--moe-cache-pool per-layer.*holds 2 experts.*or choose global"):
         load(checkpoint("mixtral"), moe_cache_mib=2 * slot_bytes, moe_cache_pool="per-layer")
@@ -142,8 +141,7 @@ def test_short_memory_shrinks_the_cache_instead_of_crashing(checkpoint: Checkpoi
     ref = reference("mixtral")
     llm = load(checkpoint("mixtral"), moe_cache_mib=4)
     want = bits(llm, ref.prompts)
-    runner, cache = runner_of(llm), cache_of(llm)
-    guard = runner._guard
+    cache, guard = cache_of(llm), host_managed(llm)._guard
     assert guard is not None
     guard._free_bytes = lambda: 0
     guard._next_check = 0.0
@@ -163,7 +161,7 @@ def test_a_damaged_expert_ends_the_requests_that_need_it(
     """Through the whole engine: an error naming tensor and file, and a good request served after it."""
     ref, folder = reference("mixtral"), str(checkpoint("mixtral"))
     path = tmp_path / "experts"
-    store = runner_of(load(checkpoint("mixtral"))).expert_layers.experts.store
+    store = runner_of(load(checkpoint("mixtral"))).loaded.store
     expert_file.write(store, path, checkpoint_fingerprint(folder), lambda: None)
     read = expert_file.read(path)[0].reads(store.layers[1], 2)[0]
     with path.open("r+b") as stream:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel.wire.messages import params_to_json
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, SamplingParams
 from moe_serve.spec import ModelSpec
 
@@ -42,11 +43,19 @@ def case_of(folder: Path, reference: Reference, params: SamplingParams, **more: 
         "folder": str(folder),
         "num_experts": spec.num_experts,
         "prompts": [list(prompt) for prompt in reference.prompts],
-        "params": params_to_json(params),
+        "params": as_json(params),
         "engine": ENGINE,
         "parallel": {},
         **more,
     }
+
+
+def as_json(params: SamplingParams) -> dict[str, Any]:
+    """Fields that are not the default."""
+    default = SamplingParams()
+    changed = {f.name: value for f in fields(params) if (value := getattr(params, f.name)) != getattr(default, f.name)}
+    plain: dict[str, Any] = msgspec.to_builtins(changed, str_keys=True)
+    return plain
 
 
 def cases(checkpoint: Checkpoint, reference: References, folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.prefetch.advisors import Advice
 from expert_cache.prefetch.audit import PrefetchAudit
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
@@ -25,9 +24,10 @@ from moe_serve.hf.routers import find_routers
 from predictors import files
 from predictors.methods import find_method, method_names
 from predictors.predictor import FUTURE, Training
+from predictors.shape import MoELayer
 
 from .references import NEW_TOKENS, Reference
-from .serving import load, runner_of
+from .serving import host_managed, load, runner_of
 
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
@@ -49,7 +49,7 @@ class AtRandom:
         self._shape = num_layers, num_experts
         self._rng = np.random.default_rng(0)
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         later = int(self._rng.integers(0, self._shape[0]))
         some = tuple(self._rng.permutation(self._shape[1])[:3].tolist())
         return [Advice(later, some, (1.0,) * len(some))]
@@ -70,16 +70,15 @@ def test_same_bits(case: str, settings: dict[str, Any], checkpoint: Checkpoint, 
     ref = reference(case)
     resident = bits(load(checkpoint(case), moe_cache_mib=0), ref)
     llm = load(checkpoint(case), moe_cache_mib=4, **settings)
-    layers = runner_of(llm).expert_layers
-    cache = layers.experts
-    assert isinstance(cache, ExpertCache)
+    experts = host_managed(llm)
+    cache = experts.cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
     if cache.quotas is not None:  # a window of a few steps, so that it comes to changes
         cache.quotas = AdaptiveQuotas(len(cache.store.layers), cache.store.num_experts, window_steps=6)
     if settings is RANDOM:
-        layers.advisor = AtRandom(len(cache.store.layers), cache.store.num_experts)
-    assert (layers.audit is not None) == ("moe_prefetch" in settings)
+        experts.advisor = AtRandom(len(cache.store.layers), cache.store.num_experts)
+    assert (experts.audit is not None) == ("moe_prefetch" in settings)
     for _ in range(3):
         llm.engine.pool.clear_cache()
         got = bits(llm, ref)
@@ -99,9 +98,9 @@ def test_same_bits_with_every_trained_predictor(
     folder, ref = checkpoint("mixtral"), reference("mixtral")
     resident = load(folder, moe_cache_mib=0, enable_prefix_caching=False)
     recorder = RouteRecorder(resident.engine.routing_shape(), 1000, token_ids=True)
-    resident.engine.listen_to_routes(recorder)
+    resident.engine.observe_routes(recorder)
     expected = bits(resident, ref)
-    resident.engine.listen_to_routes(recorder, wanted=False)
+    resident.engine.observe_routes(recorder, wanted=False)
     spec = resident.engine.spec
     routers = find_routers(runner_of(resident).model, spec.num_experts, spec.hidden_size)
     training = Training(recorder.trace({}), [(w.detach(), b) for w, b in routers])
@@ -109,8 +108,7 @@ def test_same_bits_with_every_trained_predictor(
     files.save(path, method, find_method(method).fit(training), training.shape, checkpoint_fingerprint(str(folder)))
     used = {"moe_prefetch": "predictor", "moe_prefetch_audit": False, "moe_cache_policy": "predicted"}
     llm = load(folder, moe_cache_mib=4, moe_predictor=str(path), **used)
-    cache = runner_of(llm).expert_layers.experts
-    assert isinstance(cache, ExpertCache)
+    cache = host_managed(llm).cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
     llm.engine.pool.clear_cache()
@@ -134,10 +132,10 @@ def test_no_predictor_is_refused(settings: dict[str, Any], message: str, checkpo
 
 def test_advice_is_held_against_what_was_used(checkpoint: Checkpoint, reference: References) -> None:
     llm = load(checkpoint("mixtral"), moe_cache_mib=4, moe_prefetch="next-gate")
-    layers = runner_of(llm).expert_layers
-    assert isinstance(layers.audit, PrefetchAudit)
+    experts = host_managed(llm)
+    assert isinstance(experts.audit, PrefetchAudit)
     bits(llm, reference("mixtral"))
-    predicted_used = layers.usage.predictions()["predicted_used"]
+    predicted_used = experts.usage.predictions()["predicted_used"]
     assert predicted_used[0] == 0
     assert (predicted_used[1:] > 0).all()
     llm.close()

@@ -22,11 +22,12 @@ from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint, open_all_experts
 from moe_serve_kernels.cpu.expert_mlp import MLPWeights, as_tensor
 from moe_serve_kernels.quantized import QuantizedRows
+from predictors.shape import MoELayer
 
 from .quantized_checkpoints import FORMATS, write_mxfp4_pair, write_pair
 from .references import make_prompts
 from .relayout import copy_with
-from .serving import load, runner_of
+from .serving import experts_of, load
 
 Pair = tuple[Path, Path]
 NAMES = [*FORMATS, "mxfp4"]
@@ -51,11 +52,11 @@ def pair(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 def answers(folder: Path, **settings: Any) -> list[tuple[Any, Any]]:
     llm = load(folder, **settings)
     results = llm.generate(make_prompts()[:3], SAMPLING)
-    runner_of(llm).expert_layers.experts.check_integrity()
+    experts_of(llm).check_integrity()
     return [(r.completions[0].token_ids, r.completions[0].logprobs) for r in results]
 
 
-def floats(store: ExpertStore, layer: int, expert: int) -> list[torch.Tensor]:
+def floats(store: ExpertStore, layer: MoELayer, expert: int) -> list[torch.Tensor]:
     weights = store.weights(layer, expert)
     return [as_tensor(m, torch.float32) for m in (weights.gate, weights.up, weights.down)]
 
@@ -104,9 +105,8 @@ def test_an_expert_takes_as_few_bytes_as_its_codes(pair: Callable[[str], Pair], 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ORDERED])
 def test_the_kernel_runs_on_the_codes(pair: Callable[[str], Pair], name: str) -> None:
-    runner = runner_of(load(pair(name)[0]))
-    experts = runner.expert_layers.experts
-    weights = runner.expert_layers.compute.prepare(experts.store.weights(experts.store.layers[0], 0))
+    experts = experts_of(load(pair(name)[0]))
+    weights = experts.compute.prepare(experts.store.weights(experts.store.layers[0], 0))
     assert isinstance(weights, MLPWeights)
     assert isinstance(weights.gate, QuantizedRows)
     assert experts.store.is_copied is (name in COPIED)

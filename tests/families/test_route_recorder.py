@@ -27,9 +27,9 @@ FEW_PAGES = {"block_size": 4, "num_kv_pages": 24, "enable_prefix_caching": False
 
 def recorded(llm: LLM, ref: Reference, num_tokens: int = 1000, weights: bool = False) -> RoutingTrace:
     recorder = RouteRecorder(llm.engine.routing_shape(), num_tokens, weights)
-    llm.engine.listen_to_routes(recorder)
+    llm.engine.observe_routes(recorder)
     greedy(llm, ref.prompts)
-    llm.engine.listen_to_routes(recorder, wanted=False)
+    llm.engine.observe_routes(recorder, wanted=False)
     return recorder.trace({"model": "tiny"})
 
 
@@ -58,7 +58,7 @@ def test_every_token_once_as_transformers_routes_it(
         want = torch.stack(record_routes(model, (*prompt, *output[:-1])), dim=1).numpy()
         np.testing.assert_array_equal(np.sort(ids, axis=2), np.sort(want, axis=2))
     assert found.meta["first_positions"] == [0] * len(ref.prompts)
-    assert llm.engine.runner.expert_layers.tap.is_on is False  # type: ignore[attr-defined]
+    assert llm.engine.runner.experts.routes.is_on is False  # type: ignore[attr-defined]
 
 
 def test_what_the_prefix_cache_gave_has_no_row(checkpoint: Checkpoint, reference: References) -> None:

@@ -62,7 +62,7 @@ def test_one_wider_tensor_and_everything_is_widened(case: str, checkpoint: Calla
 
 def test_beside_a_cache_of_experts_no_weight_is_mapped() -> None:
     """Of mapped pages the kernel takes back what it likes when memory is short."""
-    folder = str(Path(demo.__file__).parent / "model")
+    folder = str(demo.MODEL)
     prompt, greedy_32 = [[5, 6, 7, 8]], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     mapped, cached = (LLM(folder, dtype="float32", max_num_seqs=1, moe_cache_mib=n) for n in (0, 1))
     assert any(_is_mapped(p) for p in runner_of(mapped).model.parameters())

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from expert_cache.host_managed.cache import ExpertCache
-
 from .references import PROMPT_LENGTHS, SHARED, Reference
-from .serving import StepLog, greedy, load, runner_of, tokens
+from .serving import StepLog, greedy, host_managed, load, tokens
 from .tiny_configs import CASES, POSITIONS
 
 pytestmark = pytest.mark.parametrize("case", CASES)
@@ -80,9 +78,8 @@ def test_room_for_experts(case: str, room: str, checkpoint: Checkpoint, referenc
     """Run twice: with room for all, the second run finds every expert ready; with room for half, it does not."""
     ref = reference(case)
     llm = load(checkpoint(case), moe_cache_mib=0 if room == "mapped" else 64)
-    cache = runner_of(llm).expert_layers.experts
     if room == "for_half":
-        assert isinstance(cache, ExpertCache)
+        cache = host_managed(llm).cache
         cache.resize(cache.store.num_total // 2)
     assert tokens(greedy(llm, ref.prompts)) == ref.outputs
     log = StepLog(llm)

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_cache.host_managed.cache import ExpertCache
 from moe_serve import LLM
 from moe_serve.hf.family import find
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve_kernels.cpu import library
 
 from .references import Reference
-from .serving import greedy, load, runner_of, tokens
+from .serving import experts_of, greedy, host_managed, load, runner_of, tokens
 from .tiny_configs import CASES
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
@@ -43,10 +42,10 @@ class Calls:
         for name in ("at_once", "by_layer"):
             monkeypatch.setattr(steps, f"_run_{name}", self._counting(name, getattr(steps, f"_run_{name}")))
 
-    def _counting(self, name: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def counting(inputs: Any) -> Any:
+    def _counting(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any) -> Any:
             setattr(self, name, getattr(self, name) + 1)
-            return run(inputs)
+            return run(*arguments)
 
         return counting
 
@@ -59,7 +58,7 @@ def test_plain_families_take_them(case: str, checkpoint: Checkpoint) -> None:
 def test_others_say_why(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "moe_serve"):
         load(checkpoint("phimoe"))
-    assert re.search("through the model's modules: phimoe's layers are not plain", caplog.text)
+    assert re.search("module by module, not kernel by kernel, because phimoe's layers are not plain", caplog.text)
 
 
 @pytest.mark.parametrize("settings", [{"enforce_eager": True}, {"dtype": "bfloat16"}], ids=str)
@@ -76,12 +75,12 @@ def test_counts_and_routes_are_those_of_the_modules(
     for eager in (True, False):
         llm = load(checkpoint(case), enforce_eager=eager)
         calls = None if eager else Calls(llm, monkeypatch)
-        llm.engine.runner.watch_routes(True, weights=True)
+        llm.engine.runner.observe_routes(True, weights=True)
         routes: list[Any] = []
         run = llm.engine.runner.run
         monkeypatch.setattr(llm.engine.runner, "run", lambda plan, run=run, to=routes: _keep(run(plan), to))
         greedy(llm, prompts)
-        report = runner_of(llm).expert_report()
+        report = experts_of(llm).report()
         seen.append((routes, report.tokens, report.counts["hits"]))
         assert calls is None or calls.at_once + calls.by_layer > 0  # GPT-OSS stores experts by columns: none in place
     (eager_routes, eager_tokens, eager_hits), (routes, counted, hits) = seen
@@ -110,8 +109,7 @@ def test_a_cache_that_fills_and_is_resized(
     """Layer by layer with room for half of the experts, at once when all have come, and back."""
     ref = reference("qwen3_moe")
     llm = load(checkpoint("qwen3_moe"), moe_cache_mib=64)
-    cache = runner_of(llm).expert_layers.experts
-    assert isinstance(cache, ExpertCache)
+    cache = host_managed(llm).cache
     calls = Calls(llm, monkeypatch)
     for room in (cache.store.num_total // 2, cache.arena.num_slots, cache.store.num_total // 2):
         cache.resize(room)

@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import Request
 from moe_serve.server.endpoints import chat, completions
 from moe_serve.server.endpoints.bodies import prompts
 from moe_serve.server.endpoints.bodies.parsing import Body, parse
-from moe_serve.server.endpoints.bodies.sampling_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from moe_serve.server.endpoints.chat import ChatBody
+from moe_serve.server.endpoints.completions import CompletionBody
+from moe_serve.server.endpoints.tokenize import DetokenizeBody, TokenizeBody
+from moe_serve.server.service import Service
 from moe_serve.server.transport.http_errors import error_body
-from moe_serve.text.response_templates import template_of
-from tests.fuzz.harness import demo_tokenizer, fuzz_for_minutes
-from tests.random_model import random_engine
+from tests.fuzz.harness import fuzz_for_minutes, random_app
 
 MESSAGE = {"role": "user", "content": "Hello"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}}
@@ -89,25 +89,22 @@ class Handler:
     """What happens to a body between the socket and the engine."""
 
     def __init__(self) -> None:
-        self.tokenizer = demo_tokenizer()
-        self.engine: Engine = random_engine(self.tokenizer)
-        self.template = template_of(self.tokenizer)
+        self.service: Service = random_app().state.service
 
     def handle(self, body_class: type[Body], raw: bytes) -> None:
         body = asyncio.run(parse(cast(HttpRequest, SentBytes(raw)), body_class))
         for request in self._requests(body):
-            self.engine.check_request(request)
+            self.service.engine.core.check_request(request)
 
     def _requests(self, body: Body) -> list[Request]:
-        size = self.engine.max_model_len
         if isinstance(body, CompletionBody):
-            return completions.requests_of(body, "r", self.tokenizer, {}, size)
+            return completions.requests_of(body, "r", self.service)
         if isinstance(body, ChatBody):
-            plan = chat.plan(body, "r", self.tokenizer, self.template, {}, size)
+            plan = chat.plan(body, "r", self.service)
             plan.new_parser().feed("some [text] <tool_call>{", True)
             return [plan.request]
         if isinstance(body, TokenizeBody) and body.messages is not None:
-            prompts.render(body, body.messages, [t.model_dump() for t in body.tools or ()], self.tokenizer)
+            prompts.render(body, body.messages, [t.model_dump() for t in body.tools or ()], self.service.tokenizer)
         return []
 
 

@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
-from moe_serve.demo import evaluate
+from moe_serve.demo import MODEL
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.server.app import create_app
 from moe_serve.server.transport.connections import KEEP_ALIVE_S
@@ -26,7 +25,7 @@ CHUNK = 1000
 
 
 def demo_tokenizer() -> Tokenizer:
-    return Tokenizer.from_path(str(Path(evaluate.__file__).parent / "model"))
+    return Tokenizer.from_path(str(MODEL))
 
 
 def random_app() -> FastAPI:

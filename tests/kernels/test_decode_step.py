@@ -296,7 +296,7 @@ def test_in_parts_the_bits_are_the_same(name: str, num_tokens: int) -> None:
 
 
 def outside(model: Tiny, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One layer's experts, as ExpertLayers runs them."""
+    """One layer's experts, as HostManagedExperts run them."""
     order = ids.flatten().argsort(stable=True)
     sorted_ids = ids.flatten()[order].tolist()
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(sorted_ids), 1) if a != b), len(sorted_ids)]

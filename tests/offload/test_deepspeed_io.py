@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.errors import ExpertReadError
 from expert_cache.storage.direct_io import BLOCK_BYTES
+from expert_cache.storage.errors import ExpertReadError
 from moe_serve.errors import ConfigError
 from moe_serve.offload import deepspeed_io
 from moe_serve.offload.deepspeed_io import DeepSpeedFile

@@ -44,35 +44,37 @@ def gpu_compute(store, num_slots=4) -> GpuCompute:
 def test_settings_that_need_the_host(store, caplog, name) -> None:
     settings, words = REASONS[name]
     with caplog.at_level(logging.WARNING):
-        assert module.device_cache(EngineConfig.of(**settings), store, gpu_compute(store), CPU) is None
+        assert module.gpu_managed_experts(EngineConfig.of(**settings), store, gpu_compute(store), CPU) is None
     (record,) = caplog.records
     assert words in record.getMessage()
     with pytest.raises(ConfigError, match=words):
-        module.device_cache(EngineConfig.of(moe_cache_manager="device", **settings), store, gpu_compute(store), CPU)
+        module.gpu_managed_experts(
+            EngineConfig.of(moe_cache_manager="device", **settings), store, gpu_compute(store), CPU
+        )
 
 
 def test_fewer_slots_than_layers(store, caplog) -> None:
-    assert module.device_cache(EngineConfig(), store, gpu_compute(store, 1), CPU) is None
+    assert module.gpu_managed_experts(EngineConfig(), store, gpu_compute(store, 1), CPU) is None
     assert "1 experts, fewer than the 2 layers" in caplog.text
 
 
 def test_too_little_host_memory(store, caplog, monkeypatch) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
-    assert module.device_cache(EngineConfig(), store, gpu_compute(store), CPU) is None
+    assert module.gpu_managed_experts(EngineConfig(), store, gpu_compute(store), CPU) is None
     assert "pinned memory" in caplog.text
 
 
 def test_the_host_when_it_is_asked_for(store, caplog) -> None:
-    assert module.device_cache(EngineConfig.of(moe_cache_manager="host"), store, gpu_compute(store), CPU) is None
+    assert module.gpu_managed_experts(EngineConfig.of(moe_cache_manager="host"), store, gpu_compute(store), CPU) is None
     assert not caplog.records
 
 
 def test_no_gpu(store, caplog) -> None:
     compute = ExpertCompute(stores.SILU, torch.float32, CPU, 0)
-    assert module.device_cache(EngineConfig(), store, compute, CPU) is None
+    assert module.gpu_managed_experts(EngineConfig(), store, compute, CPU) is None
     assert not caplog.records
     with pytest.raises(ConfigError, match="no GPU"):
-        module.device_cache(EngineConfig.of(moe_cache_manager="device"), store, compute, CPU)
+        module.gpu_managed_experts(EngineConfig.of(moe_cache_manager="device"), store, compute, CPU)
 
 
 def test_slots_are_shared_evenly() -> None:

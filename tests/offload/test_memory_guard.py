@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_serve.offload.memory_guard import CHECK_INTERVAL_S, MIN_RESERVE_BYTES, MemoryGuard
+from expert_cache.host_managed.memory_guard import CHECK_INTERVAL_S, MIN_RESERVE_BYTES, MemoryGuard
 
 SLOT = 10 << 20
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.errors import ExpertReadError
-from expert_cache.regroup import Regrouped
+from expert_cache.storage.errors import ExpertReadError
+from expert_cache.usage import RouteBuffer
+from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
-from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.wire.exchange import Exchange
+from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.sockets import Wire
-from moe_serve.parallel.wire.traffic import Traffic
 
 HIDDEN = 4
 
@@ -43,24 +41,18 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
 class FakeExperts:
     """Expert e makes (e + 1) h of h; one may be unreadable."""
 
+    reads_can_fail = False
+
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        store = SimpleNamespace(layers=tuple(range(num_layers)), num_experts=num_experts)
-        self.experts = SimpleNamespace(store=store)
-        self.compute = self
+        self.routes = RouteBuffer(num_layers, num_experts)
         self.unreadable: int | None = None
         self._failed: dict[int, ExpertReadError] = {}
 
-    def result_like(self, hidden: torch.Tensor, num_pairs: int) -> torch.Tensor:
-        return torch.empty(num_pairs, hidden.shape[1])
-
-    def run_pairs(self, layer: int, hidden: torch.Tensor, groups: Regrouped) -> torch.Tensor:
-        out = torch.empty(len(groups.pairs), hidden.shape[1])
-        for expert, (start, end) in groups.segments.items():
-            tokens = groups.tokens[start:end]
-            out[groups.pairs[start:end]] = hidden[tokens].float() * (expert + 1)
-            if expert == self.unreadable:
-                self._failed.update({row: ExpertReadError("gone") for row in tokens.tolist()})
-        return out
+    def partial_sums(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        is_here = ids >= 0
+        for row in (ids == self.unreadable).any(1).nonzero()[:, 0].tolist() if self.unreadable is not None else ():
+            self._failed[row] = ExpertReadError("gone")
+        return hidden.float() * (is_here * weights * (ids + 1)).sum(1, keepdim=True)
 
     def take_failures(self) -> dict[int, ExpertReadError]:
         failed, self._failed = self._failed, {}
@@ -75,9 +67,8 @@ def shared_layers(
     found = []
     for rank, wire in enumerate(wires):
         local: Any = FakeExperts(num_layers, num_experts)
-        ownership = Ownership(hosts, range(num_layers), rank, torch.device("cpu"))
         exchange = Exchange(rank, num_ranks, Traffic(num_layers), wire)
-        found.append(ExpertShare(local, ownership, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
+        found.append(ExpertShare(local, hosts, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
     return found
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
 
 from expert_cache.report import ExpertReport, Residency
-from moe_serve.parallel.front.reports import TeamReports, merge, report_from_json, report_to_json
+from moe_serve.parallel.front.reports import TeamReports, merge
+from moe_serve.parallel.wire.messages import Alive, encode, read_rank
 
 
 def report(ready: list[int], tokens: list[int], hits: int, unused: list[int] | None = None) -> ExpertReport:
@@ -20,14 +18,18 @@ def report(ready: list[int], tokens: list[int], hits: int, unused: list[int] | N
     return ExpertReport((2,), 90, np.array([tokens]), counts, residency, {"lru": hits + 1}, 0.5)
 
 
-def test_a_report_survives_json() -> None:
+def test_a_report_survives_the_wire() -> None:
     before = report([1, 0, 1], [4, 5, 6], 7, [0, 0, 1])
-    after = report_from_json(json.loads(json.dumps(report_to_json(before))))
-    assert np.array_equal(after.residency.ready, before.residency.ready)
-    assert np.array_equal(after.residency.unused, before.residency.unused)
+    message = read_rank(encode(Alive(before)))
+    assert isinstance(message, Alive)
+    after = message.report
+    assert after is not None
+    assert after.residency.ready.tolist() == [[True, False, True]]
+    assert after.residency.unused.tolist() == [[False, False, True]]
     assert after.residency.num_slots == 2
     assert np.array_equal(after.tokens, before.tokens)
-    assert after.counts["stall_s"].dtype == np.float64
+    assert after.counts["stall_s"].tolist() == [0.25]
+    assert after.counts["hits"].dtype == np.int64
     assert (after.layers, after.expert_bytes, after.belady_gap_frac) == ((2,), 90, 0.5)
     assert after.shadow_hits == {"lru": 8}
 
@@ -46,17 +48,17 @@ def test_reports_add_up() -> None:
 
 def test_counts_outlive_the_ranks() -> None:
     """A new group counts from zero; while there is none, the last word holds."""
-    current: tuple[int, dict[int, Any]] = (1, {})
+    current: tuple[int, dict[int, ExpertReport]] = (1, {})
     reports = TeamReports(lambda: current)
     assert reports.total() is None
-    current = (1, {r: report_to_json(report([1, 1, 0], [1, 1, 1], 10)) for r in (0, 1)})
+    current = (1, {r: report([1, 1, 0], [1, 1, 1], 10) for r in (0, 1)})
     assert sum_of(reports) == (6, 20, 4)
     current = (1, {})
     assert sum_of(reports) == (6, 20, 4)
-    current = (2, {r: report_to_json(report([0, 0, 1], [0, 0, 1], 1)) for r in (0, 1)})
+    current = (2, {r: report([0, 0, 1], [0, 0, 1], 1) for r in (0, 1)})
     assert sum_of(reports) == (8, 22, 4)
     assert reports.total().residency.ready.tolist() == [[False, False, True]]  # type: ignore[union-attr]
-    current = (3, {0: report_to_json(report([0, 0, 1], [5, 0, 0], 2))})
+    current = (3, {0: report([0, 0, 1], [5, 0, 0], 2)})
     assert sum_of(reports) == (13, 24, 2)
     assert [each.tokens.sum() for each in reports.by_rank().values()] == [5]
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-
 import numpy as np
 import pytest
 
+from moe_serve.config import ParallelConfig
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.modes.runner import Outcome
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.ranks.grouping import GroupRunner
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.messages import RankStep
+from moe_serve.parallel.wire.messages import RoutePiece
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
@@ -22,9 +19,9 @@ class Echo:
 
     def run(self, step: RankStep) -> Outcome:
         errors = {1: "lost"} if len(step.homes) > 1 else {}
-        last_tokens = np.array([span.stop - 1 for span in routes.spans(step.plan)], np.int32)
-        piece = {"rows": base64.b64encode(last_tokens.tobytes()).decode(), "ids": "unchanged"}
-        return Outcome({i: (home, None) for i, home in enumerate(step.homes)}, errors, [piece])
+        last_tokens = np.array([span.stop - 1 for span in step.plan.spans()], np.int32)
+        piece = RoutePiece(last_tokens, np.zeros((len(last_tokens), 1, 1), np.uint8))
+        return Outcome({i: (home, None) for i, home in enumerate(step.homes)}, errors, piece)
 
 
 def step_of(homes: list[int]) -> RankStep:
@@ -41,14 +38,13 @@ def test_a_group_runs_its_part() -> None:
     assert first[:2] == ({1: (0, None), 3: (1, None)}, {3: "lost"})
     assert second[:2] == ({0: (0, None), 2: (1, None)}, {2: "lost"})
     assert [numbers(outcome) for outcome in (first, second)] == [[5, 11], [2, 8]]  # of the whole step's tokens
-    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {}, [])
+    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {}, None)
 
 
 def numbers(outcome: Outcome) -> list[int]:
-    """Which tokens the only piece of an outcome is about."""
-    (piece,) = outcome.routes
-    found: list[int] = np.frombuffer(base64.b64decode(piece["rows"]), np.int32).tolist()
-    return found
+    """Which tokens an outcome's piece is about."""
+    assert outcome.routes is not None
+    return outcome.routes.rows.tolist()
 
 
 def test_groups_must_divide_the_ranks() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moe_serve.parallel.modes.conventional import ConventionalLayers
-from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes
-from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingLayers
-from moe_serve.parallel.traffic_forecast import RowBytes, forecast
+from moe_serve.parallel.modes.conventional import ConventionalExperts
+from moe_serve.parallel.modes.expert_share import ExpertShare
+from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingExperts
+from tests.support.traffic_forecast import RowBytes, forecast
 
 from .conftest import Mesh
 from .meshes import HIDDEN, at_once, expected, shared_layers
@@ -46,7 +46,7 @@ def total(shared: list[ExpertShare], name: str) -> int:
 def test_conventional(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dtype) -> None:
     shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, num_copies), TOP_K, dtype)
     tokens = [random_tokens(dtype, rank) for rank in range(num_ranks)]
-    layers = [ConventionalLayers(each) for each in shared]
+    layers = [ConventionalExperts(each) for each in shared]
     found = at_once(*(lambda each=each, t=t: each.run(0, *t) for each, t in zip(layers, tokens, strict=True)))
     for result, own in zip(found, tokens, strict=True):
         assert torch.equal(result, expected(*own))
@@ -57,7 +57,7 @@ def recompute(shared: list[ExpertShare], tokens: Any, homes: torch.Tensor, layer
     """The layer on every rank, all tokens sampled but the first."""
     calls = []
     for each in shared:
-        layers = RecomputingLayers(each, LossNotes(), last_layer)
+        layers = RecomputingExperts(each, last_layer)
         layers.begin(homes, torch.arange(1, TOKENS))
         calls.append(lambda layers=layers: layers.run(layer, *tokens))
     return at_once(*calls)
@@ -89,10 +89,11 @@ def test_recompute_marks_what_could_not_be_read(mesh: Mesh) -> None:
     hidden, ids, weights = random_tokens(torch.float32)
     for each in shared:
         each.local.unreadable = 2  # type: ignore[attr-defined]
-    notes = [LossNotes(), LossNotes()]
+    notes = []
     calls = []
-    for each, note in zip(shared, notes, strict=True):
-        layers = RecomputingLayers(each, note, 1)
+    for each in shared:
+        layers = RecomputingExperts(each, 1)
+        notes.append(layers.losses)
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         calls.append(lambda layers=layers: layers.run(0, hidden, ids, weights))
     at_once(*calls)
@@ -105,7 +106,7 @@ def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
     hidden, ids, weights = random_tokens(torch.float32)
     calls = []
     for rank, each in enumerate(shared):
-        layers = RecomputingLayers(each, LossNotes(), 1)
+        layers = RecomputingExperts(each, 1)
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         mine = ids if rank else ids.flip(1)
         calls.append(lambda layers=layers, mine=mine: layers.run(0, hidden, mine, weights))

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import socket
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from expert_cache.counters import ExpertTotals
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.front.links import Listener
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.parallel.front.step_writer import StepWriter, merge
+from moe_serve.parallel.ranks.step_reader import StepReader
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
 from moe_serve.parallel.wire.environment import FRONT, front_address, read_place
 from moe_serve.parallel.wire.messages import (
-    StepReader,
-    StepWriter,
-    merge_results,
-    params_from_json,
-    params_to_json,
-    result_to_json,
+    ROUTE_IDS,
+    Alive,
+    Answer,
+    Ask,
+    Counted,
+    Order,
+    Outcome,
+    Place,
+    Start,
+    StepDone,
+    Stop,
+    encode,
+    read_front,
+    read_rank,
 )
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.finish import FinishReason
@@ -31,6 +44,28 @@ from moe_serve.scheduling.sequence import (
     Sequence,
     TokenLogprob,
 )
+from placement.cost import Layout
+
+
+def heard_by_a_rank(order: Order) -> Any:
+    message = read_front(encode(Ask(1, order)))
+    assert isinstance(message, Ask)
+    return message.order
+
+
+def heard_by_the_front(outcome: Outcome) -> Any:
+    message = read_rank(encode(Answer(1, outcome)))
+    assert isinstance(message, Answer)
+    return message.outcome
+
+
+def no_grammar(spec: GrammarSpec) -> object:
+    raise AssertionError("no sequence has a grammar")
+
+
+def test_settings_survive() -> None:
+    settings = Start(EngineConfig(model="folder", max_num_seqs=3), ParallelConfig(devices=2, ep_mode="coherent"))
+    assert read_front(encode(settings)) == settings
 
 
 def test_params_survive() -> None:
@@ -39,47 +74,62 @@ def test_params_survive() -> None:
         temperature=0.5, logit_bias={7: -3.0}, stop=("a", "b"), seed=5, logprobs=2, n=3,
         bad_words=((1, 2), (3,)), allowed_token_ids=(4, 5), grammar=grammar,
     )  # fmt: skip
-    again = params_from_json(json.loads(json.dumps(params_to_json(params))))
-    for field in dataclasses.fields(params):
-        assert getattr(again, field.name) == getattr(params, field.name), field.name
+    seq = Sequence(Request("r", (1,), params), 0, [1], 5, page_ids=[0])
+    step = heard_by_a_rank(StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),))))
+    assert step.new[0].params == params
 
 
-def no_grammar(spec: GrammarSpec) -> object:
-    raise AssertionError("no sequence has a grammar")
+@pytest.mark.parametrize("replicas", [np.array([[0, 0, 1]]), np.empty((0, 3), np.int64)])
+def test_layouts_survive(replicas: NDArray[np.int64]) -> None:
+    layout = Layout(np.array([[0, 0, 1, 1]]), replicas)
+    again = heard_by_a_rank(Place(layout)).layout
+    assert np.array_equal(again.device_of, layout.device_of)
+    assert np.array_equal(again.replicas, layout.replicas)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xc1", b"\x91" * 100_000, encode(Stop()), encode(Alive())[:-1]])
+def test_what_is_no_message_is_an_error(raw: bytes) -> None:
+    with pytest.raises((msgspec.MsgspecError, RecursionError)):
+        read_rank(raw)
 
 
 def test_mirrors_follow_the_front() -> None:
     seq = Sequence(Request("r", (1, 2, 3), SamplingParams(temperature=0)), 0, [1, 2, 3], 10, page_ids=[4])
     seq.home_rank = 1
     writer, reader = StepWriter(), StepReader(no_grammar)
-    first = BatchPlan((ScheduledSequence(seq, 0, 3),))
-    step = reader.read(json.loads(json.dumps(writer.write(first))))
+    step = reader.read(heard_by_a_rank(writer.write(BatchPlan((ScheduledSequence(seq, 0, 3),)))))
     assert step.plan.scheduled[0].needs_sample
     assert step.part_of(1) == [0]
     seq.token_ids.append(9)
     seq.num_computed = 3
-    step = reader.read(json.loads(json.dumps(writer.write(BatchPlan((ScheduledSequence(seq, 3, 1),))))))
+    step = reader.read(heard_by_a_rank(writer.write(BatchPlan((ScheduledSequence(seq, 3, 1),)))))
     assert step.plan.scheduled[0].seq.token_ids == [1, 2, 3, 9]
     assert step.homes == (1,)
     seq.finish_reason = FinishReason.STOP
-    assert writer.write(BatchPlan(()))["gone"] == [0]
+    assert writer.write(BatchPlan(())).gone == [0]
 
 
 def test_a_mirror_has_a_matcher_of_its_own() -> None:
     grammar = GrammarSpec(GrammarKind.REGEX, "a")
     seq = Sequence(Request("r", (1,), SamplingParams(grammar=grammar)), 0, [1], 5, page_ids=[0])
-    message = StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), routes=1)
-    step = StepReader(lambda spec: ("matcher of", spec)).read(json.loads(json.dumps(message)))
+    message = StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), routes=ROUTE_IDS)
+    step = StepReader(lambda spec: ("matcher of", spec)).read(heard_by_a_rank(message))
     assert step.plan.scheduled[0].seq.matcher == ("matcher of", grammar)
-    assert step.routes == 1
+    assert step.routes == ROUTE_IDS
 
 
 def test_results_of_several_ranks_merge_in_plan_order() -> None:
     seqs = [Sequence(Request(f"{i}", (1,), SamplingParams()), 0, [1], 5) for i in range(3)]
     plan = BatchPlan(tuple(ScheduledSequence(seq, 0, 1) for seq in seqs))
     logprob = TokenLogprob(8, -0.25, ((8, -0.25), (2, -3.0)))
-    answers = [result_to_json({2: (7, None)}, {}), result_to_json({0: (8, logprob), 1: (6, None)}, {1: "lost"})]
-    result = merge_results(plan, json.loads(json.dumps(answers)))
+    counted = Counted({"trips": 1}, [2], ExpertTotals(hits=3))
+    answers = [
+        StepDone({2: (7, None)}, {}, None, counted),
+        StepDone({0: (8, logprob), 1: (6, None)}, {1: "lost"}, None, counted),
+    ]
+    heard = [heard_by_the_front(answer) for answer in answers]
+    assert heard == answers
+    result = merge(plan, heard, RoutingShape((0,), 4, 2))
     assert result.token_ids == (8, 6, 7)
     assert result.logprobs == (logprob, None, None)
     assert result.errors == {seqs[1]: "lost"}
@@ -87,29 +137,14 @@ def test_results_of_several_ranks_merge_in_plan_order() -> None:
 
 def test_channel_ends_when_the_other_side_does() -> None:
     left, right = (Channel(end) for end in socket.socketpair())
-    left.send({"a": [1, 2]})
-    assert right.receive(1.0) == {"a": [1, 2]}
+    left.send(b"hello")
+    assert right.receive(1.0) == b"hello"
     with pytest.raises(TimeoutError):
         right.receive(0.01)
     left.close()
     with pytest.raises(ChannelClosed):
         right.receive(1.0)
     right.close()
-
-
-def test_strangers_are_sent_away() -> None:
-    listener = Listener("127.0.0.1", 0, "word")
-    try:
-        for secret, accepted in (("wrong", False), ("word", True)):
-            end = Channel(socket.create_connection(listener.address))
-            end.send({"op": "hello", "rank": 1, "pid": 2, "secret": secret})
-            link = listener.accept(5.0)
-            assert (link is not None) == accepted
-            end.close()
-            if link is not None:
-                link.channel.close()
-    finally:
-        listener.close()
 
 
 def test_place_names_what_is_wrong() -> None:

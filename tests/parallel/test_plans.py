@@ -12,13 +12,16 @@ import torch
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.expert_plans import contiguous, read_hosts
-from moe_serve.parallel.front.prescheduling import Prescheduler, count_uses, load_uses, save_uses
+from moe_serve.parallel.front.prescheduling import Prescheduler
+from moe_serve.parallel.front.token_uses import TokenUses, count_uses, load_uses
 from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.traffic_forecast import RowBytes, forecast
 from placement.cost import Layout
 from placement.plan import make_plan, save_plan
 from placement.problem import PlacementProblem
 from placement.topology import Topology
+from predictors.shape import MoELayer
+from predictors.trace import RoutingTrace
+from tests.support.traffic_forecast import RowBytes, forecast
 
 LAYERS = (1, 2)
 
@@ -68,31 +71,32 @@ def test_contiguous_is_uneven_where_it_must_be() -> None:
 def test_copies_are_chosen_by_place_then_company_then_load() -> None:
     hosts = np.zeros((1, 4, 3), bool)
     hosts[0, 0, [0, 1]] = hosts[0, 1, [1, 2]] = hosts[0, 2, 2] = hosts[0, 3, [1, 2]] = True
-    ownership = Ownership(hosts, (5,), 0, torch.device("cpu"))
+    ownership = Ownership(hosts, 0, torch.device("cpu"))
     ids = torch.tensor([[0, 2], [1, 2]])
-    assert ownership.choose(5, ids).tolist() == [[0, 2], [2, 2]]  # here; where expert 2 takes the token anyway
-    assert ownership.choose(5, torch.tensor([[3]])).tolist() == [[1]]  # rank 2 is busier now
+    assert ownership.choose(MoELayer(0), ids).tolist() == [
+        [0, 2],
+        [2, 2],
+    ]  # here; where expert 2 takes the token anyway
+    assert ownership.choose(MoELayer(0), torch.tensor([[3]])).tolist() == [[1]]  # rank 2 is busier now
+
+
+def two_tokens() -> TokenUses:
+    """Token 7 used expert 0, token 9 expert 3, in the only layer, of 4 experts."""
+    return count_uses(
+        RoutingTrace(np.array([[[0]], [[3]]]), np.array([0, 2]), np.array([0]), 4, token_ids=np.array([7, 9]))
+    )
 
 
 def test_prescheduler_follows_the_table_until_a_rank_is_far_ahead() -> None:
-    counts = count_uses(np.array([7, 9]), np.array([[[0]], [[3]]]), 10, 4)
     hosts = contiguous(1, 4, 2)
-    scheduler = Prescheduler(hosts, lambda: counts)
+    scheduler = Prescheduler(hosts, two_tokens())
     assert [scheduler.home([7, 7], [0, 0]), scheduler.home([9], [100, 0])] == [0, 1]
     assert scheduler.home([9], [0, 5000]) == 0
+    assert scheduler.home([1, 8, 9, 500], [0, 0]) == 1  # the others were never seen
+    assert scheduler.home([1], [8, 3]) == 1
     scheduler.place(hosts[:, ::-1])  # experts 0 and 1 are on rank 1 now
     assert [scheduler.home([7, 7], [0, 0]), scheduler.home([9], [100, 0])] == [1, 0]
     assert Prescheduler(hosts).home([9], [3, 1]) == 1
-
-
-def test_table_must_fit_the_model(tmp_path: Path) -> None:
-    counts = np.arange(2 * 1 * 4).reshape(2, 1, 4)
-    save_uses(tmp_path / "uses.npz", counts)
-    assert np.array_equal(load_uses(str(tmp_path / "uses.npz"), 2, 1, 4), counts)
-    with pytest.raises(ConfigError, match="token_experts is uint32"):
-        load_uses(str(tmp_path / "uses.npz"), 3, 1, 4)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_uses(str(tmp_path / "none.npz"), 3, 1, 4)
 
 
 def test_forecast_counts_what_travels() -> None:
@@ -119,14 +123,46 @@ def test_ranks_agree_whoever_asks() -> None:
     hosts = np.zeros((1, 2, 3), bool)
     hosts[0, 0, [0, 1]] = hosts[0, 1, [1, 2]] = True
     ids = np.array([[0, 1], [1, 0], [0, 0]])
-    found = [Ownership(hosts, (5,), rank, torch.device("cpu")).agree(5, ids, None).tolist() for rank in range(3)]
+    found = [Ownership(hosts, rank, torch.device("cpu")).agree(MoELayer(0), ids, None).tolist() for rank in range(3)]
     assert found[0][:2] == [[1, 1], [1, 1]]
     assert found[1:] == found[:1] * 2
-    at_home = Ownership(hosts, (5,), 0, torch.device("cpu")).agree(5, ids[:2], np.array([0, 2]))
+    at_home = Ownership(hosts, 0, torch.device("cpu")).agree(MoELayer(0), ids[:2], np.array([0, 2]))
     assert at_home.tolist() == [[0, 1], [2, 0]]
 
 
 def test_groups_are_alike_for_the_prescheduler() -> None:
-    counts = count_uses(np.array([7, 9]), np.array([[[0]], [[3]]]), 10, 4)
-    scheduler = Prescheduler(contiguous(1, 4, 2), lambda: counts)
+    scheduler = Prescheduler(contiguous(1, 4, 2), two_tokens())
     assert [scheduler.home([9], [0, 0, 0, 0]), scheduler.home([9], [0, 8, 0, 0])] == [1, 3]
+
+
+def test_uses_survive_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "uses.npz"
+    two_tokens().save(path)
+    uses = load_uses(str(path))
+    assert (uses.token_ids.tolist(), uses.layer_ids.tolist()) == ([7, 9], [0])
+    assert uses.counts.tolist() == [[[1, 0, 0, 0]], [[0, 0, 0, 1]]]
+    uses.check_fit("uses.npz", (0,), 4)
+    with pytest.raises(ConfigError, match=r"--ep-predictor uses.npz: layer_ids: \[0\], but this model has \[1\]"):
+        uses.check_fit("uses.npz", (1,), 4)
+    with pytest.raises(ConfigError, match="experts per layer: 4, but this model has 8"):
+        uses.check_fit("uses.npz", (0,), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"counts": None}, "cannot be read"),
+        ({"counts": np.ones((2, 1, 4))}, "counts: float64"),
+        ({"counts": np.ones((2, 4), int)}, "counts: int64"),
+        ({"counts": np.ones((3, 1, 4), int)}, r"counts: \(3, 1, 4\) do not go with"),
+        ({"token_ids": np.array([9, 7])}, "do not go with"),
+    ],
+)
+def test_damaged_uses_are_refused(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    path = tmp_path / "uses.npz"
+    good = {"token_ids": np.array([7, 9]), "counts": np.ones((2, 1, 4), int), "layer_ids": np.array([0])}
+    np.savez(path, **{name: array for name, array in {**good, **changes}.items() if array is not None})
+    with pytest.raises(ConfigError, match=f"--ep-predictor .*{complaint}"):
+        load_uses(str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_uses(str(tmp_path / "none.npz"))

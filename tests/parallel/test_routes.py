@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.routes import RouteNoter
+from moe_serve.parallel.front.step_writer import gather
+from moe_serve.parallel.modes.route_noter import RouteNoter, plan_numbers
+from moe_serve.parallel.modes.runner import RankStep
+from moe_serve.parallel.wire.messages import ROUTE_IDS, ROUTE_IDS_AND_WEIGHTS, RoutePiece, encode, restore
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
@@ -39,34 +41,31 @@ def chosen(token: int, layer: int) -> list[int]:
     return [(token + layer) % 8, (token + layer + 4) % 8]
 
 
-def call(tap: RouteNoter, layer: int, tokens: list[int]) -> None:
+def call(noter: RouteNoter, layer: int, tokens: list[int]) -> None:
     """The router of `layer` has chosen for the tokens with these plan-order numbers."""
     ids = torch.tensor([chosen(token, layer) for token in tokens])
-    tap.run(layer, torch.zeros(len(tokens), 4), ids, ids / 8)
+    noter.run(layer, torch.zeros(len(tokens), 4), ids, ids / 8)
 
 
 def expected() -> list[Any]:
     return [[chosen(token, layer) for layer in LAYERS] for token in range(5)]
 
 
-def told(*answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    parsed: list[dict[str, Any]] = json.loads(json.dumps([{"routes": pieces} for pieces in answers]))
-    return parsed
+def told(*pieces: RoutePiece | None) -> list[RoutePiece]:
+    """What arrives at the front."""
+    return [msgspec.msgpack.decode(encode(p), type=RoutePiece, dec_hook=restore) for p in pieces if p is not None]
 
 
-def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
+def test_conventional_ranks_tell_of_their_own_sequences(plan: BatchPlan) -> None:
     """Rank 0 has the prompt, rank 1 the others, in the order of its batch: the shorter context first."""
-    places = routes.spans(plan)
-    answers = []
+    pieces = []
     for own, tokens in (([0], [0, 1, 2]), ([1, 2], [4, 3])):
-        tap = RouteNoter(Nothing(), 8)
-        tap.begin(routes.IDS_AND_WEIGHTS)
+        noter = RouteNoter(Nothing(), 8)
+        noter.begin(ROUTE_IDS_AND_WEIGHTS)
         for layer in LAYERS:
-            call(tap, layer, tokens)
-        part = BatchPlan(tuple(plan.scheduled[i] for i in own))
-        answers.append(tap.take(routes.plan_numbers(part, [places[i] for i in own])))
-    assert [len(pieces) for pieces in answers] == [1, 1]
-    found = routes.gather(plan, told(*answers), SHAPE, routes.IDS_AND_WEIGHTS)
+            call(noter, layer, tokens)
+        pieces.append(noter.take(RankStep(plan, (0, 1, 1)), own))
+    found = gather(plan, told(*pieces), SHAPE, ROUTE_IDS_AND_WEIGHTS)
     assert found.ids.tolist() == expected()
     assert found.rows == (slice(0, 3), slice(3, 4), slice(4, 5))
     assert found.weights is not None
@@ -75,33 +74,36 @@ def test_conventional_ranks_send_one_piece_each(plan: BatchPlan) -> None:
 
 def test_coherent_ranks_tell_of_the_tokens_at_home_there(plan: BatchPlan) -> None:
     """Every rank's batch is the whole step. Batch rows: the decoding sequences' tokens 4 and 3, then the prompt."""
-    numbers = routes.plan_numbers(plan, routes.spans(plan))
+    numbers = plan_numbers(plan, range(3))
     assert numbers.tolist() == [4, 3, 0, 1, 2]
-    answers = []
+    pieces = []
     for at_home in ([0, 2, 3, 4], [1]):
-        tap = RouteNoter(Nothing(), 8)
-        tap.begin(routes.IDS, torch.tensor(at_home))
+        noter = RouteNoter(Nothing(), 8)
+        noter.begin(ROUTE_IDS, torch.tensor(at_home))
         for layer in LAYERS:
-            call(tap, layer, numbers.tolist())
-        answers.append(tap.take(numbers))
-    found = routes.gather(plan, told(*answers), SHAPE, routes.IDS)
+            call(noter, layer, numbers.tolist())
+        pieces.append(noter.take(RankStep(plan, (0, 1, 0))))
+    found = gather(plan, told(*pieces), SHAPE, ROUTE_IDS)
     assert found.ids.tolist() == expected()
     assert found.weights is None
 
 
-def test_a_rank_that_forgets_a_layer_is_noticed(plan: BatchPlan) -> None:
-    tap = RouteNoter(Nothing(), 8)
-    tap.begin(routes.IDS)
-    call(tap, 1, list(range(5)))
-    with pytest.raises(AssertionError, match="routes of 5 instead of 10"):
-        routes.gather(plan, told(tap.take(np.arange(5))), SHAPE, routes.IDS)
+def test_a_rank_that_forgets_something_is_noticed(plan: BatchPlan) -> None:
+    noter = RouteNoter(Nothing(), 8)
+    noter.begin(ROUTE_IDS)
+    call(noter, 1, list(range(5)))
+    piece = noter.take(RankStep(plan, (0, 0, 0)))
+    with pytest.raises(AssertionError, match=r"routes of shape \(5, 1, 2\) instead of \(5, 2, 2\)"):
+        gather(plan, told(piece), SHAPE, ROUTE_IDS)
+    with pytest.raises(AssertionError, match="the routes of 0 tokens instead of 5"):
+        gather(plan, [], SHAPE, ROUTE_IDS)
 
 
-def test_nothing_is_noted_unless_wanted_and_nothing_of_a_failed_step() -> None:
-    tap = RouteNoter(Nothing(), 8)
-    call(tap, 1, list(range(5)))
-    assert tap.take(np.arange(5)) == []
-    tap.begin(routes.IDS)
-    call(tap, 1, list(range(5)))
-    tap.begin(routes.IDS)
-    assert tap.take(np.arange(5)) == []
+def test_nothing_is_noted_unless_wanted_and_nothing_of_a_failed_step(plan: BatchPlan) -> None:
+    noter, step = RouteNoter(Nothing(), 8), RankStep(plan, (0, 0, 0))
+    call(noter, 1, list(range(5)))
+    assert noter.take(step) is None
+    noter.begin(ROUTE_IDS)
+    call(noter, 1, list(range(5)))
+    noter.begin(ROUTE_IDS)
+    assert noter.take(step) is None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 
 from moe_serve.errors import ConfigError
+from moe_serve.parallel.modes.exchange import Exchange, pack, unpack
+from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.addresses import INTERFACE, address_of, check_reachable, own_address
 from moe_serve.parallel.wire.environment import RankAddress
-from moe_serve.parallel.wire.exchange import Exchange, pack, unpack
-from moe_serve.parallel.wire.sockets import HELLO, RankGoneError, answer
-from moe_serve.parallel.wire.traffic import Traffic
+from moe_serve.parallel.wire.sockets import RankGoneError
 
 from .conftest import Mesh
 from .meshes import at_once
@@ -60,21 +58,6 @@ def test_a_rank_that_left_or_is_silent_is_named(mesh: Mesh) -> None:
     right.close()
     with pytest.raises(RankGoneError, match="rank 1"):
         left.trade({}, [1])
-
-
-@pytest.mark.parametrize("hello", [b"", b"GET / HTTP/1.1 and more", HELLO.pack(b"?" * 16, 1)])
-def test_strangers_are_sent_away(hello: bytes) -> None:
-    token = b"0123456789abcdef"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as stranger:
-            stranger.sendall(hello)
-            stranger.shutdown(socket.SHUT_WR)
-            assert answer(listener, token) == {}
-        with socket.create_connection(listener.getsockname()) as rank:
-            rank.sendall(HELLO.pack(token, 3))
-            (taken,) = answer(listener, token).items()
-            assert taken[0] == 3
-            taken[1].close()
 
 
 def test_exchange_books_waits_and_lengths(mesh: Mesh) -> None:

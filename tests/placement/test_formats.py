@@ -145,7 +145,7 @@ def test_a_move_pays_if_it_is_used_long_enough(horizon: int, pays: bool) -> None
     live = problem(3).with_(expert_bytes=1000)
     old, new = find_plan(live, "round_robin"), find_plan(live, "auto", effort=3)
     verdict = judge(live, old, new, Stakes(hidden_bytes=8, horizon_tokens=horizon, choices_per_hop=1.0))
-    assert verdict.migrate is pays
+    assert verdict.adopt is pays
     assert verdict.traffic_then < verdict.traffic_now
 
 

@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-QUICK = ("--gpus", 2, "--effort", 2, "--time-limit", 5, "--quiet")
+QUICK = ("--gpus", 2, "--effort", 2, "--time-limit-s", 5, "--quiet")
 
 
 def test_plan_compare_evaluate_migrate_watch(run: Run, trace: Path, tmp_path: Path) -> None:
@@ -126,3 +126,18 @@ def test_a_limit_nobody_can_keep_is_status_1(run: Run, tmp_path: Path) -> None:
     weight[0, 0] = 97
     np.save(tmp_path / "hot.npy", weight)
     assert run(tmp_path / "hot.npy", *QUICK, "--max-imbalance", 1.1, status=1)["plans"][0]["violation"] > 0
+
+
+def test_more_gpus_than_experts(run: Run, trace: Path, tmp_path: Path) -> None:
+    """12 GPUs on 4 nodes for 8 experts: at least 4 hold nothing, in every file the command writes."""
+    files = {
+        flag: tmp_path / name for flag, name in (("--output", "p.json"), ("--eplb", "e.npz"), ("--html", "p.html"))
+    }
+    words = ["--gpus", 12, "--gpus-per-node", 3, "--effort", 2, "--time-limit", 5, "--quiet"]
+    result = run(trace, *words, *(word for pair in files.items() for word in pair))
+    assert result["best"] == "auto"
+    plan = json.loads(files["--output"].read_text())
+    assert len({device for row in plan["device_of"] for device in row}) <= 12
+    with np.load(files["--eplb"]) as maps:
+        assert maps["physical_to_logical_map"].shape == (4, 12)
+    assert run("compare", files["--output"], files["--output"], "--trace", trace)["plans"]

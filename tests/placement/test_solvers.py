@@ -41,9 +41,9 @@ def random_problem(seed: int, layers: int, experts: int, devices: int, **given_s
 
 @st.composite
 def problems(draw: st.DrawFn) -> PlacementProblem:
-    """Every feature at some time: nodes, limits, prices, pins, a plan in force, unequal speeds."""
-    devices = draw(st.sampled_from([1, 2, 3, 4]))
-    experts, layers = draw(st.integers(devices, 6)), draw(st.integers(1, 3))
+    """Every feature at some time: nodes, limits, prices, pins, a plan in force, unequal speeds, empty devices."""
+    devices = draw(st.sampled_from([1, 2, 3, 4, 7, 9]))
+    experts, layers = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     per_node = draw(st.sampled_from([n for n in (1, 2, devices) if devices % n == 0]))
     chosen: dict[str, Any] = {
@@ -115,6 +115,19 @@ def test_plans_are_valid_and_cost_what_they_say(name: str, problem: PlacementPro
     plan = plan_or_none(problem, name)
     if plan is not None:
         check(problem, plan)
+
+
+@pytest.mark.parametrize("name", solver_names())
+@pytest.mark.parametrize(("devices", "per_node"), [(7, 7), (12, 12), (12, 3), (12, 1)])
+@law(1)
+def test_devices_may_stay_empty(name: str, devices: int, per_node: int) -> None:
+    """Six experts; a device or a whole node holds none, with and without room for replicas."""
+    for spare in (0, 1):
+        topology = Topology.even(devices, per_node, node_hop_cost=3.0)
+        problem = random_problem(1, 3, 6, devices, topology=topology, spare_slots=spare)
+        plan = plan_or_none(problem, name)
+        if plan is not None:
+            check(problem, plan)
 
 
 @pytest.mark.parametrize("name", ["auto", "local_search"])

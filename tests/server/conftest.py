@@ -26,6 +26,7 @@ from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport, Residency
 from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
@@ -151,6 +152,9 @@ class FakeEngine:
 
     def expert_report(self) -> ExpertReport | None:
         return self.experts(self.num_steps)
+
+    def trouble(self) -> Trouble | None:
+        return None
 
     def close(self) -> None:
         self.is_closed = True

@@ -12,8 +12,8 @@ import pytest
 
 from moe_serve.config import ServerConfig
 from moe_serve.errors import ConfigError
-from moe_serve.server.endpoints.probes import guard
 from moe_serve.server.transport.auth import OPEN_PATHS, read_keys
+from moe_serve.server.transport.guard import guard
 
 KEY = "sk-geheim"
 BODY = {"prompt": "x", "max_tokens": 2}

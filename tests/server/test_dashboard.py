@@ -201,7 +201,7 @@ def sums(text: str) -> dict[str, float]:
 
 def test_dashboard_metrics_and_engine_agree(real: tuple[Engine, TestClient]) -> None:
     engine, client = real
-    counters = engine.runner.expert_layers.experts.counters  # type: ignore[attr-defined]
+    counters = engine.runner.experts.counters  # type: ignore[attr-defined]
     metrics, data = sums(client.get("/metrics").text), client.get("/dashboard/data").json()
     experts = data["experts"]
     uses = counters.num_hits + counters.num_misses
@@ -225,7 +225,7 @@ def test_a_cache_tells_what_it_read_and_foresaw(real: tuple[Engine, TestClient])
         assert metrics["expert_cache_resident"] == 64
         return
     cache = experts["cache"]
-    counters = engine.runner.expert_layers.experts.counters  # type: ignore[attr-defined]
+    counters = engine.runner.experts.counters  # type: ignore[attr-defined]
     assert metrics["expert_load_bytes_total"] == counters.demand_bytes.sum() > 0
     assert metrics["expert_used_bytes_total"] == cache["queries"] * experts["expert_bytes"]
     assert metrics["expert_cache_slots"] == cache["num_slots"] == 31

@@ -13,7 +13,7 @@ import pytest
 from moe_serve.config import EngineConfig, ServerConfig
 from moe_serve.errors import ConfigError, OverloadedError
 from moe_serve.scheduling.admission import Admission
-from moe_serve.server.endpoints.probes import guard
+from moe_serve.server.transport.guard import guard
 from tests.patience import PATIENCE_S
 
 PATH = "/v1/completions"
@@ -23,7 +23,7 @@ def _post(served: Any, config: ServerConfig, content: Any, headers: dict[str, st
     async def run() -> httpx.Response:
         async with served.app.router.lifespan_context(served.app):
             transport = httpx.ASGITransport(guard(served.app, config, frozenset()), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 return await client.post(PATH, content=content, headers=headers)
 
     return asyncio.run(run())

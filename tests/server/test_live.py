@@ -9,7 +9,7 @@ from expert_cache.counters import ExpertTotals
 from expert_cache.report import ExpertReport, Residency
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import StepStats
-from moe_serve.server.monitoring.last_minute import LiveStats
+from moe_serve.server.monitoring.last_minute import LastMinute
 
 
 class Clock:
@@ -53,11 +53,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def live(clock: Clock) -> LiveStats:
-    return LiveStats(lambda: None, clock)
+def live(clock: Clock) -> LastMinute:
+    return LastMinute(lambda: None, clock)
 
 
-def test_rates_are_those_of_the_last_minute(live: LiveStats, clock: Clock) -> None:
+def test_rates_are_those_of_the_last_minute(live: LastMinute, clock: Clock) -> None:
     for _ in range(120):
         clock.now += 1
         live.on_step(step(prompt=3, generated=2))
@@ -67,7 +67,7 @@ def test_rates_are_those_of_the_last_minute(live: LiveStats, clock: Clock) -> No
     assert len(live.seconds()) == 60
 
 
-def test_what_is_older_leaves_the_window_though_nothing_runs(live: LiveStats, clock: Clock) -> None:
+def test_what_is_older_leaves_the_window_though_nothing_runs(live: LastMinute, clock: Clock) -> None:
     clock.now += 1
     live.on_step(step(generated=50, ttft=(0.5,)))
     assert live.ttft().p50_s == 0.5
@@ -78,7 +78,7 @@ def test_what_is_older_leaves_the_window_though_nothing_runs(live: LiveStats, cl
     assert live.ttft().p50_s is None
 
 
-def test_a_long_pause_is_no_part_of_the_minute_after_it(live: LiveStats, clock: Clock) -> None:
+def test_a_long_pause_is_no_part_of_the_minute_after_it(live: LastMinute, clock: Clock) -> None:
     clock.now += 0.5
     live.on_step(step(generated=7))
     clock.now += 1000
@@ -92,7 +92,7 @@ def test_a_long_pause_is_no_part_of_the_minute_after_it(live: LiveStats, clock: 
     assert [piece.generated_tokens_per_s for piece in pieces] == [0, 40]
 
 
-def test_a_slow_step_is_no_pause(live: LiveStats, clock: Clock) -> None:
+def test_a_slow_step_is_no_pause(live: LastMinute, clock: Clock) -> None:
     clock.now += 5
     live.window()
     clock.now += 4
@@ -100,7 +100,7 @@ def test_a_slow_step_is_no_pause(live: LiveStats, clock: Clock) -> None:
     assert [(piece.seconds, piece.generated_tokens_per_s) for piece in live.seconds()] == [(5, 0), (4, 2)]
 
 
-def test_steps_between_two_seconds_are_not_lost(live: LiveStats, clock: Clock) -> None:
+def test_steps_between_two_seconds_are_not_lost(live: LastMinute, clock: Clock) -> None:
     for _ in range(25):
         clock.now += 0.1
         live.on_step(step(generated=1))
@@ -108,14 +108,14 @@ def test_steps_between_two_seconds_are_not_lost(live: LiveStats, clock: Clock) -
     assert len(live.seconds()) == 2
 
 
-def test_percentiles(live: LiveStats) -> None:
+def test_percentiles(live: LastMinute) -> None:
     live.on_step(step(ttft=tuple(i / 100 for i in range(101))))
     assert live.ttft().count == 101
     assert live.ttft().p50_s == pytest.approx(0.5)
     assert live.ttft().p99_s == pytest.approx(0.99)
 
 
-def test_time_per_output_token_is_that_after_the_first(live: LiveStats) -> None:
+def test_time_per_output_token_is_that_after_the_first(live: LastMinute) -> None:
     live.on_finished(finished(num_tokens=11, decode_s=2.0))
     live.on_finished(finished(num_tokens=1, decode_s=0.0))
     assert live.tpot().count == 1
@@ -124,7 +124,7 @@ def test_time_per_output_token_is_that_after_the_first(live: LiveStats) -> None:
 
 def test_the_limit_is_that_of_the_needed_bytes_at_the_links_rate(clock: Clock) -> None:
     experts = Experts()
-    live = LiveStats(experts.report, clock)
+    live = LastMinute(experts.report, clock)
     clock.now += 10
     experts.link = (2000, 0.5)  # 4000 bytes/s
     live.on_step(step(prompt=9, generated=1, seconds=5.0, misses=50))  # a prompt: does not count
@@ -139,7 +139,7 @@ def test_the_limit_is_that_of_the_needed_bytes_at_the_links_rate(clock: Clock) -
 
 
 def test_without_reads_there_is_no_limit(clock: Clock) -> None:
-    live = LiveStats(Experts().report, clock)
+    live = LastMinute(Experts().report, clock)
     clock.now += 10
     live.on_step(step(generated=4, hits=8))
     window = live.window()
@@ -150,7 +150,7 @@ def test_without_reads_there_is_no_limit(clock: Clock) -> None:
 def test_expert_fractions_are_of_the_window(clock: Clock) -> None:
     experts = Experts()
     experts.counts["hits"] += 1000
-    live = LiveStats(experts.report, clock)
+    live = LastMinute(experts.report, clock)
     clock.now += 10
     for name, value in {"hits": 3, "misses": 1, "stall_s": 2.5, "predicted_used": 3, "predicted_unused": 3}.items():
         experts.counts[name] += value
@@ -165,7 +165,7 @@ def test_expert_fractions_are_of_the_window(clock: Clock) -> None:
 
 
 def test_nothing_used_is_no_fraction_of_anything(clock: Clock) -> None:
-    window = LiveStats(Experts().report, clock).window()
+    window = LastMinute(Experts().report, clock).window()
     assert window.hit_frac is None
     assert window.stall_frac == 0
     for values in (window.hit_fracs, window.recalls, window.precisions, window.balancedness):

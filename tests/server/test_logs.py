@@ -12,10 +12,10 @@ import pytest
 
 from moe_serve.config import ServerConfig
 from moe_serve.scheduling.stats import EngineLoad, StepStats
-from moe_serve.server.endpoints.probes import guard, warn_if_open
 from moe_serve.server.monitoring import stats_log
 from moe_serve.server.monitoring.logs import FIELDS, JsonFormatter, TextFormatter
 from moe_serve.server.monitoring.stats_log import StatsLog
+from moe_serve.server.transport.guard import guard, warn_if_open
 
 SECRET = "The quick brown"
 
@@ -24,7 +24,7 @@ def _talk(served: Any, *calls: tuple[str, Any]) -> list[httpx.Response]:
     async def run() -> list[httpx.Response]:
         async with served.app.router.lifespan_context(served.app):
             transport = httpx.ASGITransport(guard(served.app, ServerConfig(), frozenset()))
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 headers = {"X-Request-Id": "mine"}
                 return [
                     await (client.get(path) if body is None else client.post(path, json=body, headers=headers))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pydantic
+import pytest
 
 from tests.server.scripted_model import ASK, Model, refused_param, start
 
@@ -131,6 +132,18 @@ def test_required_makes_noise_into_calls(hermes: Model) -> None:
             assert not choice.message.content
         a, b = whole.message.tool_calls[0].function, streamed.message.tool_calls[0].function
         assert (a.name, a.arguments) == (b.name, b.arguments)
+
+
+@pytest.mark.parametrize("word", ["password", "path", "regex", "json-string", "color"])
+def test_an_unknown_format_refuses_no_tool(hermes: Model, word: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "format": word, "maxLength": 3}}}
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {**parameters, "required": ["a"], "additionalProperties": False}},
+    }
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        (call, *_) = hermes.chat(tools=[tool], tool_choice=choice).message.tool_calls
+        assert isinstance(json.loads(call.function.arguments)["a"], str)
 
 
 def test_required_may_make_several_calls(hermes: Model) -> None:

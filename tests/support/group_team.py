@@ -6,21 +6,36 @@ the other this way. A lost rank ends the job.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch
+from msgspec import Struct
 
+from expert_cache.report import ExpertReport
+from moe_serve.config import ParallelConfig
 from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
-from moe_serve.parallel.front.prescheduling import Counts, Prescheduler
+from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.team_runner import TeamRunner
+from moe_serve.parallel.front.token_uses import TokenUses
 from moe_serve.parallel.ranks.worker import Worker
-from moe_serve.parallel.wire.channel import Message
+from moe_serve.parallel.wire.messages import (
+    Counted,
+    Order,
+    Outcome,
+    Place,
+    Resize,
+    Step,
+    StepDone,
+    Stop,
+    encode,
+    restore,
+)
+from moe_serve.parallel.wire.sockets import Wire
 from moe_serve.scheduling.sequence import Request, SamplingParams
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
@@ -28,66 +43,89 @@ from moe_serve.text.tokenizer import Tokenizer
 from placement.cost import hosts_of
 
 
+class TellReport(Struct, tag=True):
+    """A follower answers with its experts' report."""
+
+
+class Report(Struct, tag=True):
+    """The answer."""
+
+    report: ExpertReport
+
+
+READ_LEADER = msgspec.msgpack.Decoder(Step | Place | Resize | TellReport | Stop, dec_hook=restore)
+READ_FOLLOWER = msgspec.msgpack.Decoder(Outcome | Report, dec_hook=restore)
+Kind = TypeVar("Kind", bound=Struct)
+
+
 class GroupTeam:
     """The part of Team that an engine needs, over the process group."""
 
     generation = 1
 
-    def __init__(self, worker: Worker, parallel: ParallelConfig) -> None:
+    def __init__(self, worker: Worker, parallel: ParallelConfig, wire: Wire) -> None:
+        """`wire`: between all ranks, for this team's messages alone."""
         self.parallel = parallel
         self.num_ranks = parallel.devices
-        self.counted: dict[int, Message] = {}
+        self.counted: dict[int, Counted] = {}
         self._worker = worker
+        self._wire = wire
 
     def wait_until_ready(self) -> int:
         return self.generation
 
-    def ask_all(self, message: Message) -> list[Message]:
-        """As JSON, because that is what ranks behind sockets would see, and as directly as they would get it."""
-        others = range(1, self.num_ranks)
-        self._worker.wire.trade(dict.fromkeys(others, _packed(message)), ())
-        own = json.loads(json.dumps(self._worker.answer(message)))
-        heard = self._worker.wire.trade({}, others)
-        answers = [own, *(_read(heard[rank]) for rank in others)]
-        if "traffic" in own:
-            self.counted = dict(enumerate(answers))
+    def ask_all(self, order: Order, kind: type[Kind]) -> list[Kind]:
+        """As bytes, because that is what ranks behind sockets would see, and as directly as they would get it."""
+        answers = self._all(order)
+        assert all(isinstance(answer, kind) for answer in answers)
+        self.counted |= {rank: answer.counted for rank, answer in enumerate(answers) if isinstance(answer, StepDone)}
         return answers
 
-    def reports(self) -> tuple[int, dict[int, Message]]:
+    def _all(self, order: Struct) -> list[Any]:
+        others = range(1, self.num_ranks)
+        self._wire.trade(dict.fromkeys(others, packed(order)), ())
+        own = READ_FOLLOWER.decode(encode(_answer(self._worker, READ_LEADER.decode(encode(order)))))
+        heard = self._wire.trade({}, others)
+        return [own, *(READ_FOLLOWER.decode(_bytes(heard[rank])) for rank in others)]
+
+    def reports(self) -> tuple[int, dict[int, ExpertReport]]:
         """As Team.reports; here the ranks are asked, so not during a step."""
-        return self.generation, dict(enumerate(self.ask_all({"op": "report"})))
+        return self.generation, {rank: answer.report for rank, answer in enumerate(self._all(TellReport()))}
 
     def stop(self) -> None:
         """The followers' loops end."""
-        self._worker.wire.trade(dict.fromkeys(range(1, self.num_ranks), _packed({"op": "stop"})), ())
+        self._wire.trade(dict.fromkeys(range(1, self.num_ranks), packed(Stop())), ())
 
 
-def follow(worker: Worker) -> None:
+def follow(worker: Worker, wire: Wire) -> None:
     """The steps of a rank that is not the first, until rank 0 stops."""
     while True:
-        message = _read(worker.wire.trade({}, [0])[0])
-        if message["op"] == "stop":
+        message = READ_LEADER.decode(_bytes(wire.trade({}, [0])[0]))
+        if isinstance(message, Stop):
             return
-        worker.wire.trade({0: _packed(worker.answer(message))}, ())
+        wire.trade({0: packed(_answer(worker, message))}, ())
 
 
-def _packed(message: Message) -> torch.Tensor:
+def _answer(worker: Worker, message: Order | TellReport) -> Struct:
+    return Report(worker.report()) if isinstance(message, TellReport) else worker.answer(message)
+
+
+def packed(message: Struct) -> torch.Tensor:
     """uint8 [n]."""
-    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
 
 
-def _read(raw: torch.Tensor) -> Message:
-    message: Message = json.loads(raw.cpu().numpy().tobytes())
-    return message
+def _bytes(raw: torch.Tensor) -> bytes:
+    return raw.cpu().numpy().tobytes()
 
 
-def engine_over(team: Any, worker: Worker, uses: Counts | None = None) -> ParallelEngine:
-    """Rank 0's engine. `uses` [V, L, E]: the predictor's table (prescheduling)."""
+def engine_over(team: Any, worker: Worker, uses: TokenUses | None = None) -> ParallelEngine:
+    """Rank 0's engine. `uses`: what --ep-predictor would name."""
     config, parallel = worker.config, team.parallel
     spec = ModelSpec.from_hf(read_config(config.model))
     size = parallel.ranks_per_group
     plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, size)
-    prescheduler = Prescheduler(hosts_of(plan.layout, size), None if uses is None else lambda: uses)
+    prescheduler = Prescheduler(hosts_of(plan.layout, size), uses)
     shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
     runner = TeamRunner(team, config, prescheduler, shape)
     tokenizer = Tokenizer.from_path(config.model)

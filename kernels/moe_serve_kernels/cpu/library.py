@@ -39,6 +39,11 @@ class Native:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise LayoutError(f"the C++ library has no function {name}")
 
+    @property
+    def isa(self) -> str:
+        """The instruction set that the kernels use here: avx512, avx2 or generic."""
+        return self._layout.isa
+
     def new(self, struct: str, **fields: Any) -> Any:
         """A struct, all fields given by name; None is a null pointer. LayoutError names a field that is not right."""
         return filled(self._layout.structs[struct], fields)

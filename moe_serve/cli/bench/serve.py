@@ -1,6 +1,6 @@
 """`moe-serve bench serve`: load on any OpenAI-compatible server, with the flags and results of vLLM's.
 
-stdout: a table, then one line of JSON, always the last. Progress goes to stderr.
+stdout: tables, then one line of JSON, always the last. Progress goes to stderr. The work is in moe_serve/loadtest.
 """
 
 from __future__ import annotations
@@ -8,26 +8,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
-import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import aclosing
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moe_serve.errors import MoEServeError
-from moe_serve.loadtest.arrivals import arrival_times
-from moe_serve.loadtest.client import Clients, Outcome, Target, send, send_all, wait_until_ready
-from moe_serve.loadtest.datasets import PlannedRequest, plan_requests
-from moe_serve.loadtest.flags import add_flags, dataset_options, endpoint, request_settings, summary_options
-from moe_serve.loadtest.summary import SummaryOptions, summarise, table, without_details
-from moe_serve.loadtest.vocabulary import ReadyRequest, TokenCounter, spell
+from moe_serve.cli.table import table
+from moe_serve.loadtest.datasets import plan_requests
+from moe_serve.loadtest.flags import add_flags, dataset_options, summary_options
+from moe_serve.loadtest.measure import measure
+from moe_serve.loadtest.summary import SummaryOptions, sections, without_details
 from moe_serve_base.whole_files import write_text
 
 HELP = "Measure an OpenAI-compatible server under load."
+USAGE = "[flags]"
+EXAMPLES = (
+    "moe-serve bench serve --num-prompts 200 --request-rate 4",
+    "moe-serve bench serve --base-url http://HOST:8000 --backend openai-chat --max-concurrency 16",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -36,67 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if no request succeeded."""
+    from tqdm import tqdm
+
     options = summary_options(args)
     plan = plan_requests(dataset_options(args))  # before the server is asked: a bad file should not wait for it
-    result = asyncio.run(_measure(args, plan, options))
-    print(table(result, options))
+    result = asyncio.run(
+        measure(args, plan, options, lambda total: tqdm(total=total, unit="req", disable=args.disable_tqdm))
+    )
+    for error, count in Counter(filter(None, result["errors"])).most_common(5):
+        print(f"{count} failed: {error}", file=sys.stderr)
+    print(_tables(result, options))
     if args.save_result:
         _save(args, result)
     print(json.dumps(without_details(result)))
     return 0 if result["completed"] else 1
 
 
-async def _measure(args: argparse.Namespace, plan: list[PlannedRequest], options: SummaryOptions) -> dict[str, Any]:
-    async with aclosing(Clients(args.base_url)) as clients, clients.take() as client:
-        first_model = await wait_until_ready(client, args.ready_check_timeout_sec)
-        target = Target(endpoint(args), args.model or first_model, request_settings(args))
-        requests = await spell(plan, TokenCounter(client, target.model), as_text=target.is_chat)
-        for request in requests[: args.num_warmups]:
-            _require_success(await send(client, target, request))
-        with _progress(args, len(requests)) as bar:
-            outcomes, duration_s = await send_all(
-                clients, target, requests, _arrivals(args, requests), args.max_concurrency, bar.update
-            )
-    _report_errors(outcomes)
-    return {**_header(args, target, len(requests)), **summarise(outcomes, duration_s, options)}
-
-
-def _arrivals(args: argparse.Namespace, requests: Sequence[ReadyRequest]) -> list[float]:
-    recorded = [r.arrival_s for r in requests if r.arrival_s is not None]
-    if args.self_timed is not False and len(recorded) == len(requests):
-        return recorded
-    return arrival_times(len(requests), args.request_rate, args.burstiness, random.Random(args.seed))
-
-
-def _header(args: argparse.Namespace, target: Target, num_prompts: int) -> dict[str, Any]:
-    return {
-        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": args.backend,
-        "backend": args.backend,
-        "label": args.label,
-        "model_id": target.model,
-        "tokenizer_id": None,
-        "num_prompts": num_prompts,
-        "request_rate": "inf" if math.isinf(args.request_rate) else args.request_rate,
-        "burstiness": args.burstiness,
-        "max_concurrency": args.max_concurrency,
-    }
-
-
-def _progress(args: argparse.Namespace, total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="req", disable=args.disable_tqdm)
-
-
-def _require_success(outcome: Outcome) -> None:
-    if outcome.error is not None:
-        raise MoEServeError(f"a warm-up request failed: {outcome.error}")
-
-
-def _report_errors(outcomes: Sequence[Outcome]) -> None:
-    for error, count in Counter(o.error for o in outcomes if o.error is not None).most_common(5):
-        print(f"{count} failed: {error}", file=sys.stderr)
+def _tables(result: dict[str, Any], options: SummaryOptions) -> str:
+    return "\n".join(f"{title}\n{table(rows, indent='  ')}" for title, rows in sections(result, options))
 
 
 def _save(args: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from moe_serve.cli.plan.flags import positive
 from moe_serve.cli.plan.solve import use_one_thread
+from moe_serve.cli.table import add_json_flag, number, print_json, table
 
 HELP = "Put plans side by side."
 COLUMNS = ("traffic", "cross_device", "cross_node", "balance_mean", "balance_worst")
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--trace", metavar="TRACE", nargs="+", help="Cost on this trace, not on the one each was made for."
     )
+    add_json_flag(parser)
     parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
 
 
@@ -36,11 +37,10 @@ def run(args: argparse.Namespace) -> int:
         if args.trace:
             trace = problems.read_trace(args.trace, args.num_experts)
             costs = [evaluate(problems.problem_of_plan(plan, trace), plan.layout) for plan in plans]
-    width = max(len(str(path)) for path in args.plan)
-    print("  ".join(["plan".ljust(width), *COLUMNS, "gap %"]))
+    shown = [["plan", *COLUMNS, "gap %"]]
     for path, plan, cost in zip(args.plan, plans, costs, strict=True):
-        cells = [f"{getattr(cost, name):{len(name)}.4f}" for name in COLUMNS]
-        print("  ".join([str(path).ljust(width), *cells, f"{100 * plan.gap:5.2f}"]))
+        shown.append([str(path), *(number(getattr(cost, name), 4) for name in COLUMNS), number(100 * plan.gap)])
+    print(table(shown))
     rows = [{"plan": str(path), **cost.to_json()} for path, cost in zip(args.plan, costs, strict=True)]
-    print(json.dumps({"plans": rows}))
+    print_json(args, {"plans": rows})
     return 0

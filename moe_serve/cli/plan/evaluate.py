@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_serve.cli.plan.compare import COLUMNS
 from moe_serve.cli.plan.flags import positive
 from moe_serve.cli.plan.solve import use_one_thread
+from moe_serve.cli.table import add_json_flag, number, print_json, table
 
 HELP = "Hold a plan against another trace."
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("plan", type=Path, metavar="PLAN", help="A plan written by `moe-serve plan --output`.")
     parser.add_argument("trace", metavar="TRACE", nargs="+", help="Recordings of one model, taken together.")
     parser.add_argument("--num-experts", type=positive, metavar="E", help="Where the recording does not say.")
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
         plan = load_plan(args.plan)
         problem = problems.problem_of_plan(plan, problems.read_trace(args.trace, args.num_experts))
         cost = evaluate(problem, plan.layout)
-    print(f"{'':14}{'planned':>10}{'here':>10}")
-    for name in ("traffic", "cross_device", "cross_node", "balance_mean", "balance_worst"):
-        print(f"{name:14}{getattr(plan.cost, name):10.4f}{getattr(cost, name):10.4f}")
-    print(json.dumps({"solver": plan.solver, "planned": plan.cost.to_json(), "here": cost.to_json()}))
+    rows = [[name, *(number(getattr(c, name), 4) for c in (plan.cost, cost))] for name in COLUMNS]
+    print(table([["", "planned", "here"], *rows]))
+    print_json(args, {"solver": plan.solver, "planned": plan.cost.to_json(), "here": cost.to_json()})
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.plan.flags import positive
+from moe_serve.cli.table import add_json_flag, print_json
 from moe_serve_base.whole_files import write_text
 
 HELP = "List the moves from one plan to another."
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--steps", type=Path, metavar="FILE", help="Write the steps here, one JSON object per line.")
     add_force_flag(parser)
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
         f"{counts['copy'] + counts['restore']} experts written ({total / 2**20:.0f} MiB),"
         f" {counts['park']} through the host"
     )
-    print(json.dumps({"steps": len(steps), "moved_bytes": total, "expert_bytes": expert_bytes, **counts}))
+    print_json(args, {"steps": len(steps), "moved_bytes": total, "expert_bytes": expert_bytes, **counts})
     return 0

@@ -1,12 +1,11 @@
 """`moe-serve plan TRACE --gpus G`: one or several solvers on a recorded trace, a table, and the best plan as JSON.
 
-stdout: the table, then one line of JSON, always the last. Progress goes to stderr.
+stdout: the table, then one line of JSON where a program reads it (see `print_json`). Progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.plan.flags import add_problem_flags, add_search_flags, positive
+from moe_serve.cli.table import add_json_flag, print_json, table
 
 if TYPE_CHECKING:
     from placement.cost import PlanCost
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     )
     group.add_argument("--eplb", type=Path, metavar="FILE", help="Write EPLB's three maps (.npz).")
     add_force_flag(group)
+    add_json_flag(group)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, **{name: getattr(args, name) for name in OUTPUTS})
     from moe_serve.planning import problems
     from moe_serve.planning.recordings import read_recording
-    from placement.report import as_table
+    from placement.report import table_rows
 
     with problems.user_errors():
         trace, held_out = problems.split_sequences(
@@ -64,13 +65,13 @@ def run(args: argparse.Namespace) -> int:
         unseen = None if held_out is None else problems.problem_of(args, held_out)
         problems.write_results(args, problem, plans, best, unseen)
         curve = trade_off(args, problem)
-    print(as_table(problem, plans, unseen))
+    print(table(table_rows(problem, plans, unseen)))
     for point in curve:
         print(
             f"balance <= {point['max_imbalance']:g}: traffic {point['traffic']:.4f},"
             f" at least {point['lower_bound']:.4f}"
         )
-    print(json.dumps({**summary(plans, best), "curve": curve}))
+    print_json(args, {**summary(plans, best), "curve": curve})
     return 0 if best.cost.feasible else 1
 
 
@@ -95,10 +96,10 @@ def solve_all(
     """One plan per solver, all held against the same bound."""
     from placement.solve import find_plan, prove_all
 
-    limit_s = args.time_limit * (1 - PROVING_FRAC)
+    limit_s = args.time_limit_s * (1 - PROVING_FRAC)
     search = {"seed": args.seed, "effort": args.effort, "time_limit_s": limit_s, "provenance": facts}
     plans = [find_plan(problem, name, progress=progress(args, name), **search) for name in solvers or args.solver]
-    return prove_all(problem, plans, args.time_limit * PROVING_FRAC)
+    return prove_all(problem, plans, args.time_limit_s * PROVING_FRAC)
 
 
 def progress(args: argparse.Namespace, name: str) -> Progress:

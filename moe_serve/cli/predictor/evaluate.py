@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
+from moe_serve.cli.table import line, number, table
 from moe_serve.cli.trace_files import KINDS, read_traces
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve_base.whole_files import whole_file, write_text
 from predictors.methods import method_names
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "Judge predictors on recorded routing: recall by lookahead, and what a cache gains."
 DISTANCES = (1, 2, 4, 8)
-MIB = 1 << 20
+NAME_WIDTH, NUMBER_WIDTH = 16, 7
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -110,33 +112,36 @@ def _default_methods(traces: Sequence[RoutingTrace]) -> list[str]:
 
 
 def _recall_header(distances: Sequence[int], trace: RoutingTrace) -> str:
-    columns = "".join(f"{'d=' + str(d) if d else 'before':>9}" for d in distances)
     return (
         f"recall %: used experts among the {trace.top_k} most likely of {trace.num_experts}, d layers ahead;\n"
         f"before: all layers, before the token's first (in brackets: precision / recall % of what is at least 50 %\n"
-        f"likely, d={distances[0]})\n  {'method':<16}{columns}"
+        f"likely, d={distances[0]})\n{_recall_line('method', [f'd={d}' if d else 'before' for d in distances])}"
     )
 
 
 def _recall_row(name: str, report: Report) -> str:
     scores = report.scores[name]
     first = scores.distances[0]
-    sure = f"   ({100 * scores.sure_precision(first):.1f} / {100 * scores.sure_recall(first):.1f})"
-    return f"  {name:<16}" + "".join(f"{100 * scores.recall(d):>9.2f}" for d in scores.distances) + sure
+    sure = f"({number(100 * scores.sure_precision(first), 1)} / {number(100 * scores.sure_recall(first), 1)})"
+    return f"{_recall_line(name, [number(100 * scores.recall(d)) for d in scores.distances])}   {sure}"
+
+
+def _recall_line(name: str, cells: Sequence[str]) -> str:
+    """Rows are shown as they come, so widths are not known from them."""
+    return line([name, *cells], [NAME_WIDTH, *[NUMBER_WIDTH] * len(cells)], indent="  ")
 
 
 def _replay_table(percent: float, report: Report, expert_mib: float | None) -> str:
     rows = report.replays[percent]
     lfru = rows["lfru"].uses - rows["lfru"].hits
-    header = f"  {'evict by':<16}{'hits %':>9}{'misses/token':>14}{'fewer than lfru %':>19}" + "  MiB/token" * bool(
-        expert_mib
-    )
-    lines = [f"{percent:g} % of the experts in slots; a method evicts by its forecast of the coming tokens", header]
+    cells = [["evict by", "hits %", "misses/token", "fewer than lfru %", *["MiB/token"] * bool(expert_mib)]]
     for name, row in sorted(rows.items(), key=lambda item: item[1].hits):
         fewer = 100 * (lfru - (row.uses - row.hits)) / max(1, lfru)
-        line = f"  {name:<16}{100 * row.hit_frac:>9.2f}{row.misses_per_token:>14.2f}{fewer:>19.1f}"
-        lines.append(line + (f"{row.misses_per_token * expert_mib:>11.1f}" if expert_mib else ""))
-    return "\n".join(lines)
+        cells.append([name, number(100 * row.hit_frac), number(row.misses_per_token), number(fewer, 1)])
+        if expert_mib:
+            cells[-1].append(number(row.misses_per_token * expert_mib, 1))
+    title = f"{percent:g} % of the experts in slots; a method evicts by its forecast of the coming tokens"
+    return f"{title}\n{table(cells, indent='  ')}"
 
 
 def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:

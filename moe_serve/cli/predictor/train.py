@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.trace_files import KINDS, read_traces
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from predictors.methods import method_names
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(f"--method {args.method}: {error}") from None
     files.save(args.output, args.method, predictor, training.shape, fingerprint)
-    seconds, mib = time.perf_counter() - start, args.output.stat().st_size / (1 << 20)
+    seconds, mib = time.perf_counter() - start, args.output.stat().st_size / MIB
     bound = f"for checkpoint {fingerprint[:12]}" if fingerprint else "for any checkpoint of this shape"
     print(f"{args.output}: {args.method} from {trace.num_tokens} tokens in {seconds:.0f} s, {mib:.1f} MiB, {bound}")
     return 0

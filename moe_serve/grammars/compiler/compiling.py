@@ -16,6 +16,8 @@ from moe_serve.grammars.schema import rewrite
 from moe_serve.grammars.whitespace import JSON_WHITESPACE
 from moe_serve.scheduling.sequence import GrammarKind
 
+MAX_MESSAGE = 300
+"""Characters of an error that are shown."""
 MAX_ROW_ITEMS = 20_000
 """Alternatives at one place; llguidance's own limit of 2000 is passed by a choice of 2001 texts."""
 
@@ -31,7 +33,7 @@ def compile_grammar(kind: str, text: str, tokenizer: LLTokenizer) -> LLMatcher:
     except (MemoryError, RecursionError) as error:
         raise RefusedError("it is nested too deeply, or too large") from error
     except Exception as error:  # the converters raise ValueError, GbnfToLarkError and others
-        raise RefusedError(str(error)) from error
+        raise RefusedError(_shown(str(error))) from error
     if matcher.is_error():
         raise RefusedError(_shown(matcher.get_error()))
     _require_a_first_token(matcher)
@@ -59,4 +61,6 @@ def _require_a_first_token(matcher: LLMatcher) -> None:
 
 
 def _shown(error: str) -> str:
-    return error.replace("\n<non-verbose/>", "").strip()
+    """The end of an error that quotes the grammar is of no use."""
+    text = error.replace("\n<non-verbose/>", "").strip()
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."

@@ -11,6 +11,8 @@ from moe_serve.grammars.refusal import RefusedError
 from moe_serve.grammars.schema import rewrite
 
 MAX_RULES = 10_000
+MAX_ALTERNATIVES = 15_000
+"""Of one rule; the parser holds all of them at once."""
 START = "start"
 
 
@@ -32,6 +34,10 @@ def _check_rules(grammar: lark.Grammar) -> None:
     rules = grammar.rules
     if len(rules) > MAX_RULES:
         raise RefusedError(f"it has {len(rules)} rules; at most {MAX_RULES} are followed")
+
+    for name, alternatives in rules.items():
+        if name.islower() and len(alternatives) > MAX_ALTERNATIVES:
+            raise RefusedError(f"{name} has {len(alternatives)} alternatives; at most {MAX_ALTERNATIVES} are followed")
 
     def ends(name: str, known: Callable[[str], bool]) -> bool:
         is_open = name in grammar.repeated or name not in rules

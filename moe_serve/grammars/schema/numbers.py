@@ -69,7 +69,7 @@ def _check_bounds(schema: Schema, path: Path) -> None:
             raise RefusedError(f"{shown(path, key)}: {value} is no number of JSON")
         kept = _integer_bound(value, key in LOWER) if is_integer else _float_bound(value, key in LOWER)
         if kept is None:
-            raise RefusedError(f"{shown(path, key)}: {value} cannot be kept; numbers beyond 64 bits are not followed")
+            raise RefusedError(f"{shown(path, key)}: {value} does not fit into 64 bits, and cannot be followed")
         if kept != value and key.startswith("exclusive"):  # further in than the bound: it may itself be reached
             del schema[key]
             key = key.removeprefix("exclusive").lower()

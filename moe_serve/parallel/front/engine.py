@@ -9,9 +9,10 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from moe_serve.engine.engine import Engine
+from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, InvalidRequestError
 from moe_serve.grammars.matcher import Place
-from moe_serve.parallel.front.team import RankLostError
+from moe_serve.parallel.front.team import RankLostError, TeamState
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec
@@ -43,6 +44,12 @@ class ParallelEngine(Engine):
         self._team_runner = runner
         self._generation = runner.team.generation
         self._losses: dict[Sequence, int] = {}
+
+    def trouble(self) -> Trouble | None:
+        """What ranks are missing; None while all are there."""
+        if self.team.state is TeamState.READY:
+            return None
+        return Trouble(str(self.team.state), self.team.trouble, self.team.failed)
 
     def begin_check(self, request: Request) -> Future[Place] | None:
         """As Engine.begin_check. Ranks send no scores of prompts: those have a row of logits per token."""

@@ -1,20 +1,21 @@
 """Links: the front's connections to its ranks. Each has a thread that reads and notes when it last heard something.
 
-Knows sockets and liveness; knows no plans.
+Knows messages and liveness; knows no plans.
 """
 
 from __future__ import annotations
 
-import hmac
 import queue
-import socket
 import threading
 import time
 from dataclasses import dataclass, field
 
-from moe_serve.parallel.wire.channel import Channel, ChannelClosed, Message
+import msgspec
 
-HELLO_S = 10.0
+from expert_cache.report import ExpertReport
+from moe_serve.parallel.wire.channel import Channel, ChannelClosed
+from moe_serve.parallel.wire.door import Door, word_of
+from moe_serve.parallel.wire.messages import Alive, Answer, Failed, Ready, read_rank
 
 
 @dataclass
@@ -24,54 +25,61 @@ class Link:
     rank: int
     pid: int
     channel: Channel
-    answers: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    answers: queue.SimpleQueue[Ready | Failed | Answer] = field(default_factory=queue.SimpleQueue)
     heard_s: float = field(default_factory=time.monotonic)
     """time.monotonic() of the last sign of life."""
     closed: bool = False
-    report: Message | None = None
+    report: ExpertReport | None = None
     """What the rank's experts have done, as of its last word about them."""
 
     def read_forever(self) -> None:
         """On a thread of its own."""
         try:
             while True:
-                message = self.channel.receive()
+                message = read_rank(self.channel.receive())
                 self.heard_s = time.monotonic()
-                self.report = message.pop("report", self.report)
-                if message.get("op") != "alive":
+                if isinstance(message, Alive | Ready):
+                    self.report = message.report or self.report
+                if not isinstance(message, Alive):
                     self.answers.put(message)
-        except ChannelClosed:
+        except (ChannelClosed, msgspec.MsgspecError):
             self.closed = True
             self.channel.close()
 
+    def next(self, timeout_s: float) -> Ready | Failed | Answer | None:
+        """What the rank said beside its signs of life; None if it said nothing in time."""
+        try:
+            return self.answers.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
 
 class Listener:
-    """Accepts ranks that know the secret."""
+    """Where ranks find the front."""
 
-    def __init__(self, host: str, port: int, secret: str) -> None:
-        self._secret = secret
-        self._socket = socket.create_server((host, port))
-        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+    def __init__(self, host: str, port: int) -> None:
+        self._door = Door((host, port))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._door.address
+
+    def open(self, secret: str) -> None:
+        """Let in ranks that know the secret."""
+        self._door.open(word_of(secret))
+
+    def shut(self) -> None:
+        """Let nobody in."""
+        self._door.shut()
 
     def accept(self, timeout_s: float) -> Link | None:
-        """The next rank, or None if none came in time or it was a stranger."""
-        self._socket.settimeout(timeout_s)
-        try:
-            connected, _ = self._socket.accept()
-        except TimeoutError:
+        """The next rank, or None if none came in time."""
+        caller = self._door.next(timeout_s)
+        if caller is None:
             return None
-        channel = Channel(connected)
-        try:
-            hello = channel.receive(HELLO_S)
-        except (ChannelClosed, TimeoutError):
-            channel.close()
-            return None
-        if hello.get("op") != "hello" or not hmac.compare_digest(str(hello.get("secret")), self._secret):
-            channel.close()
-            return None
-        link = Link(int(hello["rank"]), int(hello["pid"]), channel)
+        link = Link(caller.rank, caller.pid, Channel(caller.connected))
         threading.Thread(target=link.read_forever, name=f"rank-{link.rank}", daemon=True).start()
         return link
 
     def close(self) -> None:
-        self._socket.close()
+        self._door.close()

@@ -1,4 +1,4 @@
-"""Replacement: other placements of the experts while requests are served.
+"""LivePlacement: replanning while requests are served.
 
 Keeps the routes of recent traffic, has plans made from them beside serving, and brings one into force between two
 steps if it is better by a margin. Knows the engine and plans; knows no HTTP.
@@ -16,7 +16,7 @@ from moe_serve.errors import MoEServeError
 from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.plan_search import search
-from moe_serve.planning.replanning import Terms, Verdict, lacking
+from moe_serve.planning.replanning import Replanning, Terms, lacking
 from placement.plan import PlacementPlan
 from predictors.trace import RoutingTrace
 
@@ -29,7 +29,7 @@ class Decision:
 
     adopted: bool
     why: str
-    verdict: Verdict | None = None
+    verdict: Replanning | None = None
     """Where traffic was there to judge by."""
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class LivePlacement:
         window = engine.team.parallel.expert_plan_window
         self._recorder = RouteRecorder(engine.routing_shape(), window) if window else None
         if self._recorder is not None:
-            engine.listen_to_routes(self._recorder)
+            engine.observe_routes(self._recorder)
 
     @property
     def plan(self) -> PlacementPlan:
@@ -104,7 +104,7 @@ class LivePlacement:
             return None
         return await self._serving.call(lambda: recorder.trace({}))
 
-    async def _adopt(self, plan: PlacementPlan, why: str, verdict: Verdict | None) -> Decision:
+    async def _adopt(self, plan: PlacementPlan, why: str, verdict: Replanning | None) -> Decision:
         await self._serving.call(lambda: self._engine.place(plan))
         self.counts["adopted"] += 1
         return Decision(True, why, verdict)

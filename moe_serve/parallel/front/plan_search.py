@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.errors import MoEServeError
-from moe_serve.planning.replanning import Terms, Verdict, judge, propose
+from moe_serve.planning.replanning import Replanning, Terms, judge, propose
 from placement.plan import PlacementPlan
 from predictors import trace as traces
 from predictors.trace import RoutingTrace
@@ -33,7 +33,7 @@ class PlanSearchError(MoEServeError):
 
 async def search(
     plan: PlacementPlan, trace: RoutingTrace, terms: Terms, candidate: PlacementPlan | None = None
-) -> tuple[PlacementPlan, Verdict]:
+) -> tuple[PlacementPlan, Replanning]:
     """A plan that this traffic would rather have than `plan`, or `candidate`, and what is to be said for it.
 
     PlanSearchError. Cancelling it ends the process.
@@ -43,7 +43,7 @@ async def search(
         await asyncio.to_thread(_ask, folder, plan, trace, terms, candidate)
         await _run(folder, 2 * terms.time_limit_s + GRACE_S)
         answer = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
-    return PlacementPlan.from_json(answer["plan"]), Verdict(**answer["verdict"])
+    return PlacementPlan.from_json(answer["plan"]), Replanning(**answer["verdict"])
 
 
 def _ask(folder: Path, plan: PlacementPlan, trace: RoutingTrace, terms: Terms, candidate: PlacementPlan | None) -> None:

@@ -1,4 +1,4 @@
-"""Expert reports over ranks: as JSON and back, and all ranks' as one.
+"""Expert reports over ranks: all ranks' as one.
 
 Every rank says once a second, with its sign of life, what its experts have done; nothing waits for it. Knows
 reports; knows no sockets.
@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -22,37 +22,6 @@ from expert_cache.report import ExpertReport, Residency
 
 Reports = Mapping[int, ExpertReport]
 """By rank."""
-
-
-def report_to_json(report: ExpertReport) -> dict[str, Any]:
-    residency = {
-        **asdict(report.residency),
-        "ready": report.residency.ready.astype(int).tolist(),
-        "unused": report.residency.unused.astype(int).tolist(),
-    }
-    return {
-        "layers": list(report.layers),
-        "expert_bytes": report.expert_bytes,
-        "tokens": report.tokens.tolist(),
-        "counts": {name: values.tolist() for name, values in report.counts.items()},
-        "residency": residency,
-        "shadow_hits": dict(report.shadow_hits),
-        "belady_gap_frac": report.belady_gap_frac,
-    }
-
-
-def report_from_json(data: Mapping[str, Any]) -> ExpertReport:
-    found = data["residency"]
-    maps = {name: np.array(found[name], np.bool_) for name in ("ready", "unused")}
-    return ExpertReport(
-        layers=tuple(data["layers"]),
-        expert_bytes=data["expert_bytes"],
-        tokens=np.array(data["tokens"], np.int64),
-        counts={name: np.array(values) for name, values in data["counts"].items()},
-        residency=Residency(**{**found, **maps}),
-        shadow_hits=data["shadow_hits"],
-        belady_gap_frac=data["belady_gap_frac"],
-    )
 
 
 def merge(reports: Items[ExpertReport]) -> ExpertReport:
@@ -98,11 +67,10 @@ def _history(report: ExpertReport) -> ExpertReport:
 class TeamReports:
     """All ranks' reports since the server's start, over the groups of ranks there have been. Any thread may ask."""
 
-    def __init__(self, current: Callable[[], tuple[int, Mapping[int, Mapping[str, Any]]]]) -> None:
-        """`current`: the generation of the group, and each rank's last report as JSON."""
+    def __init__(self, current: Callable[[], tuple[int, Reports]]) -> None:
+        """`current`: the generation of the group, and each rank's last report."""
         self._current = current
         self._lock = threading.Lock()
-        self._known: dict[int, tuple[Mapping[str, Any], ExpertReport]] = {}
         self._generation = 0
         self._now: ExpertReport | None = None
         self._before: ExpertReport | None = None
@@ -110,21 +78,12 @@ class TeamReports:
 
     def by_rank(self) -> Reports:
         """Since the present group's start."""
-        _, reports = self._current()
-        return {rank: self._parsed(rank, report) for rank, report in sorted(reports.items())}
-
-    def _parsed(self, rank: int, data: Mapping[str, Any]) -> ExpertReport:
-        """Parsed once, however often somebody looks."""
-        known = self._known.get(rank)
-        if known is None or known[0] is not data:
-            known = self._known[rank] = data, report_from_json(data)
-        return known[1]
+        return self._current()[1]
 
     def total(self) -> ExpertReport | None:
         """None until a group of ranks has been ready."""
         with self._lock:
-            generation, _ = self._current()
-            reports = self.by_rank()
+            generation, reports = self._current()
             if reports:
                 if generation != self._generation:
                     self._generation, self._before = generation, self._end_group()

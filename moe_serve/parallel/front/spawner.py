@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
-from moe_serve.parallel.wire.environment import FRONT, SECRET, RankAddress
+from moe_serve.parallel.wire.environment import FRONT, SECRET, STORE, RankAddress
 
 
 class Spawner:
@@ -18,22 +19,21 @@ class Spawner:
         self._num_ranks = num_ranks
         self._environ = {**environ, "OMP_NUM_THREADS": str(threads_per_rank)}
         self._processes: list[subprocess.Popen[bytes]] = []
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self, front: tuple[str, int], secret: str) -> None:
         """Start every rank; they say hello at `front`."""
         self.stop()
-        port = _free_port()
+        self._folder = tempfile.TemporaryDirectory(prefix="moe-serve-ranks-")
+        own = {FRONT: f"{front[0]}:{front[1]}", SECRET: secret, STORE: str(Path(self._folder.name, "store"))}
         for rank in range(self._num_ranks):
-            place = RankAddress(rank, self._num_ranks, rank, "127.0.0.1", port)
-            environ = {**self._environ, **place.variables(), FRONT: f"{front[0]}:{front[1]}", SECRET: secret}
+            place = RankAddress(rank, self._num_ranks, rank, *front)
             # A session of its own: Ctrl-C ends the front, which drains and then ends the ranks.
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "moe_serve.parallel.ranks.rank"], env=environ, start_new_session=True
+                    [sys.executable, "-m", "moe_serve.parallel.ranks.rank"],
+                    env={**self._environ, **place.variables(), **own},
+                    start_new_session=True,
                 )
             )
 
@@ -49,10 +49,6 @@ class Spawner:
         for process in self._processes:
             process.wait()
         self._processes = []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -8,24 +8,37 @@ and processes; knows no plans.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-import queue
 import secrets
 import signal
 import threading
 import time
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
-from moe_serve.config import EngineConfig
+from expert_cache.report import ExpertReport
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError, EngineDeadError, MoEServeError
-from moe_serve.parallel.config import ParallelConfig
 from moe_serve.parallel.front.links import Link, Listener
 from moe_serve.parallel.front.spawner import Spawner
-from moe_serve.parallel.wire.channel import ChannelClosed, Message
+from moe_serve.parallel.wire.channel import ChannelClosed
+from moe_serve.parallel.wire.messages import (
+    Answer,
+    Ask,
+    Counted,
+    Failed,
+    FromFront,
+    Order,
+    Outcome,
+    Ready,
+    Start,
+    StepDone,
+    Stop,
+    encode,
+)
 
+Kind = TypeVar("Kind", bound=Outcome)
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.2
@@ -53,9 +66,17 @@ class Team:
     """The ranks of one server."""
 
     def __init__(
-        self, config: EngineConfig, parallel: ParallelConfig, listener: Listener, secret: str, spawner: Spawner | None
+        self,
+        config: EngineConfig,
+        parallel: ParallelConfig,
+        listener: Listener,
+        spawner: Spawner | None,
+        secret: str = "",
     ) -> None:
-        """`spawner`: None where a launcher starts the ranks; then a loss is final here and the launcher's to mend."""
+        """`spawner`: None where a launcher starts the ranks; then a loss is final here and the launcher's to mend.
+
+        `secret`: what a launcher's ranks know; ranks of a spawner get a new one for each group.
+        """
         self.parallel = parallel
         self.num_ranks = parallel.devices
         self.state = TeamState.STARTING
@@ -69,8 +90,8 @@ class Team:
         """As the ranks resolved it."""
         self.layers: tuple[int, ...] = ()
         """The model's decoder layers with experts."""
-        self.counted: dict[int, Message] = {}
-        """By rank, what the last answer counted."""
+        self.counted: dict[int, Counted] = {}
+        """By rank, as of the last step."""
         self._config = config
         self._listener = listener
         self._secret = secret
@@ -78,7 +99,7 @@ class Team:
         self._links: dict[int, Link] = {}
         self._changed = threading.Condition()
         self._losses: list[float] = []
-        self._next_step = 0
+        self._next_number = 0
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     # ---- starting ---------------------------------------------------------------------------------
@@ -100,27 +121,37 @@ class Team:
         for link in self._links.values():
             link.channel.close()
         self._links = {}
-        if self._spawner is not None:
-            self._spawner.start(self._listener.address, self._secret)
+        secret = new_secret() if self._spawner is not None else self._secret
+        self._listener.open(secret)
+        try:
+            if self._spawner is not None:
+                self._spawner.start(self._listener.address, secret)
+            self._meet(deadline)
+        finally:
+            self._listener.shut()
+        self._send_all(Start(self._config, self.parallel))
+        self._wait_ready(deadline)
+
+    def _meet(self, deadline: float) -> None:
         while len(self._links) < self.num_ranks:
             newcomer = self._listener.accept(WATCH_S)
-            if newcomer is not None:
+            if newcomer is not None and newcomer.rank < self.num_ranks and newcomer.rank not in self._links:
                 self._links[newcomer.rank] = newcomer
+            elif newcomer is not None:  # a rank of another server with the same secret
+                newcomer.channel.close()
             self._check_starting(deadline)
-        settings = {"engine": dataclasses.asdict(self._config), "parallel": dataclasses.asdict(self.parallel)}
-        self._send_all(settings)
-        self._wait_ready(deadline)
 
     def _wait_ready(self, deadline: float) -> None:
         waiting = dict(self._links)
         while waiting:
             for rank, link in list(waiting.items()):
-                answer = _poll(link, WATCH_S / len(waiting))
+                answer = link.next(WATCH_S / len(waiting))
                 if answer is None:
                     continue
-                if answer["op"] == "failed":
+                if isinstance(answer, Failed):
                     raise _error_of(rank, answer)
-                self.engine_config, self.layers = EngineConfig.from_dict(answer["engine"]), tuple(answer["layers"])
+                assert isinstance(answer, Ready), f"rank {rank} says {answer} before it is ready"
+                self.engine_config, self.layers = answer.engine, answer.layers
                 del waiting[rank]
             self._check_starting(deadline)
         with self._changed:
@@ -155,16 +186,16 @@ class Team:
                 raise EngineDeadError(self.trouble or "the ranks have been stopped")
             return self.generation
 
-    def ask_all(self, message: Message) -> list[Message]:
-        """Send to every rank and wait for every answer, by rank. RankLostError."""
+    def ask_all(self, order: Order, kind: type[Kind]) -> list[Kind]:
+        """Send to every rank and wait for every answer, which is of this kind, by rank. RankLostError."""
         generation = self.generation
-        self._next_step += 1
-        number = self._next_step
+        self._next_number += 1
+        number = self._next_number
         try:
-            self._send_all({**message, "n": number})
+            self._send_all(Ask(number, order))
         except ChannelClosed:
             self._raise_lost(generation)
-        answers: dict[int, Message] = {}
+        answers: dict[int, Kind] = {}
         deadline = time.monotonic() + self.parallel.rank_step_s
         while len(answers) < self.num_ranks:
             if self.state is not TeamState.READY or self.generation != generation:
@@ -172,23 +203,25 @@ class Team:
             for rank, link in self._links.items():
                 if rank in answers:
                     continue
-                answer = _poll(link, WATCH_S)
+                answer = link.next(WATCH_S)
                 if answer is not None:
-                    answers[rank] = self._checked(rank, answer, number)
+                    answers[rank] = self._checked(rank, answer, number, kind)
             if time.monotonic() > deadline:
                 self._lose(f"a step took longer than {self.parallel.rank_step_s:g} s (--rank-step-s)")
-        self.counted = {rank: answer for rank, answer in answers.items() if "traffic" in answer} or self.counted
+        self.counted |= {rank: answer.counted for rank, answer in answers.items() if isinstance(answer, StepDone)}
         return [answers[rank] for rank in range(self.num_ranks)]
 
-    def _checked(self, rank: int, answer: Message, number: int) -> Message:
-        if answer["op"] == "failed":
+    def _checked(self, rank: int, answer: Ready | Failed | Answer, number: int, kind: type[Kind]) -> Kind:
+        if isinstance(answer, Failed):
             time.sleep(WATCH_S)  # a rank often fails because another has just died, and that one is the news
             dead = self._spawner.first_dead() if self._spawner is not None else None
             is_cause = dead is None or dead[1] >= 0
-            self._lose(f"rank {rank} failed: {answer['message']}" if is_cause else self._find_trouble())
+            self._lose(f"rank {rank} failed: {answer.message}" if is_cause else self._find_trouble())
             raise RankLostError(self.trouble)
-        assert answer["n"] == number, f"rank {rank} answers step {answer['n']} instead of {number}"
-        return answer
+        assert isinstance(answer, Answer), f"rank {rank} is ready again"
+        assert answer.number == number, f"rank {rank} answers {answer.number} instead of {number}"
+        assert isinstance(answer.outcome, kind), f"rank {rank} answers {answer.outcome} instead of {kind.__name__}"
+        return answer.outcome
 
     def _raise_lost(self, generation: int) -> None:
         """Wait until the watcher has said what happened, then raise it."""
@@ -197,9 +230,10 @@ class Team:
             time.sleep(WATCH_S / 4)
         raise RankLostError(self.trouble or "the ranks were lost and have started again")
 
-    def _send_all(self, message: Message) -> None:
+    def _send_all(self, message: FromFront) -> None:
+        raw = encode(message)
         for _, link in sorted(self._links.items()):
-            link.channel.send(message)
+            link.channel.send(raw)
 
     # ---- watching ---------------------------------------------------------------------------------
 
@@ -235,7 +269,7 @@ class Team:
             self.state = TeamState.RECOVERING if may_restart else TeamState.FAILED
             self.trouble = trouble
             self._changed.notify_all()
-        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "nothing can be served any more")
+        log.error("%s; %s", trouble, "all ranks start again" if may_restart else "the server stops serving")
         if not may_restart:
             self._give_up()
 
@@ -269,7 +303,7 @@ class Team:
             self._changed.notify_all()
         for link in self._links.values():
             with contextlib.suppress(ChannelClosed):  # it may have gone already
-                link.channel.send({"op": "stop"})
+                link.channel.send(encode(Stop()))
         if self._watcher.is_alive() and self._watcher is not threading.current_thread():
             self._watcher.join()
         for link in self._links.values():
@@ -278,7 +312,7 @@ class Team:
             self._spawner.stop()
         self._listener.close()
 
-    def reports(self) -> tuple[int, dict[int, Message]]:
+    def reports(self) -> tuple[int, dict[int, ExpertReport]]:
         """The generation, and what each rank's experts have done; nothing while ranks are lost. Any thread may ask."""
         if self.state is not TeamState.READY:
             return self.generation, {}
@@ -298,15 +332,8 @@ def new_secret() -> str:
     return secrets.token_hex(16)
 
 
-def _poll(link: Link, timeout_s: float) -> Message | None:
-    try:
-        return link.answers.get(timeout=timeout_s)
-    except queue.Empty:
-        return None
-
-
-def _error_of(rank: int, answer: Message) -> MoEServeError:
+def _error_of(rank: int, answer: Failed) -> MoEServeError:
     """What a rank could not start with: the user's mistake as it said it, else a crash."""
-    if answer["kind"] == "config":
-        return ConfigError(str(answer["message"]))
-    return RankLostError(f"rank {rank} failed while starting: {answer['message']}; its log says more")
+    if answer.is_users:
+        return ConfigError(answer.message)
+    return RankLostError(f"rank {rank} failed while starting: {answer.message}; its log says more")

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import reduce
 
 from expert_cache.counters import ExpertTotals
+from expert_cache.experts import ResizeError
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RoutingShape
-from moe_serve.parallel.expert_plans import layout_to_json
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.reports import TeamReports
+from moe_serve.parallel.front.step_writer import StepWriter, merge
 from moe_serve.parallel.front.team import Team
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.messages import StepWriter, merge_results
+from moe_serve.parallel.wire.messages import (
+    NO_ROUTES,
+    ROUTE_IDS,
+    ROUTE_IDS_AND_WEIGHTS,
+    Place,
+    Placed,
+    Resize,
+    Resized,
+    StepDone,
+)
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from placement.cost import Layout, hosts_of
 
 
 class TeamExperts:
-    """The ranks' expert caches as one, for statistics."""
+    """All ranks' experts as one. Knows no tensors: they run on the ranks."""
 
-    belady_gap_frac = None
-    """Each rank has its own, and their mean means nothing."""
-    shadow_hits: Mapping[str, int] = {}
-
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Team, reports: TeamReports) -> None:
         self._team = team
+        self._reports = reports
         self._last = self._before = ExpertTotals()
-        self.experts = self.counters = self
+
+    def resize(self, mib: int) -> None:
+        """Every rank gets this much. ResizeError."""
+        for answer in self._team.ask_all(Resize(mib), Resized):
+            if answer.refused is not None:
+                raise ResizeError(answer.refused)
+
+    def resident(self) -> None:
+        """Each rank has its own, and they change faster than ranks tell."""
+
+    def report(self) -> ExpertReport | None:
+        """All ranks' together, of the last second or two."""
+        return self._reports.total()
+
+    def close(self) -> None:
+        """The team is stopped as a whole."""
 
     def totals(self) -> ExpertTotals:
         """Sums over ranks, as of their last answers, and over the groups of ranks there have been."""
@@ -41,9 +61,7 @@ class TeamExperts:
         return _plus(self._before, now)
 
     def _of_group(self) -> ExpertTotals:
-        counted = [answer["experts"] for answer in self._team.counted.values()]
-        names = counted[0] if counted else {}
-        return ExpertTotals(**{name: sum(each[name] for each in counted) for name in names})
+        return reduce(_plus, (counted.experts for counted in self._team.counted.values()), ExpertTotals())
 
 
 def _plus(left: ExpertTotals, right: ExpertTotals) -> ExpertTotals:
@@ -57,10 +75,10 @@ class TeamRunner:
         self.team = team
         self.config = config
         self.prescheduler = prescheduler
-        self.expert_layers = TeamExperts(team)
         self.reports = TeamReports(team.reports)
+        self.experts = TeamExperts(team, self.reports)
         self._shape = shape
-        self._routes = routes.OFF
+        self._routes = NO_ROUTES
         self._writer = StepWriter()
 
     def forget(self) -> None:
@@ -69,35 +87,20 @@ class TeamRunner:
 
     def place(self, layout: Layout) -> None:
         """Between two steps: every rank runs the experts that it has in `layout`. RankLostError."""
-        self.team.ask_all({"op": "place", **layout_to_json(layout)})
+        self.team.ask_all(Place(layout), Placed)
         self.prescheduler.place(hosts_of(layout, self.team.parallel.ranks_per_group))
 
     def run(self, plan: BatchPlan) -> StepResult:
         """RankLostError if a rank is lost meanwhile; then nothing of the step counts."""
-        wanted = self._routes
-        answers = self.team.ask_all({"op": "step", **self._writer.write(plan, wanted)})
-        result = merge_results(plan, answers)
-        return replace(result, routes=routes.gather(plan, answers, self._shape, wanted)) if wanted else result
-
-    def resize_expert_cache(self, moe_cache_mib: int) -> None:
-        """Every rank gets this much. InvalidRequestError."""
-        for answer in self.team.ask_all({"op": "resize", "mib": moe_cache_mib}):
-            if "refused" in answer:
-                raise InvalidRequestError("mib", answer["refused"])
+        answers = self.team.ask_all(self._writer.write(plan, self._routes), StepDone)
+        return merge(plan, answers, self._shape, self._routes)
 
     def moe_layer_ids(self) -> tuple[int, ...]:
         return self._shape.layer_ids
 
-    def resident_experts(self) -> None:
-        """Each rank has its own, and they change faster than ranks tell."""
-
-    def expert_report(self) -> ExpertReport | None:
-        """All ranks' together, of the last second or two."""
-        return self.reports.total()
-
-    def watch_routes(self, wanted: bool, weights: bool = False) -> None:
+    def observe_routes(self, wanted: bool, weights: bool = False) -> None:
         """From the next step on, ranks add routes to their answers, or stop to."""
-        self._routes = (routes.IDS_AND_WEIGHTS if weights else routes.IDS) if wanted else routes.OFF
+        self._routes = (ROUTE_IDS_AND_WEIGHTS if weights else ROUTE_IDS) if wanted else NO_ROUTES
 
     def close(self) -> None:
         self.team.stop()

@@ -9,39 +9,38 @@ Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 
-from expert_cache.errors import ExpertReadError
-from expert_cache.layers import Experts
+from expert_cache.experts import nothing
 from moe_serve.engine.model_runner import ModelRunner
-from moe_serve.execution import forward_batch
-from moe_serve.hf import experts
-from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
-from moe_serve.parallel.modes.runner import Outcome
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.exchange import pack, unpack
-from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteNoter
+from moe_serve.hf.experts import connect
+from moe_serve.parallel.modes.exchange import pack, unpack
+from moe_serve.parallel.modes.expert_share import ExpertShare, SharedExperts, share_of
+from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan
+from predictors.shape import MoELayer
 
 
-class ConventionalLayers:
-    """Stands where ExpertLayers stood; every rank must call `run` or `join` for each MoE layer of a step."""
+class ConventionalExperts(SharedExperts):
+    """Experts over ranks; every rank must call `run` or `join` for each MoE layer of a step."""
 
-    def __init__(self, shared: ExpertShare) -> None:
-        self.shared = shared
-        self.experts: Experts = shared.local.experts
-        self._losses = LossNotes()
-
-    def join(self, layer: int) -> None:
+    def join(self, layer: MoELayer) -> None:
         """Take part in a layer without a token of our own."""
         self.run(layer, *self.shared.no_tokens())
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As ExpertLayers.run: hidden [T, H]; ids, weights [T, K] -> [T, H]."""
+    def run(
+        self,
+        layer: MoELayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
+        """See Experts."""
+        meanwhile()
         shared, exchange = self.shared, self.shared.exchange
         weights = weights.to(torch.float32)
         ranks = shared.ownership.choose(layer, ids)
@@ -51,16 +50,18 @@ class ConventionalLayers:
         leaving = {
             r: pack(hidden[n], share_of(ids, ranks, r)[n].short(), weights[n]).flatten() for r, n in rows_for.items()
         }
-        index = shared.index(layer)
-        exchange.book(index, "dispatch", sum(map(len, leaving.values())))
-        visitors = exchange.trade(index, leaving, exchange.others)
+        exchange.book(layer, "dispatch", sum(map(len, leaving.values())))
+        visitors = exchange.trade(layer, leaving, exchange.others)
         partial, answers = self._answer(layer, ours, visitors)
-        exchange.book(index, "combine", sum(map(len, answers.values())))
-        back = exchange.trade(index, answers, [r for r, rows in rows_for.items() if len(rows)])
+        exchange.book(layer, "combine", sum(map(len, answers.values())))
+        back = exchange.trade(layer, answers, [r for r, rows in rows_for.items() if len(rows)])
         return self._sum(partial, rows_for, back).to(hidden.dtype)
 
     def _answer(
-        self, layer: int, own: tuple[torch.Tensor, torch.Tensor, torch.Tensor], visitors: Mapping[int, torch.Tensor]
+        self,
+        layer: MoELayer,
+        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        visitors: Mapping[int, torch.Tensor],
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Own and visiting tokens through this rank's experts: partial sums of the own, and messages for the others."""
         top_k = own[1].shape[1]
@@ -69,7 +70,7 @@ class ConventionalLayers:
         theirs = [(hidden, ids.long(), weights) for hidden, ids, weights in unpacked.values()]
         everyone = [torch.cat(column) for column in zip(own, *theirs, strict=True)]
         num_own = len(own[0])
-        partial = self.shared.run_share(layer, everyone[0], everyone[1], everyone[2], self._losses, num_own)
+        partial = self.shared.run_share(layer, everyone[0], everyone[1], everyone[2], self.losses, num_own)
         answers = torch.split(partial[num_own:], [len(hidden) for hidden, _, _ in theirs])
         return partial[:num_own], {r: pack(part).flatten() for r, part in zip(unpacked, answers, strict=True)}
 
@@ -79,13 +80,9 @@ class ConventionalLayers:
         """Own partial sums [T, H] and those that came back."""
         for rank, raw in sorted(back.items()):
             (theirs,) = unpack(raw, (total.shape[1], total.dtype))
-            self._losses.note(rows_for[rank], theirs, rank)
+            self.losses.note(rows_for[rank], theirs, rank)
             total = total.index_add(0, rows_for[rank], theirs)
         return total
-
-    def take_failures(self) -> dict[int, ExpertReadError]:
-        """As ExpertLayers.take_failures; an expert on another rank that could not be read counts."""
-        return self._losses.take()
 
 
 class ConventionalRunner:
@@ -93,29 +90,21 @@ class ConventionalRunner:
 
     def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
         self._runner = runner
-        self._layers = ConventionalLayers(shared)
+        self._experts = runner.experts = ConventionalExperts(shared)
         self._rank = shared.exchange.rank
-        self._tap = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
-        experts.connect(runner.model, self._tap)
+        self._noter = RouteNoter(self._experts, shared.local.store.num_experts)
+        connect(runner.model, self._noter)
 
     def run(self, step: RankStep) -> Outcome:
         own = step.part_of(self._rank)
         if not own:
-            for layer in self._layers.shared.layers:
-                self._layers.join(layer)
-            return Outcome({}, {}, [])
+            for layer in self._experts.shared.local.store.layers:
+                self._experts.join(layer)
+            return Outcome({}, {}, None)
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in own))
-        self._tap.begin(step.routes)
+        self._noter.begin(step.routes)
         result = self._runner.run(plan)
-        failures = forward_batch.by_sequence(plan, self._layers.take_failures())
         sampled = [i for i in own if step.plan.scheduled[i].needs_sample]
         tokens = dict(zip(sampled, zip(result.token_ids, result.logprobs, strict=True), strict=True))
-        messages = {seq: error.message for seq, error in failures.items()} | dict(result.errors)
-        errors = {i: messages[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in messages}
-        return Outcome(tokens, errors, self._routes(step, plan, own))
-
-    def _routes(self, step: RankStep, plan: BatchPlan, own: list[int]) -> list[dict[str, Any]]:
-        if not step.routes:
-            return []
-        places = routes.spans(step.plan)
-        return self._tap.take(routes.plan_numbers(plan, [places[i] for i in own]))
+        errors = {i: result.errors[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in result.errors}
+        return Outcome(tokens, errors, self._noter.take(step, own))

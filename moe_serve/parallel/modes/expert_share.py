@@ -1,20 +1,26 @@
-"""ExpertShare: what both modes need of a MoE layer of which this rank runs a share.
+"""ExpertShare: a MoE layer's experts divided among ranks: those of this rank, and the way to the others.
 
 Sums are float32 and in the router's order, so that with two choices per token, wherever they run, the
 bits are those of one rank; with more they differ by the rounding of a float32 sum.
 
-Shape alphabet: T tokens, K choices, H hidden.
+Shape alphabet: T tokens, K choices, H hidden, L MoE layers, E experts, G ranks.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from expert_cache.errors import ExpertReadError
-from expert_cache.layers import ExpertLayers
-from expert_cache.regroup import regroup_pairs
+from expert_cache.counters import ExpertTotals
+from expert_cache.local_experts import RegroupedExperts
+from expert_cache.report import ExpertReport
+from expert_cache.storage.errors import ExpertReadError
+from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.wire.exchange import Exchange
+from moe_serve.scheduling.batch_plan import BatchPlan
+from placement.cost import Hosts
+from predictors.shape import MoELayer
 
 NOT_HERE = -1
 """Stands for the expert of a choice that another rank runs."""
@@ -51,24 +57,24 @@ class ExpertShare:
     """One rank's experts, where the others are, and the way to them."""
 
     def __init__(
-        self, local: ExpertLayers, ownership: Ownership, exchange: Exchange, top_k: int, like: torch.Tensor
+        self,
+        local: RegroupedExperts[BatchPlan],
+        hosts: Hosts,
+        exchange: Exchange,
+        top_k: int,
+        like: torch.Tensor,
     ) -> None:
-        """`like` [.., H]: a tensor of the model's width, type and device."""
+        """hosts [L, E, G]; `like` [.., H]: a tensor of the model's width, type and device."""
         self.local = local
-        self.ownership = ownership
         self.exchange = exchange
         self.top_k = top_k
         self._like = like
-        self._index = {layer: i for i, layer in enumerate(local.experts.store.layers)}
+        self.ownership = Ownership(hosts, exchange.rank, like.device)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Decoder layers with experts, in order."""
-        return self.local.experts.store.layers
-
-    def index(self, layer: int) -> int:
-        """Of a decoder layer among those with experts."""
-        return self._index[layer]
+    def place(self, hosts: Hosts) -> None:
+        """From now on experts live as hosts [L, E, G] says; those that no longer run here leave this rank's cache."""
+        self.ownership = Ownership(hosts, self.exchange.rank, self._like.device)
+        self.local.keep_only(hosts[:, :, self.exchange.rank])
 
     def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden, ids and weights of no token at all."""
@@ -77,7 +83,7 @@ class ExpertShare:
 
     def run_share(
         self,
-        layer: int,
+        layer: MoELayer,
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
@@ -89,13 +95,7 @@ class ExpertShare:
         For each token the weighted sum over its choices that are here. Tokens from row `num_own` on are other
         ranks': an unreadable expert makes theirs NaN, and puts the others into `losses`.
         """
-        pairs = (ids.flatten() != NOT_HERE).nonzero()[:, 0]
-        outputs = self.local.compute.result_like(hidden, ids.numel()).zero_()
-        if len(pairs):
-            token_of = pairs.div(ids.shape[1], rounding_mode="floor")
-            groups = regroup_pairs(ids.flatten()[pairs], token_of, self.local.experts.store.num_experts)
-            outputs.index_copy_(0, pairs, self.local.run_pairs(layer, hidden, groups))
-        partial = (outputs.view(*ids.shape, hidden.shape[1]) * weights[..., None]).sum(dim=1)
+        partial = self.local.partial_sums(layer, hidden, ids, weights)
         for row, error in self.local.take_failures().items():
             if num_own is not None and row >= num_own:
                 partial[row] = float("nan")
@@ -103,11 +103,58 @@ class ExpertShare:
                 losses.add(row, error)
         return partial
 
-    def count(self, layer: int, ranks: torch.Tensor, home: int | torch.Tensor) -> None:
+    def count(self, layer: MoELayer, ranks: torch.Tensor, home: int | torch.Tensor) -> None:
         """Book the choices `ranks` [T, K] of tokens whose home is rank `home` (or homes [T, 1])."""
         traffic = self.exchange.traffic
         remote = int((ranks != home).sum())
         traffic.remote_rows += remote
         traffic.local_rows += ranks.numel() - remote
         row_bytes = self._like.shape[-1] * (self._like.element_size() + max(4, self._like.element_size()))
-        traffic.unmerged_bytes[self.index(layer)] += remote * row_bytes
+        traffic.unmerged_bytes[layer] += remote * row_bytes
+
+
+class SharedExperts:
+    """Experts over ranks, but for `run`: memory, reports and books are those of this rank's share."""
+
+    padding = None
+    """Other ranks have to be asked in every layer."""
+
+    def __init__(self, shared: ExpertShare) -> None:
+        self.shared = shared
+        self.routes = shared.local.routes
+        self.losses = LossNotes()
+
+    def in_place(self) -> None:
+        """Some experts are elsewhere."""
+
+    def begin_step(self, plan: BatchPlan) -> None:
+        """See Experts."""
+        self.shared.local.begin_step(plan)
+
+    def between_steps(self) -> None:
+        """See Experts."""
+        self.shared.local.between_steps()
+
+    def take_failures(self) -> dict[int, ExpertReadError]:
+        """See Experts; an expert on another rank that could not be read counts."""
+        return self.losses.take()
+
+    def resize(self, mib: int) -> None:
+        """See Experts."""
+        self.shared.local.resize(mib)
+
+    def resident(self) -> NDArray[np.bool_] | None:
+        """See Experts."""
+        return self.shared.local.resident()
+
+    def report(self) -> ExpertReport:
+        """See Experts."""
+        return self.shared.local.report()
+
+    def totals(self) -> ExpertTotals:
+        """See Experts."""
+        return self.shared.local.totals()
+
+    def close(self) -> None:
+        """See Experts."""
+        self.shared.local.close()

@@ -14,23 +14,23 @@ Shape alphabet: T tokens of the step, K choices, H hidden, G ranks.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.experts import nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits
-from moe_serve.hf import experts
+from moe_serve.hf.experts import connect, moe_layers
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
-from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, share_of
-from moe_serve.parallel.modes.runner import Outcome
+from moe_serve.parallel.modes.exchange import pack, unpack
+from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, SharedExperts, share_of
+from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_rows
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.exchange import pack, unpack
-from moe_serve.parallel.wire.messages import RankStep
-from moe_serve.parallel.wire.routes import RouteNoter
+from predictors.shape import MoELayer
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
@@ -60,16 +60,15 @@ class Visits:
         return torch.from_numpy(whole).to(self._device), torch.from_numpy(parts).to(self._device)
 
 
-class RecomputingLayers:
-    """Stands where ExpertLayers stood; every rank calls it with the same tokens. Routes are looked at on the host."""
+class RecomputingExperts(SharedExperts):
+    """Experts over ranks; every rank calls them with the same tokens. Routes are looked at on the host."""
 
-    def __init__(self, shared: ExpertShare, losses: LossNotes, last_layer: int) -> None:
-        """`last_layer`: the model's last decoder layer."""
-        self._shared = shared
-        self._losses = losses
+    def __init__(self, shared: ExpertShare, last_layer: MoELayer | None) -> None:
+        """`last_layer`: of the model's last decoder layer, if that has experts."""
+        super().__init__(shared)
         self._last_layer = last_layer
-        # A token that everyone runs alone must not fail on one rank only: a cache's reads can.
-        self._runs_alone = not isinstance(shared.local.experts, ExpertCache)
+        # A token that all ranks run alone must not fail on one of them only.
+        self._runs_alone = not shared.local.reads_can_fail
         self._homes = np.empty(0, np.int64)
         self._sampled = np.empty(0, np.bool_)
 
@@ -79,10 +78,18 @@ class RecomputingLayers:
         self._sampled = np.zeros(len(homes), np.bool_)
         self._sampled[sampled.cpu().numpy()] = True
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As ExpertLayers.run: hidden [T, H]; ids, weights [T, K] -> [T, H]. After the last decoder layer only the
-        homes of sampled tokens need them, and only those rows are computed."""
-        shared, me = self._shared, self._shared.exchange.rank
+    def run(
+        self,
+        layer: MoELayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> torch.Tensor:
+        """See Experts. After the last decoder layer only the homes of sampled tokens need the sums, and only those
+        rows are computed."""
+        meanwhile()
+        shared, me = self.shared, self.shared.exchange.rank
         is_last = layer == self._last_layer
         routes, weights = ids.cpu().numpy(), weights.to(torch.float32)
         ranks = shared.ownership.agree(layer, routes, self._homes if is_last else None)
@@ -96,53 +103,55 @@ class RecomputingLayers:
         total = self._sum(layer, self._visits(ranks, is_last, ids.device), partial, hidden.dtype, routes)
         if by_all.any():  # by themselves, because results depend on what is computed beside them
             rows = torch.from_numpy(by_all.nonzero()[0]).to(ids.device)
-            total[rows] = shared.run_share(layer, hidden[rows], ids[rows], weights[rows], self._losses)
+            total[rows] = shared.run_share(layer, hidden[rows], ids[rows], weights[rows], self.losses)
         return total.to(hidden.dtype)
 
     def _share(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Partial sums [T, H] of the choices that `ranks` [T, K] gives to this rank; NaN where one cannot be read."""
         notes = LossNotes()
-        ours = share_of(ids, ranks, self._shared.exchange.rank)
-        partial = self._shared.run_share(layer, hidden, ours, weights, notes)
+        ours = share_of(ids, ranks, self.shared.exchange.rank)
+        partial = self.shared.run_share(layer, hidden, ours, weights, notes)
         for row, error in notes.take().items():
             partial[row] = float("nan")
-            self._losses.add(row, error)
+            self.losses.add(row, error)
         return partial
 
     def _visits(self, ranks: Ints, is_last: bool, device: torch.device) -> Visits:
         """`ranks` [T, K]: where choices run whose sums are sent."""
-        num_ranks = self._shared.exchange.num_ranks
+        num_ranks = self.shared.exchange.num_ranks
         runs = visits(ranks, num_ranks)
         needs = self._homes[:, None] == np.arange(num_ranks) if is_last else np.ones_like(runs)
         return Visits(runs, needs, device)
 
-    def _sum(self, layer: int, who: Visits, partial: torch.Tensor, dtype: torch.dtype, routes: Ints) -> torch.Tensor:
+    def _sum(
+        self, layer: MoELayer, who: Visits, partial: torch.Tensor, dtype: torch.dtype, routes: Ints
+    ) -> torch.Tensor:
         """Partial sums of all ranks, in the order of ranks, so that all get the same bits."""
         arrived = self._trade(layer, who, partial, dtype, _check_of(routes).to(partial.device))
         total = torch.zeros_like(partial)
-        for rank in range(self._shared.exchange.num_ranks):
-            if rank == self._shared.exchange.rank:
+        for rank in range(self.shared.exchange.num_ranks):
+            if rank == self.shared.exchange.rank:
                 total += partial
             elif rank in arrived:
                 rows, theirs = arrived[rank]
-                self._losses.note(rows, theirs, rank)
+                self.losses.note(rows, theirs, rank)
                 total.index_add_(0, rows, theirs)
         return total
 
     def _trade(
-        self, layer: int, who: Visits, partial: torch.Tensor, dtype: torch.dtype, check: torch.Tensor
+        self, layer: MoELayer, who: Visits, partial: torch.Tensor, dtype: torch.dtype, check: torch.Tensor
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """By rank, the rows that it had a part in and that part [n, H]."""
-        exchange, index = self._shared.exchange, self._shared.index(layer)
+        exchange = self.shared.exchange
         leaving = {r: who.rows(exchange.rank, r) for r in exchange.others}
         outgoing = {r: _pack(rows, partial, dtype, check) for r, rows in leaving.items() if any(map(len, rows))}
-        exchange.book(index, "control", CHECK_BYTES * len(outgoing))
-        exchange.book(index, "combine", sum(len(raw) - CHECK_BYTES for raw in outgoing.values()))
+        exchange.book(layer, "control", CHECK_BYTES * len(outgoing))
+        exchange.book(layer, "combine", sum(len(raw) - CHECK_BYTES for raw in outgoing.values()))
         coming = {r: who.rows(r, exchange.rank) for r in exchange.others}
         expected = {r: rows for r, rows in coming.items() if any(map(len, rows))}
-        raws = exchange.trade(index, outgoing, expected)
+        raws = exchange.trade(layer, outgoing, expected)
         return {r: (torch.cat(rows), _unpack(raws[r], r, rows, partial, dtype, check)) for r, rows in expected.items()}
 
 
@@ -152,18 +161,18 @@ class RecomputingRunner:
     def __init__(self, runner: ModelRunner, shared: ExpertShare) -> None:
         self._runner = runner
         self._rank = shared.exchange.rank
-        self._losses = LossNotes()
-        self._layers = RecomputingLayers(shared, self._losses, max(runner.kv_cache.layers))
-        self._tap = RouteNoter(self._layers, runner.expert_layers.experts.store.num_experts)
-        experts.connect(runner.model, self._tap)
+        last_layer = moe_layers(runner.model).get(max(runner.kv_cache.layers))
+        self._experts = runner.experts = RecomputingExperts(shared, last_layer)
+        self._noter = RouteNoter(self._experts, shared.local.store.num_experts)
+        connect(runner.model, self._noter)
 
     def run(self, step: RankStep) -> Outcome:
-        self._runner.relieve_memory()
+        self._experts.between_steps()
         config, device = self._runner.config, self._runner.device
         batch = forward_batch.make(step.plan, config.kv.page_size, device, GroupLimits())
         homes = home_ranks(step, device)
-        self._layers.begin(homes, batch.sample_rows)
-        self._tap.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
+        self._experts.begin(homes, batch.sample_rows)
+        self._noter.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
         rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
         logits: torch.Tensor = self._runner.model(
             input_ids=batch.input_ids,
@@ -174,7 +183,7 @@ class RecomputingRunner:
             kv_cache=self._runner.kv_cache,
         ).logits[0]
         sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        return Outcome(sampled, errors_of(step, self._losses) | lost, routes.whole_step(self._tap, step))
+        return Outcome(sampled, errors_of(step, self._experts.losses) | lost, self._noter.take(step))
 
 
 def _check_of(routes: Ints) -> torch.Tensor:

@@ -13,7 +13,8 @@ from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch, sampler
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.parallel.modes.expert_share import LossNotes
-from moe_serve.parallel.wire.messages import RankStep, Sampled
+from moe_serve.parallel.modes.runner import RankStep
+from moe_serve.parallel.wire.messages import Sampled
 
 
 def home_ranks(step: RankStep, device: torch.device) -> torch.Tensor:

@@ -6,9 +6,8 @@ Within a group, ranks count from 0. Knows steps; knows no model.
 
 from __future__ import annotations
 
-from moe_serve.parallel.modes.runner import Outcome, RankRunner
-from moe_serve.parallel.wire import routes
-from moe_serve.parallel.wire.messages import RankStep
+from moe_serve.parallel.modes.route_noter import renumbered
+from moe_serve.parallel.modes.runner import Outcome, RankRunner, RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan
 
 
@@ -25,12 +24,12 @@ class GroupRunner:
         last = self._first_rank + self._num_ranks
         chosen = [i for i, home in enumerate(step.homes) if self._first_rank <= home < last]
         if not chosen:
-            return Outcome({}, {}, [])
+            return Outcome({}, {}, None)
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in chosen))
         homes = tuple(step.homes[i] - self._first_rank for i in chosen)
-        sampled, errors, pieces = self._inner.run(RankStep(plan, homes, step.routes))
+        sampled, errors, piece = self._inner.run(RankStep(plan, homes, step.routes))
         return Outcome(
             {chosen[i]: s for i, s in sampled.items()},
             {chosen[i]: error for i, error in errors.items()},
-            routes.renumbered(pieces, [routes.spans(step.plan)[i] for i in chosen]),
+            renumbered(piece, step.plan, chosen),
         )

@@ -9,41 +9,56 @@ that the process is alive. Knows no HTTP and no scheduling.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from moe_serve.config import EngineConfig
+from expert_cache.report import ExpertReport
 from moe_serve.errors import MoEServeError
 from moe_serve.openmp import spin_briefly
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.wire.channel import Channel, ChannelClosed, connect
+from moe_serve.parallel.wire.channel import Channel, ChannelClosed
+from moe_serve.parallel.wire.door import knock, word_of
 from moe_serve.parallel.wire.environment import SECRET, RankAddress, front_address, read_place
+from moe_serve.parallel.wire.messages import (
+    Alive,
+    Answer,
+    Ask,
+    Failed,
+    Ready,
+    Start,
+    Stop,
+    encode,
+    read_front,
+)
+
+if TYPE_CHECKING:
+    from moe_serve.parallel.ranks.worker import Worker
 
 log = logging.getLogger("moe_serve.rank")
 
 BEAT_S = 1.0
+CONNECT_S = 60.0
+"""To find the front."""
 
 
 def main() -> int:
-    """Exit status 0 when the front said so or went away, 1 after an error that was reported to it."""
+    """Exit status 0 when the front said so or went away, 1 after an error, which the front is told too."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     place = read_place()
-    host, port = front_address(place)
-    channel = connect(host, port, timeout_s=60)
-    channel.send({"op": "hello", "rank": place.rank, "pid": os.getpid(), "secret": os.environ.get(SECRET, "")})
+    secret = os.environ.get(SECRET, "")
+    channel = Channel(knock(front_address(place), word_of(secret), place.rank, CONNECT_S))
     heart = Heart(channel)
     threading.Thread(target=heart.beat, daemon=True).start()
     try:
-        settings = channel.receive(timeout_s=60)
-        config, parallel = EngineConfig.from_dict(settings["engine"]), ParallelConfig.from_dict(settings["parallel"])
-        _serve(channel, heart, place, config, parallel)
-    except (ChannelClosed, TimeoutError):
+        settings = read_front(channel.receive())
+        assert isinstance(settings, Start)
+        _serve(channel, heart, place, settings)
+    except ChannelClosed as error:
+        log.info("the front has gone, or hung up on a rank that does not know %s: %s", SECRET, error)
         return 0
     except Exception as error:
         _report(channel, error)
@@ -56,50 +71,49 @@ class Heart:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._last: dict[str, Any] = {}
-        self.report: Callable[[], dict[str, Any]] = dict
+        self.report: Callable[[], ExpertReport | None] = lambda: None
         """What to add; nothing until the model is loaded."""
 
     def beat(self) -> None:
         """On a thread of its own. A rank whose front has gone ends, even out of a collective."""
+        quiet = last = encode(Alive())
         while True:
-            report = self.report()
-            news = {} if report == self._last else {"report": report}
-            self._last = report
+            news = encode(Alive(self.report()))
             try:
-                self._channel.send({"op": "alive", **news})
+                self._channel.send(quiet if news == last else news)
             except ChannelClosed:
                 os._exit(0)
+            last = news
             time.sleep(BEAT_S)
 
 
 def _report(channel: Channel, error: Exception) -> None:
-    kind = "config" if isinstance(error, MoEServeError) else "crash"
-    log.error("the rank ends: %s", error, exc_info=kind == "crash")
-    text = f"{error}" if kind == "config" else f"{type(error).__name__}: {error}"[:200]
+    is_users = isinstance(error, MoEServeError)
+    log.error("the rank ends: %s", error, exc_info=not is_users)
+    text = f"{error}" if is_users else f"{type(error).__name__}: {error}"[:200]
     with contextlib.suppress(ChannelClosed):  # the front may have gone
-        channel.send({"op": "failed", "kind": kind, "message": text})
+        channel.send(encode(Failed(text, is_users)))
 
 
-def _serve(channel: Channel, heart: Heart, place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> None:
-    worker = _load(place, config, parallel)
-    facts = {"engine": dataclasses.asdict(worker.config), "layers": worker.layers}
-    channel.send({"op": "ready", **facts, "report": worker.report()})
+def _serve(channel: Channel, heart: Heart, place: RankAddress, settings: Start) -> None:
+    worker = _load(place, settings)
+    channel.send(encode(Ready(worker.config, worker.layers, worker.report())))
     heart.report = worker.report
     while True:
-        message = channel.receive()
-        if message["op"] == "stop":
+        message = read_front(channel.receive())
+        if isinstance(message, Stop):
             return
-        channel.send({"op": "done", "n": message["n"], **worker.answer(message)})
+        assert isinstance(message, Ask), f"the front says {message} to a rank that is ready"
+        channel.send(encode(Answer(message.number, worker.answer(message.order))))
 
 
-def _load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> Any:
-    """The worker; torch is imported only now, so that a wrong environment is found at once."""
-    from moe_serve.parallel.ranks.rank_model import join_group
+def _load(place: RankAddress, settings: Start) -> Worker:
+    """torch is imported only now, so that a wrong environment is found at once."""
+    from moe_serve.parallel.ranks.rank_model import join_group, load
     from moe_serve.parallel.ranks.worker import Worker
 
-    join_group(place, parallel, config)
-    return Worker(place, config, parallel)
+    join_group(place, settings.engine.device, settings.parallel.rank_step_s)
+    return Worker(load(place, settings.engine, settings.parallel))
 
 
 if __name__ == "__main__":

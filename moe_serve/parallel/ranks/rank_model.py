@@ -5,67 +5,102 @@ Knows settings and modules; knows no front and no messages.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from moe_serve.config import EngineConfig
-from moe_serve.engine.model_runner import ModelRunner, load_runner
+from expert_cache.local_experts import RegroupedExperts
+from moe_serve.config import EngineConfig, ParallelConfig
+from moe_serve.engine.model_runner import ModelRunner, load_model
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.config import ParallelConfig
+from moe_serve.offload import build
 from moe_serve.parallel.expert_plans import read_hosts
+from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
-from moe_serve.parallel.modes.ownership import Ownership
+from moe_serve.parallel.modes.runner import RankRunner
+from moe_serve.parallel.modes.table import MODES
+from moe_serve.parallel.modes.traffic import Traffic
+from moe_serve.parallel.ranks.grouping import GroupRunner
 from moe_serve.parallel.wire.environment import RankAddress
-from moe_serve.parallel.wire.exchange import Exchange
+from moe_serve.parallel.wire.rendezvous import bind_narrowly, open_store
 from moe_serve.parallel.wire.sockets import GroupWire, connect_all
-from moe_serve.parallel.wire.traffic import Traffic
+from moe_serve.scheduling.batch_plan import BatchPlan
+from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 
 
-def join_group(place: RankAddress, parallel: ParallelConfig, config: EngineConfig) -> None:
-    """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `rank_step_s`."""
-    on_gpu = _device_of(config, place).startswith("cuda")
+@dataclass(frozen=True)
+class RankModel:
+    """What a rank has loaded."""
+
+    share: ExpertShare
+    config: EngineConfig
+    """As resolved, with as many pages and as long a context as the smallest rank has room for."""
+    mode: RankRunner
+
+
+def join_group(place: RankAddress, device: str, timeout_s: float) -> None:
+    """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `timeout_s`."""
+    bind_narrowly(place)
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"tcp://{place.master_addr}:{place.master_port}",
+        "nccl" if _device_of(device, place).startswith("cuda") else "gloo",
+        store=open_store(place, timeout),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=parallel.rank_step_s),
+        timeout=timeout,
     )
 
 
-def load(config: EngineConfig, parallel: ParallelConfig, place: RankAddress) -> tuple[ModelRunner, ExpertShare]:
-    """This rank's runner, whose pages are as many as the smallest rank has room for. ConfigError."""
+def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> RankModel:
+    """The process group must have been joined. ConfigError."""
     if config.experts.prefetch != "off":
         raise ConfigError("--moe-prefetch works on one device only; leave it off with --devices")
     if config.experts.cache_manager == "device":
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
-    config = config.replace(device=_device_of(config, place), moe_cache_manager="host", enforce_eager=True)
-    eos = frozenset(eos_token_ids(config.model))
-    runner, spec = load_runner(config, eos)
-    local = runner.expert_layers
-    store = local.experts.store
-    size = parallel.ranks_per_group
+    device = _device_of(config.device, place)
+    config, loaded, spec = load_model(config.replace(device=device, enforce_eager=True))
+    local = build.regrouped_experts(config, loaded, spec)
+    runner = ModelRunner(config, loaded, spec, frozenset(eos_token_ids(config.model)), local)
+    nothing = torch.empty(0, dtype=getattr(torch, config.dtype), device=runner.device)
+    share = _share(place, parallel, local, spec, nothing)
+    pages, context = _smallest([runner.config.kv.num_pages or 0, runner.config.max_model_len or 0], runner.device)
+    config = runner.config.replace(num_kv_pages=pages, max_model_len=context)
+    return RankModel(share, config, _mode(place, parallel, runner, share))
+
+
+def _share(
+    place: RankAddress,
+    parallel: ParallelConfig,
+    local: RegroupedExperts[BatchPlan],
+    spec: ModelSpec,
+    like: torch.Tensor,
+) -> ExpertShare:
+    """This rank's experts and the way to the others, within its group of ranks. `like`: has the model's type."""
+    store, size = local.store, parallel.ranks_per_group
     first_rank = parallel.group_of(place.rank) * size
-    hosts = read_hosts(parallel.expert_plan, store.layers, store.num_experts, size)
-    device = runner.device
-    wire = connect_all(place, parallel.rank_step_s) if device.type == "cpu" else GroupWire(device)
+    hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
+    wire = connect_all(place, parallel.rank_step_s) if like.device.type == "cpu" else GroupWire(like.device)
     exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
-    like = torch.empty(spec.hidden_size, dtype=getattr(torch, runner.config.dtype), device=device)
-    ownership = Ownership(hosts, store.layers, exchange.rank, device)
-    return runner, ExpertShare(local, ownership, exchange, spec.top_k, like)
+    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.hidden_size))
 
 
-def _device_of(config: EngineConfig, place: RankAddress) -> str:
+def _mode(place: RankAddress, parallel: ParallelConfig, runner: ModelRunner, share: ExpertShare) -> RankRunner:
+    mode = MODES[parallel.ep_mode](runner, share)
+    size = parallel.ranks_per_group
+    return mode if parallel.ep_groups == 1 else GroupRunner(mode, parallel.group_of(place.rank) * size, size)
+
+
+def _device_of(device: str, place: RankAddress) -> str:
     """auto and cuda are the GPU with this rank's number on its machine."""
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{place.local_rank}"
-    return config.device
+    return device
 
 
-def smallest(values: list[int], device: torch.device) -> list[int]:
+def _smallest(values: list[int], device: torch.device) -> list[int]:
     """Each value's minimum over the ranks."""
     tensor = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MIN)

@@ -1,109 +1,60 @@
-"""Worker: a rank's steps. Turns messages into runs of its model and the outcome into messages.
-
-Knows one rank; knows no sockets.
-"""
+"""Worker: what a rank does when the front asks. Knows one rank and its messages; knows no sockets."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 
-from expert_cache.host_managed.cache import ExpertCache
-from moe_serve.config import EngineConfig
-from moe_serve.engine.model_runner import ModelRunner
-from moe_serve.errors import InvalidRequestError
-from moe_serve.parallel.config import ParallelConfig
-from moe_serve.parallel.expert_plans import layout_from_json
-from moe_serve.parallel.front.reports import report_to_json
-from moe_serve.parallel.modes.conventional import ConventionalRunner
-from moe_serve.parallel.modes.expert_share import ExpertShare
-from moe_serve.parallel.modes.ownership import Ownership
-from moe_serve.parallel.modes.recompute import RecomputingRunner
-from moe_serve.parallel.modes.runner import RankRunner
-from moe_serve.parallel.ranks import rank_model
-from moe_serve.parallel.ranks.grouping import GroupRunner
+from expert_cache.experts import ResizeError
+from expert_cache.report import ExpertReport
 from moe_serve.parallel.ranks.late_grammars import LateGrammars
-from moe_serve.parallel.wire.environment import RankAddress
-from moe_serve.parallel.wire.messages import StepReader, result_to_json
-from moe_serve.parallel.wire.sockets import Wire
-from placement.cost import hosts_of
-
-MODES: Mapping[str, Callable[[ModelRunner, ExpertShare], RankRunner]] = {
-    "conventional": ConventionalRunner,
-    "coherent": RecomputingRunner,
-}
-"""By --ep-mode."""
+from moe_serve.parallel.ranks.rank_model import RankModel
+from moe_serve.parallel.ranks.step_reader import StepReader
+from moe_serve.parallel.wire.messages import Counted, Order, Outcome, Place, Placed, Resize, Resized, Step, StepDone
+from placement.cost import Layout, hosts_of
 
 
 class Worker:
-    """One rank, loaded; the process group must have been joined (rank_model.join_group)."""
+    """One rank, loaded."""
 
-    def __init__(self, place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> None:
-        self._runner, self._shared = rank_model.load(config, parallel, place)
-        pages, context = rank_model.smallest(
-            [self._runner.config.kv.num_pages or 0, self._runner.config.max_model_len or 0], self._runner.device
-        )
-        self.config = self._runner.config.replace(num_kv_pages=pages, max_model_len=context)
-        self.layers = self._shared.layers
-        mode = MODES[parallel.ep_mode](self._runner, self._shared)
-        size = parallel.ranks_per_group
-        self._mode = GroupRunner(mode, parallel.group_of(place.rank) * size, size) if parallel.ep_groups > 1 else mode
+    def __init__(self, model: RankModel) -> None:
+        self.config = model.config
+        self.layers = model.share.local.store.decoder_layers
+        self._share = model.share
+        self._mode = model.mode
         self._reader = StepReader(LateGrammars(self.config).start)
 
-    def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """What this rank has to say to the front's message."""
-        match message["op"]:
-            case "step":
-                return self.step(message)
-            case "place":
-                return self.place(message)
-            case "resize":
-                return self.resize(message["mib"])
-            case "report":
-                return self.report()
-        raise AssertionError(f"a rank knows no {message['op']!r}")
-
-    @property
-    def wire(self) -> Wire:
-        """The way to the other ranks."""
-        return self._shared.exchange.wire
+    def answer(self, order: Order) -> Outcome:
+        """Do it, and say what came of it."""
+        match order:
+            case Step():
+                return self.step(order)
+            case Place():
+                return self.place(order.layout)
+            case Resize():
+                return self.resize(order.mib)
 
     @torch.inference_mode()
-    def step(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Run a step's share; the answer has this rank's tokens and what it counted so far."""
-        outcome = self._mode.run(self._reader.read(message))
-        return {**result_to_json(*outcome), **self._counted()}
+    def step(self, step: Step) -> StepDone:
+        """Run this rank's part of a step."""
+        return StepDone(*self._mode.run(self._reader.read(step)), self._counted())
 
-    def place(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Another placement from the next step on; experts that are no longer run here leave this rank's cache."""
-        shared = self._shared
-        hosts = hosts_of(layout_from_json(message), shared.exchange.num_ranks)
-        shared.ownership = Ownership(hosts, shared.layers, shared.exchange.rank, self._runner.device)
-        experts = self._runner.expert_layers.experts
-        if isinstance(experts, ExpertCache):
-            experts.keep_only(hosts[:, :, shared.exchange.rank])
-        return {}
+    def place(self, layout: Layout) -> Placed:
+        """Another placement from the next step on."""
+        self._share.place(hosts_of(layout, self._share.exchange.num_ranks))
+        return Placed()
 
-    def report(self) -> dict[str, Any]:
-        """What the experts here have done since the start. Any thread may ask."""
-        return report_to_json(self._runner.expert_report())
-
-    def resize(self, moe_cache_mib: int) -> dict[str, Any]:
-        """Change this rank's memory for experts; the answer says why not."""
+    def resize(self, mib: int) -> Resized:
+        """Change this rank's memory for experts."""
         try:
-            self._runner.resize_expert_cache(moe_cache_mib)
-        except InvalidRequestError as error:
-            return {"refused": error.message}
-        return {}
+            self._share.local.resize(mib)
+        except ResizeError as error:
+            return Resized(error.message)
+        return Resized()
 
-    def _counted(self) -> dict[str, Any]:
-        traffic = self._shared.exchange.traffic
-        totals = self._runner.expert_layers.experts.counters.totals()
-        return {
-            "traffic": traffic.totals(),
-            "layer_bytes": traffic.by_layer(),
-            "experts": dataclasses.asdict(totals),
-        }
+    def report(self) -> ExpertReport:
+        """What the experts here have done since the start. Any thread may ask."""
+        return self._share.local.report()
+
+    def _counted(self) -> Counted:
+        traffic = self._share.exchange.traffic
+        return Counted(traffic.totals(), traffic.by_layer(), self._share.local.totals())

@@ -12,6 +12,8 @@ FRONT = "MOE_SERVE_FRONT"
 """host:port of the front; without it ranks look at MASTER_ADDR, one port above MASTER_PORT."""
 SECRET = "MOE_SERVE_RANK_SECRET"
 """Word that ranks must say to the front."""
+STORE = "MOE_SERVE_RANK_STORE"
+"""File in which ranks that the front starts meet; see rendezvous.py."""
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -1,165 +1,218 @@
-"""What the front and its ranks say to one another: sequences and steps as JSON and back. Knows no torch and no sockets.
+"""What the front and its ranks say to one another, as msgpack. Knows no torch and no sockets.
 
-Ranks keep a mirror of every live sequence, because sampling needs its parameters and its tokens. A step says
-what was added since the step before.
+msgpack rather than pickle: a message is data, so reading one runs no code. What is read is checked against the types
+below; arrays travel as they lie in memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_origin
 
-from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
-from moe_serve.scheduling.sequence import (
-    Closeable,
-    GrammarKind,
-    GrammarSpec,
-    Request,
-    SamplingParams,
-    Sequence,
-    TokenLogprob,
-)
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertReport
+from moe_serve.config import EngineConfig, ParallelConfig
+from moe_serve.scheduling.sequence import SamplingParams, TokenLogprob
+from placement.cost import Layout
 
 Sampled = tuple[int, TokenLogprob | None]
+"""A token, and its log-probability where the request asked for it."""
+NO_ROUTES, ROUTE_IDS, ROUTE_IDS_AND_WEIGHTS = 0, 1, 2
+"""What the front wants to know of a step's routes."""
 
 
-def params_to_json(params: SamplingParams) -> dict[str, Any]:
-    """Fields that are not the default."""
-    values = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
-    values["logit_bias"] = list(params.logit_bias.items())
-    values["grammar"] = params.grammar and dataclasses.asdict(params.grammar)
-    default = SamplingParams()
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
+class NewSequence(Struct, frozen=True):
+    """A sequence that ranks do not know yet. They keep a mirror of it, because sampling needs its parameters and
+    tokens."""
+
+    key: int
+    """Its number in later messages."""
+    request_id: str
+    index: int
+    """Of the request's samples."""
+    num_prompt: int
+    """Of `tokens`, how many are the prompt's."""
+    tokens: list[int]
+    max_total_tokens: int
+    home: int
+    """The rank where it lives."""
+    params: SamplingParams
 
 
-def params_from_json(data: Mapping[str, Any]) -> SamplingParams:
-    values = {name: _frozen(value) for name, value in data.items()}
-    values["logit_bias"] = dict(data.get("logit_bias", ()))
-    if "grammar" in values:
-        values["grammar"] = GrammarSpec(**{**values["grammar"], "kind": GrammarKind(values["grammar"]["kind"])})
-    return SamplingParams(**values)
+class Item(Struct, frozen=True, array_like=True):
+    """A run of one sequence's tokens to compute; see ScheduledSequence."""
+
+    key: int
+    start: int
+    count: int
+    fresh: list[int]
+    """Tokens since the sequence was last told of."""
+    pages: list[int]
+    """All of its KV pages, in order."""
 
 
-def _frozen(value: Any) -> Any:
-    """Lists as tuples, those within lists too: a bad word is a tuple of tokens."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+class Start(Struct, frozen=True, tag=True):
+    """The front's first word."""
+
+    engine: EngineConfig
+    parallel: ParallelConfig
 
 
-class StepWriter:
-    """The front's side: plans as messages, and which sequences the ranks know already."""
+class Step(Struct, frozen=True, tag=True):
+    """Compute a batch plan."""
 
-    def __init__(self) -> None:
-        self._keys: dict[Sequence, int] = {}
-        self._known_tokens: dict[Sequence, int] = {}
-        self._next_key = 0
-
-    def write(self, plan: BatchPlan, routes: int = 0) -> dict[str, Any]:
-        """`routes`: what is wanted of the step's routes, one of the constants in routes.py."""
-        gone = [seq for seq in self._keys if seq.is_finished]
-        message = {
-            "routes": routes,
-            "gone": [self._keys.pop(seq) for seq in gone],
-            "new": [self._introduce(i.seq) for i in plan.scheduled if i.seq not in self._keys],
-            "items": [self._item(i) for i in plan.scheduled],
-        }
-        for seq in gone:
-            del self._known_tokens[seq]
-        return message
-
-    def _introduce(self, seq: Sequence) -> dict[str, Any]:
-        self._keys[seq] = key = self._next_key
-        self._known_tokens[seq] = seq.num_tokens
-        self._next_key += 1
-        return {
-            "key": key,
-            "request_id": seq.request.request_id,
-            "index": seq.index,
-            "num_prompt": seq.num_prompt,
-            "tokens": seq.token_ids,
-            "max_total_tokens": seq.max_total_tokens,
-            "home": seq.home_rank,
-            "params": params_to_json(seq.params),
-        }
-
-    def _item(self, item: ScheduledSequence) -> list[Any]:
-        seq = item.seq
-        fresh = seq.token_ids[self._known_tokens[seq] :]
-        self._known_tokens[seq] = seq.num_tokens
-        return [self._keys[seq], item.start, item.count, fresh, seq.page_ids]
+    routes: int
+    """NO_ROUTES, ROUTE_IDS or ROUTE_IDS_AND_WEIGHTS."""
+    gone: list[int]
+    """Keys of sequences that have finished."""
+    new: list[NewSequence]
+    items: list[Item]
 
 
-@dataclass(slots=True)
-class RankStep:
-    """A step as a rank sees it."""
+class Place(Struct, frozen=True, tag=True):
+    """From the next step on, run the experts that you have in this layout."""
 
-    plan: BatchPlan
-    homes: tuple[int, ...]
-    """For each item of the plan, the rank where its sequence lives."""
-    routes: int = 0
-    """What the front wants to know of the routes."""
-
-    def part_of(self, rank: int) -> list[int]:
-        """Indices of the items whose home is a rank."""
-        return [i for i, home in enumerate(self.homes) if home == rank]
+    layout: Layout
 
 
-@dataclass
-class StepReader:
-    """A rank's side: messages as plans over mirrored sequences."""
+class Resize(Struct, frozen=True, tag=True):
+    """Change your memory for experts."""
 
-    start_grammar: Callable[[GrammarSpec], Closeable]
-    """Makes the matcher of a sequence with a grammar."""
-    _sequences: dict[int, Sequence] = field(default_factory=dict)
-
-    def read(self, message: Mapping[str, Any]) -> RankStep:
-        for key in message["gone"]:
-            gone = self._sequences.pop(key)
-            if gone.matcher is not None:
-                gone.matcher.close()
-        for entry in message["new"]:
-            seq = self._sequences[entry["key"]] = _mirror(entry)
-            if seq.params.grammar is not None:
-                seq.matcher = self.start_grammar(seq.params.grammar)
-        scheduled = []
-        for key, start, count, fresh, pages in message["items"]:
-            seq = self._sequences[key]
-            seq.token_ids += fresh
-            seq.page_ids = pages
-            seq.num_computed = start
-            scheduled.append(ScheduledSequence(seq, start, count))
-        homes = tuple(item.seq.home_rank for item in scheduled)
-        return RankStep(BatchPlan(tuple(scheduled)), homes, message["routes"])
+    mib: int
 
 
-def _mirror(entry: Mapping[str, Any]) -> Sequence:
-    tokens = entry["tokens"]
-    request = Request(entry["request_id"], tuple(tokens[: entry["num_prompt"]]), params_from_json(entry["params"]))
-    seq = Sequence(request, entry["index"], list(tokens), entry["max_total_tokens"])
-    seq.home_rank = entry["home"]
-    return seq
+Order = Step | Place | Resize
 
 
-def result_to_json(
-    sampled: Mapping[int, Sampled], errors: Mapping[int, str], routes: Items[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """Tokens and errors by index of the plan's items; `routes`: see routes.py."""
-    tokens = [[i, token, None if lp is None else [lp.logprob, lp.top]] for i, (token, lp) in sampled.items()]
-    return {"tokens": tokens, "errors": list(errors.items()), "routes": list(routes)}
+class Ask(Struct, frozen=True, tag=True):
+    """An order; the answer has the same number."""
+
+    number: int
+    order: Order
 
 
-def merge_results(plan: BatchPlan, answers: Items[Mapping[str, Any]]) -> StepResult:
-    """The StepResult that all ranks' answers make together."""
-    sampled: dict[int, Sampled] = {}
-    errors: dict[Sequence, str] = {}
-    for answer in answers:
-        for i, token, found in answer["tokens"]:
-            logprob = None if found is None else TokenLogprob(token, found[0], tuple((t, v) for t, v in found[1]))
-            sampled[i] = token, logprob
-        errors.update({plan.scheduled[i].seq: text for i, text in answer["errors"]})
-    wanted = [i for i, item in enumerate(plan.scheduled) if item.needs_sample]
-    missing = [i for i in wanted if i not in sampled]
-    assert not missing, f"no rank sampled items {missing}"
-    return StepResult(tuple(sampled[i][0] for i in wanted), tuple(sampled[i][1] for i in wanted), errors)
+class Stop(Struct, frozen=True, tag=True):
+    """End."""
+
+
+class Counted(Struct, frozen=True):
+    """What a rank has counted since it started."""
+
+    traffic: dict[str, int]
+    """See Traffic.totals."""
+    layer_bytes: list[int]
+    """Sent to other ranks, by MoE layer."""
+    experts: ExpertTotals
+
+
+class RoutePiece(Struct, frozen=True):
+    """The routes of n of a step's tokens in all layers."""
+
+    rows: NDArray[np.int32]
+    """[n] the tokens' numbers in plan order."""
+    ids: NDArray[np.integer[Any]]
+    """[n, L, K]"""
+    weights: NDArray[np.float16] | None = None
+    """[n, L, K], where they are wanted."""
+
+
+class StepDone(Struct, frozen=True, tag=True):
+    """What a rank has to say about a step. Keys are indices of the step's items."""
+
+    sampled: dict[int, Sampled]
+    errors: dict[int, str]
+    routes: RoutePiece | None
+    counted: Counted
+
+
+class Placed(Struct, frozen=True, tag=True):
+    """The layout is in force here."""
+
+
+class Resized(Struct, frozen=True, tag=True):
+    """The memory for experts is what was asked for, unless it was refused."""
+
+    refused: str | None = None
+    """Why."""
+
+
+Outcome = StepDone | Placed | Resized
+
+
+class Answer(Struct, frozen=True, tag=True):
+    """To the Ask of the same number."""
+
+    number: int
+    outcome: Outcome
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """The rank has loaded its model and joined the others."""
+
+    engine: EngineConfig
+    """As this rank resolved it."""
+    layers: tuple[int, ...]
+    """Decoder layers with experts."""
+    report: ExpertReport
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """The rank ends because of an error."""
+
+    message: str
+    is_users: bool
+    """The user's mistake, in words for the user; else a crash."""
+
+
+class Alive(Struct, frozen=True, tag=True):
+    """A sign of life."""
+
+    report: ExpertReport | None = None
+    """What the rank's experts have done, if that has changed since the last sign."""
+
+
+FromFront = Start | Ask | Stop
+FromRank = Ready | Failed | Alive | Answer
+
+
+def encode(message: Struct) -> bytes:
+    """Any message as bytes."""
+    return msgspec.msgpack.encode(message, enc_hook=_plain)
+
+
+def read_front(raw: bytes | bytearray) -> FromFront:
+    """What the front said. msgspec.MsgspecError names what does not fit."""
+    return _FROM_FRONT.decode(raw)
+
+
+def read_rank(raw: bytes | bytearray) -> FromRank:
+    """What a rank said. msgspec.MsgspecError names what does not fit."""
+    return _FROM_RANK.decode(raw)
+
+
+def _plain(value: Any) -> Any:
+    """Values that msgspec does not know, in terms of those it knows."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise NotImplementedError(f"{type(value).__name__} is part of no message")
+
+
+def restore(kind: Any, value: Any) -> Any:
+    """msgspec's dec_hook: arrays from what `encode` made of them."""
+    if get_origin(kind) is not np.ndarray:
+        raise NotImplementedError(f"{kind} is part of no message")
+    dtype, shape, data = value
+    return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
+
+
+_FROM_FRONT = msgspec.msgpack.Decoder(FromFront, dec_hook=restore)
+_FROM_RANK = msgspec.msgpack.Decoder(FromRank, dec_hook=restore)

@@ -8,7 +8,6 @@ Knows bytes and ranks; knows no tokens.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import select
 import socket
@@ -21,14 +20,11 @@ import torch
 import torch.distributed as dist
 
 from moe_serve.parallel.wire.addresses import check_reachable, own_address
+from moe_serve.parallel.wire.door import WORD_BYTES, Door, knock
 from moe_serve.parallel.wire.environment import RankAddress
 
 LENGTH = struct.Struct("!Q")
-TOKEN_BYTES = 16
-HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
-"""The token of the one who is called and the rank of the caller."""
 CONNECT_S = 60.0
-HELLO_S = 5.0
 
 
 class Wire(Protocol):
@@ -156,49 +152,36 @@ class _Receiving:
 
 def connect_all(place: RankAddress, timeout_s: float) -> SocketWire:
     """A mesh of the ranks of the process group, over which they learn each other's addresses. ConfigError, OSError."""
-    peers: dict[int, socket.socket] = {}
-    address = own_address(place)
-    with socket.create_server((address, 0), backlog=place.world_size) as listener:
-        listener.settimeout(CONNECT_S)
-        entry = (address, listener.getsockname()[1], secrets.token_bytes(TOKEN_BYTES))
-        entries = _tell_all(entry, place.world_size)
+    host, word = own_address(place), secrets.token_bytes(WORD_BYTES)
+    door = Door((host, 0))
+    try:
+        door.open(word)
+        entries = _tell_all((host, door.address[1], word), place.world_size)
         check_reachable([host for host, _, _ in entries])
-        for rank in range(place.rank):
-            peers[rank] = _call(place.rank, entries[rank])
+        peers = {
+            r: knock((host, port), word, place.rank, CONNECT_S)
+            for r, (host, port, word) in enumerate(entries[: place.rank])
+        }
+        deadline = time.monotonic() + CONNECT_S
         while len(peers) < place.world_size - 1:
-            peers.update(answer(listener, entry[2]))
+            caller = door.next(deadline - time.monotonic())
+            if caller is None:
+                missing = sorted(set(range(place.world_size)) - peers.keys() - {place.rank})
+                raise RankGoneError(f"ranks {missing} did not connect within {CONNECT_S:g} s")
+            peers[caller.rank] = caller.connected
+    finally:
+        door.close()
     return SocketWire(peers, timeout_s)
 
 
-def answer(listener: socket.socket, token: bytes) -> dict[int, socket.socket]:
-    """The next rank that calls; a stranger, who does not know the token, is sent away."""
-    connected, _ = listener.accept()
-    connected.settimeout(HELLO_S)
-    hello = bytearray()
-    with contextlib.suppress(OSError):  # a stranger may be silent or hang up
-        while len(hello) < HELLO.size and (part := connected.recv(HELLO.size - len(hello))):
-            hello += part
-    if len(hello) == HELLO.size and secrets.compare_digest(HELLO.unpack(hello)[0], token):
-        return {HELLO.unpack(hello)[1]: connected}
-    connected.close()
-    return {}
-
-
 def _tell_all(entry: tuple[str, int, bytes], num_ranks: int) -> list[tuple[str, int, bytes]]:
-    """Every rank's address, port and token, by rank."""
-    host, port, token = entry
-    packed = torch.frombuffer(bytearray(host.encode().ljust(64) + port.to_bytes(4, "big") + token), dtype=torch.uint8)
+    """Every rank's address, port and word, by rank."""
+    host, port, word = entry
+    packed = torch.frombuffer(bytearray(host.encode().ljust(64) + port.to_bytes(4, "big") + word), dtype=torch.uint8)
     gathered = [torch.empty_like(packed) for _ in range(num_ranks)]
     dist.all_gather(gathered, packed)
     raws = [tensor.numpy().tobytes() for tensor in gathered]
     return [(raw[:64].decode().strip(), int.from_bytes(raw[64:68], "big"), raw[68:]) for raw in raws]
-
-
-def _call(rank: int, entry: tuple[str, int, bytes]) -> socket.socket:
-    host, port, token = entry
-    connected = socket.create_connection((host, port), timeout=CONNECT_S)
-    connected.sendall(HELLO.pack(token, rank))
-    return connected
 
 
 class GroupWire:

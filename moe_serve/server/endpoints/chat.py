@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages to a request, outputs to OpenAI's chat JSON."""
+"""POST /v1/chat/completions: messages to a request, outputs to OpenAI's chat JSON."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from pydantic import Field
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, GrammarSpec, Request, SampleOutput, TokenLogprob
+from moe_serve.server.endpoints.answers import generation
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, json_logprob
 from moe_serve.server.endpoints.answers.answer_parsers import (
     AnswerParser,
@@ -21,11 +27,76 @@ from moe_serve.server.endpoints.answers.answer_parsers import (
     TemplateAnswer,
 )
 from moe_serve.server.endpoints.answers.prompt_scores import prompt_scores
-from moe_serve.server.endpoints.bodies import prompts
-from moe_serve.server.endpoints.bodies.sampling_body import ChatBody
-from moe_serve.server.endpoints.bodies.tools import ToolPlan, calls_or_answer, plan_tools
+from moe_serve.server.endpoints.bodies import prompts, unsupported_fields
+from moe_serve.server.endpoints.bodies.chat_messages import Message
+from moe_serve.server.endpoints.bodies.common_fields import TemplateFields, in_range
+from moe_serve.server.endpoints.bodies.given import TheService, parsed
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int
+from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
+from moe_serve.server.endpoints.bodies.tools import Tool, ToolChoice, ToolPlan, calls_or_answer, plan_tools
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 from moe_serve.text.response_templates import Template, call_tags, start_parser, without_fields
 from moe_serve.text.tokenizer import Tokenizer
+
+router = APIRouter()
+
+
+class ChatBody(SamplingBody, TemplateFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    """Text content only, as a string or text parts; tool calls and their results where the template has them."""
+    tools: list[Tool] | None = None
+    """Functions; the chat template must show them."""
+    tool_choice: ToolChoice | None = None
+    """none, auto (needs a response template), required, or a function by name."""
+    parallel_tool_calls: Flag | None = None
+    """false: at most one call."""
+    max_tokens: Int | None = in_range(1)
+    """At least 1. Default: to the end of the context."""
+    max_completion_tokens: Int | None = in_range(1)
+    """The newer name of max_tokens, and goes before it."""
+    logprobs: Flag | None = None
+    """Log-probability of each sampled token."""
+    top_logprobs: Int | None = in_range(0, 20)
+    """0 to 20 alternatives; needs logprobs."""
+    reasoning_effort: str | None = None
+    """Given to the chat template, which must use it."""
+    include_reasoning: Flag | None = None
+    """false: leave reasoning_content out."""
+
+    unsupported: ClassVar[Mapping[str, Refusal]] = unsupported_fields.CHAT
+
+    def completion_limit(self) -> int | None:
+        """max_completion_tokens, or the older max_tokens."""
+        for name in ("max_completion_tokens", "max_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise InvalidRequestError(name, f"{name} must be at least 1, got {limit}")
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        """SamplingParams.logprobs for `logprobs` and `top_logprobs`."""
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise InvalidRequestError("top_logprobs", "top_logprobs needs logprobs: true")
+            return None
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
+            raise InvalidRequestError("top_logprobs", f"top_logprobs must be between 0 and 20, got {self.top_logprobs}")
+        return self.top_logprobs or 0
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    body: Annotated[ChatBody, Depends(parsed(ChatBody))], service: TheService, http: HttpRequest
+) -> Response:
+    """Answer a conversation."""
+    service.check_model(body.model)
+    request_id = generation.request_id("chatcmpl-", body, http)
+    chat = plan(body, request_id, service)
+    merger = AnswerMerger([chat.request])
+    shapes = ChatShapes(body, chat, request_id, service.model_name, service.tokenizer, merger)
+    events = generation.chunks(service, body, merger, shapes) if body.stream else None
+    return await generation.answer(service, http, merger, shapes.whole, events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +109,9 @@ class ChatPlan:
     """An answer with tool calls ends with "tool_calls"; not so when the one function was named (OpenAI's rule)."""
 
 
-def plan(
-    body: ChatBody,
-    request_id: str,
-    tokenizer: Tokenizer,
-    template: Template | None,
-    defaults: Mapping[str, Any],
-    max_model_len: int,
-) -> ChatPlan:
+def plan(body: ChatBody, request_id: str, service: TheService) -> ChatPlan:
     """Resolve a body; InvalidRequestError names what does not fit together."""
+    tokenizer, template = service.tokenizer, service.response_template
     body.check_stream()
     tools = plan_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     grammar = _grammar(body, tools, template, tokenizer)
@@ -56,11 +121,12 @@ def plan(
             "this model's tokenizer has no response_template to find tool calls by; use required or a name",
         )
     limit = body.completion_limit()
+    words = prompts.bad_words(body.bad_words, tokenizer)
     params = body.sampling_params(
-        defaults, limit, body.num_logprobs(), grammar=grammar, bad_words=prompts.bad_words(body.bad_words, tokenizer)
+        service.sampling_defaults, limit, body.num_logprobs(), grammar=grammar, bad_words=words
     )
-    rendered = prompts.render(body, body.messages, tools.shown, tokenizer)
-    prompt = prompts.truncated(rendered, body, limit, max_model_len)
+    rendered = prompts.render(body, body.messages, tools.shown, tokenizer, body.reasoning_effort)
+    prompt = prompts.truncated(rendered, body, limit, service.max_model_len)
     needed = _template_for(tools, template) if grammar is None or tools.mode == "auto" else None
     if needed is not None:
         params = replace(params, skip_special_tokens=False)  # they may be what the template looks for

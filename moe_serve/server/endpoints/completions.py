@@ -1,36 +1,75 @@
-"""/v1/completions: prompts to requests, outputs to OpenAI's text-completion JSON."""
+"""POST /v1/completions: prompts to requests, outputs to OpenAI's text-completion JSON."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
+from moe_serve.server.endpoints.answers import generation
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, json_logprob
 from moe_serve.server.endpoints.answers.prompt_scores import prompt_scores
-from moe_serve.server.endpoints.bodies import prompts
-from moe_serve.server.endpoints.bodies.sampling_body import CompletionBody
+from moe_serve.server.endpoints.bodies import prompts, unsupported_fields
+from moe_serve.server.endpoints.bodies.common_fields import in_range
+from moe_serve.server.endpoints.bodies.given import TheService, parsed
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int
+from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 from moe_serve.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
 
+router = APIRouter()
 
-def requests_of(
-    body: CompletionBody, request_id: str, tokenizer: Tokenizer, defaults: Mapping[str, Any], max_model_len: int
-) -> list[Request]:
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[Int] | list[list[Int]]
+    """Text, token ids, or up to 128 of either."""
+    max_tokens: Int | None = 16
+    """16, as in the OpenAI API; null: to the end of the context; 0: only the prompt is computed."""
+    logprobs: Int | None = in_range(0, 20)
+    """0 to 20 alternatives for each token."""
+    echo: Flag | None = None
+    """Repeat the prompt's text; with logprobs, also say how likely each of its tokens was."""
+    add_special_tokens: Flag = True
+    """Let the tokenizer add its start token."""
+
+    unsupported: ClassVar[Mapping[str, Refusal]] = unsupported_fields.COMPLETION
+
+
+@router.post("/v1/completions")
+async def create_completion(
+    body: Annotated[CompletionBody, Depends(parsed(CompletionBody))], service: TheService, http: HttpRequest
+) -> Response:
+    """Go on with a text, or with several."""
+    service.check_model(body.model)
+    request_id = generation.request_id("cmpl-", body, http)
+    merger = AnswerMerger(requests_of(body, request_id, service))
+    shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
+    events = generation.chunks(service, body, merger, shapes) if body.stream else None
+    return await generation.answer(service, http, merger, shapes.whole, events)
+
+
+def requests_of(body: CompletionBody, request_id: str, service: TheService) -> list[Request]:
     """One request for each prompt of the body."""
     body.check_stream()
-    words = prompts.bad_words(body.bad_words, tokenizer)
-    params = body.sampling_params(defaults, body.max_tokens, body.logprobs, grammar=body.grammar(), bad_words=words)
+    more = {"grammar": body.grammar(), "bad_words": prompts.bad_words(body.bad_words, service.tokenizer)}
+    params = body.sampling_params(service.sampling_defaults, body.max_tokens, body.logprobs, **more)
     if body.echo and params.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=params.logprobs)
     now, priority, salt = time.monotonic(), body.priority or 0, body.cache_salt or ""
     return [
         Request(f"{request_id}-{i}" if i else request_id, prompt, params, now, priority, salt)
-        for i, prompt in enumerate(_prompts_of(body, tokenizer, max_model_len))
+        for i, prompt in enumerate(_prompts_of(body, service.tokenizer, service.max_model_len))
     ]
 
 

@@ -1,7 +1,7 @@
 """The page at /dashboard, its files, and the numbers it draws.
 
 Everything comes from this server and nothing from elsewhere, which the Content-Security-Policy holds
-the browser to. The numbers show no prompt and no answer. Knows FastAPI and LiveStats; knows no engine.
+the browser to. The numbers show no prompt and no answer. Knows FastAPI and LastMinute; knows no engine.
 
 Shape alphabet: L layers by dense index, E experts per layer.
 """
@@ -14,19 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
-from moe_serve.server.monitoring.interval import Window
-from moe_serve.server.monitoring.last_minute import LiveStats
+from moe_serve.server.endpoints.bodies.given import TheService
+from moe_serve.server.monitoring.interval import Interval
+from moe_serve.server.monitoring.last_minute import LastMinute
 
-if TYPE_CHECKING:
-    from moe_serve.server.app import Service
+router = APIRouter(include_in_schema=False)
 
 STATIC = Path(__file__).parents[1] / "static"
 MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -41,39 +41,49 @@ HEADERS = {
 }
 
 
-def install(app: FastAPI, service: Service) -> None:
-    """Add the page's routes. They are the page's own: not part of the documented API."""
-    files = {path.name: path for path in STATIC.iterdir() if path.suffix in MEDIA_TYPES}
+FILES = {path.name: path for path in STATIC.iterdir() if path.suffix in MEDIA_TYPES}
+
+
+def add(app: FastAPI, service: TheService) -> None:
+    """The page's routes, where it is wanted. They are its own: not part of the documented API."""
+    if service.with_dashboard:
+        app.include_router(router)
+
+
+@router.get("/dashboard")
+async def page() -> Response:
+    """The live page, in a browser."""
+    return _file(FILES["index.html"])
+
+
+@router.get("/dashboard/data")
+async def data(service: TheService) -> Response:
+    """The numbers that the page draws."""
     engine = service.engine
+    about = {
+        "model": service.model_name,
+        "version": service.version,
+        "state": engine.state,
+        "uptime_s": time.time() - service.started_s,
+        "max_model_len": service.max_model_len,
+    }
+    numbers = snapshot(service.metrics.live, engine.core.config)
+    return JSONResponse(about | numbers, headers=HEADERS)
 
-    @app.get("/dashboard", include_in_schema=False)
-    async def page() -> Response:
-        return _file(files["index.html"])
 
-    @app.get("/dashboard/data", include_in_schema=False)
-    async def data() -> Response:
-        about = {
-            "model": service.model_name,
-            "version": service.version,
-            "state": engine.state,
-            "uptime_s": time.time() - service.started_s,
-            "max_model_len": engine.engine.max_model_len,
-        }
-        numbers = snapshot(service.metrics.live, engine.engine.config)
-        return JSONResponse(about | numbers, headers=HEADERS)
-
-    @app.get("/dashboard/{name}", include_in_schema=False)
-    async def file(name: str) -> Response:
-        if name not in files:
-            raise HTTPException(404, f"the dashboard has no file {name!r}")
-        return _file(files[name])
+@router.get("/dashboard/{name}")
+async def file(name: str) -> Response:
+    """A script, style or picture of the page."""
+    if name not in FILES:
+        raise HTTPException(404, f"the dashboard has no file {name!r}")
+    return _file(FILES[name])
 
 
 def _file(path: Path) -> Response:
     return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=HEADERS)
 
 
-def snapshot(live: LiveStats, config: EngineConfig, rss_bytes: Callable[[], int] | None = None) -> dict[str, Any]:
+def snapshot(live: LastMinute, config: EngineConfig, rss_bytes: Callable[[], int] | None = None) -> dict[str, Any]:
     """Everything the page draws, as JSON. Missing numbers are null. `rss_bytes`: of this process."""
     window, seconds = live.window(), live.seconds()
     report = window.end.experts
@@ -90,7 +100,7 @@ def snapshot(live: LiveStats, config: EngineConfig, rss_bytes: Callable[[], int]
     }
 
 
-def _second(window: Window, now_s: float) -> dict[str, Any]:
+def _second(window: Interval, now_s: float) -> dict[str, Any]:
     """One point of the curves; `age_s` is that of its end."""
     return {
         "age_s": now_s - window.end.time_s,
@@ -101,7 +111,7 @@ def _second(window: Window, now_s: float) -> dict[str, Any]:
     }
 
 
-def _experts(window: Window, report: ExpertReport, config: EngineConfig) -> dict[str, Any]:
+def _experts(window: Interval, report: ExpertReport, config: EngineConfig) -> dict[str, Any]:
     is_idle = not window.tokens.any()
     return {
         "layers": report.layers,
@@ -117,7 +127,7 @@ def _experts(window: Window, report: ExpertReport, config: EngineConfig) -> dict
     }
 
 
-def _by_layer(window: Window, report: ExpertReport) -> dict[str, Any]:
+def _by_layer(window: Interval, report: ExpertReport) -> dict[str, Any]:
     return {
         "resident": report.residency.ready.sum(axis=1).tolist(),
         "hit_frac": _finite(window.hit_fracs),
@@ -128,7 +138,7 @@ def _by_layer(window: Window, report: ExpertReport) -> dict[str, Any]:
     }
 
 
-def _cache(window: Window, report: ExpertReport, config: EngineConfig) -> dict[str, Any]:
+def _cache(window: Interval, report: ExpertReport, config: EngineConfig) -> dict[str, Any]:
     residency, counts = report.residency, report.counts
     hits = int(counts["hits"].sum())
     return {

@@ -4,7 +4,7 @@
     POST /expert_plan      {"plan": {...}}      brings a plan into force
                            {}, or no body       has one made from recent traffic, and takes it if it is better
 
-Knows FastAPI; what a replacement is, moe_serve/parallel/front/live_placement.py says.
+Knows FastAPI; LivePlacement (moe_serve/parallel/front/live_placement.py) does the work.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -30,14 +30,13 @@ from moe_serve.parallel.front.live_placement import Decision, LivePlacement
 from moe_serve.planning import problems
 from moe_serve.planning.replanning import Terms
 from moe_serve.server.endpoints import ranks
-from moe_serve.server.endpoints.bodies.parsing import Body, parse
-from moe_serve.server.endpoints.reference import openapi
+from moe_serve.server.endpoints.bodies.given import TheService, parsed
+from moe_serve.server.endpoints.bodies.parsing import Body
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan
 from predictors.trace import RoutingTrace
 
-if TYPE_CHECKING:
-    from moe_serve.server.app import Service
+router = APIRouter()
 
 DEFAULT_TIME_LIMIT_S = 10.0
 
@@ -53,44 +52,53 @@ class ExpertPlanBody(Body):
     time_limit_s: Annotated[float, Field(gt=0, le=600)] = DEFAULT_TIME_LIMIT_S
     """For the search."""
 
-
-def install(app: FastAPI, service: Service) -> None:
-    """Add the endpoints, and where there are ranks the metrics and what --expert-plan-interval-s asks for."""
-    engine = service.engine.engine
-    replacement = LivePlacement(service.engine, engine) if isinstance(engine, ParallelEngine) else None
-    if isinstance(engine, ParallelEngine) and replacement is not None:
-        service.metrics.registry.register(DecisionCollector(replacement))
-        _repeat_while_serving(app, engine, replacement)
-
-    @app.get("/expert_plan")
-    async def show_expert_plan() -> Response:
-        """The plan in force."""
-        return Response(json.dumps(_present(replacement).plan.to_json()), media_type="application/json")
-
-    @app.post("/expert_plan", openapi_extra=openapi.takes(ExpertPlanBody, required=False))
-    async def change_expert_plan(http: HttpRequest) -> dict[str, Any]:
-        """Another plan, given or made from recent traffic; answers when it is in force or was found not worth it."""
-        body = await parse(http, ExpertPlanBody) if await http.body() else ExpertPlanBody()
-        found = _present(replacement)
-        assert isinstance(engine, ParallelEngine)
-        decision = await _change(body, found, engine)
-        return {**decision.to_json(), "placements": engine.num_placements}
+    may_be_absent: ClassVar[bool] = True
 
 
-async def _change(body: ExpertPlanBody, replacement: LivePlacement, engine: ParallelEngine) -> Decision:
+def add(app: FastAPI, service: TheService) -> None:
+    """The routes, and where there are ranks the metrics and what --expert-plan-interval-s asks for."""
+    app.include_router(router)
+    app.state.placement = None
+    if service.ranks is not None:
+        app.state.placement = placement = LivePlacement(service.engine, service.ranks)
+        service.metrics.registry.register(DecisionCollector(placement))
+        _repeat_while_serving(app, service.ranks, placement)
+
+
+async def _placement_of(http: HttpRequest) -> LivePlacement:
+    placement: LivePlacement | None = http.app.state.placement
+    if placement is None:
+        raise InvalidRequestError("plan", "this server runs on one device; start it with --devices above 1")
+    return placement
+
+
+ThePlacement = Annotated[LivePlacement, Depends(_placement_of)]
+
+
+@router.get("/expert_plan")
+async def show_expert_plan(placement: ThePlacement) -> Response:
+    """The plan in force."""
+    return Response(json.dumps(placement.plan.to_json()), media_type="application/json")
+
+
+@router.post("/expert_plan")
+async def change_expert_plan(
+    body: Annotated[ExpertPlanBody, Depends(parsed(ExpertPlanBody))], placement: ThePlacement, service: TheService
+) -> dict[str, Any]:
+    """Another plan, given or made from recent traffic; answers when it is in force or was found not worth it."""
+    assert service.ranks is not None
+    decision = await _change(body, placement, service.ranks)
+    return {**decision.to_json(), "placements": service.ranks.num_placements}
+
+
+async def _change(body: ExpertPlanBody, placement: LivePlacement, engine: ParallelEngine) -> Decision:
     size = engine.team.parallel.ranks_per_group
     candidate = None if body.plan is None else read_plan(body.plan, engine.routing_shape(), size)
     if candidate is not None and body.margin_frac is None:
-        return await replacement.adopt(candidate)
+        return await placement.adopt(candidate)
     default = engine.team.parallel.expert_plan_margin
     margin = default if body.margin_frac is None else body.margin_frac
-    return await replacement.consider(Terms(margin, body.time_limit_s), candidate)
-
-
-def _present(replacement: LivePlacement | None) -> LivePlacement:
-    if replacement is None:
-        raise InvalidRequestError("plan", "this server runs on one device; start it with --devices above 1")
-    return replacement
+    return await placement.consider(Terms(margin, body.time_limit_s), candidate)
 
 
 def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> PlacementPlan:
@@ -113,7 +121,7 @@ def _any_trace(shape: RoutingShape) -> RoutingTrace:
     return RoutingTrace(row, np.array([0, 1]), np.array(shape.layer_ids), shape.num_experts)
 
 
-def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: LivePlacement) -> None:
+def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, placement: LivePlacement) -> None:
     """A task beside the application, where --expert-plan-interval-s asks for one."""
     parallel, inner = engine.team.parallel, app.router.lifespan_context
     interval_s = parallel.expert_plan_interval_s
@@ -124,7 +132,7 @@ def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Liv
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
             terms = Terms(parallel.expert_plan_margin, min(DEFAULT_TIME_LIMIT_S, interval_s))
-            task = asyncio.create_task(replacement.repeat(terms, interval_s))
+            task = asyncio.create_task(placement.repeat(terms, interval_s))
             try:
                 yield state
             finally:
@@ -135,14 +143,14 @@ def _repeat_while_serving(app: FastAPI, engine: ParallelEngine, replacement: Liv
 
 
 class DecisionCollector:
-    """Reads the replacement's counts when Prometheus asks."""
+    """Reads the live placement's counts when Prometheus asks."""
 
-    def __init__(self, replacement: LivePlacement) -> None:
-        self._replacement = replacement
+    def __init__(self, placement: LivePlacement) -> None:
+        self._placement = placement
 
     def collect(self) -> Iterator[Metric]:
         name = ranks.PREFIX + "expert_plan_decisions"
         family = CounterMetricFamily(name, "Other placements considered, by outcome.", labels=["outcome"])
-        for outcome, count in self._replacement.counts.items():
+        for outcome, count in self._placement.counts.items():
             family.add_metric([outcome], count)
         yield family

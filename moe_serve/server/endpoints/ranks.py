@@ -1,4 +1,4 @@
-"""What the server says about its ranks: /ranks, metrics by rank, and a sentence for /health while some are lost.
+"""GET /ranks: every rank's process, traffic and experts; and the metrics by rank.
 
 Knows teams of ranks; a server on one device has none, and then nothing here shows.
 """
@@ -6,67 +6,41 @@ Knows teams of ranks; a server on one device has none, and then nothing here sho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+from fastapi import APIRouter, FastAPI
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from moe_serve.engine.async_engine import EngineLike
-from moe_serve.errors import EngineDeadError
+from expert_cache.report import ExpertReport
+from moe_serve.parallel.front.reports import TeamReports
 from moe_serve.parallel.front.team import Team, TeamState
-
-if TYPE_CHECKING:
-    from expert_cache.report import ExpertReport
-    from moe_serve.parallel.front.engine import ParallelEngine
-    from moe_serve.parallel.front.reports import TeamReports
+from moe_serve.server.endpoints.bodies.given import TheService
 
 PREFIX = "moe_serve:ep_"
 
-
-def team_of(engine: EngineLike) -> Team | None:
-    """The ranks behind an engine, if it has any."""
-    team: Team | None = getattr(engine, "team", None)  # no isinstance: the server imports this before it has torch
-    return team
+router = APIRouter()
 
 
-def trouble_of(engine: EngineLike) -> dict[str, Any] | None:
-    """What /health says instead of ready; None while every rank is there."""
-    team = team_of(engine)
-    if team is None or team.state is TeamState.READY:
-        return None
-    return {"status": str(team.state), "error": team.trouble}
+def add(app: FastAPI, service: TheService) -> None:
+    """The endpoint and the metrics, where there are ranks."""
+    if service.ranks is not None:
+        app.include_router(router)
+        service.metrics.registry.register(TeamCollector(service.ranks.team, service.ranks.expert_reports))
 
 
-def raise_failure(engine: EngineLike) -> None:
-    """EngineDeadError if ranks were lost for good: a launcher that may start everything again must see a failure."""
-    team = team_of(engine)
-    if team is not None and team.failed:
-        raise EngineDeadError(team.trouble)
-
-
-def install(app: FastAPI, engine: EngineLike, registry: CollectorRegistry) -> None:
-    """Add the endpoint and the metrics, where there are ranks."""
-    team = team_of(engine)
-    if team is None:
-        return
-    over_ranks: ParallelEngine = engine  # type: ignore[assignment]
-    reports = over_ranks.expert_reports
-
-    @app.get("/ranks")
-    async def ranks() -> dict[str, Any]:
-        """Every rank's process, its last sign of life, what it sent to others, and by layer what its experts did."""
-        counted = {rank: answer["traffic"] for rank, answer in sorted(team.counted.items())}
-        layers = {rank: answer["layer_bytes"] for rank, answer in sorted(team.counted.items())}
-        return {
-            **team.describe(),
-            "placements": over_ranks.num_placements,
-            "traffic": counted,
-            "sent_bytes_by_layer": layers,
-            "experts": {rank: _experts(report) for rank, report in reports.by_rank().items()},
-        }
-
-    registry.register(TeamCollector(team, reports))
+@router.get("/ranks")
+async def ranks(service: TheService) -> dict[str, Any]:
+    """Every rank's process, its last sign of life, what it sent to others, and by layer what its experts did."""
+    engine = service.ranks
+    assert engine is not None
+    counted = sorted(engine.team.counted.items())
+    return {
+        **engine.team.describe(),
+        "placements": engine.num_placements,
+        "traffic": {rank: each.traffic for rank, each in counted},
+        "sent_bytes_by_layer": {rank: each.layer_bytes for rank, each in counted},
+        "experts": {rank: _experts(report) for rank, report in engine.expert_reports.by_rank().items()},
+    }
 
 
 def _experts(report: ExpertReport) -> dict[str, Any]:
@@ -106,14 +80,14 @@ class TeamCollector:
             PREFIX + "layer_sent_bytes", "Payload sent to other ranks, by MoE layer.", labels=["rank", "layer"]
         )
         trips = CounterMetricFamily(PREFIX + "trips", "Waits for other ranks, a link's delay each.", labels=["rank"])
-        for rank, answer in sorted(self._team.counted.items()):
-            trips.add_metric([str(rank)], answer["traffic"]["trips"])
-            for name, amount in answer["traffic"].items():
+        for rank, counted in sorted(self._team.counted.items()):
+            trips.add_metric([str(rank)], counted.traffic["trips"])
+            for name, amount in counted.traffic.items():
                 if name in ("local_rows", "remote_rows"):
                     rows.add_metric([str(rank), name.removesuffix("_rows")], amount)
                 elif name.endswith("_bytes") and name != "unmerged_bytes":
                     sent.add_metric([str(rank), name.removesuffix("_bytes")], amount)
-            for layer, amount in zip(self._team.layers, answer["layer_bytes"], strict=True):
+            for layer, amount in zip(self._team.layers, counted.layer_bytes, strict=True):
                 layers.add_metric([str(rank), str(layer)], amount)
         yield from (sent, rows, trips, layers, self._expert_tokens())
 

@@ -13,20 +13,19 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, ClassVar
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.expert_routes.route_recorder import RouteRecorder
 from moe_serve.hf.checkpoint import checkpoint_fingerprint
-from moe_serve.server.endpoints.bodies.parsing import Body, parse
-from moe_serve.server.endpoints.reference import openapi
+from moe_serve.server.endpoints.bodies.given import TheService, parsed
+from moe_serve.server.endpoints.bodies.parsing import Body
 
-if TYPE_CHECKING:
-    from moe_serve.server.app import Service
+router = APIRouter()
 
 
 class RecordingBody(Body):
@@ -36,6 +35,8 @@ class RecordingBody(Body):
     """Keep the routers' weights: three times the memory."""
     token_ids: bool = False
     """Keep the tokens themselves."""
+
+    may_be_absent: ClassVar[bool] = True
 
 
 class Recording:
@@ -56,16 +57,16 @@ class Recording:
         if self._is_running:
             raise InvalidRequestError("recording", "a recording is running; stop it first")
         self._is_running = True
-        shape = self._engine.engine.routing_shape()
+        shape = self._engine.core.routing_shape()
         recorder = self._recorder = RouteRecorder(shape, self._buffer_tokens, body.weights, body.token_ids)
-        await self._engine.call(lambda: self._engine.engine.listen_to_routes(recorder))
+        await self._engine.call(lambda: self._engine.core.observe_routes(recorder))
         return {"recording": True, "buffer_tokens": self._buffer_tokens}
 
     async def stop(self) -> dict[str, Any]:
         """Record no more; what was recorded stays until it is dumped or another recording starts."""
         recorder = self._existing()
         self._is_running = False
-        await self._engine.call(lambda: self._engine.engine.listen_to_routes(recorder, wanted=False))
+        await self._engine.call(lambda: self._engine.core.observe_routes(recorder, wanted=False))
         return {"recording": False, "tokens": recorder.num_tokens}
 
     async def dump(self) -> dict[str, Any]:
@@ -83,8 +84,8 @@ class Recording:
     def _exchange(self, recorder: RouteRecorder) -> RouteRecorder:
         """On the engine's thread: a fresh recorder in the place of `recorder`, which then stands still."""
         following = recorder.successor()
-        self._engine.engine.listen_to_routes(recorder, wanted=False)
-        self._engine.engine.listen_to_routes(following)
+        self._engine.core.observe_routes(recorder, wanted=False)
+        self._engine.core.observe_routes(following)
         return following
 
     def _write(self, recorder: RouteRecorder, path: Path) -> dict[str, Any]:
@@ -104,20 +105,36 @@ class Recording:
         return self._recorder
 
 
-def install(app: FastAPI, service: Service, folder: Path | None, buffer_tokens: int) -> None:
-    """Add the three endpoints. `folder`: where files go; None: recording is refused."""
+def add(app: FastAPI, service: TheService) -> None:
+    """The routes, and the one recording that they share."""
     meta = {"model": service.model_name, "path": service.model_path}
-    recording = Recording(service.engine, folder, buffer_tokens, meta)
+    app.state.recording = Recording(service.engine, service.recording_dir, service.recording_buffer_tokens, meta)
+    app.include_router(router)
 
-    @app.post("/start_expert_distribution_record", openapi_extra=openapi.takes(RecordingBody, required=False))
-    async def start(http: HttpRequest) -> dict[str, Any]:
-        body = await parse(http, RecordingBody) if await http.body() else RecordingBody()
-        return await recording.start(body)
 
-    @app.post("/stop_expert_distribution_record")
-    async def stop() -> dict[str, Any]:
-        return await recording.stop()
+async def _recording_of(http: HttpRequest) -> Recording:
+    recording: Recording = http.app.state.recording
+    return recording
 
-    @app.post("/dump_expert_distribution_record")
-    async def dump() -> dict[str, Any]:
-        return await recording.dump()
+
+TheRecording = Annotated[Recording, Depends(_recording_of)]
+
+
+@router.post("/start_expert_distribution_record")
+async def start(
+    body: Annotated[RecordingBody, Depends(parsed(RecordingBody))], recording: TheRecording
+) -> dict[str, Any]:
+    """Record which experts live traffic takes, from now on."""
+    return await recording.start(body)
+
+
+@router.post("/stop_expert_distribution_record")
+async def stop(recording: TheRecording) -> dict[str, Any]:
+    """Record no more; what was recorded is kept."""
+    return await recording.stop()
+
+
+@router.post("/dump_expert_distribution_record")
+async def dump(recording: TheRecording) -> dict[str, Any]:
+    """Write what was recorded as a routing trace into --recording-dir, and forget it."""
+    return await recording.dump()

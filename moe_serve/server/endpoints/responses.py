@@ -6,50 +6,117 @@ Knows FastAPI, and the chat endpoint's plan; what an answer's items and events a
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
+from pydantic import Field
 
-from moe_serve.errors import MoEServeError
+from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, SampleOutput, TokenLogprob
 from moe_serve.server.endpoints import chat
 from moe_serve.server.endpoints.answers import generation, sse
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, json_logprob, stream
 from moe_serve.server.endpoints.answers.responses_items import Event, OutputItems
-from moe_serve.server.endpoints.bodies.parsing import parse
-from moe_serve.server.endpoints.bodies.responses_body import ResponsesBody, our_names
-from moe_serve.server.endpoints.chat import ChatPlan
-from moe_serve.server.endpoints.reference import openapi
-from moe_serve.server.monitoring.access_log import given_id
+from moe_serve.server.endpoints.bodies import unsupported_fields
+from moe_serve.server.endpoints.bodies.common_fields import CommonFields
+from moe_serve.server.endpoints.bodies.given import TheService, parsed
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int
+from moe_serve.server.endpoints.bodies.parsing import Body
+from moe_serve.server.endpoints.bodies.responses_fields import (
+    FunctionTool,
+    NamedFunction,
+    Reasoning,
+    TextSettings,
+    our_names,
+)
+from moe_serve.server.endpoints.bodies.responses_input import messages_of
+from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
+from moe_serve.server.endpoints.chat import ChatBody, ChatPlan
 from moe_serve.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from moe_serve.server.app import Service
+router = APIRouter()
+
+SAME_FIELDS = (*CommonFields.model_fields, "parallel_tool_calls", "chat_template_kwargs")
+"""Fields that a chat body has under the same name and with the same meaning."""
 
 
-def install(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/responses", openapi_extra=openapi.takes(ResponsesBody, streams=True))
-    async def create_response(http: HttpRequest) -> Response:
-        body = await parse(http, ResponsesBody)
-        service.check_model(body.model)
-        request_id = f"resp_{body.request_id or given_id(http.headers) or uuid.uuid4().hex}"
-        limit, defaults = service.engine.engine.max_model_len, service.sampling_defaults
-        asked = body.as_chat()
+class ResponsesBody(Body, CommonFields):
+    """POST /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    """Text, or messages, function_call, function_call_output and reasoning items. Text content only."""
+    instructions: str | None = None
+    """A system message before the input."""
+    max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
+    """Default: to the end of the context."""
+    tools: list[FunctionTool] | None = None
+    """Functions; the chat template must show them."""
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    """none, auto (needs a response template), required, or a function by name."""
+    parallel_tool_calls: Flag | None = None
+    """false: at most one call."""
+    text: TextSettings | None = None
+    """format: text, json_object or json_schema."""
+    reasoning: Reasoning | None = None
+    """effort is given to the chat template, which must use it; summary is accepted and unused."""
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    """message.output_text.logprobs; reasoning.encrypted_content is accepted and unused: reasoning comes as text."""
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    """0 to 20 alternatives; needs message.output_text.logprobs in include."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template."""
+    metadata: dict[str, str] | None = None
+    """Comes back in the answer."""
+
+    unsupported: ClassVar[Mapping[str, Refusal]] = unsupported_fields.RESPONSES
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return "message.output_text.logprobs" in (self.include or ())
+
+    def as_chat(self) -> ChatBody:
+        """The chat completion that this asks for. InvalidRequestError names the field here."""
+        if self.top_logprobs is not None and not self.wants_logprobs:
+            raise InvalidRequestError("top_logprobs", "top_logprobs needs message.output_text.logprobs in include")
+        choice = self.tool_choice
+        fields = {name: value for name in SAME_FIELDS if (value := getattr(self, name)) is not None}
+        fields |= {
+            "messages": messages_of(self.input, self.instructions),
+            "max_completion_tokens": self.max_output_tokens,
+            "logprobs": self.wants_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "tools": [tool.as_chat() for tool in self.tools or ()] or None,
+            "tool_choice": choice.as_chat() if isinstance(choice, NamedFunction) else choice,
+        }
+        if self.text is not None and self.text.format is not None:
+            fields["response_format"] = self.text.format.as_chat()
         with our_names():
-            plan = chat.plan(asked, request_id, service.tokenizer, service.response_template, defaults, limit)
-            merger = AnswerMerger([plan.request])
-            shape = ResponseShape(body, plan, service.model_name, service.tokenizer, merger)
-            events = _events(service, merger, shape) if body.stream else None
-            return await generation.answer(service, http, merger, shape.whole, events)
+            return ChatBody.model_validate(fields)
 
 
-async def _events(service: Service, merger: AnswerMerger, shape: ResponseShape) -> AsyncGenerator[bytes]:
+@router.post("/v1/responses")
+async def create_response(
+    body: Annotated[ResponsesBody, Depends(parsed(ResponsesBody))], service: TheService, http: HttpRequest
+) -> Response:
+    """Answer a conversation in the form of OpenAI's Responses API. Nothing is kept between requests."""
+    service.check_model(body.model)
+    request_id = generation.request_id("resp_", body, http)
+    asked = body.as_chat()
+    with our_names():
+        plan = chat.plan(asked, request_id, service)
+        merger = AnswerMerger([plan.request])
+        shape = ResponseShape(body, plan, service.model_name, service.tokenizer, merger)
+        events = _events(service, merger, shape) if body.stream else None
+        return await generation.answer(service, http, merger, shape.whole, events)
+
+
+async def _events(service: TheService, merger: AnswerMerger, shape: ResponseShape) -> AsyncGenerator[bytes]:
     """SSE bytes of one response. Errors before the first output raise; later ones become response.failed."""
     started = False
     try:

@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from expert_cache.report import ExpertReport
-from moe_serve.server.monitoring.interval import Window
-from moe_serve.server.monitoring.last_minute import LiveStats
+from moe_serve.server.monitoring.interval import Interval
+from moe_serve.server.monitoring.last_minute import LastMinute
 
 
 class Family(NamedTuple):
@@ -66,7 +66,7 @@ Samples = dict[tuple[str, ...], float]
 class ExpertCollector(Collector):
     """Asked by the registry at each scrape. A metric without anything to say has no samples."""
 
-    def __init__(self, live: LiveStats, prefix: str, labels: Mapping[str, str], predictor: str) -> None:
+    def __init__(self, live: LastMinute, prefix: str, labels: Mapping[str, str], predictor: str) -> None:
         """`labels`: those of every metric. `predictor`: who advises, as in --moe-prefetch."""
         self._live = live
         self._prefix = prefix
@@ -119,7 +119,7 @@ def counter_samples(report: ExpertReport, predictor: str) -> dict[str, Samples]:
     return samples
 
 
-def gauge_samples(window: Window, report: ExpertReport) -> dict[str, Samples]:
+def gauge_samples(window: Interval, report: ExpertReport) -> dict[str, Samples]:
     """Of every one of GAUGES that has something to say."""
     residency = report.residency
     single = {

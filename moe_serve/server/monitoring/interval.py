@@ -1,6 +1,6 @@
-"""Window: what happened to the engine and its experts between two moments, worked out from totals.
+"""Interval: what happened to the engine and its experts between two moments, worked out from totals.
 
-Pure arithmetic on what LiveStats has noted. Knows no clock, no HTTP and no metrics library.
+Pure arithmetic on what LastMinute has noted. Knows no clock, no HTTP and no metrics library.
 
 Shape alphabet: L layers by dense index, E experts per layer.
 """
@@ -43,7 +43,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Window:
+class Interval:
     """From `start` to `end`. Rates are None where nothing happened that could be divided by."""
 
     start: Moment

@@ -1,4 +1,4 @@
-"""LiveStats: the last minute of the engine, for gauges and the dashboard.
+"""LastMinute: the last minute of the engine, for gauges and the dashboard.
 
 A StatsObserver. On the engine's thread it adds a few numbers per step and keeps a Moment a second;
 everything else is worked out when somebody looks. Knows no HTTP and no metrics library.
@@ -18,7 +18,7 @@ import numpy as np
 from expert_cache.report import ExpertReport
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.stats import EngineLoad, StepStats
-from moe_serve.server.monitoring.interval import Moment, Totals, Window
+from moe_serve.server.monitoring.interval import Interval, Moment, Totals
 
 WINDOW_S = 60.0
 PERIOD_S = 1.0
@@ -59,7 +59,7 @@ def is_gap(start_s: float, end_s: float) -> bool:
     return end_s - start_s > 2 * PERIOD_S
 
 
-class LiveStats:
+class LastMinute:
     """Written by the engine's thread, read by any."""
 
     def __init__(self, report: Callable[[], ExpertReport | None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -121,19 +121,19 @@ class LiveStats:
 
     # ---- any thread -----------------------------------------------------------------------------
 
-    def window(self) -> Window:
+    def window(self) -> Interval:
         """The last WINDOW_S seconds, or as many as there are."""
         with self._lock:
             self._advance()
             end = self._moment(self._clock())
-            return Window(self._kept(end.time_s)[0], end)
+            return Interval(self._kept(end.time_s)[0], end)
 
-    def seconds(self) -> list[Window]:
+    def seconds(self) -> list[Interval]:
         """The window in pieces of about PERIOD_S, oldest first; longer ones where nothing ran and nobody looked."""
         with self._lock:
             self._advance()
             moments = self._kept(self._clock())
-        return [Window(a, b) for a, b in pairwise(moments)]
+        return [Interval(a, b) for a, b in pairwise(moments)]
 
     def _kept(self, now: float) -> list[Moment]:
         """The moments; a gap that reaches out of the window begins with it: what held at its end held throughout."""

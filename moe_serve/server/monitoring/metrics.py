@@ -14,7 +14,7 @@ from expert_cache.report import ExpertReport
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
-from moe_serve.server.monitoring.last_minute import LiveStats
+from moe_serve.server.monitoring.last_minute import LastMinute
 
 PREFIX = "moe_serve:"
 TTFT_S = (
@@ -87,9 +87,11 @@ class Metrics:
         cache_config: Mapping[str, object],
         expert_report: Callable[[], ExpertReport | None],
         predictor: str = "off",
+        computing: Mapping[str, str] | None = None,
     ) -> None:
-        """`cache_config`: facts for cache_config_info. `predictor`: who advises the expert cache, if anybody."""
-        self.live = LiveStats(expert_report)
+        """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: who
+        advises the expert cache, if anybody."""
+        self.live = LastMinute(expert_report)
         """The last minute, for whoever draws it."""
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
@@ -116,6 +118,9 @@ class Metrics:
         )
         info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
         Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self.registry).labels(**info).set(1)
+        compute = {**labels, **(computing or {})}
+        help = "Device, type of activations, instruction set of the C++ kernels and threads."
+        Gauge(PREFIX + "compute_info", help, list(compute), registry=self.registry).labels(**compute).set(1)
         self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
 
     def render(self) -> bytes:

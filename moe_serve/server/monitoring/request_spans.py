@@ -1,6 +1,6 @@
 """What a request's span says, with vLLM's names, and when it is made: once, after the answer's last byte.
 
-Counts, parameters and times, never text. Knows ASGI and what endpoints leave in `request.state.merger`; who
+Counts, parameters and times, never text. Knows ASGI and what endpoints leave in `request.state.answered`; who
 makes spans of it is a `Tracing` (otlp.py), so nothing here needs OpenTelemetry.
 """
 
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_serve.scheduling.finish import FinishedStats
-from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger
+from moe_serve.server.monitoring.answered import Answered
 
 Attributes = Mapping[str, str | int | float | Sequence[str]]
 
@@ -52,28 +52,28 @@ class TraceRequests:
         try:
             await self._app(scope, receive, watch)
         finally:
-            merger: AnswerMerger | None = scope.get("state", {}).get("merger")
-            if merger is not None:
-                attributes = {**span_attributes(merger, self._model_name), **_outcome(merger, status)}
+            answered: Answered | None = scope.get("state", {}).get("answered")
+            if answered is not None:
+                attributes = {**span_attributes(answered, self._model_name), **_outcome(answered, status)}
                 self._tracing.add(Headers(scope=scope), start_ns, time.time_ns(), attributes)
 
 
-def span_attributes(merger: AnswerMerger, model_name: str) -> Attributes:
+def span_attributes(answered: Answered, model_name: str) -> Attributes:
     """Of one HTTP request, over all its prompts and samples."""
-    params, usage = merger.requests[0].params, merger.usage
+    params, usage = answered.requests[0].params, answered.usage
     limit = {} if params.max_tokens is None else {"gen_ai.request.max_tokens": params.max_tokens}
     return {
-        "gen_ai.request.id": merger.requests[0].request_id,
+        "gen_ai.request.id": answered.requests[0].request_id,
         "gen_ai.response.model": model_name,
         "gen_ai.request.n": params.n,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
         **limit,
-        "gen_ai.usage.num_sequences": len(merger.requests) * params.n,
-        "gen_ai.usage.prompt_tokens": sum(len(request.prompt_token_ids) for request in merger.requests),
+        "gen_ai.usage.num_sequences": len(answered.requests) * params.n,
+        "gen_ai.usage.prompt_tokens": sum(len(request.prompt_token_ids) for request in answered.requests),
         "gen_ai.usage.completion_tokens": usage.completion_tokens,
         "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
-        **(_latencies(merger.ended) if merger.ended else {}),
+        **(_latencies(answered.ended) if answered.ended else {}),
     }
 
 
@@ -92,11 +92,11 @@ def _latencies(ended: Sequence[FinishedStats]) -> Attributes:
     }
 
 
-def _outcome(merger: AnswerMerger, status: int) -> Attributes:
+def _outcome(answered: Answered, status: int) -> Attributes:
     """The HTTP status, and in `error.type` what went wrong, if anything."""
     found: dict[str, str | int] = {"http.response.status_code": status} if status else {}
-    if merger.error_type or status >= 400:
-        found["error.type"] = merger.error_type or str(status)
-    elif len(merger.ended) < len(merger.requests) * merger.requests[0].params.n:
+    if answered.error_type or status >= 400:
+        found["error.type"] = answered.error_type or str(status)
+    elif len(answered.ended) < len(answered.requests) * answered.requests[0].params.n:
         found["error.type"] = "client_disconnected"
     return found

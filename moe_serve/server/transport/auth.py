@@ -57,10 +57,11 @@ class ApiKeys:
     def __init__(self, keys: frozenset[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
 
-    def accept(self, headers: Headers) -> bool:
+    def find(self, headers: Headers) -> str | None:
+        """The digest of the key that the headers carry, if it is one of these."""
         given = _digest(_key_in(headers))
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
-        return any(matches)
+        return given.hex() if any(matches) else None
 
 
 def _digest(key: bytes) -> bytes:
@@ -87,14 +88,24 @@ def _password(value: str) -> bytes:
 
 
 class Auth:
-    """Middleware: 401 for a request without a key, before its body is read."""
+    """Middleware: 401 for a request without a key, before its body is read.
 
-    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
+    Where there are several keys, `request.state.prefix_owner` tells them apart, so that cached prefixes can be.
+    """
+
+    def __init__(self, app: ASGIApp, keys: frozenset[str], share_prefixes: bool = False) -> None:
         self._app = app
         self._keys = ApiKeys(keys)
+        self._tells_apart = len(keys) > 1 and not share_prefixes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._keys.accept(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        owner = self._keys.find(Headers(scope=scope))
+        if owner is not None:
+            if self._tells_apart:
+                scope.setdefault("state", {})["prefix_owner"] = owner
             await self._app(scope, receive, send)
             return
         kind = "Basic" if scope["path"].startswith(BROWSER_PATHS) else "Bearer"

@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from uvicorn.protocols.http.h11_impl import H11Protocol as HTTPProtocol
-else:  # with httptools installed, its parser in C: a quarter less time per event than h11
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol as HTTPProtocol
+from moe_serve.server.transport.request_head import BoundedHead
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +37,11 @@ def raise_file_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     room = max(16, hard - RESERVED_FILES)
     if room < 1024:
-        log.warning("only %d connections at a time: the limit of open files is %d; raise it (ulimit -n)", room, hard)
+        log.warning(
+            "at most %d connections are open together, because the limit of open files is %d; raise it with ulimit -n",
+            room,
+            hard,
+        )
     return room
 
 
@@ -53,7 +54,7 @@ def connection_class(read_timeout_s: float, write_timeout_s: float, max_connecti
     return Connection
 
 
-class _Connection(HTTPProtocol):
+class _Connection(BoundedHead):
     """An HTTP/1.1 connection that ends when its client neither sends nor takes."""
 
     limits: tuple[float, float, int]
@@ -119,7 +120,7 @@ class _Connection(HTTPProtocol):
 
     def _cut_off(self) -> None:
         """Abort rather than close: closing would wait until the client has taken what is buffered."""
-        log.info("a client took nothing for %g s; its connection is closed", self._write_timeout_s)
+        log.info("a client read nothing for %g s; its connection is closed", self._write_timeout_s)
         self.transport.abort()
 
     def _stop(self, name: str) -> None:

@@ -49,10 +49,10 @@ class DrainingServer(uvicorn.Server):
     def _begin_drain(self, reason: str) -> None:
         engine = self._door.engine
         if engine is None:
-            log.info("%s while loading: ending", reason)
+            log.info("%s while the model loads: the server ends", reason)
             self.should_exit = True
             return
-        log.info("%s: %d requests have %g s to finish", reason, engine.num_in_flight, self._drain_timeout_s)
+        log.info("%s: %d running requests have %g s to finish", reason, engine.num_in_flight, self._drain_timeout_s)
         self._drain = self._loop.create_task(self._drain_and_exit())  # type: ignore[union-attr]
 
     async def _drain_and_exit(self) -> None:

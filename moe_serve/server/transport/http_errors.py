@@ -33,10 +33,11 @@ def error_response(error: MoEServeError, headers: Mapping[str, str] = NO_HEADERS
 
 def error_body(error: MoEServeError) -> dict[str, Any]:
     """The JSON object clients of the OpenAI API expect."""
-    return _body(error.message, error.error_type, getattr(error, "param", None), error.http_status)
+    return body_of(error.message, error.error_type, getattr(error, "param", None), error.http_status)
 
 
-def _body(message: str, error_type: str, param: str | None, code: int) -> dict[str, Any]:
+def body_of(message: str, error_type: str, param: str | None, code: int) -> dict[str, Any]:
+    """The same, from its parts."""
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
@@ -57,7 +58,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(
-        _body(message, "invalid_request_error", None, error.status_code), error.status_code, error.headers
+        body_of(message, "invalid_request_error", None, error.status_code), error.status_code, error.headers
     )
 
 
@@ -68,4 +69,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(_body("an internal error occurred; see the server's log", "internal_error", None, 500), 500)
+    return JSONResponse(body_of("an internal error occurred; see the server's log", "internal_error", None, 500), 500)

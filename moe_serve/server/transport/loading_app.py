@@ -51,7 +51,7 @@ class FrontDoor:
         """The engine behind the door, once there is one."""
         if self._app is None:
             return None
-        engine: AsyncEngine = self._app.state.engine
+        engine: AsyncEngine = self._app.state.service.engine
         return engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.gpu_managed.cache import DeviceCache
+from expert_cache.gpu_managed.cache import GpuManagedExperts
+from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import PLAIN
-from expert_cache.gpu_managed.resident import ResidentExperts
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.experts import HostManagedExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve.execution.cuda_graph import CudaCapture
 from moe_serve.hf.families import family_names
@@ -52,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 def _cache_memory_in_kib(monkeypatch) -> None:
     """So that a budget can hold a part of these models."""
     monkeypatch.setattr("moe_serve.resolve.MIB", 1 << 10)
-    monkeypatch.setattr("moe_serve.offload.build.MIB", 1 << 10)
+    monkeypatch.setattr("expert_cache.capacity.MIB", 1 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +97,8 @@ def test_captured_steps_give_the_tokens_of_launched_ones(device, small, one_size
     """Three sequences in a graph for four, then two, then one, the contexts growing meanwhile."""
     settings = {} if room == "for all" else {"moe_cache_mib": KIB}
     launched, captured = (load(small(family), device, **settings) for _ in range(2))
-    kind = ResidentExperts if room == "for all" else DeviceCache
-    assert isinstance(captured.engine.runner.expert_layers.experts, kind)
+    kind = ResidentExperts if room == "for all" else GpuManagedExperts
+    assert isinstance(captured.engine.runner.experts, kind)
     recorded = capture(captured, device)
     assert tokens(captured) == tokens(launched)
     if device.type == "cpu":
@@ -112,13 +112,13 @@ def test_padding_touches_no_expert(device, small, one_size) -> None:
     launched, captured = (load(small("mixtral"), device, moe_cache_mib=KIB) for _ in range(2))
     capture(captured, device)
     assert tokens(captured, [5]) == tokens(launched, [5])
-    sides = [llm.engine.runner.expert_layers.experts for llm in (launched, captured)]
+    sides = [llm.engine.runner.experts for llm in (launched, captured)]
     for name in ("slot_of", "owner_of", "totals"):
         one, other = (getattr(side._layers.state, name) for side in sides)
         assert torch.equal(one, other), name
     for llm, side in zip((launched, captured), sides, strict=True):
         side.check_integrity()
-        report = llm.engine.runner.expert_report()
+        report = llm.engine.runner.experts.report()
         assert report.counts["misses"].sum() > 0
         assert report.residency.ready.sum() == report.counts["misses"].sum() - report.counts["evictions"].sum()
         llm.close()
@@ -128,7 +128,7 @@ def test_cached_by_the_device_or_by_the_host(device, small) -> None:
     by_device, by_host = (
         load(small("mixtral"), device, moe_cache_mib=KIB, moe_cache_manager=manager) for manager in ("device", "host")
     )
-    assert isinstance(by_host.engine.runner.expert_layers.experts, ExpertCache)
+    assert isinstance(by_host.engine.runner.experts, HostManagedExperts)
     assert tokens(by_device) == tokens(by_host)
     by_device.close()
     by_host.close()
@@ -140,10 +140,10 @@ def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch
     write_quantized(str(small("mixtral")), tmp_path / "quantized", bits, group, None, lambda: None)
     settings = {"dtype": "float16", "moe_cache_mib": None if room == "for all" else 32}
     kept = load(tmp_path / "quantized", device, **settings)
-    assert kept.engine.runner.expert_layers.compute.pool.layout.format == format
+    assert kept.engine.runner.experts.compute.pool.layout.format == format
     monkeypatch.setattr("expert_cache.gpu_managed.layout._format_of", lambda matrix: PLAIN)
     floats = load(tmp_path / "quantized", device, **settings | {"moe_cache_mib": None})
-    assert floats.engine.runner.expert_layers.compute.pool.layout.format == "plain"
+    assert floats.engine.runner.experts.compute.pool.layout.format == "plain"
     assert tokens(kept, [5]) == tokens(floats, [5])
     kept.close()
     floats.close()
@@ -162,9 +162,9 @@ def test_routes_are_seen_although_steps_are_captured(device, small, one_size) ->
     """Recording runs steps one operation at a time for as long as it lasts."""
     llm = load(small("mixtral"), device)
     recorded = capture(llm, device)
-    llm.engine.runner.watch_routes(True)
+    llm.engine.runner.observe_routes(True)
     found = tokens(llm, [5])
-    llm.engine.runner.watch_routes(False)
+    llm.engine.runner.observe_routes(False)
     if device.type == "cpu":
         assert recorded.num_replays == 0
     assert tokens(llm, [5]) == found

@@ -7,7 +7,7 @@ import torch
 
 from moe_serve.hf import device_routers, family
 from moe_serve.hf.device_routers import DeviceRouter
-from moe_serve.hf.experts import SlottedExperts
+from moe_serve.hf.experts import ExpertsProxy
 from moe_serve.hf.routings import unknown
 
 from ...families.tiny_checkpoints import random_model
@@ -23,7 +23,7 @@ def test_chooses_as_the_family_does(device: torch.device, name: str) -> None:
     model = random_model(case).to(device)
     for block in list(model.modules()):
         if type(getattr(block, "experts", None)).__name__ == found.experts_class:
-            block.experts = SlottedExperts(config)
+            block.experts = ExpertsProxy(config)
     num_experts = getattr(config, "num_local_experts", None) or config.num_experts
     device_routers.install(model, found.routing(config), num_experts)
     routers = [module for module in model.modules() if isinstance(module, DeviceRouter)]

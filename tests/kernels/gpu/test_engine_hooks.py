@@ -9,11 +9,11 @@ import torch
 
 from expert_cache.capacity import Capacity
 from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import layout_of
 from expert_cache.gpu_managed.pool import PooledExpert, SlotPool
-from expert_cache.gpu_managed.resident import ResidentExperts
 from expert_cache.host_managed.cache import ExpertCache
-from expert_cache.layers import ExpertLayers
+from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.cuda_arena import CudaTransit
@@ -33,13 +33,13 @@ def compute_of(store, device, num_slots, activation=SILU) -> GpuCompute:
     return GpuCompute(activation, torch.float32, device, pool)
 
 
-def cached(store, device, num_slots) -> ExpertLayers:
+def cached(store, device, num_slots) -> HostManagedExperts[object]:
     compute = compute_of(store, device, num_slots)
     make = HostArena if device.type == "cpu" else lambda *size: CudaTransit(*size, device)
     policy = find_policy("lru")(len(store.layers), store.num_experts)
     arena = make(num_slots, store.slot_bytes)
     cache = ExpertCache(store, compute.prepare, arena, Capacity.shared(num_slots), 0, policy, Fetcher())
-    return ExpertLayers(cache, compute)
+    return HostManagedExperts(cache, compute)
 
 
 def choices(device, num_tokens=4, top_k=2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,14 +61,14 @@ def test_cached_experts_in_waves(device, tmp_path, num_slots) -> None:
     layers = cached(store, device, num_slots)
     for step in range(4):
         check(layers, store, store.layers[step % 2], SILU, choices(device))
-    assert layers.experts.counters.num_misses > 0
-    layers.experts.close()
+    assert layers.counters.num_misses > 0
+    layers.close()
 
 
 def test_resident_experts_need_no_host(device, tmp_path) -> None:
     store = stores.fused_store(tmp_path)
     compute = compute_of(store, device, store.num_total)
-    layers = ExpertLayers(ResidentExperts(store, compute, device), compute)
+    layers = ResidentExperts(store, compute, device)
     assert compute.pool.num_free == 0
     for layer in store.layers:
         for num_tokens in (1, 6):
@@ -79,7 +79,7 @@ def test_biased_transposed_interleaved_experts(device, tmp_path) -> None:
     """GPT-OSS's layout is put right on the way into the pool."""
     store = stores.gpt_oss_store(tmp_path)
     compute = compute_of(store, device, store.num_total, CLAMPED)
-    layers = ExpertLayers(ResidentExperts(store, compute, device), compute)
+    layers = ResidentExperts(store, compute, device)
     check(layers, store, store.layers[0], CLAMPED, choices(device))
 
 

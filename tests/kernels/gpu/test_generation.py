@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from expert_cache.gpu_managed.cache import DeviceCache
+from expert_cache.gpu_managed.cache import GpuManagedExperts
 from expert_cache.gpu_managed.compute import GpuCompute
-from expert_cache.gpu_managed.resident import ResidentExperts
+from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.host_compute.crossover import MissCosts
 from expert_cache.host_compute.miss_choice import ByCrossover
-from expert_cache.host_managed.cache import ExpertCache
+from expert_cache.host_managed.experts import HostManagedExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
 
@@ -45,10 +45,14 @@ def test_tokens_are_those_of_transformers(device, folders, family, room, monkeyp
         moe_cache_mib=None if room == "for all" else 1,
         moe_cache_manager="host" if room.endswith("host") else "auto",
     )
-    layers = llm.engine.runner.expert_layers
-    assert isinstance(layers.compute, GpuCompute)
-    kinds = {"for all": ResidentExperts, "for some, by the device": DeviceCache, "for some, by the host": ExpertCache}
-    assert isinstance(layers.experts, kinds[room])
+    experts = llm.engine.runner.experts
+    assert isinstance(experts.compute, GpuCompute)
+    kinds = {
+        "for all": ResidentExperts,
+        "for some, by the device": GpuManagedExperts,
+        "for some, by the host": HostManagedExperts,
+    }
+    assert isinstance(experts, kinds[room])
     result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
     assert list(result[0].completions[0].token_ids) == expected(folders(family), prompt)
     llm.close()
@@ -60,11 +64,11 @@ def test_the_cpu_computes_misses_beside_the_gpu(device, folders, monkeypatch) ->
     prompt = torch.randint(0, VOCAB - 1, (3,)).tolist()
     settings = {"dtype": "float32", "device": str(device), "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16}
     llm = LLM(str(folders("mixtral")), moe_cache_mib=1, moe_cpu_misses=True, **settings)
-    layers = llm.engine.runner.expert_layers
-    assert isinstance(layers.experts.acquirer.misses, ByCrossover)
-    assert layers.experts.acquirer.misses.costs.copy_s > 0
-    layers.experts.acquirer.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))
+    experts = llm.engine.runner.experts
+    assert isinstance(experts.cache.acquirer.misses, ByCrossover)
+    assert experts.cache.acquirer.misses.costs.copy_s > 0
+    experts.cache.acquirer.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))
     result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
-    assert layers.experts.counters.host_runs.sum() > 0
+    assert experts.counters.host_runs.sum() > 0
     assert list(result[0].completions[0].token_ids) == expected(folders("mixtral"), prompt)
     llm.close()

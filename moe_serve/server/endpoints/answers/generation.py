@@ -5,9 +5,11 @@ Knows AsyncEngine and what an answer's shape can do; knows no fields of any API.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
@@ -16,12 +18,12 @@ from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
 from moe_serve.scheduling.sequence import Completion, SampleOutput
 from moe_serve.server.endpoints.answers import sse
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, collect, stream, unless_disconnected
+from moe_serve.server.endpoints.bodies.common_fields import CommonFields
+from moe_serve.server.endpoints.bodies.given import TheService
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.monitoring import request_log
+from moe_serve.server.monitoring.access_log import given_id
 from moe_serve.server.transport import http_errors
-
-if TYPE_CHECKING:
-    from moe_serve.server.app import Service
 
 
 class Shapes(Protocol):
@@ -32,20 +34,26 @@ class Shapes(Protocol):
     def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
 
 
+def request_id(prefix: str, fields: CommonFields, http: HttpRequest) -> str:
+    """The client's own id for its request, else a number of ours."""
+    return prefix + (fields.request_id or given_id(http.headers) or uuid.uuid4().hex)
+
+
 async def answer(
-    service: Service,
+    service: TheService,
     http: HttpRequest,
     merger: AnswerMerger,
     whole: Callable[[Sequence[Completion]], dict[str, Any]],
     events: AsyncGenerator[bytes] | None,
 ) -> Response:
     """Run a body's requests. `whole` shapes the answer, unless it is to be the stream `events`."""
+    _keep_prefixes_apart(merger, http)
     for request in merger.requests:  # refuse the whole body before any part of it runs
         if request.params.grammar is None:
-            service.engine.engine.check_request(request)
+            service.engine.core.check_request(request)
         else:  # compiling may take a while, and the others must not wait
             await unless_disconnected(http, service.engine.check(request))
-    request_log.note(http, merger, service)
+    request_log.note(http, merger, service.tokenizer if service.log_requests else None)
     headers = {"X-Request-Id": merger.requests[0].request_id}
     try:
         if events is None:
@@ -59,7 +67,16 @@ async def answer(
     return sse.EventStream(first, events, headers)
 
 
-async def chunks(service: Service, body: SamplingBody, merger: AnswerMerger, shapes: Shapes) -> AsyncGenerator[bytes]:
+def _keep_prefixes_apart(merger: AnswerMerger, http: HttpRequest) -> None:
+    """Where keys are told apart, cached_tokens must not tell what another key's user has sent."""
+    owner = getattr(http.state, "prefix_owner", "")
+    if owner:
+        merger.requests = [replace(r, cache_salt=f"{owner}:{r.cache_salt}") for r in merger.requests]
+
+
+async def chunks(
+    service: TheService, body: SamplingBody, merger: AnswerMerger, shapes: Shapes
+) -> AsyncGenerator[bytes]:
     """SSE bytes of one completion. Errors before the first output raise; later ones become an event."""
     options = body.stream_options
     started = False

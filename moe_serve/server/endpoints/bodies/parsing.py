@@ -21,6 +21,8 @@ class Body(BaseModel):
 
     unsupported: ClassVar[Mapping[str, Refusal]] = {}
     """Fields of the OpenAI or vLLM API we do not implement."""
+    may_be_absent: ClassVar[bool] = False
+    """A request without a body means one without fields."""
 
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -28,7 +30,8 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 async def parse(request: HttpRequest, body_class: type[BodyT]) -> BodyT:
     """Read and validate a JSON body."""
-    fields = _load(await request.body())
+    raw = await request.body()
+    fields = {} if body_class.may_be_absent and not raw else _load(raw)
     for name, refusal in body_class.unsupported.items():
         if name in fields and fields.pop(name) not in refusal.harmless:
             raise UnsupportedFieldError(name, f"{name} is not supported by this server ({refusal.why}); remove it")

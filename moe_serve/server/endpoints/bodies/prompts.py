@@ -10,28 +10,36 @@ from typing import Any
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.server.endpoints.bodies.chat_messages import Message
-from moe_serve.server.endpoints.bodies.sampling_body import ChatBody, SamplingBody, TokenizeBody
+from moe_serve.server.endpoints.bodies.common_fields import TemplateFields
+from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.text.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
 
 
-def render(body: ChatBody | TokenizeBody, messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation; refuses what the chat template would silently leave out."""
+def render(
+    body: TemplateFields,
+    messages: Sequence[Message],
+    tools: Tools,
+    tokenizer: Tokenizer,
+    effort: str | None = None,
+) -> list[int]:
+    """Token ids of a conversation; refuses what the chat template would silently leave out.
+
+    `effort`: the field reasoning_effort.
+    """
     kwargs = dict(body.chat_template_kwargs or {})
-    effort = getattr(body, "reasoning_effort", None)
-    ids = _render(
-        body, messages, tools, tokenizer, kwargs if effort is None else {**kwargs, "reasoning_effort": effort}
-    )
+    more = {} if effort is None else {"reasoning_effort": effort}
+    ids = _render(body, messages, tools, tokenizer, {**kwargs, **more})
     if effort is not None and ids == _render(body, messages, tools, tokenizer, kwargs):
         raise InvalidRequestError("reasoning_effort", "this model's chat template does not use reasoning_effort")
-    if tools and ids == render(body, messages, (), tokenizer):
+    if tools and ids == render(body, messages, (), tokenizer, effort):
         raise InvalidRequestError("tools", "this model's chat template does not show tools to the model")
     return ids
 
 
 def _render(
-    body: ChatBody | TokenizeBody,
+    body: TemplateFields,
     messages: Sequence[Message],
     tools: Tools,
     tokenizer: Tokenizer,

@@ -6,38 +6,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 
 from moe_serve.server.endpoints.bodies.parsing import Body
-from moe_serve.server.endpoints.bodies.responses_body import ResponsesBody
-from moe_serve.server.endpoints.bodies.sampling_body import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    ExpertCacheBody,
-    TokenizeBody,
-)
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
-from moe_serve.server.endpoints.expert_plan import ExpertPlanBody
+from moe_serve.server.endpoints.reference.described import DescribedRoute, described_routes
 
-ENDPOINTS: Mapping[str, type[Body]] = MappingProxyType(
-    {
-        "POST /v1/chat/completions": ChatBody,
-        "POST /v1/completions": CompletionBody,
-        "POST /v1/responses": ResponsesBody,
-        "POST /tokenize": TokenizeBody,
-        "POST /detokenize": DetokenizeBody,
-        "POST /moe_cache": ExpertCacheBody,
-        "POST /expert_plan": ExpertPlanBody,
-    }
-)
 UNUSED = "Accepted and unused"
 
 
 def tables() -> str:
-    """Markdown: one table for each endpoint."""
-    return "\n".join(f"## {name}\n\n{_table(body)}" for name, body in ENDPOINTS.items())
+    """Markdown: all endpoints, then one table for each that takes a body."""
+    routes = described_routes()
+    with_body = [route for route in routes if route.body_class is not None]
+    return "\n".join([_overview(routes), *(_section(route) for route in with_body)])
+
+
+def _overview(routes: list[DescribedRoute]) -> str:
+    rows = [f"| `{route.method} {route.path}` | {route.summary} |" for route in routes]
+    return "\n".join(["## All endpoints", "", "| Endpoint | |", "|---|---|", *rows]) + "\n"
+
+
+def _section(route: DescribedRoute) -> str:
+    assert route.body_class is not None
+    return f"## {route.method} {route.path}\n\n{_table(route.body_class)}"
 
 
 def _table(body: type[Body]) -> str:

@@ -5,7 +5,6 @@ Schemas come from the pydantic bodies that parse the requests, so the document c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from moe_serve.server.endpoints.bodies.parsing import Body
+from moe_serve.server.endpoints.reference.described import described_routes
 
 SCHEMAS = "#/components/schemas/"
 ERROR = {
@@ -43,30 +43,16 @@ ERROR_STATUSES = {
 }
 
 
-def takes(body_class: type[Body], *, streams: bool = False, required: bool = True) -> dict[str, Any]:
-    """`openapi_extra` of an endpoint that parses `body_class` from the raw body."""
-    schema = {"$ref": SCHEMAS + body_class.__name__}
-    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-    if streams:
-        answer["text/event-stream"] = {"schema": SSE_EVENT}
-    return {
-        "requestBody": {"required": required, "content": {"application/json": {"schema": schema}}},
-        "responses": {"200": {"description": "The answer.", "content": answer}},
-    }
-
-
-def install(app: FastAPI, bodies: Sequence[type[Body]]) -> None:
+def install(app: FastAPI) -> None:
     """Serve a complete document at /openapi.json: bodies' schemas, and errors on every endpoint."""
-    document = _Document(app, bodies)
-    app.openapi = document  # type: ignore[method-assign]
+    app.openapi = _Document(app)  # type: ignore[method-assign]
 
 
 class _Document:
     """The document, made when first asked for."""
 
-    def __init__(self, app: FastAPI, bodies: Sequence[type[Body]]) -> None:
+    def __init__(self, app: FastAPI) -> None:
         self._app = app
-        self._bodies = bodies
         self._made: dict[str, Any] | None = None
 
     def __call__(self) -> dict[str, Any]:
@@ -75,17 +61,32 @@ class _Document:
         return self._made
 
     def _make(self) -> dict[str, Any]:
+        routes = described_routes()
         made = get_openapi(title=self._app.title, version=self._app.version, routes=self._app.routes)
-        models = [(body, "validation") for body in self._bodies]
-        definitions = models_json_schema(models, ref_template=SCHEMAS + "{model}")[1]["$defs"]  # type: ignore[arg-type]
+        bodies = [(route.body_class, "validation") for route in routes if route.body_class is not None]
+        definitions = models_json_schema(bodies, ref_template=SCHEMAS + "{model}")[1]["$defs"]  # type: ignore[arg-type]
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         schemas |= definitions | {"Error": ERROR}
-        for path in made["paths"].values():
-            for operation in path.values():
+        for route in routes:
+            operation = made["paths"].get(route.path, {}).get(route.method.lower())
+            if operation is not None:
+                _add_body(operation, route.body_class)
                 _add_errors(operation["responses"])
         return made
+
+
+def _add_body(operation: dict[str, Any], body_class: type[Body] | None) -> None:
+    if body_class is None:
+        return
+    schema = {"$ref": SCHEMAS + body_class.__name__}
+    required = not body_class.may_be_absent
+    operation["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    if "stream" in body_class.model_fields:
+        answer["text/event-stream"] = {"schema": SSE_EVENT}
+    operation["responses"]["200"] = {"description": "The answer.", "content": answer}
 
 
 def _add_errors(responses: dict[str, Any]) -> None:

@@ -1,0 +1,24 @@
+"""The key that a client sends: from a flag, or from the variables that server and OpenAI's clients read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+
+VARIABLES = ("MOE_SERVE_API_KEY", "OPENAI_API_KEY")
+
+
+def add_key_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"Key to send to the server. Default: the variable {' or '.join(VARIABLES)}, which other users of this"
+        " machine cannot read.",
+    )
+
+
+def headers_of(key: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The Authorization header for `key`, else for the first variable that is set; empty without a key."""
+    found = key or next((environment[name] for name in VARIABLES if environment.get(name)), None)
+    return {"Authorization": f"Bearer {found}"} if found else {}

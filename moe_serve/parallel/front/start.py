@@ -1,0 +1,79 @@
+"""From settings to an engine over ranks, which a launcher or we ourselves start. Here the parts are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+from moe_serve.config import EngineConfig, ParallelConfig
+from moe_serve.engine.engine import Engine
+from moe_serve.errors import ConfigError
+from moe_serve.expert_routes.route_recorder import RoutingShape
+from moe_serve.hf.checkpoint import read_config
+from moe_serve.parallel.expert_plans import read_plan
+from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.parallel.front.links import Listener
+from moe_serve.parallel.front.prescheduling import Prescheduler
+from moe_serve.parallel.front.spawner import Spawner
+from moe_serve.parallel.front.team import Team
+from moe_serve.parallel.front.team_runner import TeamRunner
+from moe_serve.parallel.front.token_uses import load_uses
+from moe_serve.parallel.wire import environment
+from moe_serve.spec import ModelSpec
+from moe_serve.text.generation_defaults import eos_token_ids
+from moe_serve.text.tokenizer import Tokenizer
+from placement.cost import hosts_of
+
+
+def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
+    """An engine in this process for one device, over ranks for several. ConfigError and its subclasses."""
+    if parallel.devices == 1:
+        return Engine.from_config(config)
+    spec = ModelSpec.from_hf(read_config(config.model))  # a wrong folder is found before any process starts
+    tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+    uses = None if parallel.ep_predictor is None else load_uses(parallel.ep_predictor)
+    team = _team(config, parallel)
+    resolved = team.start()
+    try:
+        plan = read_plan(parallel.expert_plan, team.layers, spec.num_experts, parallel.ranks_per_group)
+        if uses is not None:
+            uses.check_fit(str(parallel.ep_predictor), team.layers, spec.num_experts)
+    except BaseException:
+        team.stop()
+        raise
+    eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
+    prescheduler = Prescheduler(hosts_of(plan.layout, parallel.ranks_per_group), uses)
+    shape = RoutingShape(team.layers, spec.num_experts, spec.top_k)
+    return ParallelEngine(TeamRunner(team, resolved, prescheduler, shape), tokenizer, spec, eos, plan)
+
+
+def _team(config: EngineConfig, parallel: ParallelConfig) -> Team:
+    if environment.is_launched():
+        return _launched_team(config, parallel)
+    threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // parallel.devices)
+    config = dataclasses.replace(config, num_threads=threads)
+    listener = Listener("127.0.0.1", parallel.rank_port)
+    return Team(config, parallel, listener, Spawner(parallel.devices, threads))
+
+
+def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
+    """The front beside rank 0. The launcher started this process as rank 0, so the rank itself is our child."""
+    place = environment.read_place()
+    if parallel.devices != place.world_size:
+        raise ConfigError(f"--devices {parallel.devices}: the launcher started {place.world_size} ranks")
+    secret = os.environ.get(environment.SECRET, "")
+    host, port = environment.front_address(place)
+    listener = Listener(host, parallel.rank_port or port)
+    if not secret and not listener.address[0].startswith("127."):
+        listener.close()
+        raise ConfigError(
+            f"ranks on other machines can be reached by strangers: set {environment.SECRET} to the same secret word for"
+            " the front and for every rank"
+        )
+    subprocess.Popen([sys.executable, "-m", "moe_serve.parallel.ranks.rank"])
+    if config.num_threads is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or place.world_size)
+        config = dataclasses.replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) // local))
+    return Team(config, parallel, listener, None, secret)

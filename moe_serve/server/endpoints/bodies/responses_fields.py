@@ -1,0 +1,106 @@
+"""Fields of a response's body that are objects, what a chat completion calls them, and errors under our names.
+
+Knows pydantic; knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_serve.errors import InvalidRequestError
+from moe_serve.server.endpoints.bodies.json_types import Flag
+from moe_serve.server.endpoints.bodies.structured import JsonSchema
+from moe_serve.server.endpoints.bodies.tools import Function
+
+OUR_NAMES = MappingProxyType(
+    {
+        "messages": "input",
+        "prompt": "input",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "response_format": "text",
+        "reasoning_effort": "reasoning",
+        "logprobs": "top_logprobs",
+    }
+)
+"""What an error about a chat body's field is about here."""
+
+
+class FunctionTool(Function):
+    """A function that the model may call; other tools do not exist here."""
+
+    type: Literal["function"]
+
+    def as_chat(self) -> dict[str, Any]:
+        """As chat completions write it."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_unset=True)}
+
+
+class NamedFunction(BaseModel):
+    """`tool_choice` naming one function."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    name: str
+
+    def as_chat(self) -> dict[str, Any]:
+        """As chat completions write it."""
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class TextFormat(BaseModel):
+    """`text.format`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: JsonSchema | None = Field(default=None, alias="schema")
+    strict: Flag | None = None
+    """Every schema is followed strictly, whatever this says."""
+
+    def as_chat(self) -> dict[str, Any]:
+        """As chat completions write it."""
+        if self.schema_ is None:
+            return {"type": self.type}
+        schema = {"name": self.name, "description": self.description, "schema": self.schema_, "strict": self.strict}
+        return {"type": self.type, "json_schema": schema}
+
+
+class TextSettings(BaseModel):
+    """`text`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: TextFormat | None = None
+
+
+class Reasoning(BaseModel):
+    """`reasoning`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    effort: str | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    """Reasoning comes whole, whatever this says."""
+
+
+@contextmanager
+def our_names() -> Iterator[None]:
+    """Have errors about a chat body name the field of this one."""
+    try:
+        yield
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        field = OUR_NAMES.get(str(problem["loc"][0]), str(problem["loc"][0]))
+        raise InvalidRequestError(field, f"{field}: {problem['msg']}") from None
+    except InvalidRequestError as error:
+        error.param = OUR_NAMES.get(error.param, error.param)
+        raise

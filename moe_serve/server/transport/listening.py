@@ -1,0 +1,23 @@
+"""The port: taken before anything slow, so that a port in use is known at once. Standard library only."""
+
+from __future__ import annotations
+
+import socket
+
+from moe_serve.config import ServerConfig
+from moe_serve.errors import ConfigError
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket on the server's address; ConfigError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((config.host, config.port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"cannot listen on {config.host} port {config.port} ({reason}); choose another port with --port"
+        raise ConfigError(message) from error
+    return bound

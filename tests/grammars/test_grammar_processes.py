@@ -1,0 +1,191 @@
+"""The processes behind grammars: they die alone, hold up no other, end when nothing wants them, and leave nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moe_serve.errors import InvalidRequestError
+from moe_serve.grammars import grammars as grammars_module
+from moe_serve.grammars.grammars import GrammarLimits, Grammars
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
+from moe_serve.text.tokenizer import Tokenizer
+from tests.grammars.hostile import slow_gbnf
+from tests.grammars.walking import allowed, masks_of, sequence
+
+ROOT = Path(__file__).parents[2]
+
+
+def regex(text: str) -> GrammarSpec:
+    return GrammarSpec(GrammarKind.REGEX, text, "guided_regex")
+
+
+def made(tokenizer: Tokenizer, limits: GrammarLimits | None = None) -> Grammars:
+    return Grammars(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids), limits)
+
+
+@pytest.fixture
+def own(tokenizer: Tokenizer) -> Iterator[Grammars]:
+    """Grammars that a test may break."""
+    own = made(tokenizer)
+    own.zygote.start()
+    yield own
+    own.close()
+
+
+def children_of(grammars: Grammars) -> list[psutil.Process]:
+    """Processes of grammars, those that have ended and were not waited for included."""
+    assert grammars.zygote.pid is not None
+    return psutil.Process(grammars.zygote.pid).children()
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+def test_a_process_that_dies_while_stepping_ends_its_own_sequences_only(own: Grammars, tokenizer: Tokenizer) -> None:
+    doomed, twin, other = (sequence(own, regex(text)) for text in ("a+", "a+", "b+"))
+    assert not masks_of(tokenizer, doomed, twin, other).errors
+    (pid,) = {seq.matcher.process().pid for seq in (doomed, twin)}  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGSEGV)
+    masks = masks_of(tokenizer, doomed, other, twin)
+    assert set(masks.errors) == {doomed, twin}
+    assert all("SIGSEGV" in text for text in masks.errors.values())
+    assert allowed(masks, 1, tokenizer.vocab_size), "the other goes on"
+    again = sequence(own, regex("a+"))
+    assert not masks_of(tokenizer, again).errors, "the next request gets a new process"
+
+
+def test_a_stopped_process_is_ended_after_its_time(
+    own: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_serve.grammars.grammar_process.STEP_S", 0.5)
+    stuck, other = sequence(own, regex("a+")), sequence(own, regex("b+"))
+    assert not masks_of(tokenizer, stuck, other).errors
+    os.kill(stuck.matcher.process().pid, signal.SIGSTOP)  # type: ignore[union-attr]
+    masks = masks_of(tokenizer, stuck, other)
+    assert list(masks.errors) == [stuck]
+    assert "longer than 0.5 s" in masks.errors[stuck]
+    assert eventually(lambda: len(children_of(own)) == 1)
+
+
+def test_a_killed_zygote_is_replaced(own: Grammars, tokenizer: Tokenizer) -> None:
+    running = sequence(own, regex("a+"))
+    assert not masks_of(tokenizer, running).errors
+    process = psutil.Process(running.matcher.process().pid)  # type: ignore[union-attr]
+    assert own.zygote.pid is not None
+    os.kill(own.zygote.pid, signal.SIGKILL)
+    assert eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    assert list(masks_of(tokenizer, running).errors) == [running]
+    own.check(regex("b+"))
+
+
+def test_time_and_memory_have_limits(tokenizer: Tokenizer) -> None:
+    grammars = made(tokenizer, GrammarLimits(compile_s=1.0, process_mib=40))
+    try:
+        with pytest.raises(InvalidRequestError, match=r"^guided_grammar: .* takes longer than 1 s"):
+            grammars.check(slow_gbnf(1))
+        large = GrammarSpec(
+            GrammarKind.LARK, "start: " + "|".join(f'"{i}x{i * 7}"' for i in range(14_000)), "guided_grammar"
+        )
+        with pytest.raises(InvalidRequestError, match=r"^guided_grammar: .* (more than 40 MiB|too large|takes longer)"):
+            grammars.check(large)
+        grammars.check(regex("[a-z]+"))
+        assert eventually(lambda: len(children_of(grammars)) == 1), "those that were refused are gone"
+    finally:
+        grammars.close()
+
+
+def test_slow_grammars_hold_up_no_quick_one(own: Grammars) -> None:
+    hostile = [own.begin_check(slow_gbnf(i)) for i in range(8)]
+    start = time.monotonic()
+    own.check(regex("[a-z]+"))
+    assert time.monotonic() - start < 9, "8 of them alone take more than 80 s"
+    assert not all(future is not None and future.done() for future in hostile)
+    assert len(children_of(own)) <= 5, "at most four compile at once"
+
+
+def test_whoever_leaves_takes_the_compilation_along(own: Grammars) -> None:
+    first, second = own.begin_check(slow_gbnf(1)), own.begin_check(slow_gbnf(1))
+    assert first is not None
+    assert second is not None
+    assert eventually(lambda: len(children_of(own)) == 1), "two who want the same share a process"
+    first.cancel()
+    time.sleep(0.1)
+    assert children_of(own)
+    second.cancel()
+    assert eventually(lambda: not children_of(own), 5)
+
+
+def test_nothing_is_left_when_the_engine_closes(tokenizer: Tokenizer) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    threads, before = threading.active_count(), descriptors()
+    grammars = made(tokenizer)
+    for text in "abc":
+        assert not masks_of(tokenizer, sequence(grammars, regex(text))).errors
+    unfinished = grammars.begin_check(slow_gbnf(2))
+    assert grammars.zygote.pid is not None
+    family = [psutil.Process(grammars.zygote.pid), *children_of(grammars)]
+    grammars.close()
+    assert unfinished is not None
+    assert unfinished.done()
+    assert not any(process.is_running() for process in family)
+    assert (threading.active_count(), descriptors()) == (threads, before)
+
+
+def test_idle_processes_are_few(own: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars_module, "MAX_IDLE", 3)
+    for i in range(8):
+        own.check(regex(f"a{i}"))
+    assert len(children_of(own)) <= 4
+    statuses = [process.status() for process in children_of(own)]
+    assert psutil.STATUS_ZOMBIE not in statuses
+
+
+def test_a_grammar_in_use_outlives_many_idle_ones(
+    own: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars_module, "MAX_IDLE", 2)
+    running = sequence(own, regex("x+y"))
+    assert not masks_of(tokenizer, running).errors
+    for i in range(6):
+        own.check(regex(f"b{i}"))
+    assert not masks_of(tokenizer, running).errors
+
+
+def test_kill_9_of_the_server_leaves_no_orphans() -> None:
+    script = """
+import sys, time
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
+from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.grammars.grammars import Grammars
+from tests.grammars.hostile import slow_gbnf
+tokenizer = Tokenizer.from_path("moe_serve/demo/model")
+grammars = Grammars(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
+grammars.check(GrammarSpec(GrammarKind.REGEX, "a+"))
+waiting = grammars.begin_check(slow_gbnf(1))
+print(grammars.zygote.pid, flush=True)
+time.sleep(600)
+"""
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environ, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        zygote = psutil.Process(int(server.stdout.readline()))
+        assert eventually(lambda: len(zygote.children()) == 2), "one that is compiled, one that is being compiled"
+        family = [zygote, *zygote.children()]
+        server.kill()
+        assert eventually(lambda: not any(process.is_running() for process in family), 10)

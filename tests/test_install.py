@@ -1,0 +1,102 @@
+"""A release as its user gets it: the source distribution, the wheel made from it, installed and run elsewhere.
+
+The wheel is compiled as `pip install` would. The environment is a fresh one that sees this one's libraries, but none
+of the checkout; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+from pathlib import Path
+
+import pytest
+
+from moe_serve import __version__
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = (".git", ".venv", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__", "*.so", "site")
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+ON_TOP = ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "setup.py")
+FOLDERS = ("docs", "examples", "benchmarks", "tests", "tools", ".ci")
+
+
+def build(kind: str, tree: Path, target: Path) -> Path:
+    """A distribution, made by our build backend without a warning."""
+    done = subprocess.run([sys.executable, "-c", BUILD, kind, str(target)], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    warnings = [line for line in done.stderr.splitlines() if "Warning" in line or "no files found" in line]
+    assert not warnings, done.stderr
+    return target / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("release")
+    shutil.copytree(ROOT, folder / "checkout", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    packed = build("build_sdist", folder / "checkout", folder)
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+    return source
+
+
+@pytest.fixture(scope="module")
+def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bin` of an environment with the wheel in it."""
+    folder = tmp_path_factory.mktemp("environment")
+    wheel = build("build_wheel", source, folder)
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv/bin/python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, env=without_checkout())
+    packages = next((folder / "venv/lib").glob("python*")) / "site-packages"
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+def without_checkout() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def run(installed: Path, folder: Path, *command: str) -> str:
+    """Output of an installed program, run in another folder."""
+    program = [str(installed / command[0]), *command[1:]]
+    done = subprocess.run(program, cwd=folder, env=without_checkout(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_source_holds_what_its_makefile_needs(source: Path) -> None:
+    assert not [name for name in ON_TOP if not (source / name).is_file()]
+    for folder in FOLDERS:
+        files = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".sh")}
+        assert files
+        assert not [path for path in files if not (source / path).is_file()], folder
+    assert not [*source.rglob("*.so"), *source.rglob("*.pyc")]
+
+
+def test_it_is_the_wheel_that_runs(installed: Path, tmp_path: Path) -> None:
+    home = run(installed, tmp_path, "python", "-c", "import moe_serve; print(moe_serve.__file__)")
+    assert Path(home.strip()).is_relative_to(installed.parent)
+    assert run(installed, tmp_path, "moe-serve", "--version").split() == ["moe-serve", __version__]
+    assert "--moe-cache-mib" in run(installed, tmp_path, "moe-serve", "serve", "--help")
+
+
+def test_the_demo_model_answers(installed: Path, tmp_path: Path) -> None:
+    flags = ("--prompt", "Once upon a time", "--max-tokens", "4", "--temperature", "0", "--ignore-eos")
+    assert run(installed, tmp_path, "moe-serve", "generate", *flags, "--kv-cache-mib", "16").strip()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+def test_its_kernels_are_compiled(installed: Path, tmp_path: Path) -> None:
+    code = "from moe_serve_kernels.cpu import library; print(library.load() is not None)"
+    assert run(installed, tmp_path, "python", "-c", code).strip() == "True"

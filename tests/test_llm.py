@@ -1,0 +1,127 @@
+"""LLM as Python callers use it, vLLM's habits included: what a prompt may be, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from moe_serve import LLM, Completion, InvalidRequestError, RequestResult, SamplingParams
+from moe_serve.cli.flags import default_model
+from moe_serve.errors import ConfigError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+TEXT = "It was a dark and"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(default_model(), max_model_len=256, num_kv_pages=64, num_threads=1) as model:
+        yield model
+
+
+def _text(results: list[RequestResult]) -> str:
+    (result,) = results
+    return result.completions[0].text
+
+
+def test_one_prompt_may_be_a_text_a_dict_or_ids(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(TEXT)
+    expected = _text(llm.generate([TEXT], GREEDY))
+    assert expected
+    for prompt in (TEXT, ids, {"prompt": TEXT}, {"prompt_token_ids": ids}):
+        assert _text(llm.generate(prompt, GREEDY)) == expected
+        assert "".join(output.text for output in llm.stream(prompt, GREEDY)) == expected
+    assert [_text([result]) for result in llm.generate([TEXT, ids], GREEDY)] == [expected, expected]
+
+
+def test_one_string_is_one_stop_string(llm: LLM) -> None:
+    word = _text(llm.generate(TEXT, GREEDY)).split()[-1]
+    given, listed = (SamplingParams(temperature=0, max_tokens=6, stop=stop) for stop in (word, [word]))
+    assert given == listed
+    assert given.stop == (word,)
+    (result,) = llm.generate(TEXT, given)
+    assert result.outputs[0].stop_reason == word
+
+
+def test_outputs_is_vllms_name(llm: LLM) -> None:
+    (result,) = llm.generate(TEXT, GREEDY)
+    assert result.outputs is result.completions
+    assert isinstance(result.outputs[0], Completion)
+
+
+def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "Hello!"}]
+    one, several = llm.chat(talk, GREEDY), llm.chat([talk, talk], GREEDY)
+    assert isinstance(one, RequestResult)
+    assert [r.outputs[0].text for r in several] == [one.outputs[0].text] * 2
+
+
+@pytest.mark.parametrize("prompts", [b"text", 3, None, {"text": "x"}, [b"text"], [["a"]], [{"prompt_token_ids": "12"}]])
+def test_what_is_no_prompt_is_refused_by_name(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="prompt"):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("messages", ["Hello!", [["Hello!"]][0], 3])
+def test_what_is_no_conversation_is_refused_by_name(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="messages takes"):
+        llm.chat(messages)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", [3]])
+def test_wrong_params_are_refused_by_name(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="params takes"):
+        llm.generate(TEXT, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", 3),
+        ("stop", [3]),
+        ("stop", b"x"),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", ["1"]),
+        ("allowed_token_ids", "12"),
+        ("allowed_token_ids", 5),
+        ("bad_words", "word"),
+        ("bad_words", ["word"]),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("n", None),
+        ("n", 1.5),
+        ("temperature", "0"),
+        ("temperature", None),
+        ("top_k", 1.5),
+    ],
+)
+def test_a_wrong_type_names_the_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} takes") as error:
+        SamplingParams(**{name: value})
+    assert error.value.param == name
+
+
+def test_lists_are_kept_as_tuples() -> None:
+    params: dict[str, Any] = {"stop_token_ids": [1], "allowed_token_ids": [2, 3], "bad_words": [[4, 5]]}
+    kept = SamplingParams(**params)
+    assert (kept.stop_token_ids, kept.allowed_token_ids, kept.bad_words) == ((1,), (2, 3), ((4, 5),))
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"max_num_sqs": 4}, "LLM has no setting 'max_num_sqs'; did you mean max_num_seqs"),
+        ({"expert_plam": "x"}, "did you mean expert_plan"),
+        ({"moe_cache_mib": 0, "moe_prefetch": "affinity"}, "--moe-prefetch has no effect"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_the_model_loads(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        LLM("no/model", **settings)
+
+
+def test_a_cache_that_is_not_needed_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(default_model(), max_model_len=64, num_kv_pages=8, num_threads=1, moe_prefetch="affinity", device="cpu"):
+        assert "no expert cache: --moe-prefetch has no effect" in caplog.text
