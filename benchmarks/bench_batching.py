@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.shadow import ShadowCache
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.scheduling.batch_choice import BatchChoice, ExpertAware, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.scheduling.kv_pages import PagePool
 from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
+from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, load_all
 
 
@@ -164,7 +164,7 @@ def main() -> None:
     args = parse()
     trace = load_all(args.traces)
     replay = Replay(trace, args)
-    shape = RoutingShape(tuple(trace.layer_ids.tolist()), trace.num_experts, trace.top_k)
+    shape = RouterShape(tuple(trace.layer_ids.tolist()), trace.num_experts, trace.top_k)
     print(
         f"{len(replay.rows)} sequences, {trace.num_layers} layers of {trace.num_experts} experts, top {trace.top_k};"
         f" {args.width} of {args.running} decode in a step\n"

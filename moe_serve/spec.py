@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class ModelSpec:
     """Of the checkpoint, not of the computation."""
     vocab_size: int
     max_position_embeddings: int
+    """Longest sequence; see `_positions`."""
     num_layers: int
     hidden_size: int
     num_experts: int
@@ -36,7 +38,7 @@ class ModelSpec:
             model_type=config.model_type,
             dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
             vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=_positions(config),
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             num_experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -51,3 +53,21 @@ def _first(config: Any, *names: str) -> int:
         if value is not None:
             return int(value)
     raise CheckpointError(f"config.json of this {config.model_type} model has none of {', '.join(names)}")
+
+
+def _positions(config: Any) -> int:
+    """The longest sequence the config allows: yarn stretches what the model was trained on by its factor, and layers
+    that attend within chunks end with the first chunk."""
+    limit = int(config.max_position_embeddings)
+    for rope in _rules(config):
+        if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("factor"):
+            limit = round(rope["factor"] * rope.get("original_max_position_embeddings", limit))
+    return min(limit, getattr(config, "attention_chunk_size", None) or limit)
+
+
+def _rules(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The config's position rules: one, or one per kind of layer."""
+    rules = getattr(config, "rope_parameters", None) or {}
+    for rule in (rules, *rules.values()):
+        if isinstance(rule, Mapping):
+            yield rule

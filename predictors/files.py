@@ -46,6 +46,7 @@ def save(path: str | Path, method: str, predictor: Predictor, shape: RouterShape
     facts: dict[str, Any] = {
         "method": method,
         "num_layers": shape.num_layers,
+        "layer_ids": list(shape.layer_ids),
         "num_experts": shape.num_experts,
         "top_k": shape.top_k,
         "fingerprint": fingerprint,
@@ -58,8 +59,10 @@ def save(path: str | Path, method: str, predictor: Predictor, shape: RouterShape
 def load(path: str | Path, shape: RouterShape | None = None, fingerprint: str | None = None) -> PredictorFile:
     """Read the file; PredictorFileError if it is none, or not of the model with this shape and fingerprint."""
     facts, arrays = _read(path)
-    found = RouterShape(facts["num_layers"], facts["num_experts"], facts["top_k"])
-    if shape is not None and found != shape:
+    # Files of before 0.2 hold no layer_ids; nothing that is learnt depends on them.
+    layer_ids = tuple(facts.get("layer_ids") or range(facts["num_layers"]))
+    found = RouterShape(layer_ids, facts["num_experts"], facts["top_k"])
+    if shape is not None and found.sizes() != shape.sizes():
         raise PredictorFileError(path, f"was learnt from {_words(found)}, but this model has {_words(shape)}")
     if None not in (fingerprint, facts["fingerprint"]) and fingerprint != facts["fingerprint"]:
         raise PredictorFileError(path, "was learnt from another checkpoint; train one from a trace of this model")

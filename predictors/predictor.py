@@ -47,11 +47,20 @@ FUTURE = "the future"
 
 @dataclass(frozen=True)
 class RouterShape:
-    """Of the model whose routes are predicted."""
+    """What routes look like in one model."""
 
-    num_layers: int
+    layer_ids: tuple[int, ...]
+    """Each MoE layer's index in the checkpoint."""
     num_experts: int
     top_k: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_ids)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """(layers, experts, choices): what a predictor's arrays depend on."""
+        return self.num_layers, self.num_experts, self.top_k
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +75,7 @@ class Training:
 
     @property
     def shape(self) -> RouterShape:
-        return RouterShape(self.trace.num_layers, self.trace.num_experts, self.trace.top_k)
+        return RouterShape(tuple(self.trace.layer_ids.tolist()), self.trace.num_experts, self.trace.top_k)
 
 
 class Predictor(Protocol):

@@ -9,8 +9,8 @@ import zlib
 
 import torch
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.experts import ResizeError
+from expert_cache.report import ExpertTotals
+from expert_cache.running.experts import ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.execution import sampler

@@ -119,7 +119,7 @@ def test_a_name_that_is_taken_is_refused(outer: Path) -> None:
 
 
 def test_a_predictor_whose_package_left_says_so(outer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = RouterShape(1, 2, 1)
+    shape = RouterShape(tuple(range(1)), 2, 1)
     trace = RoutingTrace(np.zeros((4, 1, 1), np.uint8), offsets_of([4]), np.arange(1, dtype=np.int32), 2)
     learnt = find_method("random").fit(Training(trace))
     files.save(outer / "p.safetensors", "outer_method", learnt, shape, None)

@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.counters import CacheCounters, ExpertTotals
-from expert_cache.experts import PaddingRows, nothing
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_slot
-from expert_cache.local_experts import LocalExperts
-from expert_cache.report import Residency
-from expert_cache.storage.store import ExpertStore
+from expert_cache.report import CacheCounters, ExpertTotals, Residency
+from expert_cache.running import LocalExperts, PaddingRows, nothing
+from expert_cache.storage import ExpertStore
 from moe_serve_kernels.gpu.pool import Bank
 from predictors.shape import MoELayer
 
@@ -99,7 +97,7 @@ class DeviceCounters(CacheCounters):
     """CacheCounters that are read from the device when somebody wants to know; that waits for it."""
 
     def __init__(self, num_layers: int, totals: torch.Tensor, expert_bytes: int) -> None:
-        """`totals`: Residency.totals [3, L]."""
+        """`totals`: GpuResidency.totals [3, L]."""
         super().__init__(num_layers)
         self._totals = totals
         self._expert_bytes = expert_bytes

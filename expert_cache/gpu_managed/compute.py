@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from expert_cache.compute import ExpertCompute, PreparedWeights, Segment
 from expert_cache.gpu_managed.pool import PooledExpert, SlotPool
-from expert_cache.storage.store import ExpertWeights
+from expert_cache.running import ExpertCompute, PreparedWeights, Segment
+from expert_cache.storage import ExpertWeights
 from moe_serve_kernels.cpu.expert_mlp import Activation
 
 

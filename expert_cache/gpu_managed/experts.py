@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from expert_cache.experts import PaddingRows, nothing
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.pool import PooledExpert
-from expert_cache.mapped import MappedExperts
-from expert_cache.storage.store import ExpertStore
+from expert_cache.running import MappedExperts, PaddingRows, nothing
+from expert_cache.storage import ExpertStore
 from predictors.shape import Key, MoELayer
 
 

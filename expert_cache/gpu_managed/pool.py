@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from expert_cache.gpu_managed.layout import SlotLayout, slot_of_bank, write_slot
-from expert_cache.storage.store import ExpertWeights
+from expert_cache.storage import ExpertWeights
 from moe_serve_kernels import gpu
 
 

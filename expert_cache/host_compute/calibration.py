@@ -12,10 +12,7 @@ import torch
 
 from expert_cache.host_compute.crossover import MissCosts, calibrate
 from expert_cache.host_compute.host_experts import HostExperts
-from expert_cache.storage.arena import SlotArena
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.storage.fetch import DEMAND, Fetch, Fetcher
-from expert_cache.storage.store import ExpertStore
+from expert_cache.storage import DEMAND, ExpertReadError, ExpertStore, Fetch, Fetcher, SlotArena
 
 
 def measure(

@@ -13,11 +13,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from expert_cache.compute import PreparedWeights
-from expert_cache.storage import page_cache
-from expert_cache.storage.direct_io import DirectFile
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.storage.store import ExpertStore, ExpertWeights, Read
+from expert_cache.running import PreparedWeights
+from expert_cache.storage import DirectFile, ExpertReadError, ExpertStore, ExpertWeights, Read, page_cache
 from predictors.shape import Key, MoELayer
 
 

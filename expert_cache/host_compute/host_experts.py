@@ -17,10 +17,9 @@ from functools import partial
 
 import torch
 
-from expert_cache.compute import ExpertCompute, Segment
 from expert_cache.host_compute.host_copies import HostCopies
-from expert_cache.regroup import Regrouped
-from expert_cache.storage.errors import ExpertReadError
+from expert_cache.running import ExpertCompute, Regrouped, Segment
+from expert_cache.storage import ExpertReadError
 from predictors.shape import MoELayer
 
 Failures = dict[int, ExpertReadError]

@@ -16,10 +16,9 @@ import numpy as np
 from expert_cache.host_compute.miss_choice import MissChoice
 from expert_cache.host_managed.acquisition import Acquisition
 from expert_cache.host_managed.holdings import Holdings
-from expert_cache.host_managed.observers import Observers
 from expert_cache.host_managed.streaming import FEWEST_RING_SLOTS, Streaming
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.storage.fetch import DEMAND, LATER
+from expert_cache.simulation.observers import Observers
+from expert_cache.storage import DEMAND, LATER, ExpertReadError
 from predictors.shape import Key, MoELayer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from expert_cache.compute import PreparedWeights
-from expert_cache.storage.errors import ExpertReadError
+from expert_cache.running import PreparedWeights
+from expert_cache.storage import ExpertReadError
 from predictors.shape import MoELayer
 
 

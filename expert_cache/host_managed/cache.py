@@ -14,22 +14,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_cache.capacity import Capacity, resized
-from expert_cache.compute import PreparedWeights
 from expert_cache.host_compute.miss_choice import MissChoice
 from expert_cache.host_managed.acquirer import Acquirer
 from expert_cache.host_managed.holdings import Holdings
 from expert_cache.host_managed.in_flight import START_EARLY_BYTES
-from expert_cache.host_managed.observers import Observers
 from expert_cache.host_managed.slot_table import SlotTable
-from expert_cache.in_place import layers_of
 from expert_cache.policies.policy import Policy
 from expert_cache.report import Residency
-from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
-from expert_cache.simulation.live_shadows import LiveShadows
-from expert_cache.storage.arena import SlotArena
-from expert_cache.storage.fetch import Fetcher
-from expert_cache.storage.store import ExpertStore, ExpertWeights
+from expert_cache.running import PreparedWeights, layers_of
+from expert_cache.simulation.capacity import Capacity, resized
+from expert_cache.simulation.observers import Observers
+from expert_cache.storage import ExpertStore, ExpertWeights, Fetcher, SlotArena
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from predictors.shape import MoELayer
 
@@ -50,22 +45,21 @@ class ExpertCache:
         policy: Policy,
         fetcher: Fetcher,
         start_early_bytes: int = START_EARLY_BYTES,
-        shadows: LiveShadows | None = None,
-        quotas: AdaptiveQuotas | None = None,
+        observers: Observers | None = None,
         misses: MissChoice | None = None,
     ) -> None:
-        """`num_transit`: slots beside `capacity` in which experts arrive before it is decided who stays. `quotas`: who
-        solves the layers' shares again, see `rebalance`. `misses`: who leaves missing experts on the host, if anyone.
+        """`num_transit`: slots beside `capacity` in which experts arrive before it is decided who stays.
+        `observers`: of `policy`; None: nothing but the policy is told what is asked for. `misses`: leaves missing
+        experts on the host; None: all are brought.
 
         `arena` has at least as many slots as the two together; more allow growing later.
         """
         shape = len(store.layers), store.num_experts
         self.store, self.arena, self.policy, self.fetcher = store, arena, policy, fetcher
-        self.quotas = quotas
         self.table = SlotTable(*shape, arena.num_slots, capacity, num_transit, policy)
         self._holdings = Holdings(store, prepare, arena, self.table, fetcher, start_early_bytes)
         self.counters, self.in_flight = self._holdings.counters, self._holdings.in_flight
-        self.observers = Observers(policy, capacity, *shape, shadows, quotas)
+        self.observers = observers or Observers(policy, capacity, *shape)
         self.acquirer = Acquirer(self._holdings, self.observers, misses)
         self._most_transit = num_transit
         self._in_place: Sequence[ExpertLayer] | None = None
@@ -109,12 +103,10 @@ class ExpertCache:
 
     def rebalance(self) -> None:
         """Give the layers other shares of the slots if recent traffic says that it saves misses."""
-        quotas = self.table.allowed.quotas
-        if self.quotas is not None and self.quotas.is_due and quotas is not None:
-            capacity = self.quotas.proposal(quotas)
-            if capacity is not None:
-                self.cancel_prefetches()
-                self._reallot(capacity)
+        capacity = self.observers.better_quotas()
+        if capacity is not None:
+            self.cancel_prefetches()
+            self._reallot(capacity)
 
     def _reallot(self, allowed: Capacity) -> None:
         """Other pools; what no longer fits is evicted and its memory freed."""

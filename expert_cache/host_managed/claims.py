@@ -5,10 +5,10 @@ Between the bookkeeping (SlotTable) and the reading (InFlight). Knows which clai
 
 from __future__ import annotations
 
-from expert_cache.compute import PreparedWeights
-from expert_cache.counters import CacheCounters
 from expert_cache.host_managed.in_flight import InFlight
 from expert_cache.host_managed.slot_table import SlotTable
+from expert_cache.report import CacheCounters
+from expert_cache.running import PreparedWeights
 from predictors.shape import Key
 
 

@@ -17,20 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.capacity import least_mib, slots_in
-from expert_cache.compute import ExpertCompute
-from expert_cache.experts import Plan, ResizeError, nothing
 from expert_cache.host_compute.host_experts import HostExperts, HostRun
 from expert_cache.host_managed.acquisition import Acquisition
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.memory_guard import MemoryGuard
-from expert_cache.in_place import InPlaceExperts
-from expert_cache.local_experts import RegroupedExperts
-from expert_cache.prefetch.advisors import Advisor
-from expert_cache.prefetch.audit import PrefetchAudit
-from expert_cache.regroup import Regrouped
+from expert_cache.prefetch import Advisor, PrefetchAudit
 from expert_cache.report import ExpertReport, Residency
-from expert_cache.storage.errors import ExpertReadError
+from expert_cache.running import ExpertCompute, InPlaceExperts, Plan, Regrouped, RegroupedExperts, ResizeError, nothing
+from expert_cache.simulation.capacity import least_mib, slots_in
+from expert_cache.storage import ExpertReadError
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
 from predictors.shape import MoELayer
 

@@ -6,15 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from expert_cache.compute import PreparedWeights
-from expert_cache.counters import CacheCounters
 from expert_cache.host_managed.claims import SlotClaims
 from expert_cache.host_managed.in_flight import InFlight
 from expert_cache.host_managed.slot_table import SlotTable
-from expert_cache.storage.arena import SlotArena
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.storage.fetch import Fetcher
-from expert_cache.storage.store import ExpertStore, ExpertWeights
+from expert_cache.report import CacheCounters
+from expert_cache.running import PreparedWeights
+from expert_cache.storage import ExpertReadError, ExpertStore, ExpertWeights, Fetcher, SlotArena
 from moe_serve_kernels.quantized import QuantizedRows
 from predictors.shape import Key
 

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from expert_cache.compute import PreparedWeights
-from expert_cache.counters import CacheCounters
 from expert_cache.host_managed.slot_table import SlotTable
-from expert_cache.storage.arena import SlotArena
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.storage.fetch import DEMAND, Fetch, Fetcher
-from expert_cache.storage.store import ExpertStore, ExpertWeights, views_in
+from expert_cache.report import CacheCounters
+from expert_cache.running import PreparedWeights
+from expert_cache.storage import (
+    DEMAND,
+    ExpertReadError,
+    ExpertStore,
+    ExpertWeights,
+    Fetch,
+    Fetcher,
+    SlotArena,
+    views_in,
+)
 from predictors.shape import Key, MoELayer
 
 START_EARLY_BYTES = 4 << 20

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Policy
+from expert_cache.simulation.capacity import Capacity
 from predictors.shape import Key, MoELayer
 
 

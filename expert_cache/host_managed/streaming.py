@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from expert_cache.storage.store import ExpertStore
+from expert_cache.storage import ExpertStore
 from predictors.shape import Key, MoELayer
 
 NEARLY_ALL_FRAC = 0.875

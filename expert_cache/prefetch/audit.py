@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from expert_cache.counters import CacheCounters
 from expert_cache.prefetch.advisors import Advice
+from expert_cache.report import CacheCounters
 
 BLOCK_STEPS = 4
 """Steps in a row with prefetching, or without; the first of each still shows the other's traces and is not timed."""

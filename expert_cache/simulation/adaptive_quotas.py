@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Capacity
-from expert_cache.policies.policy import Ints
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import events_from
 from expert_cache.simulation.quotas import best_split, lru_hit_curves
+from predictors.predictor import Ints
 
 WINDOW_STEPS = 256
 WORTH_FRAC = 0.02

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Capacity
-from expert_cache.policies.policy import Ints
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import NEVER, Events, events_from
+from predictors.predictor import Ints
 
 Mask = npt.NDArray[np.bool_]
 

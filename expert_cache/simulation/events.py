@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.policies.policy import Ints
+from predictors.predictor import Ints
 from predictors.trace import RoutingTrace
 
 NEVER = np.iinfo(np.int64).max

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
-from expert_cache.policies.policy import Ints
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.shadow import ShadowCache
+from predictors.predictor import Ints
 
 
 class LiveShadows:

@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Capacity
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import Events
 
 Hits = npt.NDArray[np.int64] | npt.NDArray[np.float64]

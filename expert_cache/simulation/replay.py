@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy, policy_names
 from expert_cache.policies.policy import Policy, Values
 from expert_cache.policies.predicted import Predicted
 from expert_cache.simulation.belady import belady_hits
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import Events, events_of
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.evaluation import run_streams, show

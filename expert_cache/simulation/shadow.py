@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Floats, Ints, Policy, Values
+from expert_cache.simulation.capacity import Capacity
 
 
 class ShadowCache:

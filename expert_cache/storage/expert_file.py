@@ -21,8 +21,8 @@ import xxhash
 from expert_cache.storage.direct_io import BLOCK_BYTES
 from expert_cache.storage.encoding import Encoding
 from expert_cache.storage.safetensors_file import stored_tensors
-from expert_cache.storage.safetensors_header import LENGTH_BYTES, read_header
 from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
+from moe_serve_base.safetensors_header import LENGTH_BYTES, read_header
 from moe_serve_base.whole_files import whole_file
 from moe_serve_kernels.quantized import QuantizedRows
 from predictors.shape import Key

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from expert_cache.storage.safetensors_header import read_header
 from expert_cache.storage.store import StoredTensor
+from moe_serve_base.safetensors_header import read_header
 
 
 def stored_tensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[StoredTensor]:

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from expert_cache.storage.safetensors_header import read_header
 from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 from moe_serve.config.model_folder import find_model, read_config_json
 from moe_serve.config.settings import Settings, settings_of
@@ -19,6 +18,7 @@ from moe_serve.config.units import MIB
 from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moe_serve.hf.families import family_names
 from moe_serve.server.transport.listening import bind
+from moe_serve_base.safetensors_header import read_header
 
 EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)\.")
 """A tensor of one routed expert. Tensors of all experts of a layer together are not looked at."""

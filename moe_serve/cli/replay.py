@@ -21,7 +21,7 @@ from moe_serve.errors import ConfigError, TraceFileError
 from moe_serve_base.whole_files import whole_file, write_text
 
 if TYPE_CHECKING:
-    from expert_cache.capacity import Capacity
+    from expert_cache.simulation.capacity import Capacity
     from expert_cache.simulation.events import Events
     from expert_cache.simulation.replay import ReplayResult, Row
     from predictors.trace import RoutingTrace
@@ -164,7 +164,7 @@ def _policies(wanted: Sequence[str] | None, has_profile: bool) -> list[str]:
 
 
 def _slots(pool: str, percent: float, trace: RoutingTrace, profile: Events | None) -> Capacity:
-    from expert_cache.capacity import Capacity
+    from expert_cache.simulation.capacity import Capacity
     from expert_cache.simulation.quotas import quota_slots
 
     uniform = Capacity.of_frac(percent / 100, trace.num_layers, trace.num_experts)

@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Protocol
 
-from expert_cache.experts import ExpertsControl, ResizeError
 from expert_cache.report import ExpertReport
+from expert_cache.running.experts import ExpertsControl, ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine import expert_aware
 from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.step_stats import StepRecorder, finished_stats
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.expert_routes.route_recorder import RouteObserver, RoutingShape
+from moe_serve.expert_routes.route_recorder import RouteObserver
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.grammars.matcher import Place
@@ -33,6 +33,7 @@ from moe_serve.spec import ModelSpec
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
+from predictors.predictor import RouterShape
 
 
 class Runner(Protocol):
@@ -184,9 +185,9 @@ class Engine:
         """What the experts have done so far; None for a runner that does not tell. Any thread may call."""
         return self.runner.experts.report()
 
-    def routing_shape(self) -> RoutingShape:
+    def routing_shape(self) -> RouterShape:
         """What routes look like in this model."""
-        return RoutingShape(self.runner.moe_layer_ids(), self.spec.num_experts, self.spec.top_k)
+        return RouterShape(self.runner.moe_layer_ids(), self.spec.num_experts, self.spec.top_k)
 
     def observe_routes(self, observer: RouteObserver, wanted: bool = True) -> None:
         """From the next step on, tell `observer` where tokens went, or stop to. Without observers it costs nothing."""

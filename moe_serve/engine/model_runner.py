@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
-from expert_cache.experts import Experts
+from expert_cache.running.experts import Experts
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
@@ -20,7 +20,7 @@ from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.grammars.masks import MaskThread
-from moe_serve.hf import attend, dense, device_routers, loading, whole_steps
+from moe_serve.hf import attend, dense, device_routers, loading, rope, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.experts import connect
 from moe_serve.hf.loading import LoadedModel
@@ -189,6 +189,8 @@ def load_model(config: EngineConfig) -> tuple[EngineConfig, LoadedModel, ModelSp
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.experts.expert_file)
     resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    assert resolved.max_model_len is not None
+    rope.fix_length(loaded.model, resolved.max_model_len)
     if resolved.experts.cache_mib and device.type == "cpu":
         dense.copy_from_files(loaded.model)
         if not config.experts.page_cache:

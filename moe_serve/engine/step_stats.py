@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.experts import ExpertsControl
+from expert_cache.report import ExpertTotals
+from expert_cache.running.experts import ExpertsControl
 from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.sequence import SampleOutput, Sequence

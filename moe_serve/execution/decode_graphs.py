@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from expert_cache.experts import PaddingRows
+from expert_cache.running.experts import PaddingRows
 from moe_serve.execution.cuda_graph import Capture
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.scheduling.batch_plan import BatchPlan

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import events_of
 from expert_cache.simulation.replay import ReplayResult, replay_belady, replay_events, replay_forecasts
 from moe_serve.errors import ConfigError, TraceFileError

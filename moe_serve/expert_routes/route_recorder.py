@@ -11,7 +11,6 @@ Shape alphabet: R rows kept, L MoE layers, K experts per token, E experts per la
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,19 +19,10 @@ from numpy.typing import NDArray
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.scheduling.sequence import Sequence
+from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, offsets_of
 
 Rows = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingShape:
-    """What a trace says about its model."""
-
-    layer_ids: tuple[int, ...]
-    """Each MoE layer's index in the checkpoint."""
-    num_experts: int
-    top_k: int
 
 
 class RouteObserver(Protocol):
@@ -48,7 +38,7 @@ class RouteObserver(Protocol):
 class RouteRecorder:
     """A RouteObserver; `trace` gives what it was told."""
 
-    def __init__(self, shape: RoutingShape, num_tokens: int, weights: bool = False, token_ids: bool = False) -> None:
+    def __init__(self, shape: RouterShape, num_tokens: int, weights: bool = False, token_ids: bool = False) -> None:
         """Memory for `num_tokens` rows is touched only as they fill up. `weights`, `token_ids`: keep these as well."""
         rows = (num_tokens, len(shape.layer_ids), shape.top_k)
         self.shape = shape

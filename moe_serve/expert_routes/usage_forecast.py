@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.sequence import Sequence
+from predictors.predictor import RouterShape
 
 DECAY = 0.6
 """Per token: an average over about the last 2.5 tokens."""
@@ -29,7 +29,7 @@ class UsageForecast:
 
     wants_weights = False
 
-    def __init__(self, shape: RoutingShape) -> None:
+    def __init__(self, shape: RouterShape) -> None:
         num_layers, self._num_experts = len(shape.layer_ids), shape.num_experts
         self._first_cell = np.arange(num_layers)[:, None] * shape.num_experts
         self._unknown = np.zeros(num_layers * shape.num_experts, np.float32)

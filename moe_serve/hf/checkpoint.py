@@ -13,19 +13,25 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from expert_cache.storage import expert_file
 from expert_cache.storage.encoding import ROLES
+from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.hf.family import PART_OF, Family, find
-from moe_serve.hf.quantization_scheme import Scheme, scheme_of
+from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
+from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
 from moe_serve.hf.quantized_dense import mismatch
 from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
+MODELOPT_NOTE = "hf_quant_config.json"
+"""Where older ModelOpt exports say what config.json does not."""
+BESIDE = ("consolidated", "adapter_")
+"""Files of other layouts, which some folders hold beside the checkpoint."""
 Parts = dict[tuple[str, int | None], StoredTensor]
 
 
@@ -38,21 +44,41 @@ def read_config(folder: str) -> Any:
         raise CheckpointError(f"{folder}: config.json is missing; this is not a Hugging Face checkpoint folder")
     try:
         # Before AutoConfig, whose error for an unknown type would list none of ours.
-        find(str(json.loads((path / "config.json").read_text()).get("model_type")))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        fields = json.loads((path / "config.json").read_text())
+        same_as = find(str(fields.get("model_type"))).same_as
+        if same_as is None:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:
+            config = _config_of(same_as, fields)
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     scheme_in(folder, config)
     return config
 
 
+def _config_of(model_type: str, fields: dict[str, Any]) -> Any:
+    """What AutoConfig makes of the fields, under the name by which transformers knows the family."""
+    return CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})
+
+
 def scheme_in(folder: str, config: Any) -> Scheme | None:
     """How the folder's matrices are quantised, or None. UnsupportedModelError names what we cannot follow."""
     fields = getattr(config, "quantization_config", None)
+    dtype, note = ModelSpec.from_hf(config).dtype, Path(folder) / MODELOPT_NOTE
     if fields is None:
-        return None
+        return modelopt_scheme(_read_json(note), dtype, str(note)) if note.is_file() else None
     fields = fields if isinstance(fields, dict) else fields.to_dict()
-    return scheme_of(fields, ModelSpec.from_hf(config).dtype, f"{folder}/config.json")
+    return scheme_of(fields, dtype, f"{folder}/config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: needs an object")
+    return found
 
 
 def safetensors_files(folder: str) -> list[Path]:
@@ -61,7 +87,8 @@ def safetensors_files(folder: str) -> list[Path]:
     if (path / INDEX).is_file():
         names = sorted(set(_read_index(path / INDEX).values()))
     else:
-        names = sorted(p.name for p in path.glob("*.safetensors"))
+        found = sorted(p.name for p in path.glob("*.safetensors"))
+        names = [name for name in found if not name.startswith(BESIDE)] or found
     if not names:
         raise CheckpointError(f"{folder}: no *.safetensors file; convert the checkpoint with save_pretrained")
     for name in names:
@@ -90,8 +117,11 @@ def open_experts(
     for file in tqdm(safetensors_files(folder), desc="Mapping experts", unit="file", disable=None):
         for layer, part, expert, tensor in _expert_tensors(file, family, scheme):
             tensors.setdefault(layer, {})[part, expert] = tensor
+            if scheme is None and layer in layers:
+                refuse_codes(file, [(tensor.name, DTYPE_NAMES.get(tensor.tensor.dtype, str(tensor.tensor.dtype)))])
     tensors = {layer: tensors[layer] for layer in layers}
     for layer, parts in tensors.items():
+        refuse_unused_experts(folder, layer, (expert for _, expert in parts), spec.num_experts)
         for expert in range(spec.num_experts):
             _check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
@@ -104,17 +134,20 @@ def open_experts(
     return store
 
 
-def dense_dtypes(folder: str, family: Family) -> set[str]:
+def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[str]:
     """The stored dtypes of everything but experts, in safetensors' words, such as {"BF16"}.
 
+    CheckpointError where a matrix holds codes and the checkpoint is not `quantized`.
     Opens every file, so that a damaged one is reported by name before anything is loaded.
     """
     found = set()
     for file in safetensors_files(folder):
         with _opened(file) as handle:
             names: list[str] = handle.keys()
-            dense = [name for name in names if family.match(name) is None]
-            found |= {handle.get_slice(name).get_dtype() for name in dense}
+            dense = {name: handle.get_slice(name).get_dtype() for name in names if family.match(name) is None}
+            if not quantized:
+                refuse_codes(file, dense.items())
+            found |= set(dense.values())
     return found
 
 
@@ -154,7 +187,12 @@ def _expert_part(name: str, family: Family, scheme: Scheme | None) -> tuple[int,
     return int(groups["layer"]), part_name(PART_OF[groups["part"]], role), expert
 
 
-def dense_tensors(folder: str, family: Family, scheme: Scheme) -> Iterator[StoredTensor]:
+def has_usual_names(folder: str) -> bool:
+    """Whether transformers finds the files by itself."""
+    return any((Path(folder) / name).is_file() for name in (INDEX, "model.safetensors"))
+
+
+def dense_tensors(folder: str, family: Family, scheme: Scheme | None) -> Iterator[StoredTensor]:
     """Every tensor that is no expert's."""
     for file in safetensors_files(folder):
         try:
@@ -163,15 +201,21 @@ def dense_tensors(folder: str, family: Family, scheme: Scheme) -> Iterator[Store
             raise _damaged(file, error) from error
 
 
-def _is_experts(name: str, family: Family, scheme: Scheme) -> bool:
+def _is_experts(name: str, family: Family, scheme: Scheme | None) -> bool:
     """An expert's tensor, also one that we do not use."""
+    if scheme is None:
+        return family.match(name) is not None
     bases = (name.removesuffix(suffix) + scheme.stem for suffix in scheme.unused if name.endswith(suffix))
     return any(_expert_part(base, family, scheme) is not None for base in (name, *bases))
 
 
 def open_all_experts(folder: str) -> ExpertStore:
-    """Map the experts of whichever layers have any, without loading a model."""
+    """Map the experts of whichever of the model's layers have any, without loading a model.
+
+    Layers behind those of config.json predict several tokens at once (MTP); they are not run here.
+    """
     config = read_config(folder)
+    spec = ModelSpec.from_hf(config)
     family, scheme = find(config.model_type), scheme_in(folder, config)
     found: set[int] = set()
     for file in safetensors_files(folder):
@@ -179,7 +223,8 @@ def open_all_experts(folder: str) -> ExpertStore:
             found |= {part[0] for name in handle.keys() if (part := _expert_part(name, family, scheme))}  # noqa: SIM118
     if not found:
         raise CheckpointError(f"{folder}: no expert tensor in the *.safetensors files")
-    return open_experts(folder, family, sorted(found), ModelSpec.from_hf(config), scheme)
+    layers = sorted(layer for layer in found if layer < spec.num_layers)
+    return open_experts(folder, family, layers, spec, scheme)
 
 
 def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec) -> ExpertStore:

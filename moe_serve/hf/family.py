@@ -67,6 +67,8 @@ class Family:
     run a whole decoding step."""
     rotary: Rotary = "halves"
     """Which values of a head rotary embeddings rotate against each other."""
+    same_as: str | None = None
+    """The model_type under which transformers knows this family, where checkpoints name another."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 

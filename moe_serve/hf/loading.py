@@ -26,9 +26,18 @@ from expert_cache.storage.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.hf import attention, dense, latent_attention
-from moe_serve.hf.checkpoint import dense_dtypes, dense_tensors, open_expert_file, open_experts, scheme_in
+from moe_serve.hf.checkpoint import (
+    dense_dtypes,
+    dense_tensors,
+    has_usual_names,
+    open_expert_file,
+    open_experts,
+    safetensors_files,
+    scheme_in,
+)
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
+from moe_serve.hf.leftovers import refuse_leftovers
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import dense_state
 from moe_serve.spec import ModelSpec
@@ -61,7 +70,7 @@ def load(
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
     family, scheme = find(hf_config.model_type), scheme_in(folder, hf_config)
-    stored = dense_dtypes(folder, family)
+    stored = dense_dtypes(folder, family, scheme is not None)
     if scheme is not None:
         stored = {DTYPE_NAMES.get(t.tensor.dtype, "") for t in dense_tensors(folder, family, scheme)}
     keeps_bf16 = stored == {"BF16"} and dense.is_available(device, dtype)
@@ -78,7 +87,13 @@ def load(
     _say_how_experts_run(store, scheme)
     _set_windows(model, hf_config, family)
     latent_attention.install(model)
-    return LoadedModel(model, hf_config, family, store, _probe_kv_shapes(model, device))
+    kv_shapes = _probe_kv_shapes(model, device)
+    if len(kv_shapes) < hf_config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{folder}: {hf_config.num_hidden_layers - len(kv_shapes)} of the {hf_config.num_hidden_layers} layers of"
+            f" this {hf_config.model_type} model cache no keys; state of another kind is not carried here"
+        )
+    return LoadedModel(model, hf_config, family, store, kv_shapes)
 
 
 def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
@@ -115,16 +130,22 @@ def _load_dense(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     _check_loading_info(folder, info)
+    refuse_leftovers(folder, safetensors_files(folder), info["unexpected_keys"], hf_config.num_hidden_layers)
     loaded_model: nn.Module = model.eval()
     return loaded_model
 
 
 def _source(folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, Any]:
-    """Where transformers takes the dense part from: the folder or, if that is quantised, floats made of it."""
-    if scheme is None:
+    """Where transformers takes the dense part from: the folder or, if that is quantised or its files have names that
+    transformers does not look for, the tensors themselves."""
+    if scheme is None and has_usual_names(folder):
         return {"pretrained_model_name_or_path": folder}
+    if scheme is None:
+        tensors = {stored.name: stored.tensor for stored in dense_tensors(folder, family, None)}
+        return {"pretrained_model_name_or_path": None, "config": hf_config, "state_dict": tensors}
     plain = copy.deepcopy(hf_config)
-    del plain.quantization_config
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
     state = dense_state(dense_tensors(folder, family, scheme), scheme, dtype)
     return {"pretrained_model_name_or_path": None, "config": plain, "state_dict": state}
 

@@ -6,7 +6,7 @@ compressed-tensors, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3) and MXFP4 (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,28 @@ def scheme_of(fields: Fields, dtype: torch.dtype, where: str) -> Scheme:
     method = str(fields.get("quant_method"))
     if method not in METHODS:
         raise _unsupported(where, "quant_method", method, f"one of {', '.join(METHODS)}")
+    refuse_unknown(fields, KNOWN[method], where)
     return METHODS[method](fields, dtype if dtype == torch.bfloat16 else torch.float32, where)
+
+
+def modelopt_scheme(note: Fields, dtype: torch.dtype, where: str) -> Scheme:
+    """The Scheme of ModelOpt's hf_quant_config.json: fp8 with one scale per matrix. Arguments as in `scheme_of`."""
+    fields = note.get("quantization")
+    if not isinstance(fields, Mapping) or fields.get("quant_algo") != "FP8":
+        algorithm = fields.get("quant_algo") if isinstance(fields, Mapping) else fields
+        raise UnsupportedModelError(f"{where}: quantization.quant_algo is {algorithm!r}; moe-serve reads 'FP8'")
+    refuse_unknown(fields, {"quant_algo", "kv_cache_quant_algo", "exclude_modules"}, where)
+    return _fp8({}, dtype if dtype == torch.bfloat16 else torch.float32, where)
+
+
+def refuse_unknown(fields: Fields, known: Collection[str], where: str) -> None:
+    """UnsupportedModelError names a field that is set and might change the arithmetic."""
+    for field, value in fields.items():
+        if field not in known and value:
+            raise UnsupportedModelError(
+                f"{where}: the quantisation's {field} is {value!r}, which moe-serve does not follow; use a checkpoint"
+                " without it"
+            )
 
 
 def _unsupported(where: str, field: str, value: object, supported: str) -> UnsupportedModelError:
@@ -70,12 +91,16 @@ def _expect(where: str, field: str, value: Any, allowed: tuple[Any, ...]) -> Any
 
 
 def _compressed_tensors(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+    sparse = (fields.get("sparsity_config") or {}).get("format", "dense")
+    _expect(where, "sparsity_config.format", sparse, ("dense",))
     groups = fields.get("config_groups") or {}
     if len(groups) != 1:
         raise _unsupported(where, "config_groups", sorted(groups), "exactly one group")
     name, group = next(iter(groups.items()))
     at = f"config_groups.{name}"
     weights = group.get("weights") or {}
+    refuse_unknown(group, GROUP, f"{where}: {at}")
+    refuse_unknown(weights, WEIGHTS, f"{where}: {at}.weights")
     layout = _expect(where, "format", fields.get("format"), ("pack-quantized", "int-quantized", "float-quantized"))
     bits = weights.get("num_bits")
     if layout == "pack-quantized":
@@ -112,6 +137,7 @@ def _strategy(weights: Fields, where: str, at: str) -> dict[str, int]:
 
 def _gptq(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
     bits = _expect(where, "bits", fields.get("bits"), (4, 8))
+    _expect(where, "pack_dtype", fields.get("pack_dtype") or "int32", ("int32",))
     form = _expect(where, "checkpoint_format", fields.get("checkpoint_format") or "gptq", ("gptq", "gptq_v2"))
     encoding = Encoding(
         "gptq",
@@ -137,7 +163,7 @@ def _awq(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
 
 
 def _fp8(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
-    _expect(where, "fmt", fields.get("fmt", "e4m3"), ("e4m3",))
+    _expect(where, "fmt", fields.get("fmt", "e4m3"), ("e4m3", "float8_e4m3fn"))
     block = fields.get("weight_block_size")
     if not block:
         encoding = Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
@@ -160,3 +186,37 @@ METHODS: Mapping[str, Callable[[Fields, torch.dtype, str], Scheme]] = {
     "mxfp4": _mxfp4,
 }
 """By quant_method."""
+
+COMMON = {"quant_method", "modules_to_not_convert", "ignored_layers", "ignore", "backend", "version", "meta"}
+"""Fields of several methods: which modules stay floats is seen from their tensors."""
+GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
+"""Of a group of compressed-tensors."""
+WEIGHTS = {
+    *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
+    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
+}
+"""Of a group's weights."""
+KNOWN: Mapping[str, Collection[str]] = {
+    "compressed-tensors": {
+        *COMMON,
+        *("format", "quantization_status", "config_groups", "kv_cache_scheme", "sparsity_config"),
+        *("global_compression_ratio", "run_compressed"),
+    },
+    "gptq": {
+        *COMMON,
+        *("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "lm_head", "pack_dtype"),
+        *("true_sequential", "static_groups", "damp_percent", "damp_auto_increment", "mse", "v2", "quantizer"),
+        *("model_name_or_path", "model_file_base_name", "dataset", "tokenizer", "batch_size", "pad_token_id"),
+        *("use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config", "max_input_length", "model_seqlen"),
+        *("cache_block_outputs", "modules_in_block_to_quantize", "module_name_preceding_first_block"),
+        *("block_name_to_quantize", "act_sort"),
+    },
+    "awq": {
+        *COMMON,
+        *("bits", "w_bit", "group_size", "q_group_size", "zero_point", "exllama_config", "do_fuse"),
+        *("modules_to_fuse", "fuse_max_seq_len", "lm_head"),
+    },
+    "fp8": {*COMMON, "fmt", "weight_block_size", "activation_scheme", "scale_fmt", "kv_cache_scheme"},
+    "mxfp4": {*COMMON, "dequantize"},
+}
+"""By quant_method: what is read here, and what tools write down of how the codes were found."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from expert_cache.experts import Experts
-from expert_cache.in_place import InPlaceExperts
+from expert_cache.running.experts import Experts
+from expert_cache.running.in_place import InPlaceExperts
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf import decoder_blocks

@@ -9,8 +9,6 @@ from functools import partial
 
 import torch
 
-from expert_cache.capacity import Capacity, global_pool, least_mib, per_layer, slots_in
-from expert_cache.compute import ExpertCompute
 from expert_cache.gpu_managed import pool as gpu_pool
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.experts import ResidentExperts
@@ -18,16 +16,19 @@ from expert_cache.gpu_managed.layout import device_bytes, layout_of
 from expert_cache.host_managed.cache import SLOTS_PER_TRANSIT, ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.host_managed.memory_guard import MemoryGuard
-from expert_cache.local_experts import LocalExperts, RegroupedExperts
-from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
 from expert_cache.policies.policy import Policy
 from expert_cache.policies.predicted import Predicted
 from expert_cache.prefetch.advisors import Advisor, FromAffinity, FromNextGate
 from expert_cache.prefetch.audit import PrefetchAudit
+from expert_cache.running.compute import ExpertCompute
+from expert_cache.running.local_experts import LocalExperts, RegroupedExperts
+from expert_cache.running.mapped import MappedExperts
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
+from expert_cache.simulation.capacity import Capacity, global_pool, least_mib, per_layer, slots_in
 from expert_cache.simulation.events import events_of
 from expert_cache.simulation.live_shadows import LiveShadows
+from expert_cache.simulation.observers import Observers
 from expert_cache.simulation.quotas import quota_slots
 from expert_cache.storage.arena import HostArena, SlotArena
 from expert_cache.storage.cuda_arena import CudaArena, CudaTransit
@@ -111,10 +112,7 @@ def _host_managed(
         num_transit,
         policy,
         fetcher,
-        shadows=_shadows(config, store, capacity),
-        quotas=AdaptiveQuotas(len(store.layers), store.num_experts)
-        if config.experts.cache_pool == "adaptive"
-        else None,
+        observers=_observers(config, store, policy, capacity),
         misses=misses,
     )
     predictor = _predictor(config, store, spec, policy)
@@ -143,7 +141,7 @@ def _predictor(config: EngineConfig, store: ExpertStore, spec: ModelSpec, policy
     """The user's trained predictor; ConfigError if it is not one of this model."""
     if config.experts.predictor is None:
         return None
-    shape = RouterShape(len(store.layers), store.num_experts, spec.top_k)
+    shape = RouterShape(store.decoder_layers, store.num_experts, spec.top_k)
     try:
         found = predictor_files.load(config.experts.predictor, shape, checkpoint_fingerprint(config.model)).predictor
     except predictor_files.PredictorFileError as error:
@@ -180,6 +178,12 @@ def _policy(config: EngineConfig, store: ExpertStore, profile: RoutingTrace | No
     if maker.needs == "popularity" and profile is None:
         raise ConfigError(f"--moe-cache-policy {config.experts.cache_policy} needs --moe-cache-profile")
     return maker(len(store.layers), store.num_experts, None if profile is None else profile.popularity())
+
+
+def _observers(config: EngineConfig, store: ExpertStore, policy: Policy, capacity: Capacity) -> Observers:
+    shape = len(store.layers), store.num_experts
+    quotas = AdaptiveQuotas(*shape) if config.experts.cache_pool == "adaptive" else None
+    return Observers(policy, capacity, *shape, _shadows(config, store, capacity), quotas)
 
 
 def _shadows(config: EngineConfig, store: ExpertStore, capacity: Capacity) -> LiveShadows | None:

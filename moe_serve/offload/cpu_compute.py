@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from expert_cache.compute import ExpertCompute
+from expert_cache.running.compute import ExpertCompute
 from moe_serve.resolve import has_native_bf16
 from moe_serve_kernels.cpu.expert_mlp import Activation
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from expert_cache.compute import ExpertCompute
 from expert_cache.gpu_managed.cache import GpuManagedExperts, host_bytes
 from expert_cache.gpu_managed.compute import GpuCompute
+from expert_cache.running.compute import ExpertCompute
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from expert_cache.compute import ExpertCompute
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import ByCrossover, FromPageCache, MissChoice
+from expert_cache.running.compute import ExpertCompute
 from expert_cache.storage.arena import SlotArena
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher

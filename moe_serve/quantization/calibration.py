@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_cache.regroup import regroup
+from expert_cache.running.regroup import regroup
 from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import ConfigError

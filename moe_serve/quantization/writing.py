@@ -7,6 +7,7 @@ The layout is the one that compressed-tensors documents and that vLLM and SGLang
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_quantized(
     dense: list[str] = []
     total_bytes = 0
     for file in safetensors_files(source):
-        tensors, kept = _quantized_shard(file, bits, group, importance, on_matrix)
+        tensors, kept = _quantized_shard(file, config.num_hidden_layers, bits, group, importance, on_matrix)
         _save(tensors, target / file.name)
         dense += kept
         index |= dict.fromkeys(tensors, file.name)
@@ -67,11 +68,17 @@ def _save(tensors: Tensors, file: Path) -> None:
 
 def num_matrices(source: str) -> int:
     """Expert matrices that `write_quantized` would quantise."""
-    count = 0
+    count, layers = 0, read_config(source).num_hidden_layers
     for file in safetensors_files(source):
         with safe_open(file, framework="pt") as handle:
-            count += sum(PER_EXPERT.search(name) is not None for name in handle.keys())  # noqa: SIM118
+            count += sum(_expert_of(name, layers) is not None for name in handle.keys())  # noqa: SIM118
     return count
+
+
+def _expert_of(name: str, num_layers: int) -> re.Match[str] | None:
+    """The match of an expert's matrix. Layers behind the model's own predict several tokens and stay as they are."""
+    match = PER_EXPERT.search(name)
+    return match if match is not None and int(match["layer"]) < num_layers else None
 
 
 def _check(source: str, config: Any, family: Family, group: int) -> None:
@@ -81,8 +88,8 @@ def _check(source: str, config: Any, family: Family, group: int) -> None:
     for file in safetensors_files(source):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
-                if PER_EXPERT.search(name) is None:
-                    fused |= family.match(name) is not None
+                if _expert_of(name, config.num_hidden_layers) is None:
+                    fused |= PER_EXPERT.search(name) is None and family.match(name) is not None
                     continue
                 columns = handle.get_slice(name).get_shape()[1]
                 if group and columns % group:
@@ -95,7 +102,7 @@ def _check(source: str, config: Any, family: Family, group: int) -> None:
 
 
 def _quantized_shard(
-    file: Path, bits: int, group: int, importance: Importance | None, on_matrix: Callable[[], object]
+    file: Path, num_layers: int, bits: int, group: int, importance: Importance | None, on_matrix: Callable[[], object]
 ) -> tuple[Tensors, list[str]]:
     """The shard's tensors, and the names of linear layers left as they were."""
     tensors: Tensors = {}
@@ -103,7 +110,7 @@ def _quantized_shard(
     with safe_open(file, framework="pt") as handle:
         for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
             tensor = handle.get_tensor(name)
-            match = PER_EXPERT.search(name)
+            match = _expert_of(name, num_layers)
             if match is None:
                 tensors[name] = tensor
                 if tensor.ndim == 2 and name.endswith(".weight") and "embed" not in name:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertTotals
 from moe_serve.scheduling.finish import FinishedStats
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.scheduling.batch_choice import ExpertAware, FirstComeFirstServed, choosing_pays
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult, StepRoutes
 from moe_serve.scheduling.finish import FinishReason
+from predictors.predictor import RouterShape
 
 E = 12
 
@@ -98,7 +98,7 @@ def routed(seq, start: int, ids: list[list[list[int]]]) -> tuple[BatchPlan, Step
 
 
 def test_usage_forecast_follows_the_newest_tokens_and_forgets_the_finished(make_seq) -> None:
-    forecast = UsageForecast(RoutingShape((0, 1), num_experts=4, top_k=1))
+    forecast = UsageForecast(RouterShape((0, 1), num_experts=4, top_k=1))
     seq = make_seq([1, 2])
     assert not forecast.of([seq]).any()
     forecast.on_routes(*routed(seq, 0, [[[0], [3]], [[1], [3]]]))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from expert_cache.capacity import Capacity
-from expert_cache.compute import ExpertCompute
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.host_managed.in_flight import START_EARLY_BYTES
-from expert_cache.mapped import MappedExperts
 from expert_cache.policies import find_policy
+from expert_cache.running.compute import ExpertCompute
+from expert_cache.running.mapped import MappedExperts
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher

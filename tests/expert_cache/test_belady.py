@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
 from expert_cache.simulation.belady import BeladyWindow, WindowReport, belady_hits
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import events_from, events_of
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace

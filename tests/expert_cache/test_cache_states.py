@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from expert_cache.capacity import Capacity
 from expert_cache.host_managed.acquisition import Acquisition
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy, policy_names
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage import fetch
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
-from expert_cache.local_experts import RegroupedExperts
+from expert_cache.running.local_experts import RegroupedExperts
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage import expert_file
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.errors import ExpertReadError

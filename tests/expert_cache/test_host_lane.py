@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
 from expert_cache.host_compute.calibration import measure
 from expert_cache.host_compute.crossover import TOKEN_COUNTS, MissCosts
 from expert_cache.host_compute.host_copies import HostCopies
@@ -19,6 +18,7 @@ from expert_cache.host_compute.miss_choice import ByCrossover, MissChoice
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher

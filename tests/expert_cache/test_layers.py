@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
-from expert_cache.local_experts import RegroupedExperts
 from expert_cache.policies import policy_names
 from expert_cache.prefetch.advisors import Advice, FromAffinity, FromNextGate
-from expert_cache.regroup import regroup
+from expert_cache.running.local_experts import RegroupedExperts
+from expert_cache.running.regroup import regroup
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.live_shadows import LiveShadows
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher

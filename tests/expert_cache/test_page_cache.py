@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
 from expert_cache.host_compute.host_copies import HostCopies
 from expert_cache.host_compute.host_experts import HostExperts
 from expert_cache.host_compute.miss_choice import FromPageCache
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage import expert_file, page_cache
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.errors import ExpertReadError

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expert_cache.capacity import Capacity
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage import fetch
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile

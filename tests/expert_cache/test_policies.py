@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy, policy, policy_names
 from expert_cache.policies.policy import Policy
 from expert_cache.simulation.belady import belady_hits
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import Events, events_of
 from expert_cache.simulation.replay import replay_events
 from expert_cache.simulation.shadow import ShadowCache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from expert_cache.counters import CacheCounters
 from expert_cache.prefetch.advisors import Advice
 from expert_cache.prefetch.audit import (
     BLOCK_STEPS,
@@ -13,6 +12,7 @@ from expert_cache.prefetch.audit import (
     PROBE_BLOCKS,
     PrefetchAudit,
 )
+from expert_cache.report import CacheCounters
 
 EXPERT_BYTES = 1000
 PROBE_STEPS = BLOCK_STEPS * PROBE_BLOCKS

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import events_of
 from expert_cache.simulation.quotas import best_split, lru_hit_curves, quota_slots
 from expert_cache.simulation.replay import replay_events

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import Events, events_from, events_of
 from expert_cache.simulation.replay import compare, gap_closed_frac, replay, replay_belady, usable_policies
 from expert_cache.simulation.shadow import ShadowCache

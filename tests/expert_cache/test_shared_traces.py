@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_cache.capacity import Capacity
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import events_of
 from expert_cache.simulation.replay import compare
 from predictors.trace import load

@@ -10,7 +10,7 @@ import torch
 from expert_cache.gpu_managed.cache import HostHeap
 from expert_cache.gpu_managed.layout import layout_of, slot_of_bank, write_slot
 from expert_cache.storage.store import ExpertWeights
-from moe_serve_kernels.gpu.pool import dequantize
+from tests.support.gpu_references import dequantize
 
 from ..kernels.quantized_experts import FORMS, make_matrix
 from . import stores

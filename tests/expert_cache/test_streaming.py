@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.streaming import Streaming
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.errors import ExpertReadError

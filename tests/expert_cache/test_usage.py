@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expert_cache.usage import ExpertUsage
+from expert_cache.running.usage import ExpertUsage
 
 from .stores import FIRST, SECOND
 

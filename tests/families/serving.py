@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expert_cache.host_managed.experts import HostManagedExperts
-from expert_cache.local_experts import LocalExperts
+from expert_cache.running.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf import loading

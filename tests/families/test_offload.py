@@ -119,7 +119,7 @@ def test_a_budget_that_holds_no_expert_is_refused(checkpoint: Checkpoint, monkey
 
 def test_per_layer_pools_want_a_slot_for_each_layer(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_serve.resolve.MIB", 1)
-    monkeypatch.setattr("expert_cache.capacity.MIB", 1)
+    monkeypatch.setattr("expert_cache.simulation.capacity.MIB", 1)
     slot_bytes = cache_of(load(checkpoint("mixtral"), moe_cache_mib=10**6)).store.slot_bytes
     with pytest.raises(ConfigError, match=r"--moe-cache-pool per-layer.*holds 2 experts.*or choose global"):
         load(checkpoint("mixtral"), moe_cache_mib=2 * slot_bytes, moe_cache_pool="per-layer")

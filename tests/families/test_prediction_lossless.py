@@ -74,8 +74,8 @@ def test_same_bits(case: str, settings: dict[str, Any], checkpoint: Checkpoint, 
     cache = experts.cache
     cache._most_transit = 2  # room to bring experts ahead of time
     cache.resize(cache.store.num_total // 2)
-    if cache.quotas is not None:  # a window of a few steps, so that it comes to changes
-        cache.quotas = AdaptiveQuotas(len(cache.store.layers), cache.store.num_experts, window_steps=6)
+    if cache.observers.quotas is not None:  # a window of a few steps, so that it comes to changes
+        cache.observers.quotas = AdaptiveQuotas(len(cache.store.layers), cache.store.num_experts, window_steps=6)
     if settings is RANDOM:
         experts.advisor = AtRandom(len(cache.store.layers), cache.store.num_experts)
     assert (experts.audit is not None) == ("moe_prefetch" in settings)

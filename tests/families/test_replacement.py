@@ -121,15 +121,15 @@ def test_placements_while_serving(checkpoint: Checkpoint, reference: References,
     async def replace_under_load(client: httpx.AsyncClient, first: Any, start: dict[str, Any]) -> None:
         files = [write_plan(tmp_path, folder, 0, 0), write_plan(tmp_path, folder, 1, 2)]
         plans = [httpx.Response(200, content=Path(file).read_bytes()).json() for file in files]
-        running = asyncio.create_task(complete(client, prompts))
         placed_meanwhile = 0
-        while not running.done():
-            answer = await place(client, plan=plans[placed_meanwhile % 2])
-            assert answer["adopted"]
-            placed_meanwhile += not running.done()
-            await asyncio.sleep(0.02)
-        assert await running == first
-        assert placed_meanwhile > 1
+        while placed_meanwhile < 2:  # on a busy machine the prompts may be complete before
+            running = asyncio.create_task(complete(client, prompts))
+            while not running.done():
+                answer = await place(client, plan=plans[placed_meanwhile % 2])
+                assert answer["adopted"]
+                placed_meanwhile += not running.done()
+                await asyncio.sleep(0.02)
+            assert await running == first
         assert not (await place(client, plan=start, margin_frac=0.9, time_limit_s=1))["adopted"]
         judged = await place(client, margin_frac=0.0, time_limit_s=1)
         assert judged["tokens"] > 100

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.fuzz import fuzz_detokenizer, fuzz_protocol
+from tests.fuzz import fuzz_detokenizer, fuzz_grammars, fuzz_protocol
 
 EXAMPLES = 60
 Properties = fuzz_protocol.Properties
@@ -18,6 +20,17 @@ def detokenizer() -> Properties:
 @pytest.fixture(scope="module")
 def protocol() -> Properties:
     return fuzz_protocol.properties()
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[Properties]:
+    with fuzz_grammars.opened() as properties:
+        yield properties
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in fuzz_grammars.TEXTS])
+def test_grammars(grammars: Properties, kind: str) -> None:
+    assert grammars[kind](0, EXAMPLES) >= EXAMPLES
 
 
 @pytest.mark.parametrize("vocabulary", ["byte_level", "byte_fallback"])

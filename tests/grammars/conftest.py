@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from moe_serve.demo import evaluate
+from moe_serve.demo import MODEL
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_path(str(Path(evaluate.__file__).parent / "model"))
+    return Tokenizer.from_path(str(MODEL))
 
 
 @pytest.fixture(scope="module")

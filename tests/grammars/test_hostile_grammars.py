@@ -26,6 +26,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(grammars: Grammars, nam
     assert "takes longer" not in caught.value.message, "it is refused for what it says, not for its time"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITED)
 def test_what_is_large_ends_within_the_limits(grammars: Grammars, name: str) -> None:
     start = time.monotonic()

@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 
-from expert_cache.compute import ExpertCompute
 from expert_cache.gpu_managed.cache import shares
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import layout_of
 from expert_cache.gpu_managed.pool import SlotPool
+from expert_cache.running.compute import ExpertCompute
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.offload import gpu_managed as module

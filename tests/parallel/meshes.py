@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from expert_cache.running.usage import RouteBuffer
 from expert_cache.storage.errors import ExpertReadError
-from expert_cache.usage import RouteBuffer
 from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
-from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.sockets import Wire
 
 HIDDEN = 4
@@ -67,7 +66,7 @@ def shared_layers(
     found = []
     for rank, wire in enumerate(wires):
         local: Any = FakeExperts(num_layers, num_experts)
-        exchange = Exchange(rank, num_ranks, Traffic(num_layers), wire)
+        exchange = Exchange(rank, num_ranks, num_layers, wire)
         found.append(ExpertShare(local, hosts, exchange, top_k, torch.empty(0, HIDDEN, dtype=dtype)))
     return found
 

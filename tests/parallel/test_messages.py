@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from expert_cache.counters import ExpertTotals
+from expert_cache.report import ExpertTotals
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.front.step_writer import StepWriter, merge
 from moe_serve.parallel.ranks.step_reader import StepReader
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
@@ -45,6 +44,7 @@ from moe_serve.scheduling.sequence import (
     TokenLogprob,
 )
 from placement.cost import Layout
+from predictors.predictor import RouterShape
 
 
 def heard_by_a_rank(order: Order) -> Any:
@@ -129,7 +129,7 @@ def test_results_of_several_ranks_merge_in_plan_order() -> None:
     ]
     heard = [heard_by_the_front(answer) for answer in answers]
     assert heard == answers
-    result = merge(plan, heard, RoutingShape((0,), 4, 2))
+    result = merge(plan, heard, RouterShape((0,), 4, 2))
     assert result.token_ids == (8, 6, 7)
     assert result.logprobs == (logprob, None, None)
     assert result.errors == {seqs[1]: "lost"}

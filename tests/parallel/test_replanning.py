@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.expert_plans import contiguous_plan
 from moe_serve.parallel.front.plan_search import PlanSearchError, search
 from moe_serve.planning.replanning import Terms, judge, lacking, propose
 from moe_serve.server.endpoints.expert_plan import read_plan
 from placement.cost import Layout, hosts_of
 from placement.plan import PlacementPlan
+from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, offsets_of
 
 LAYERS = (1, 2, 3, 5)
-SHAPE = RoutingShape(LAYERS, num_experts=8, top_k=2)
+SHAPE = RouterShape(LAYERS, num_experts=8, top_k=2)
 TERMS = Terms(margin_frac=0.05, time_limit_s=60.0)
 NUM_SEQUENCES, LENGTH = 20, 40
 

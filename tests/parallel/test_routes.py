@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.front.step_writer import gather
 from moe_serve.parallel.modes.route_noter import RouteNoter, plan_numbers
 from moe_serve.parallel.modes.runner import RankStep
 from moe_serve.parallel.wire.messages import ROUTE_IDS, ROUTE_IDS_AND_WEIGHTS, RoutePiece, encode, restore
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
+from predictors.predictor import RouterShape
 
 LAYERS = (1, 3)
-SHAPE = RoutingShape(LAYERS, num_experts=8, top_k=2)
+SHAPE = RouterShape(LAYERS, num_experts=8, top_k=2)
 
 
 class Nothing:

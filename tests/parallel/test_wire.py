@@ -7,7 +7,6 @@ import torch
 
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.modes.exchange import Exchange, pack, unpack
-from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.addresses import INTERFACE, address_of, check_reachable, own_address
 from moe_serve.parallel.wire.environment import RankAddress
 from moe_serve.parallel.wire.sockets import RankGoneError
@@ -62,7 +61,7 @@ def test_a_rank_that_left_or_is_silent_is_named(mesh: Mesh) -> None:
 
 def test_exchange_books_waits_and_lengths(mesh: Mesh) -> None:
     wires = mesh(2)
-    left, right = (Exchange(rank, 2, Traffic(3), wire) for rank, wire in enumerate(wires))
+    left, right = (Exchange(rank, 2, 3, wire) for rank, wire in enumerate(wires))
     at_once(lambda: left.trade(1, {1: text("abc")}, []), lambda: right.trade(1, {}, [0]))
     assert [left.traffic.totals()["trips"], right.traffic.totals()["trips"]] == [0, 1]
     assert left.traffic.by_layer() == [0, 8, 0]
@@ -71,7 +70,7 @@ def test_exchange_books_waits_and_lengths(mesh: Mesh) -> None:
 
 def test_a_group_counts_its_ranks_from_zero(mesh: Mesh) -> None:
     wires = mesh(4)
-    second = [Exchange(rank, 2, Traffic(1), wires[2 + rank], first_rank=2) for rank in range(2)]
+    second = [Exchange(rank, 2, 1, wires[2 + rank], first_rank=2) for rank in range(2)]
     heard = at_once(lambda: second[0].trade(0, {1: text("hi")}, []), lambda: second[1].trade(0, {}, [0]))
     assert read(heard[1][0]) == "hi"
 

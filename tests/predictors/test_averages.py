@@ -27,7 +27,7 @@ def test_next_use_values_fall_with_distance(small_trace: RoutingTrace) -> None:
 
 def test_streams_average_as_traces_do(trace: RoutingTrace) -> None:
     """The running context and the one that is fitted to are the same."""
-    context, stream = Context(RouterShape(12, 4, 2)), np.array([3])
+    context, stream = Context(RouterShape(tuple(range(12)), 4, 2)), np.array([3])
     context.begin(stream)
     for n in range(25):
         context.step(stream)
@@ -52,7 +52,7 @@ def test_a_fit_is_least_squares(trace: RoutingTrace) -> None:
     window = window_of(layer, newest, 12)
     evidence = Evidence(trace)
     (linear,) = evidence.fit([window], [evidence.used(layer)])[0]
-    context, stream = Context(RouterShape(12, 4, 2)), np.array([0])
+    context, stream = Context(RouterShape(tuple(range(12)), 4, 2)), np.array([0])
     forecasts = []
     for n in range(60):
         if n in (0, 25):

@@ -22,7 +22,7 @@ def chained_trace(lengths: tuple[int, ...], seed: int = 0) -> RoutingTrace:
 
 def test_an_oracle_knows_everything() -> None:
     trace = chained_trace((4, 7, 2, 5))
-    scores = evaluate(Oracle(RouterShape(5, 8, 1)), trace, (1, 3, BEFORE_THE_FIRST), batch=2)
+    scores = evaluate(Oracle(RouterShape(tuple(range(5)), 8, 1)), trace, (1, 3, BEFORE_THE_FIRST), batch=2)
     for distance in scores.distances:
         assert (scores.recall(distance), scores.sure_recall(distance), scores.sure_precision(distance)) == (1, 1, 1)
     assert scores.uses.tolist() == [[0, 18, 18, 18, 18], [0, 0, 0, 18, 18], [18] * 5]
@@ -39,7 +39,7 @@ def test_transition_learns_a_chain_that_popularity_cannot() -> None:
 
 def test_every_token_runs_once_in_its_own_stream() -> None:
     trace = chained_trace((4, 1, 3, 2))
-    steps = list(run_streams(Oracle(RouterShape(5, 8, 1)), trace, batch=2))
+    steps = list(run_streams(Oracle(RouterShape(tuple(range(5)), 8, 1)), trace, batch=2))
     assert [rows.tolist() for _, rows in steps] == [[0, 4], [1, 5], [2, 6], [3, 7], [8], [9]]
     assert [streams.tolist() for streams, _ in steps] == [[0, 1]] * 4 + [[0]] * 2
 

@@ -23,7 +23,7 @@ def path(small_trace: RoutingTrace, tmp_path: Path) -> Path:
 
 def test_a_file_is_the_predictor(path: Path, small_trace: RoutingTrace) -> None:
     for fingerprint in ("abc", None):
-        file = load(path, RouterShape(2, 4, 2), fingerprint)
+        file = load(path, RouterShape(tuple(range(2)), 4, 2), fingerprint)
         assert (file.method, file.fingerprint) == ("frequency", "abc")
         popularity = file.predictor.arrays()["popularity"]
         np.testing.assert_allclose(popularity, small_trace.popularity(), rtol=1e-6)
@@ -33,7 +33,7 @@ def test_another_model_is_refused(path: Path) -> None:
     with pytest.raises(PredictorFileError, match="another checkpoint"):
         load(path, fingerprint="xyz")
     with pytest.raises(PredictorFileError, match="2 layers of 4 experts, top-2, but this model has 3 layers"):
-        load(path, RouterShape(3, 4, 2))
+        load(path, RouterShape(tuple(range(3)), 4, 2))
 
 
 def test_what_is_no_predictor_is_said_to_be_none(path: Path, tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_method_without_its_arrays_is_damaged(path: Path, tmp_path: Path) -> N
     save(
         tmp_path / "d.safetensors",
         "frequency",
-        Empty(RouterShape(2, 4, 2), np.zeros((2, 4))),
-        RouterShape(2, 4, 2),
+        Empty(RouterShape(tuple(range(2)), 4, 2), np.zeros((2, 4))),
+        RouterShape(tuple(range(2)), 4, 2),
         None,
     )
     with pytest.raises(PredictorFileError, match="damaged"):

@@ -22,8 +22,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.report import ExpertReport, Residency
+from expert_cache.report import ExpertReport, ExpertTotals, Residency
 from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.trouble import Trouble

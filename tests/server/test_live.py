@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.report import ExpertReport, Residency
+from expert_cache.report import ExpertReport, ExpertTotals, Residency
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import StepStats
 from moe_serve.server.monitoring.last_minute import LastMinute

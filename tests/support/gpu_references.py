@@ -7,7 +7,7 @@ import torch
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
 from moe_serve_kernels.gpu.align import Aligned, empty_aligned, max_tiles
 from moe_serve_kernels.gpu.pool import DTYPE_OF, GROUP_SIZE, Bank, ExpertPool, Format, pack_int4
-from moe_serve_kernels.gpu.residency import Residency
+from moe_serve_kernels.gpu.residency import GpuResidency
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -30,7 +30,7 @@ def align_reference(ids: torch.Tensor, num_experts: int, block_t: int) -> Aligne
     return aligned
 
 
-def plan_reference(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
+def plan_reference(state: GpuResidency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
     """The same in Python, exactly."""
     first_key = layer * state.num_experts
     now = int(state.clock) + 1

@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import ParallelConfig
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
@@ -41,6 +40,7 @@ from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
 from placement.cost import hosts_of
+from predictors.predictor import RouterShape
 
 
 class TellReport(Struct, tag=True):
@@ -126,7 +126,7 @@ def engine_over(team: Any, worker: Worker, uses: TokenUses | None = None) -> Par
     size = parallel.ranks_per_group
     plan = read_plan(parallel.expert_plan, worker.layers, spec.num_experts, size)
     prescheduler = Prescheduler(hosts_of(plan.layout, size), uses)
-    shape = RoutingShape(worker.layers, spec.num_experts, spec.top_k)
+    shape = RouterShape(worker.layers, spec.num_experts, spec.top_k)
     runner = TeamRunner(team, config, prescheduler, shape)
     tokenizer = Tokenizer.from_path(config.model)
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)

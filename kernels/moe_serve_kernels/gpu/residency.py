@@ -33,7 +33,7 @@ NEVER_FREE = tl.constexpr(1 << 62)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Residency:
+class GpuResidency:
     """What is where. Everything is on the device; nothing here reads it back."""
 
     num_experts: int
@@ -57,13 +57,13 @@ class Residency:
         return self.slot_of[layer * self.num_experts : (layer + 1) * self.num_experts]
 
 
-def new_residency(num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> Residency:
+def new_residency(num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> GpuResidency:
     """Empty slots."""
 
     def full(*shape: int, value: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
 
-    return Residency(
+    return GpuResidency(
         num_experts,
         full(num_layers * num_experts, value=-1),
         full(num_slots, value=-1),
@@ -75,7 +75,7 @@ def new_residency(num_layers: int, num_experts: int, num_slots: int, device: tor
     )
 
 
-def plan(state: Residency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
+def plan(state: GpuResidency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
     """Make room for the experts in `ids` [T, K] of a layer, among the slots pool[0] .. pool[1] - 1.
 
     Of slots used equally long ago the first is taken; of the experts, the smaller first. Negative ids are nobody's.
@@ -128,7 +128,7 @@ class Copies:
     """[R] of one expert's part: a multiple of 16, as are the addresses."""
 
 
-def copy_experts(state: Residency, copies: Copies) -> None:
+def copy_experts(state: GpuResidency, copies: Copies) -> None:
     """Copy what the last plan wants, all parts in one launch."""
     num_parts, num_keys = copies.sources.shape
     copy_kernel[(COPY_PROGRAMS, num_parts)](

@@ -6,6 +6,7 @@ stdout: one line about what was written.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     trace = read_traces(args.traces, args.num_experts)
     fingerprint = _fingerprint(args.model, trace)
+    print(f"learning {args.method} from {trace.num_tokens} tokens ...", file=sys.stderr)
     training, start = Training(trace, seed=args.seed), time.perf_counter()
     try:
         predictor = find_method(args.method).fit(training)

@@ -12,7 +12,8 @@ from moe_serve.engine.engine import Engine
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import EngineDeadError, InvalidRequestError
 from moe_serve.grammars.matcher import Place
-from moe_serve.parallel.front.team import RankLostError, TeamState
+from moe_serve.parallel.front.links import RankLostError
+from moe_serve.parallel.front.team import TeamState
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.spec import ModelSpec

@@ -13,9 +13,17 @@ from dataclasses import dataclass, field
 import msgspec
 
 from expert_cache.report import ExpertReport
+from moe_serve.errors import MoEServeError
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
 from moe_serve.parallel.wire.door import Door, word_of
 from moe_serve.parallel.wire.messages import Alive, Answer, Failed, Ready, read_rank
+
+
+class RankLostError(MoEServeError):
+    """A rank died or stalled, and the step with it."""
+
+    http_status = 503
+    error_type = "rank_lost_error"
 
 
 @dataclass

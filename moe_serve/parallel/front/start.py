@@ -10,7 +10,6 @@ import sys
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import ConfigError
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
@@ -25,6 +24,7 @@ from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
 from placement.cost import hosts_of
+from predictors.predictor import RouterShape
 
 
 def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
@@ -45,7 +45,7 @@ def make_engine(config: EngineConfig, parallel: ParallelConfig) -> Engine:
         raise
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
     prescheduler = Prescheduler(hosts_of(plan.layout, parallel.ranks_per_group), uses)
-    shape = RoutingShape(team.layers, spec.num_experts, spec.top_k)
+    shape = RouterShape(team.layers, spec.num_experts, spec.top_k)
     return ParallelEngine(TeamRunner(team, resolved, prescheduler, shape), tokenizer, spec, eos, plan)
 
 

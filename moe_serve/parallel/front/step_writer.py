@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.wire.messages import (
     NO_ROUTES,
     ROUTE_IDS_AND_WEIGHTS,
@@ -26,6 +25,7 @@ from moe_serve.parallel.wire.messages import (
 )
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult, StepRoutes
 from moe_serve.scheduling.sequence import Sequence
+from predictors.predictor import RouterShape
 
 
 class StepWriter:
@@ -71,7 +71,7 @@ class StepWriter:
         return Item(self._keys[seq], item.start, item.count, fresh, seq.page_ids)
 
 
-def merge(plan: BatchPlan, answers: Items[StepDone], shape: RoutingShape, routes: int = NO_ROUTES) -> StepResult:
+def merge(plan: BatchPlan, answers: Items[StepDone], shape: RouterShape, routes: int = NO_ROUTES) -> StepResult:
     """The StepResult that all ranks' answers make together. `routes`: what was wanted of them."""
     sampled: dict[int, Sampled] = {}
     errors: dict[Sequence, str] = {}
@@ -88,7 +88,7 @@ def merge(plan: BatchPlan, answers: Items[StepDone], shape: RoutingShape, routes
     return replace(result, routes=gather(plan, pieces, shape, routes))
 
 
-def gather(plan: BatchPlan, pieces: Items[RoutePiece], shape: RoutingShape, wanted: int) -> StepRoutes:
+def gather(plan: BatchPlan, pieces: Items[RoutePiece], shape: RouterShape, wanted: int) -> StepRoutes:
     """All ranks' pieces as one step's routes, in plan order."""
     size = plan.num_tokens, len(shape.layer_ids), shape.top_k
     num_told = sum(len(piece.rows) for piece in pieces)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import threading
 import time
@@ -19,8 +18,9 @@ from typing import Any, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.errors import ConfigError, EngineDeadError, MoEServeError
-from moe_serve.parallel.front.links import Link, Listener
+from moe_serve.errors import EngineDeadError
+from moe_serve.parallel.front.gathering import Gathering
+from moe_serve.parallel.front.links import Link, Listener, RankLostError
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.wire.channel import ChannelClosed
 from moe_serve.parallel.wire.messages import (
@@ -32,7 +32,6 @@ from moe_serve.parallel.wire.messages import (
     Order,
     Outcome,
     Ready,
-    Start,
     StepDone,
     Stop,
     encode,
@@ -55,13 +54,6 @@ class TeamState(StrEnum):
     STOPPED = "stopped"
 
 
-class RankLostError(MoEServeError):
-    """A rank died or stalled, and the step with it."""
-
-    http_status = 503
-    error_type = "rank_lost_error"
-
-
 class Team:
     """The ranks of one server."""
 
@@ -75,7 +67,7 @@ class Team:
     ) -> None:
         """`spawner`: None where a launcher starts the ranks; then a loss is final here and the launcher's to mend.
 
-        `secret`: what a launcher's ranks know; ranks of a spawner get a new one for each group.
+        `secret`: what a launcher's ranks know.
         """
         self.parallel = parallel
         self.num_ranks = parallel.devices
@@ -92,9 +84,8 @@ class Team:
         """The model's decoder layers with experts."""
         self.counted: dict[int, Counted] = {}
         """By rank, as of the last step."""
-        self._config = config
+        self._gathering = Gathering(config, parallel, listener, spawner, secret)
         self._listener = listener
-        self._secret = secret
         self._spawner = spawner
         self._links: dict[int, Link] = {}
         self._changed = threading.Condition()
@@ -116,64 +107,15 @@ class Team:
         return self.engine_config
 
     def _gather(self) -> None:
-        """A new group: ranks say hello, get their settings, load, and say ready."""
-        deadline = time.monotonic() + self.parallel.rank_start_s
+        """A new group in place of the one before."""
         for link in self._links.values():
             link.channel.close()
         self._links = {}
-        secret = new_secret() if self._spawner is not None else self._secret
-        self._listener.open(secret)
-        try:
-            if self._spawner is not None:
-                self._spawner.start(self._listener.address, secret)
-            self._meet(deadline)
-        finally:
-            self._listener.shut()
-        self._send_all(Start(self._config, self.parallel))
-        self._wait_ready(deadline)
-
-    def _meet(self, deadline: float) -> None:
-        while len(self._links) < self.num_ranks:
-            newcomer = self._listener.accept(WATCH_S)
-            if newcomer is not None and newcomer.rank < self.num_ranks and newcomer.rank not in self._links:
-                self._links[newcomer.rank] = newcomer
-            elif newcomer is not None:  # a rank of another server with the same secret
-                newcomer.channel.close()
-            self._check_starting(deadline)
-
-    def _wait_ready(self, deadline: float) -> None:
-        waiting = dict(self._links)
-        while waiting:
-            for rank, link in list(waiting.items()):
-                answer = link.next(WATCH_S / len(waiting))
-                if answer is None:
-                    continue
-                if isinstance(answer, Failed):
-                    raise _error_of(rank, answer)
-                assert isinstance(answer, Ready), f"rank {rank} says {answer} before it is ready"
-                self.engine_config, self.layers = answer.engine, answer.layers
-                del waiting[rank]
-            self._check_starting(deadline)
+        self._links, self.engine_config, self.layers = self._gathering.run(lambda: self.state is TeamState.STOPPED)
         with self._changed:
             self.generation += 1
             self.state, self.trouble = TeamState.READY, ""
             self._changed.notify_all()
-
-    def _check_starting(self, deadline: float) -> None:
-        if self.state is TeamState.STOPPED:
-            raise EngineDeadError("the server is shutting down")
-        dead = self._spawner.first_dead() if self._spawner is not None else None
-        if dead is not None and not self._has_answer(dead[0]):
-            raise RankLostError(f"rank {dead[0]} ended with status {dead[1]} while starting; its log says why")
-        missing = [r for r in range(self.num_ranks) if r not in self._links]
-        if time.monotonic() > deadline:
-            raise RankLostError(
-                f"the ranks were not ready in {self.parallel.rank_start_s:g} s (--rank-start-s);"
-                + (f" ranks {missing} never connected" if missing else " loading takes longer")
-            )
-
-    def _has_answer(self, rank: int) -> bool:
-        return rank in self._links and not self._links[rank].answers.empty()
 
     # ---- steps ------------------------------------------------------------------------------------
 
@@ -326,14 +268,3 @@ class Team:
             for rank, link in sorted(self._links.items())
         ]
         return {"state": str(self.state), "trouble": self.trouble, "generation": self.generation, "ranks": ranks}
-
-
-def new_secret() -> str:
-    return secrets.token_hex(16)
-
-
-def _error_of(rank: int, answer: Failed) -> MoEServeError:
-    """What a rank could not start with: the user's mistake as it said it, else a crash."""
-    if answer.is_users:
-        return ConfigError(answer.message)
-    return RankLostError(f"rank {rank} failed while starting: {answer.message}; its log says more")

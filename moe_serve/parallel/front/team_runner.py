@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import reduce
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.experts import ResizeError
-from expert_cache.report import ExpertReport
+from expert_cache.report import ExpertReport, ExpertTotals
+from expert_cache.running.experts import ResizeError
 from moe_serve.config import EngineConfig
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.reports import TeamReports
 from moe_serve.parallel.front.step_writer import StepWriter, merge
@@ -26,6 +24,7 @@ from moe_serve.parallel.wire.messages import (
 )
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from placement.cost import Layout, hosts_of
+from predictors.predictor import RouterShape
 
 
 class TeamExperts:
@@ -71,7 +70,7 @@ def _plus(left: ExpertTotals, right: ExpertTotals) -> ExpertTotals:
 class TeamRunner:
     """A plan goes to all ranks; what each of them sampled comes back as one StepResult."""
 
-    def __init__(self, team: Team, config: EngineConfig, prescheduler: Prescheduler, shape: RoutingShape) -> None:
+    def __init__(self, team: Team, config: EngineConfig, prescheduler: Prescheduler, shape: RouterShape) -> None:
         self.team = team
         self.config = config
         self.prescheduler = prescheduler

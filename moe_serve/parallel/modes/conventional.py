@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from expert_cache.experts import nothing
+from expert_cache.running.experts import nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf.experts import connect
 from moe_serve.parallel.modes.exchange import pack, unpack

@@ -18,11 +18,11 @@ from moe_serve.parallel.wire.sockets import LENGTH, Wire
 class Exchange:
     """One rank's side of all exchanges; every rank must make the same ones in the same order."""
 
-    def __init__(self, rank: int, num_ranks: int, traffic: Traffic, wire: Wire, first_rank: int = 0) -> None:
+    def __init__(self, rank: int, num_ranks: int, num_layers: int, wire: Wire, first_rank: int = 0) -> None:
         """Rank `rank` of a group of `num_ranks`, which `wire` knows by numbers from `first_rank` on."""
         self.rank = rank
         self.num_ranks = num_ranks
-        self.traffic = traffic
+        self.traffic = Traffic(num_layers)
         self.wire = wire
         self._first_rank = first_rank
         self.others = tuple(r for r in range(num_ranks) if r != rank)

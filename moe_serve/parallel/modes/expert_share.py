@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.local_experts import RegroupedExperts
-from expert_cache.report import ExpertReport
+from expert_cache.report import ExpertReport, ExpertTotals
+from expert_cache.running.local_experts import RegroupedExperts
 from expert_cache.storage.errors import ExpertReadError
 from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.ownership import Ownership

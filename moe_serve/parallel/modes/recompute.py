@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from expert_cache.experts import nothing
+from expert_cache.running.experts import nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits

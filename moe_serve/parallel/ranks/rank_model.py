@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from expert_cache.local_experts import RegroupedExperts
+from expert_cache.running.local_experts import RegroupedExperts
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.engine.model_runner import ModelRunner, load_model
 from moe_serve.errors import ConfigError
@@ -20,9 +20,7 @@ from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.modes.exchange import Exchange
 from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.runner import RankRunner
-from moe_serve.parallel.modes.table import MODES
-from moe_serve.parallel.modes.traffic import Traffic
-from moe_serve.parallel.ranks.grouping import GroupRunner
+from moe_serve.parallel.modes.table import make_runner
 from moe_serve.parallel.wire.environment import RankAddress
 from moe_serve.parallel.wire.rendezvous import bind_narrowly, open_store
 from moe_serve.parallel.wire.sockets import GroupWire, connect_all
@@ -68,7 +66,7 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
     share = _share(place, parallel, local, spec, nothing)
     pages, context = _smallest([runner.config.kv.num_pages or 0, runner.config.max_model_len or 0], runner.device)
     config = runner.config.replace(num_kv_pages=pages, max_model_len=context)
-    return RankModel(share, config, _mode(place, parallel, runner, share))
+    return RankModel(share, config, make_runner(place.rank, parallel, runner, share))
 
 
 def _share(
@@ -83,14 +81,8 @@ def _share(
     first_rank = parallel.group_of(place.rank) * size
     hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
     wire = connect_all(place, parallel.rank_step_s) if like.device.type == "cpu" else GroupWire(like.device)
-    exchange = Exchange(place.rank - first_rank, size, Traffic(len(store.layers)), wire, first_rank)
+    exchange = Exchange(place.rank - first_rank, size, len(store.layers), wire, first_rank)
     return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.hidden_size))
-
-
-def _mode(place: RankAddress, parallel: ParallelConfig, runner: ModelRunner, share: ExpertShare) -> RankRunner:
-    mode = MODES[parallel.ep_mode](runner, share)
-    size = parallel.ranks_per_group
-    return mode if parallel.ep_groups == 1 else GroupRunner(mode, parallel.group_of(place.rank) * size, size)
 
 
 def _device_of(device: str, place: RankAddress) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from expert_cache.experts import ResizeError
 from expert_cache.report import ExpertReport
+from expert_cache.running.experts import ResizeError
 from moe_serve.parallel.ranks.late_grammars import LateGrammars
 from moe_serve.parallel.ranks.rank_model import RankModel
 from moe_serve.parallel.ranks.step_reader import StepReader

@@ -14,8 +14,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.report import ExpertReport
+from expert_cache.report import ExpertReport, ExpertTotals
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.scheduling.sequence import SamplingParams, TokenLogprob
 from placement.cost import Layout

@@ -23,7 +23,6 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from pydantic import Field
 
 from moe_serve.errors import ConfigError, InvalidRequestError
-from moe_serve.expert_routes.route_recorder import RoutingShape
 from moe_serve.parallel import expert_plans as plans
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.live_placement import Decision, LivePlacement
@@ -34,6 +33,7 @@ from moe_serve.server.endpoints.bodies.given import TheService, parsed
 from moe_serve.server.endpoints.bodies.parsing import Body
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan
+from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace
 
 router = APIRouter()
@@ -101,7 +101,7 @@ async def _change(body: ExpertPlanBody, placement: LivePlacement, engine: Parall
     return await placement.consider(Terms(margin, body.time_limit_s), candidate)
 
 
-def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> PlacementPlan:
+def read_plan(data: dict[str, Any], shape: RouterShape, num_ranks: int) -> PlacementPlan:
     """A plan from a request. InvalidRequestError names the field that is wrong or does not fit the model."""
     try:
         plan = PlacementPlan.from_json(data)
@@ -115,7 +115,7 @@ def read_plan(data: dict[str, Any], shape: RoutingShape, num_ranks: int) -> Plac
     return plan
 
 
-def _any_trace(shape: RoutingShape) -> RoutingTrace:
+def _any_trace(shape: RouterShape) -> RoutingTrace:
     """One token, to try a plan's settings on."""
     row = np.tile(np.arange(shape.top_k), (1, len(shape.layer_ids), 1))
     return RoutingTrace(row, np.array([0, 1]), np.array(shape.layer_ids), shape.num_experts)

@@ -18,6 +18,6 @@ def bind(config: ServerConfig) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or str(error)
-        message = f"cannot listen on {config.host} port {config.port} ({reason}); choose another port with --port"
+        message = f"cannot listen on {config.host} port {config.port} ({reason}); choose another with --port"
         raise ConfigError(message) from error
     return bound

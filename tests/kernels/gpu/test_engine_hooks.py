@@ -7,7 +7,6 @@ import gc
 import pytest
 import torch
 
-from expert_cache.capacity import Capacity
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import layout_of
@@ -15,6 +14,7 @@ from expert_cache.gpu_managed.pool import PooledExpert, SlotPool
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage.arena import HostArena
 from expert_cache.storage.cuda_arena import CudaTransit
 from expert_cache.storage.fetch import Fetcher

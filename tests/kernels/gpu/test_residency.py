@@ -10,7 +10,7 @@ import torch
 from moe_serve_kernels.gpu.residency import (
     MOST_PAIRS,
     Copies,
-    Residency,
+    GpuResidency,
     copy_experts,
     new_residency,
     plan,
@@ -20,12 +20,12 @@ from tests.support.gpu_references import plan_reference
 LAYERS, EXPERTS = 2, 6
 
 
-def clone(state: Residency) -> Residency:
+def clone(state: GpuResidency) -> GpuResidency:
     changes = {f.name: getattr(state, f.name).clone() for f in dataclasses.fields(state) if f.name != "num_experts"}
     return dataclasses.replace(state, **changes)
 
 
-def assert_equal(got: Residency, expected: Residency) -> None:
+def assert_equal(got: GpuResidency, expected: GpuResidency) -> None:
     for field in dataclasses.fields(got):
         a, b = getattr(got, field.name), getattr(expected, field.name)
         assert a == b if field.name == "num_experts" else torch.equal(a, b), f"{field.name}: {a} is not {b}"

@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.compute import ExpertCompute
-from expert_cache.counters import CacheCounters, ExpertTotals
-from expert_cache.experts import PaddingRows, Plan, ResizeError, nothing
-from expert_cache.in_place import InPlaceExperts
-from expert_cache.regroup import Regrouped, regroup, regroup_pairs
-from expert_cache.report import ExpertReport, Residency
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.storage.store import ExpertStore
-from expert_cache.usage import ExpertUsage, RouteBuffer
+from expert_cache.report import CacheCounters, ExpertReport, ExpertTotals, Residency
+from expert_cache.running.compute import ExpertCompute
+from expert_cache.running.experts import PaddingRows, Plan, ResizeError, nothing
+from expert_cache.running.in_place import InPlaceExperts
+from expert_cache.running.regroup import Regrouped, regroup, regroup_pairs
+from expert_cache.running.usage import ExpertUsage, RouteBuffer
+from expert_cache.storage import ExpertReadError, ExpertStore
 from predictors.shape import MoELayer
 
 

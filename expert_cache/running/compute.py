@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from expert_cache.storage.store import ExpertWeights
+from expert_cache.storage import ExpertWeights
 from moe_serve_kernels.cpu import expert_layer
 from moe_serve_kernels.cpu import expert_mlp as native
 from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, StartedMLP

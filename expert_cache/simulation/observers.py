@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_cache.capacity import Capacity
 from expert_cache.policies.policy import Ints, Policy
 from expert_cache.simulation.adaptive_quotas import AdaptiveQuotas
 from expert_cache.simulation.belady import BeladyWindow
+from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.live_shadows import LiveShadows
 from predictors.shape import MoELayer
 
@@ -25,8 +25,8 @@ class Observers:
         capacity: Capacity,
         num_layers: int,
         num_experts: int,
-        shadows: LiveShadows | None,
-        quotas: AdaptiveQuotas | None,
+        shadows: LiveShadows | None = None,
+        quotas: AdaptiveQuotas | None = None,
     ) -> None:
         self.policy, self.shadows, self.quotas = policy, shadows, quotas
         self._shape = num_layers, num_experts
@@ -44,6 +44,13 @@ class Observers:
     def found(self, layer: MoELayer, experts: Ints, num_ready: int, resident: NDArray[np.bool_]) -> None:
         """So many of them were ready; `resident` [L, E]."""
         self._window.add(layer, experts, num_ready, resident)
+
+    def better_quotas(self) -> Capacity | None:
+        """Other shares of the layers in the same slots, where a window of traffic is over and they would pay."""
+        now = self._capacity.quotas
+        if self.quotas is None or now is None or not self.quotas.is_due:
+            return None
+        return self.quotas.proposal(now)
 
     def resized(self, capacity: Capacity) -> None:
         """The cache has other pools now."""

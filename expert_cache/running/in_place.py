@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from expert_cache.compute import PreparedWeights
-from expert_cache.counters import CacheCounters
-from expert_cache.usage import ExpertUsage, RouteBuffer
+from expert_cache.report import CacheCounters
+from expert_cache.running.compute import PreparedWeights
+from expert_cache.running.usage import ExpertUsage, RouteBuffer
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
 from predictors.shape import Key, MoELayer

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.counters import ExpertTotals
-from expert_cache.in_place import InPlaceExperts
-from expert_cache.report import ExpertReport
-from expert_cache.storage.errors import ExpertReadError
-from expert_cache.usage import RouteBuffer
+from expert_cache.report import ExpertReport, ExpertTotals
+from expert_cache.running.in_place import InPlaceExperts
+from expert_cache.running.usage import RouteBuffer
+from expert_cache.storage import ExpertReadError
 from predictors.shape import MoELayer
 
 Plan = TypeVar("Plan", contravariant=True)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from expert_cache.counters import Counts
-from expert_cache.policies.policy import Floats, Ints
+from expert_cache.report import Counts
+from predictors.predictor import Floats, Ints
 from predictors.shape import MoELayer
 
 PREDICTION_COUNTS = ("predicted_used", "predicted_unused", "unpredicted")

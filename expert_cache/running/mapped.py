@@ -12,13 +12,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from expert_cache.compute import ExpertCompute, PreparedWeights
-from expert_cache.counters import CacheCounters
-from expert_cache.in_place import InPlaceExperts, layers_of
-from expert_cache.local_experts import RegroupedExperts
-from expert_cache.regroup import Regrouped
-from expert_cache.report import Residency
-from expert_cache.storage.store import ExpertStore
+from expert_cache.report import CacheCounters, Residency
+from expert_cache.running.compute import ExpertCompute, PreparedWeights
+from expert_cache.running.in_place import InPlaceExperts, layers_of
+from expert_cache.running.local_experts import RegroupedExperts
+from expert_cache.running.regroup import Regrouped
+from expert_cache.storage import ExpertStore
 from predictors.shape import Key, MoELayer
 
 

@@ -1,0 +1,77 @@
+"""Every tensor of a checkpoint is used, known to be unneeded, or an error that names it.
+
+transformers ignores what its model has no place for, with a note in a table on stderr. Scales whose note was lost, or
+biases that another tool added, would be ignored too, and the answers would be wrong. Knows names and dtypes; reads a
+tensor's values only where all zeros would make it unneeded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+
+from moe_serve.errors import CheckpointError
+
+UNNEEDED = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|masked_bias|(k|v|kv|q|prob|input|output)_scale|(k|v)_zero_point)$"
+    r"|(^|\.)(mtp|nextn)[._]"
+)
+"""Tables that are computed, scales of activations and caches that stay floats here, and layers for predicting several
+tokens at once."""
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+FLOATS = {"F64", "F32", "BF16", "F16"}
+NO_NOTE = (
+    "; neither quantization_config in config.json nor hf_quant_config.json says how to read it. Take that note from"
+    " where the checkpoint came from"
+)
+MOST_NAMES = 5
+
+
+def refuse_leftovers(folder: str, files: Iterable[Path], names: Iterable[str], num_layers: int) -> None:
+    """`names`: what the model has no place for. CheckpointError names those that would have changed its answers.
+
+    Layers from `num_layers` on are further prediction layers, which only their owners' engines run.
+    """
+    rest = {name for name in names if not _is_unneeded(name, num_layers)}
+    rest -= set(_all_zero(files, {name for name in rest if name.endswith(".bias")}))
+    if rest:
+        listed = ", ".join(sorted(rest)[:MOST_NAMES]) + (", ..." if len(rest) > MOST_NAMES else "")
+        hint = NO_NOTE if any("scale" in name or "qweight" in name or "qzeros" in name for name in rest) else ""
+        raise CheckpointError(f"{folder}: {len(rest)} tensors have no place in the model: {listed}{hint}")
+
+
+def refuse_codes(file: Path, dtypes: Iterable[tuple[str, str]]) -> None:
+    """(name, dtype) of tensors that are to be read as they are. CheckpointError names one that is no float."""
+    for name, dtype in dtypes:
+        if dtype not in FLOATS and name.endswith((".weight", "_proj")):
+            raise CheckpointError(f"{file}: {name} is stored as {dtype}{NO_NOTE}")
+
+
+def refuse_unused_experts(folder: str, layer: int, experts: Iterable[int | None], num_experts: int) -> None:
+    """CheckpointError where a layer of the files has more experts than the model."""
+    most = max((expert for expert in experts if expert is not None), default=0)
+    if most >= num_experts:
+        raise CheckpointError(
+            f"{folder}: layer {layer} has an expert {most}, but config.json names {num_experts} experts"
+        )
+
+
+def _is_unneeded(name: str, num_layers: int) -> bool:
+    layer = LAYER.search(name)
+    return bool(UNNEEDED.search(name)) or (layer is not None and int(layer[1]) >= num_layers)
+
+
+def _all_zero(files: Iterable[Path], names: set[str]) -> Iterator[str]:
+    """Those that add nothing: GPTQ tools write a bias for every matrix, of zeros where there was none.
+
+    `names` are transformers', which calls Mixtral's block_sparse_moe mlp.
+    """
+    for file in files if names else ():
+        with safe_open(file, framework="pt") as handle:
+            for stored in handle.keys():  # noqa: SIM118 - safe_open is not a dict
+                name = stored.replace(".block_sparse_moe.", ".mlp.")
+                if name in names and not handle.get_tensor(stored).any():
+                    yield name
