@@ -14,8 +14,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.resolve import computing
 from moe_serve.server import endpoints
-from moe_serve.server.computing import computing
 from moe_serve.server.endpoints.reference import openapi
 from moe_serve.server.monitoring.metrics import Metrics
 from moe_serve.server.monitoring.request_spans import TraceRequests, Tracing

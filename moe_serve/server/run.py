@@ -20,7 +20,7 @@ from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig, flag_na
 from moe_serve.config.model_folder import model_id_of
 from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError, EngineDeadError
-from moe_serve.server.computing import computing
+from moe_serve.resolve import computing
 from moe_serve.server.monitoring import logs
 from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_serve.server.computing import computing
+from moe_serve.resolve import computing
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello!"}]

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from moe_serve.server.computing import computing
+from moe_serve.resolve import computing
 from moe_serve.server.endpoints.bodies.given import TheService
 
 router = APIRouter()
