@@ -30,7 +30,7 @@ from moe_serve.scheduling.kv_pages import PagePool
 from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 from predictors.predictor import RouterShape
-from predictors.trace import RoutingTrace, load_all
+from predictors.trace import RoutingTrace, load, merge
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Timed:
 
 def main() -> None:
     args = parse()
-    trace = load_all(args.traces)
+    trace = merge([load(path) for path in args.traces])
     replay = Replay(trace, args)
     shape = RouterShape(tuple(trace.layer_ids.tolist()), trace.num_experts, trace.top_k)
     print(

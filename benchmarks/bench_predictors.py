@@ -97,12 +97,12 @@ class Tap:
 
     @contextmanager
     def on(self, llm: LLM) -> Iterator[None]:
-        experts = runner_of(llm).experts
+        experts: Any = runner_of(llm).experts
         run = experts.run
 
-        def run_and_keep(layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
+        def run_and_keep(layer: Any, hidden: Any, ids: Any, weights: Any, *rest: Any) -> Any:
             self.layers.setdefault(layer, []).append((hidden.float().numpy(), ids.numpy(), weights.float().numpy()))
-            return run(layer, hidden, ids, weights)
+            return run(layer, hidden, ids, weights, *rest)
 
         experts.run = run_and_keep
         try:

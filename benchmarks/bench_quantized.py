@@ -33,7 +33,7 @@ from moe_serve.hf.checkpoint import open_all_experts
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from predictors.shape import MoELayer
 
-Decode = Callable[[int, int], tuple[torch.Tensor, ...]]
+Decode = Callable[[MoELayer, int], tuple[torch.Tensor, ...]]
 """(layer, expert) -> gate, up, down in float32."""
 
 
@@ -136,7 +136,7 @@ def _set_experts(model: Any, decode: Decode) -> None:
     for index, layer in enumerate(model.model.layers):
         experts = layer.mlp.experts
         for expert in range(experts.gate_up_proj.shape[0]):
-            gate, up, down = decode(index, expert)
+            gate, up, down = decode(MoELayer(index), expert)
             experts.gate_up_proj[expert].copy_(torch.cat([gate, up]))
             experts.down_proj[expert].copy_(down)
 

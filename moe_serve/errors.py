@@ -12,6 +12,7 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── ModelNotFoundError          404
     ├── SlowClientError             408  the body did not arrive in time
     ├── BodyTooLargeError           413
+    ├── MediaTypeError              415  the body is no JSON in UTF-8, by its headers
     ├── OverloadedError             503  the queue is full; carries `retry_after_s`
     │   └── NotServingError         503  the server is loading or shutting down
     ├── RequestTimeoutError         504  the request took longer than the server allows
@@ -88,6 +89,13 @@ class BodyTooLargeError(MoEServeError):
     """The request's body exceeds the server's limit."""
 
     http_status = 413
+    error_type = "invalid_request_error"
+
+
+class MediaTypeError(MoEServeError):
+    """The request's headers describe a body that this server does not read."""
+
+    http_status = 415
     error_type = "invalid_request_error"
 
 

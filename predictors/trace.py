@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -167,11 +167,6 @@ def load(path: str | Path) -> RoutingTrace:
         meta=_meta(arrays.get("meta"), source),
         source=source,
     )
-
-
-def load_all(paths: Iterable[str | Path]) -> RoutingTrace:
-    """Read several files of one model as one trace."""
-    return merge([load(path) for path in paths])
 
 
 def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:

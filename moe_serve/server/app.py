@@ -20,6 +20,7 @@ from moe_serve.server.endpoints.reference import openapi
 from moe_serve.server.monitoring.metrics import Metrics
 from moe_serve.server.monitoring.request_spans import TraceRequests, Tracing
 from moe_serve.server.monitoring.stats_log import StatsLog
+from moe_serve.server.preparation import Preparation
 from moe_serve.server.service import Service
 from moe_serve.server.transport import http_errors
 from moe_serve.text.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ def create_app(
         engine=engine,
         tokenizer=tokenizer,
         metrics=metrics,
+        preparation=Preparation(),
         model_name=model_name,
         model_path=model_path,
         version=version,
@@ -57,7 +59,7 @@ def create_app(
         recording_dir=Path(recording_dir) if recording_dir else None,
         recording_buffer_tokens=recording_buffer_tokens,
     )
-    app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(engine, drain_timeout_s, tracing))
+    app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(service, drain_timeout_s, tracing))
     app.state.service = service
     if tracing is not None:
         app.add_middleware(TraceRequests, tracing=tracing, model_name=model_name)
@@ -74,10 +76,10 @@ def _metrics_of(engine: AsyncEngine, model_name: str) -> Metrics:
 
 
 @asynccontextmanager
-async def _lifespan(engine: AsyncEngine, drain_timeout_s: float, tracing: Tracing | None) -> AsyncIterator[None]:
-    engine.start()
+async def _lifespan(service: Service, drain_timeout_s: float, tracing: Tracing | None) -> AsyncIterator[None]:
+    service.engine.start()
     yield
-    await engine.shutdown(drain_timeout_s)
+    await service.engine.shutdown(drain_timeout_s)
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
 

@@ -16,6 +16,7 @@ from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import ModelNotFoundError
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.server.monitoring.metrics import Metrics
+from moe_serve.server.preparation import Preparation
 from moe_serve.text.response_templates import Template, template_of
 from moe_serve.text.tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ class Service:
     engine: AsyncEngine
     tokenizer: Tokenizer
     metrics: Metrics
+    preparation: Preparation
     model_name: str
     model_path: str = ""
     version: str = "0"

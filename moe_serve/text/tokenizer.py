@@ -16,7 +16,7 @@ import jinja2
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_serve.errors import ConfigError, InvalidRequestError
+from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 Messages = Sequence[Mapping[str, Any]]
@@ -34,6 +34,8 @@ class Tokenizer:
         self._added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
         self._space = "\u2581" if "\u2581" in repr(self.backend.decoder) else None
         """The character that stands for a space in a SentencePiece vocabulary."""
+        self._longest_token_chars = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+        """A character of a text is at least one of a token, even where tokens are written in bytes."""
 
     @staticmethod
     def from_path(folder: str, chat_template_file: str | None = None) -> Tokenizer:
@@ -63,8 +65,15 @@ class Tokenizer:
     def eos_token_ids(self) -> set[int]:
         return set() if self.hf.eos_token_id is None else {int(self.hf.eos_token_id)}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids. ContextTooLongError (prompt), by its length alone: a text that cannot be `max_tokens` or fewer."""
+        self._check_length(text, max_tokens)
         return list(self.hf(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        if max_tokens is not None and len(text) > max_tokens * self._longest_token_chars:
+            message = f"the text has {len(text)} characters, which cannot be {max_tokens} tokens or fewer"
+            raise ContextTooLongError("prompt", message)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -77,8 +86,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation. InvalidRequestError (messages) when the template refuses it."""
+        """Token ids of a conversation. InvalidRequestError (messages): the template refuses it, or as in `encode`."""
         if not self.hf.chat_template:
             raise InvalidRequestError(
                 "messages", "this model has no chat template; use /v1/completions or start with --chat-template FILE"
@@ -97,7 +107,7 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequestError("messages", f"the chat template cannot render these messages: {error}") from error
-        return self.encode(str(text), add_special_tokens=False)
+        return self.encode(str(text), add_special_tokens=False, max_tokens=max_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The token on its own; half of a UTF-8 character shows as U+FFFD."""

@@ -30,6 +30,7 @@ from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertWeights
+from predictors.shape import MoELayer
 
 from .caches import SteppedFetcher
 from .stores import FIRST, LAYERS, SECOND, E, split_store
@@ -99,7 +100,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.wanted is None)
     @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
-    def acquire(self, layer: int, experts: list[int]) -> None:
+    def acquire(self, layer: MoELayer, experts: list[int]) -> None:
         self.wanted = self.cache.acquirer.acquire(layer, experts, [1] * len(experts))
         self.asked = len(experts) - len(self.wanted.on_host)
         self._skip_if_all_on_host()
@@ -129,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.wanted = None
 
     @rule(layer=st.sampled_from(LAYERS), experts=EXPERT_SETS)
-    def prefetch(self, layer: int, experts: list[int]) -> None:
+    def prefetch(self, layer: MoELayer, experts: list[int]) -> None:
         pinned = dict(self.wanted.ready) if self.wanted else {}
         self.cache.prefetch(layer, experts, [1.0] * len(experts))
         assert self.wanted is None or self.wanted.ready == pinned

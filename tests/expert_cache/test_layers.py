@@ -19,6 +19,7 @@ from expert_cache.simulation.live_shadows import LiveShadows
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher
 from moe_serve.hf.activations import clamped, gated
+from predictors.shape import MoELayer
 
 from .caches import cached_layers, mapped_layers
 from .stores import FIRST, LAYERS, SECOND, SILU, STORES, E, H, expected, routing, split_store
@@ -97,7 +98,7 @@ def test_work_of_others_is_done_once_and_while_experts_are_read(capacity: str, t
         cache = layers.cache
         in_flight: list[int] = []
         for _ in range(2):
-            layers.run(FIRST, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(0))))
+            layers.run(FIRST, *routing(1), meanwhile=lambda: in_flight.append(len(cache.in_flight.of_layer(FIRST))))
         assert in_flight == [2, 0]
     calls: list[None] = []
     mapped_layers(store, SILU).run(FIRST, *routing(1), meanwhile=lambda: calls.append(None))
@@ -181,16 +182,16 @@ ROUTERS = [(torch.randn(E, H, generator=torch.Generator().manual_seed(i)), None)
 class Wrong:
     """Always expects what the router did not choose, in every layer."""
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
         others = tuple(e for e in range(E) if e not in experts)
-        return [Advice(i, others, (1.0,) * len(others)) for i in range(len(LAYERS))]
+        return [Advice(MoELayer(i), others, (1.0,) * len(others)) for i in range(len(LAYERS))]
 
 
 class Everything:
     """Expects all experts of the other layer."""
 
-    def advise(self, layer: int, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
-        return [Advice(1 - layer, tuple(range(E)), tuple(float(E - e) for e in range(E)))]
+    def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
+        return [Advice(MoELayer(1 - layer), tuple(range(E)), tuple(float(E - e) for e in range(E)))]
 
 
 @pytest.mark.parametrize("advisor", [FromAffinity(2, E), FromNextGate(ROUTERS), Wrong(), Everything()])

@@ -17,6 +17,7 @@ from expert_cache.host_compute.miss_choice import FromPageCache
 from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.policies import find_policy
+from expert_cache.running.local_experts import RegroupedExperts
 from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage import expert_file, page_cache
 from expert_cache.storage.arena import HostArena
@@ -121,7 +122,7 @@ def test_the_same_bits_from_the_page_cache_from_slots_and_mixed(dtype: torch.dty
     files = [tmp_path / f"layer{layer}.safetensors" for layer in DECODER_LAYERS]
     steps = [(layer, tokens, seed) for seed, tokens in enumerate([1, 2, 1, 2]) for layer in LAYERS]  # none streams
 
-    def outputs(layers: HostManagedExperts[object]) -> list[torch.Tensor]:
+    def outputs(layers: RegroupedExperts[object]) -> list[torch.Tensor]:
         found = []
         for layer, tokens, seed in steps:
             hidden, ids, weights = routing(tokens, 2, seed)

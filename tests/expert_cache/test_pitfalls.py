@@ -24,6 +24,7 @@ from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import DEMAND, Fetch
 from expert_cache.storage.store import ExpertStore
+from predictors.shape import Key, MoELayer
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import FIRST, LAYERS, SECOND, SILU, E, H, matrices, routing, split_store, stored
@@ -35,7 +36,7 @@ def cache_with(store: ExpertStore, slots: Capacity, num_transit: int = 0) -> tup
     return ExpertCache(store, lambda w: w, arena, slots, num_transit, find_policy("lru")(2, E), fetcher), fetcher
 
 
-def run_out(cache: ExpertCache, layer: int, experts: list[int]) -> None:
+def run_out(cache: ExpertCache, layer: MoELayer, experts: list[int]) -> None:
     """One layer's step, every expert run as soon as it is there."""
     wanted = cache.acquirer.acquire(layer, experts, [1] * len(experts))
     while wanted.ready or wanted.is_pending:
@@ -45,7 +46,7 @@ def run_out(cache: ExpertCache, layer: int, experts: list[int]) -> None:
             cache.acquirer.wait(wanted)
 
 
-def bytes_of(store: ExpertStore, *keys: tuple[int, int]) -> int:
+def bytes_of(store: ExpertStore, *keys: Key) -> int:
     return sum(read.span[1] for key in keys for read in store.reads(*key))
 
 

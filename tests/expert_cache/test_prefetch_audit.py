@@ -13,6 +13,7 @@ from expert_cache.prefetch.audit import (
     PrefetchAudit,
 )
 from expert_cache.report import CacheCounters
+from predictors.shape import MoELayer
 
 EXPERT_BYTES = 1000
 PROBE_STEPS = BLOCK_STEPS * PROBE_BLOCKS
@@ -100,7 +101,7 @@ def test_steps_are_compared_with_steps_of_their_size() -> None:
 
 def test_a_layer_that_wastes_is_left_out_and_tried_again() -> None:
     bench = Bench()
-    advice = [Advice(0, (1,), (1.0,)), Advice(1, (2,), (1.0,))]
+    advice = [Advice(MoELayer(0), (1,), (1.0,)), Advice(MoELayer(1), (2,), (1.0,))]
     bench.run(2 * BLOCK_STEPS - 1, 0.5, 1.0)
     bench.counters.prefetch_hits[0] += FEWEST_EXPERTS
     bench.counters.wasted_bytes[1] += FEWEST_EXPERTS * EXPERT_BYTES

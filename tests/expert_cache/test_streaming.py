@@ -17,6 +17,7 @@ from expert_cache.storage.arena import HostArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
+from predictors.shape import MoELayer
 
 from .caches import SteppedFetcher, cached_layers, mapped_layers
 from .stores import FIRST, LAYERS, SECOND, SILU, E, routing, split_store
@@ -33,13 +34,13 @@ def test_nearly_all_of_a_layers_experts_make_a_stream(tmp_path: Path) -> None:
 def test_the_order_is_that_of_the_file(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     streaming = Streaming(store)
-    places = [store.reads(FIRST, e)[0].offset for e in streaming.in_file_order(0, EVERYTHING)]
+    places = [store.reads(FIRST, e)[0].offset for e in streaming.in_file_order(FIRST, EVERYTHING)]
     assert places == sorted(places)
-    assert set(streaming.in_file_order(0, [4, 1])) == {1, 4}
-    ahead = list(streaming.ahead(0))
+    assert set(streaming.in_file_order(FIRST, [4, 1])) == {1, 4}
+    ahead = list(streaming.ahead(FIRST))
     assert {layer for layer, _ in ahead} == {1}
-    assert [e for _, e in ahead] == streaming.in_file_order(1, EVERYTHING)
-    assert list(streaming.ahead(1)) == []
+    assert [e for _, e in ahead] == streaming.in_file_order(SECOND, EVERYTHING)
+    assert list(streaming.ahead(SECOND)) == []
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def stepped_cache(folder: Path, slots: Capacity, num_transit: int) -> Iterator[t
     cache.close()
 
 
-def run_all(cache: ExpertCache, layer: int, experts: list[int]) -> list[int]:
+def run_all(cache: ExpertCache, layer: MoELayer, experts: list[int]) -> list[int]:
     """A layer's step; the order in which experts ran."""
     wanted, ran = cache.acquirer.acquire(layer, experts, [1] * len(experts)), []
     while wanted.ready or wanted.is_pending:
@@ -74,7 +75,7 @@ def test_a_stream_leaves_the_pools_alone_and_reads_the_next_layer_meanwhile(tmp_
         kept = cache.table.slot_of.copy()
         for _ in range(2):
             assert sorted(run_all(cache, FIRST, EVERYTHING)) == EVERYTHING
-            assert len(cache.in_flight.of_layer(1)) == 2
+            assert len(cache.in_flight.of_layer(SECOND)) == 2
             while fetcher.step():
                 pass
             before = cache.counters.prefetch_hits[1]
@@ -99,7 +100,7 @@ def test_an_empty_cache_is_filled_ahead(tmp_path: Path) -> None:
     with stepped_cache(tmp_path, Capacity.shared(10), num_transit=0) as (cache, _):
         wanted = cache.acquirer.acquire(FIRST, EVERYTHING, [1] * E)
         assert len(wanted.in_flight) == E
-        assert len(cache.in_flight.of_layer(1)) == E
+        assert len(cache.in_flight.of_layer(SECOND)) == E
         cache.acquirer.abandon(wanted)
 
 

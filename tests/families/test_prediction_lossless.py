@@ -50,7 +50,7 @@ class AtRandom:
         self._rng = np.random.default_rng(0)
 
     def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> list[Advice]:
-        later = int(self._rng.integers(0, self._shape[0]))
+        later = MoELayer(int(self._rng.integers(0, self._shape[0])))
         some = tuple(self._rng.permutation(self._shape[1])[:3].tolist())
         return [Advice(later, some, (1.0,) * len(some))]
 

@@ -8,15 +8,13 @@ What parses goes on through chat templates, tools and grammars up to the engine'
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hypothesis
-from fastapi import Request as HttpRequest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
@@ -60,16 +58,6 @@ Properties = dict[str, Callable[[int, int], int]]
 """Name -> what fuzzes it; see harness.fuzz_for_minutes."""
 
 
-class SentBytes:
-    """As much of an HTTP request as the parser reads."""
-
-    def __init__(self, raw: bytes) -> None:
-        self._raw = raw
-
-    async def body(self) -> bytes:
-        return self._raw
-
-
 def bodies(body_class: type[Body]) -> st.SearchStrategy[bytes]:
     good = GOOD[body_class]
     fields = [*body_class.model_fields, *body_class.unsupported, "unknown"]
@@ -92,7 +80,7 @@ class Handler:
         self.service: Service = random_app().state.service
 
     def handle(self, body_class: type[Body], raw: bytes) -> None:
-        body = asyncio.run(parse(cast(HttpRequest, SentBytes(raw)), body_class))
+        body = parse(raw, body_class)
         for request in self._requests(body):
             self.service.engine.core.check_request(request)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from moe_serve.parallel.modes.conventional import ConventionalExperts
 from moe_serve.parallel.modes.expert_share import ExpertShare
 from moe_serve.parallel.modes.recompute import RanksDivergedError, RecomputingExperts
+from predictors.shape import MoELayer
 from tests.support.traffic_forecast import RowBytes, forecast
 
 from .conftest import Mesh
@@ -57,7 +58,7 @@ def recompute(shared: list[ExpertShare], tokens: Any, homes: torch.Tensor, layer
     """The layer on every rank, all tokens sampled but the first."""
     calls = []
     for each in shared:
-        layers = RecomputingExperts(each, last_layer)
+        layers = RecomputingExperts(each, MoELayer(last_layer))
         layers.begin(homes, torch.arange(1, TOKENS))
         calls.append(lambda layers=layers: layers.run(layer, *tokens))
     return at_once(*calls)
@@ -92,7 +93,7 @@ def test_recompute_marks_what_could_not_be_read(mesh: Mesh) -> None:
     notes = []
     calls = []
     for each in shared:
-        layers = RecomputingExperts(each, 1)
+        layers = RecomputingExperts(each, MoELayer(1))
         notes.append(layers.losses)
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         calls.append(lambda layers=layers: layers.run(0, hidden, ids, weights))
@@ -106,7 +107,7 @@ def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
     hidden, ids, weights = random_tokens(torch.float32)
     calls = []
     for rank, each in enumerate(shared):
-        layers = RecomputingExperts(each, 1)
+        layers = RecomputingExperts(each, MoELayer(1))
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         mine = ids if rank else ids.flip(1)
         calls.append(lambda layers=layers, mine=mine: layers.run(0, hidden, mine, weights))

@@ -16,6 +16,7 @@ from moe_serve.parallel.wire.messages import ROUTE_IDS, ROUTE_IDS_AND_WEIGHTS, R
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 from predictors.predictor import RouterShape
+from predictors.shape import MoELayer
 
 LAYERS = (1, 3)
 SHAPE = RouterShape(LAYERS, num_experts=8, top_k=2)
@@ -44,7 +45,7 @@ def chosen(token: int, layer: int) -> list[int]:
 def call(noter: RouteNoter, layer: int, tokens: list[int]) -> None:
     """The router of `layer` has chosen for the tokens with these plan-order numbers."""
     ids = torch.tensor([chosen(token, layer) for token in tokens])
-    noter.run(layer, torch.zeros(len(tokens), 4), ids, ids / 8)
+    noter.run(MoELayer(layer), torch.zeros(len(tokens), 4), ids, ids / 8)
 
 
 def expected() -> list[Any]:

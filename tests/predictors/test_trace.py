@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from predictors.trace import RoutingTrace, TraceError, load, load_all, merge
+from predictors.trace import RoutingTrace, TraceError, load, merge
 
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "ids of two dimensions": ("ids", {"ids": np.zeros((5, 2), dtype=np.uint8)}),
@@ -137,7 +137,7 @@ def test_head_keeps_something(small_trace: RoutingTrace) -> None:
 def test_merge_puts_files_one_after_another(small_trace: RoutingTrace, tmp_path: Path) -> None:
     small_trace.save(tmp_path / "a.npz")
     small_trace.select([1]).save(tmp_path / "b.npz")
-    both = load_all([tmp_path / "a.npz", tmp_path / "b.npz"])
+    both = merge([load(tmp_path / "a.npz"), load(tmp_path / "b.npz")])
     assert both.seq_offsets.tolist() == [0, 3, 5, 7]
     np.testing.assert_array_equal(both.ids[5:], small_trace.ids[3:])
     assert both.weights is not None

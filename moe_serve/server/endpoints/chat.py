@@ -30,8 +30,8 @@ from moe_serve.server.endpoints.answers.prompt_scores import prompt_scores
 from moe_serve.server.endpoints.bodies import prompts, unsupported_fields
 from moe_serve.server.endpoints.bodies.chat_messages import Message
 from moe_serve.server.endpoints.bodies.common_fields import TemplateFields, in_range
-from moe_serve.server.endpoints.bodies.given import TheService, parsed
-from moe_serve.server.endpoints.bodies.json_types import Flag, Int
+from moe_serve.server.endpoints.bodies.given import TheService, parsed, prepared
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.endpoints.bodies.tools import Tool, ToolChoice, ToolPlan, calls_or_answer, plan_tools
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
@@ -44,9 +44,9 @@ router = APIRouter()
 class ChatBody(SamplingBody, TemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[JsonList[Message], Field(min_length=1)]
     """Text content only, as a string or text parts; tool calls and their results where the template has them."""
-    tools: list[Tool] | None = None
+    tools: JsonList[Tool] | None = None
     """Functions; the chat template must show them."""
     tool_choice: ToolChoice | None = None
     """none, auto (needs a response template), required, or a function by name."""
@@ -92,7 +92,7 @@ async def create_chat_completion(
     """Answer a conversation."""
     service.check_model(body.model)
     request_id = generation.request_id("chatcmpl-", body, http)
-    chat = plan(body, request_id, service)
+    chat = await prepared(http, lambda: plan(body, request_id, service))
     merger = AnswerMerger([chat.request])
     shapes = ChatShapes(body, chat, request_id, service.model_name, service.tokenizer, merger)
     events = generation.chunks(service, body, merger, shapes) if body.stream else None
@@ -125,7 +125,8 @@ def plan(body: ChatBody, request_id: str, service: TheService) -> ChatPlan:
     params = body.sampling_params(
         service.sampling_defaults, limit, body.num_logprobs(), grammar=grammar, bad_words=words
     )
-    rendered = prompts.render(body, body.messages, tools.shown, tokenizer, body.reasoning_effort)
+    max_tokens = prompts.most_tokens(body, service.max_model_len)
+    rendered = prompts.render(body, body.messages, tools.shown, tokenizer, body.reasoning_effort, max_tokens)
     prompt = prompts.truncated(rendered, body, limit, service.max_model_len)
     needed = _template_for(tools, template) if grammar is None or tools.mode == "auto" else None
     if needed is not None:

@@ -18,8 +18,8 @@ from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage
 from moe_serve.server.endpoints.answers.prompt_scores import prompt_scores
 from moe_serve.server.endpoints.bodies import prompts, unsupported_fields
 from moe_serve.server.endpoints.bodies.common_fields import in_range
-from moe_serve.server.endpoints.bodies.given import TheService, parsed
-from moe_serve.server.endpoints.bodies.json_types import Flag, Int
+from moe_serve.server.endpoints.bodies.given import TheService, parsed, prepared
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 from moe_serve.text.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ router = APIRouter()
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Int] | list[list[Int]]
+    prompt: str | JsonList[str] | JsonList[Int] | JsonList[JsonList[Int]]
     """Text, token ids, or up to 128 of either."""
     max_tokens: Int | None = 16
     """16, as in the OpenAI API; null: to the end of the context; 0: only the prompt is computed."""
@@ -53,7 +53,7 @@ async def create_completion(
     """Go on with a text, or with several."""
     service.check_model(body.model)
     request_id = generation.request_id("cmpl-", body, http)
-    merger = AnswerMerger(requests_of(body, request_id, service))
+    merger = AnswerMerger(await prepared(http, lambda: requests_of(body, request_id, service)))
     shapes = CompletionShapes(body, request_id, service.model_name, service.tokenizer, merger)
     events = generation.chunks(service, body, merger, shapes) if body.stream else None
     return await generation.answer(service, http, merger, shapes.whole, events)
@@ -80,7 +80,8 @@ def _prompts_of(body: CompletionBody, tokenizer: Tokenizer, max_model_len: int) 
         given = [given]
     if not given or len(given) > MAX_PROMPTS:
         raise InvalidRequestError("prompt", f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(given)}")
-    tokenized = [tokenizer.encode(p, body.add_special_tokens) if isinstance(p, str) else p for p in given]
+    most = prompts.most_tokens(body, max_model_len)
+    tokenized = [tokenizer.encode(p, body.add_special_tokens, most) if isinstance(p, str) else p for p in given]
     return [prompts.truncated(p, body, body.max_tokens, max_model_len) for p in tokenized]
 
 

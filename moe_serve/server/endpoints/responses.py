@@ -24,8 +24,8 @@ from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, json_
 from moe_serve.server.endpoints.answers.responses_items import Event, OutputItems
 from moe_serve.server.endpoints.bodies import unsupported_fields
 from moe_serve.server.endpoints.bodies.common_fields import CommonFields
-from moe_serve.server.endpoints.bodies.given import TheService, parsed
-from moe_serve.server.endpoints.bodies.json_types import Flag, Int
+from moe_serve.server.endpoints.bodies.given import TheService, parsed, prepared
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList, at_most
 from moe_serve.server.endpoints.bodies.parsing import Body
 from moe_serve.server.endpoints.bodies.responses_fields import (
     FunctionTool,
@@ -35,6 +35,7 @@ from moe_serve.server.endpoints.bodies.responses_fields import (
     our_names,
 )
 from moe_serve.server.endpoints.bodies.responses_input import messages_of
+from moe_serve.server.endpoints.bodies.sampling_body import MAX_TAGS
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
 from moe_serve.server.endpoints.chat import ChatBody, ChatPlan
 from moe_serve.text.tokenizer import Tokenizer
@@ -48,13 +49,13 @@ SAME_FIELDS = (*CommonFields.model_fields, "parallel_tool_calls", "chat_template
 class ResponsesBody(Body, CommonFields):
     """POST /v1/responses."""
 
-    input: str | list[dict[str, Any]]
+    input: str | JsonList[dict[str, Any]]
     """Text, or messages, function_call, function_call_output and reasoning items. Text content only."""
     instructions: str | None = None
     """A system message before the input."""
     max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
     """Default: to the end of the context."""
-    tools: list[FunctionTool] | None = None
+    tools: JsonList[FunctionTool] | None = None
     """Functions; the chat template must show them."""
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     """none, auto (needs a response template), required, or a function by name."""
@@ -64,13 +65,13 @@ class ResponsesBody(Body, CommonFields):
     """format: text, json_object or json_schema."""
     reasoning: Reasoning | None = None
     """effort is given to the chat template, which must use it; summary is accepted and unused."""
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: JsonList[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     """message.output_text.logprobs; reasoning.encrypted_content is accepted and unused: reasoning comes as text."""
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     """0 to 20 alternatives; needs message.output_text.logprobs in include."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template."""
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MAX_TAGS)] | None = None
     """Comes back in the answer."""
 
     unsupported: ClassVar[Mapping[str, Refusal]] = unsupported_fields.RESPONSES
@@ -107,9 +108,8 @@ async def create_response(
     """Answer a conversation in the form of OpenAI's Responses API. Nothing is kept between requests."""
     service.check_model(body.model)
     request_id = generation.request_id("resp_", body, http)
-    asked = body.as_chat()
     with our_names():
-        plan = chat.plan(asked, request_id, service)
+        plan = await prepared(http, lambda: chat.plan(body.as_chat(), request_id, service))
         merger = AnswerMerger([plan.request])
         shape = ResponseShape(body, plan, service.model_name, service.tokenizer, merger)
         events = _events(service, merger, shape) if body.stream else None

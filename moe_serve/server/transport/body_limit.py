@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_serve.errors import BodyTooLargeError, SlowClientError
 from moe_serve.server.transport.http_errors import CLOSE, error_response
+from moe_serve.server.transport.memory import MemoryReturn
 
 
 class BodyLimit:
@@ -18,6 +19,7 @@ class BodyLimit:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._memory = MemoryReturn()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -27,7 +29,11 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > self._max_bytes:
             await error_response(too_large(self._max_bytes), CLOSE)(scope, receive, send)
             return
-        await self._app(scope, _Body(receive, self._max_bytes, self._timeout_s).receive, send)
+        body = _Body(receive, self._max_bytes, self._timeout_s)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self._memory.note(body.num_bytes)
 
 
 def too_large(max_bytes: int) -> BodyTooLargeError:
@@ -44,6 +50,11 @@ class _Body:
         self._timeout_s = timeout_s
         self._deadline: float | None = None
         self._is_complete = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Taken in so far."""
+        return self._max_bytes - self._left_bytes
 
     async def receive(self) -> Message:
         if self._is_complete:  # what comes now is the client's leaving, for which there is no limit

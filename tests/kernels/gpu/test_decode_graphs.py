@@ -87,6 +87,11 @@ def _few_programs(device, monkeypatch) -> None:
         monkeypatch.setattr("moe_serve_kernels.gpu.residency.COPY_PROGRAMS", 2)
 
 
+def experts_of(llm: LLM) -> Any:
+    """What runs the model's experts."""
+    return llm.engine.runner.experts
+
+
 @pytest.fixture
 def one_size(monkeypatch) -> None:
     """Every batch is padded to four."""
@@ -113,7 +118,7 @@ def test_padding_touches_no_expert(device, small, one_size) -> None:
     launched, captured = (load(small("mixtral"), device, moe_cache_mib=KIB) for _ in range(2))
     capture(captured, device)
     assert tokens(captured, [5]) == tokens(launched, [5])
-    sides = [llm.engine.runner.experts for llm in (launched, captured)]
+    sides: list[Any] = [llm.engine.runner.experts for llm in (launched, captured)]
     for name in ("slot_of", "owner_of", "totals"):
         one, other = (getattr(side._layers.state, name) for side in sides)
         assert torch.equal(one, other), name
@@ -141,10 +146,10 @@ def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch
     write_quantized(str(small("mixtral")), tmp_path / "quantized", bits, group, None, lambda: None)
     settings = {"dtype": "float16", "moe_cache_mib": None if room == "for all" else 32}
     kept = load(tmp_path / "quantized", device, **settings)
-    assert kept.engine.runner.experts.compute.pool.layout.format == format
+    assert experts_of(kept).compute.pool.layout.format == format
     monkeypatch.setattr("expert_cache.gpu_managed.layout._format_of", lambda matrix: PLAIN)
     floats = load(tmp_path / "quantized", device, **settings | {"moe_cache_mib": None})
-    assert floats.engine.runner.experts.compute.pool.layout.format == "plain"
+    assert experts_of(floats).compute.pool.layout.format == "plain"
     assert tokens(kept, [5]) == tokens(floats, [5])
     kept.close()
     floats.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_tokens_are_those_of_transformers(device, folders, family, room, monkeyp
         moe_cache_mib=None if room == "for all" else 1,
         moe_cache_manager="host" if room.endswith("host") else "auto",
     )
-    experts = llm.engine.runner.experts
+    experts: Any = llm.engine.runner.experts
     assert isinstance(experts.compute, GpuCompute)
     kinds = {
         "for all": ResidentExperts,
@@ -64,7 +65,7 @@ def test_the_cpu_computes_misses_beside_the_gpu(device, folders, monkeypatch) ->
     prompt = torch.randint(0, VOCAB - 1, (3,)).tolist()
     settings = {"dtype": "float32", "device": str(device), "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16}
     llm = LLM(str(folders("mixtral")), moe_cache_mib=1, moe_cpu_misses=True, **settings)
-    experts = llm.engine.runner.experts
+    experts: Any = llm.engine.runner.experts
     assert isinstance(experts.cache.acquirer.misses, ByCrossover)
     assert experts.cache.acquirer.misses.costs.copy_s > 0
     experts.cache.acquirer.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))

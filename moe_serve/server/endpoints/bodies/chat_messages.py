@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
+from moe_serve.server.endpoints.bodies.json_types import JsonList
 
 
 class ContentPart(BaseModel):
@@ -23,8 +24,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(min_length=1)]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | JsonList[ContentPart] | None = None
+    tool_calls: JsonList[dict[str, Any]] | None = None
 
     def as_template_input(self, index: int) -> dict[str, Any]:
         """The message as chat templates expect it: content as one string, arguments of tool calls as objects."""

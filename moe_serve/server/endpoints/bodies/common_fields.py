@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moe_serve.server.endpoints.bodies.json_types import Flag, Int, Number
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList, Number
 
 
 def in_range(low: float | None = None, high: float | None = None) -> Any:
@@ -38,7 +38,7 @@ class CommonFields(BaseModel):
     """Above 0; counts the prompt too."""
     seed: Int | None = in_range(-(2**63), 2**63 - 1)
     """Same seed, same request: same tokens, whatever else runs."""
-    stop: str | list[str] | None = None
+    stop: str | JsonList[str] | None = None
     """Up to 16 strings."""
     priority: Annotated[Int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower goes first among waiting requests; 0 by default."""

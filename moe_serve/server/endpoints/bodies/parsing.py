@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moe_serve.errors import InvalidRequestError, UnsupportedFieldError
+from moe_serve.errors import InvalidRequestError, MediaTypeError, UnsupportedFieldError
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
+
+MAX_ELEMENTS = 500_000
+"""Reading these holds the interpreter, and so every stream, for less than a tenth of a second."""
+MAX_FIELDS = 300
+JSON_TYPE = "application/json"
+MAX_SHOWN = 100
+"""Characters of a client's own name in an error."""
 
 
 class Body(BaseModel):
@@ -28,10 +35,21 @@ class Body(BaseModel):
 BodyT = TypeVar("BodyT", bound=Body)
 
 
-async def parse(request: HttpRequest, body_class: type[BodyT]) -> BodyT:
-    """Read and validate a JSON body."""
-    raw = await request.body()
-    fields = {} if body_class.may_be_absent and not raw else _load(raw)
+def check_media_type(headers: Mapping[str, str]) -> None:
+    """MediaTypeError unless the headers, where they say anything, say JSON in UTF-8 as it is."""
+    kind, *parameters = (part.strip().lower() for part in headers.get("content-type", JSON_TYPE).split(";"))
+    if kind != JSON_TYPE:
+        raise MediaTypeError(f"the body must be JSON: send `Content-Type: {JSON_TYPE}`, not {kind[:MAX_SHOWN]!r}")
+    charsets = [value for value in parameters if value.startswith("charset=")]
+    if any(value.removeprefix("charset=").strip('"') not in ("utf-8", "utf8", "us-ascii") for value in charsets):
+        raise MediaTypeError("the body must be JSON in UTF-8")
+    if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+        raise MediaTypeError("the body must come as it is, without a Content-Encoding")
+
+
+def parse(raw: bytes, body_class: type[BodyT], max_elements: int = MAX_ELEMENTS) -> BodyT:
+    """Read and validate a JSON body. Its size in Python is bounded first, since reading it holds the interpreter."""
+    fields = {} if body_class.may_be_absent and not raw else _load(raw, max_elements)
     for name, refusal in body_class.unsupported.items():
         if name in fields and fields.pop(name) not in refusal.harmless:
             raise UnsupportedFieldError(name, f"{name} is not supported by this server ({refusal.why}); remove it")
@@ -41,24 +59,29 @@ async def parse(request: HttpRequest, body_class: type[BodyT]) -> BodyT:
         raise _as_invalid_request(error, body_class) from None
 
 
-def _load(raw: bytes) -> dict[str, Any]:
+def _load(raw: bytes, max_elements: int) -> dict[str, Any]:
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if sum(raw.count(sign) for sign in (b",", b"[", b"{", b"\\")) > max_elements:
+        message = f"the request body has more than {max_elements} commas, brackets and escaped characters together"
+        raise InvalidRequestError("body", f"{message}; send less at a time")
     try:
-        text = raw.decode()
-        fields = json.loads(text)
-        if "\\ud" in text.lower():  # maybe half of a surrogate pair, which no later step could encode
+        fields = json.loads(raw.decode())
+        if b"\\ud" in raw or b"\\uD" in raw:  # maybe half of a surrogate pair, which no later step could encode
             json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError("body", f"the request body is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidRequestError("body", "the request body must be a JSON object")
+    if len(fields) > MAX_FIELDS:
+        raise InvalidRequestError("body", f"the request body has {len(fields)} fields, more than there are")
     return fields
 
 
 def _as_invalid_request(error: ValidationError, body_class: type[BaseModel]) -> InvalidRequestError:
     """The first problem pydantic found, in a sentence that names the field."""
     problem = error.errors(include_url=False, include_context=False)[0]
-    field = str(problem["loc"][0]) if problem["loc"] else "body"
-    path = ".".join(str(part) for part in problem["loc"]) or "body"
+    field = str(problem["loc"][0])[:MAX_SHOWN] if problem["loc"] else "body"
+    path = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"]) or "body"
     if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
         return InvalidRequestError(field, f"unknown field {field!r}{_near(field, body_class)}")
     return InvalidRequestError(field, f"{path}: {problem['msg']}")

@@ -15,6 +15,9 @@ from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.text.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
+TRUNCATED_CONTEXTS = 8
+"""A prompt of which only the end is kept may be this many times as long as the context."""
+MAX_WORD_CHARS = 1000
 
 
 def render(
@@ -23,17 +26,18 @@ def render(
     tools: Tools,
     tokenizer: Tokenizer,
     effort: str | None = None,
+    max_tokens: int | None = None,
 ) -> list[int]:
     """Token ids of a conversation; refuses what the chat template would silently leave out.
 
-    `effort`: the field reasoning_effort.
+    `effort`: the field reasoning_effort. A text that cannot be as few as `max_tokens` is refused by its length.
     """
     kwargs = dict(body.chat_template_kwargs or {})
     more = {} if effort is None else {"reasoning_effort": effort}
-    ids = _render(body, messages, tools, tokenizer, {**kwargs, **more})
-    if effort is not None and ids == _render(body, messages, tools, tokenizer, kwargs):
+    ids = _render(body, messages, tools, tokenizer, {**kwargs, **more}, max_tokens)
+    if effort is not None and ids == _render(body, messages, tools, tokenizer, kwargs, max_tokens):
         raise InvalidRequestError("reasoning_effort", "this model's chat template does not use reasoning_effort")
-    if tools and ids == render(body, messages, (), tokenizer, effort):
+    if tools and ids == render(body, messages, (), tokenizer, effort, max_tokens):
         raise InvalidRequestError("tools", "this model's chat template does not show tools to the model")
     return ids
 
@@ -44,6 +48,7 @@ def _render(
     tools: Tools,
     tokenizer: Tokenizer,
     kwargs: dict[str, Any],
+    max_tokens: int | None,
 ) -> list[int]:
     return tokenizer.render_chat(
         [m.as_template_input(i) for i, m in enumerate(messages)],
@@ -51,7 +56,13 @@ def _render(
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=kwargs,
+        max_tokens=max_tokens,
     )
+
+
+def most_tokens(body: SamplingBody, max_model_len: int) -> int:
+    """Tokens that a prompt's text may come to before it is tokenised: more where only its end is kept."""
+    return max_model_len if body.truncate_prompt_tokens is None else TRUNCATED_CONTEXTS * max_model_len
 
 
 def truncated(prompt: Sequence[int], body: SamplingBody, max_tokens: int | None, max_model_len: int) -> tuple[int, ...]:
@@ -72,6 +83,8 @@ def bad_words(words: Sequence[str] | None, tokenizer: Tokenizer) -> tuple[tuple[
     for word in words or ():
         if not word.strip():
             raise InvalidRequestError("bad_words", "bad_words must not contain an empty word")
+        if len(word) > MAX_WORD_CHARS:
+            raise InvalidRequestError("bad_words", f"a word of bad_words has at most {MAX_WORD_CHARS} characters")
         for text in (word, " " + word.lstrip()):
             found[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
     return tuple(found)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve.server.endpoints.bodies.common_fields import CommonFields, in_range
-from moe_serve.server.endpoints.bodies.json_types import Flag, Int, Number
+from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList, Number, at_most
 from moe_serve.server.endpoints.bodies.parsing import Body
 from moe_serve.server.endpoints.bodies.structured import StructuredFields
 
@@ -34,6 +34,8 @@ DIRECT_FIELDS = (
     "skip_special_tokens",
 )
 """Body fields that are SamplingParams fields of the same name; null means the default."""
+MAX_BIASES = 10_000
+MAX_TAGS = 1000
 
 
 class StreamOptions(BaseModel):
@@ -52,7 +54,7 @@ class SamplingBody(Body, StructuredFields, CommonFields):
 
     n: Int | None = in_range(1, 128)
     """Number of answers, 1 to 128."""
-    stop_token_ids: list[Int] | None = None
+    stop_token_ids: JsonList[Int] | None = None
     """Tokens that end the answer."""
     min_tokens: Int | None = in_range(0)
     """No end before so many tokens; a complete grammar ends all the same."""
@@ -62,11 +64,11 @@ class SamplingBody(Body, StructuredFields, CommonFields):
     """Go on after the end token; not with a grammar."""
     skip_special_tokens: Flag | None = None
     """Leave special tokens out of the text; true by default."""
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], at_most(MAX_BIASES)] | None = None
     """Token id to -100 .. 100."""
-    allowed_token_ids: Annotated[list[Int], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[JsonList[Int], Field(min_length=1)] | None = None
     """Nothing else is sampled."""
-    bad_words: Annotated[list[str], Field(max_length=1000)] | None = None
+    bad_words: Annotated[JsonList[str], Field(max_length=1000)] | None = None
     """Words that are not said."""
     prompt_logprobs: Int | None = in_range(0, 20)
     """Log-probability of each prompt token and 0 to 20 alternatives; not with stream. Cached prefixes are not used."""
@@ -78,7 +80,7 @@ class SamplingBody(Body, StructuredFields, CommonFields):
     """Adds token_ids to choices, and prompt_token_ids."""
     return_tokens_as_token_ids: Flag | None = None
     """In logprobs, write each token as token_id:ID, because texts of tokens may be equal."""
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MAX_TAGS)] | None = None
     """Accepted and unused: tags for stored answers, and none are stored."""
 
     def check_stream(self) -> None:

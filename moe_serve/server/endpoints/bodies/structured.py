@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
-from moe_serve.server.endpoints.bodies.json_types import Flag
+from moe_serve.server.endpoints.bodies.json_types import Flag, JsonList
 
 JsonSchema = dict[str, Any]
-Choices = Annotated[list[str], Field(min_length=1, max_length=10_000)]
+Choices = Annotated[JsonList[str], Field(min_length=1, max_length=10_000)]
 
 
 class NamedSchema(BaseModel):
