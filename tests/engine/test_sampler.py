@@ -116,3 +116,20 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_no_probability_zero_token_is_ever_drawn() -> None:
     logits = [-math.inf] * 10 + [0.0] + [-math.inf] * 10
     assert set(frequencies(logits, count=500)) == {10}
+
+
+def test_what_others_cut_off_changes_no_row() -> None:
+    """Each request alone and beside others with other limits: the same token, also where nothing is cut off."""
+    torch.manual_seed(2)
+    logits = torch.randn(60, 3000) * 3
+    ways: list[dict[str, float]] = [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.01}]
+    rows = [seq(seed=i, request_id=str(i), **ways[i % len(ways)]) for i in range(len(logits))]
+    alone = [sampler.sample(logits[i : i + 1], [row], 0, NO_EOS)[0][0] for i, row in enumerate(rows)]
+    assert sampler.sample(logits, rows, 0, NO_EOS)[0] == alone
+
+
+def test_equal_probabilities_of_the_best_do_not_depend_on_others() -> None:
+    logits = torch.zeros(2, 4000)
+    few, many = seq(temperature=0, logprobs=2), seq(temperature=0, logprobs=20)
+    alone = sampler.sample(logits[:1], [few], 0, NO_EOS)[1][0]
+    assert sampler.sample(logits, [few, many], 0, NO_EOS)[1][0] == alone
