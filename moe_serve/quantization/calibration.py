@@ -7,6 +7,7 @@ Shape alphabet: T tokens, H hidden, I intermediate, K choices per token.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,13 @@ import torch
 
 from expert_cache.running.regroup import regroup
 from expert_cache.storage.store import ExpertStore, ExpertWeights
-from moe_serve.engine.model_runner import ModelRunner
-from moe_serve.errors import ConfigError
+from moe_serve.config import EngineConfig
+from moe_serve.engine.engine import Engine
+from moe_serve.engine.model_runner import load_runner
+from moe_serve.errors import ConfigError, MoEServeError
 from moe_serve.hf.experts import RunsExperts, connect
-from moe_serve.llm import LLM
-from moe_serve.scheduling.sequence import SamplingParams
+from moe_serve.scheduling.sequence import Request, SamplingParams
+from moe_serve.text.tokenizer import Tokenizer
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate, as_tensor
 from predictors.shape import MoELayer
 
@@ -78,21 +81,33 @@ def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 def record(model: str, text: str, most_tokens: int) -> ActivationRecorder:
     """Run the first `most_tokens` tokens of `text` through the model. ConfigError if there are none."""
-    llm = LLM(model, enable_prefix_caching=False, max_model_len=WINDOW_TOKENS + 1, dtype="float32", device="cpu")
-    assert llm.tokenizer is not None
-    ids = llm.tokenizer.encode(text)[:most_tokens]
+    settings = {"model": model, "enable_prefix_caching": False, "max_model_len": WINDOW_TOKENS + 1}
+    config = EngineConfig.from_dict(settings | {"dtype": "float32", "device": "cpu"})
+    tokenizer = Tokenizer.from_path(model)
+    ids = tokenizer.encode(text)[:most_tokens]
     if not ids:
         raise ConfigError("--calibration: the file has no text")
-    runner = llm.engine.runner
-    assert isinstance(runner, ModelRunner)
+    runner, spec = load_runner(config, frozenset())
     loaded = runner.loaded
     recorder = ActivationRecorder(runner.experts, loaded.store, loaded.family.activation(loaded.hf_config))
     connect(runner.model, recorder)
+    engine = Engine(runner, tokenizer, spec, frozenset())
     try:
-        llm.generate(_windows(ids), SamplingParams(max_tokens=1, temperature=0), show_progress=False)
+        _run(engine, _windows(ids))
     finally:
-        llm.close()
+        engine.close()
     return recorder
+
+
+def _run(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """One token after each prompt. MoEServeError where a prompt fails."""
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=1, temperature=0)
+        engine.add_request(Request(f"calibration-{i}", tuple(prompt), params, time.monotonic()))
+    while engine.has_work():
+        for output in engine.step():
+            if output.error is not None:
+                raise MoEServeError(output.error)
 
 
 def _windows(ids: Sequence[int]) -> list[Sequence[int]]:

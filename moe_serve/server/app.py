@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.resolve import computing
 from moe_serve.server import endpoints
 from moe_serve.server.endpoints.reference import openapi
 from moe_serve.server.monitoring.metrics import Metrics
@@ -77,7 +78,7 @@ def create_app(
 def _metrics_of(engine: AsyncEngine, model_name: str) -> Metrics:
     core = engine.core
     pages = {"block_size": core.page_size, "num_gpu_blocks": core.num_pages}
-    return Metrics(model_name, pages, core.expert_report, core.config.experts.prefetch)
+    return Metrics(model_name, pages, core.expert_report, core.config.experts.prefetch, computing(core.config))
 
 
 @asynccontextmanager
