@@ -88,9 +88,9 @@ class Metrics:
         expert_report: Callable[[], ExpertReport | None],
         predictor: str = "off",
     ) -> None:
-        """`cache_config`: facts for cache_config_info. `predictor`: who advises the expert cache, if anybody."""
+        """`cache_config`: facts for cache_config_info. `predictor`: the expert cache's advisor, or "off"."""
         self.live = LastMinute(expert_report)
-        """The last minute, for whoever draws it."""
+        """The last minute, for the dashboard."""
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         names, values = list(labels), list(labels.values())
