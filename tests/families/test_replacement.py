@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.engine.async_engine import AsyncEngine
@@ -87,6 +88,7 @@ def pairs(ranks: dict[str, Any]) -> int:
     return sum(sum(rank["tokens"]) for rank in ranks["experts"].values())
 
 
+@pytest.mark.slow
 def test_placements_while_serving(checkpoint: Checkpoint, reference: References, tmp_path: Path) -> None:
     folder, prompts = checkpoint("mixtral"), reference("mixtral").prompts
     settings = {"moe_cache_mib": 1, "enable_prefix_caching": False, "expert_plan_margin": 0.95}

@@ -22,6 +22,7 @@ GAUGES = (
     "num_requests_waiting",
     "kv_cache_usage_perc",
     "cache_config_info",
+    "compute_info",
     *expert_metrics.GAUGES,
 )
 HISTOGRAMS = (

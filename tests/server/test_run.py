@@ -144,6 +144,7 @@ def test_who_does_not_finish_in_time_is_told(start: Callable[..., Serve]) -> Non
     assert reader.events[-1] == "[DONE]"
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_on_the_same_port_then_ended_on_the_spot(start: Callable[..., Serve]) -> None:
     first = start()
     first.wait_until(lambda: first.health() == "ready")

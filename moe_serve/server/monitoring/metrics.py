@@ -87,8 +87,10 @@ class Metrics:
         cache_config: Mapping[str, object],
         expert_report: Callable[[], ExpertReport | None],
         predictor: str = "off",
+        computing: Mapping[str, str] | None = None,
     ) -> None:
-        """`cache_config`: facts for cache_config_info. `predictor`: the expert cache's advisor, or "off"."""
+        """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: the expert cache's
+        advisor, or "off"."""
         self.live = LastMinute(expert_report)
         """The last minute, for the dashboard."""
         self.registry = CollectorRegistry()
@@ -116,6 +118,9 @@ class Metrics:
         )
         info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
         Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self.registry).labels(**info).set(1)
+        compute = {**labels, **(computing or {})}
+        help = "Device, type of activations, instruction set of the C++ kernels and threads."
+        Gauge(PREFIX + "compute_info", help, list(compute), registry=self.registry).labels(**compute).set(1)
         self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
 
     def render(self) -> bytes:
