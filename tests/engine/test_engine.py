@@ -165,6 +165,11 @@ class LoadLog:
 
     def on_finished(self, stats: FinishedStats) -> None: ...
 
+    num_aborted = 0
+
+    def on_aborted(self, num_samples) -> None:
+        self.num_aborted += num_samples
+
 
 def test_an_abort_shows_in_the_reported_load_at_once(engine: Engine) -> None:
     engine.observer = log = LoadLog()
@@ -174,6 +179,9 @@ def test_an_abort_shows_in_the_reported_load_at_once(engine: Engine) -> None:
     assert (log.load.num_running, log.load.kv_usage_frac) == (1, 1 / 32)
     engine.abort("r")
     assert (log.load.num_running, log.load.num_waiting, log.load.kv_usage_frac) == (0, 0, 0.0)
+    assert log.num_aborted == 1
+    engine.abort("r")
+    assert log.num_aborted == 1
 
 
 def test_a_sequence_with_worthless_results_ends_alone(engine: Engine) -> None:

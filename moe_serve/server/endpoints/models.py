@@ -21,6 +21,8 @@ async def models(service: TheService) -> dict[str, Any]:
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: TheService) -> dict[str, Any]:
     """The served model, by its name or path."""
+    if not name:
+        return await models(service)
     service.check_model(name)
     return _card(service)
 

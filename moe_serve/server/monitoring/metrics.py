@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from expert_cache.report import ExpertReport
-from moe_serve.scheduling.finish import FinishedStats
+from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
 from moe_serve.server.monitoring.last_minute import LastMinute
@@ -113,6 +113,8 @@ class Metrics:
             registry=self.registry,
         )
         self._label_values = values
+        for reason in FinishReason:  # a rate needs a zero to start from
+            self._success.labels(*values, str(reason))
         self._rejections = Counter(
             PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self.registry
         )
@@ -152,6 +154,10 @@ class Metrics:
         self._gauges["num_requests_running"].set(load.num_running)
         self._gauges["num_requests_waiting"].set(load.num_waiting)
         self._gauges["kv_cache_usage_perc"].set(load.kv_usage_frac)
+
+    def on_aborted(self, num_samples: int) -> None:
+        """Samples ended because their client left, or the server did."""
+        self._success.labels(*self._label_values, str(FinishReason.ABORT)).inc(num_samples)
 
     def on_finished(self, stats: FinishedStats) -> None:
         self.live.on_finished(stats)

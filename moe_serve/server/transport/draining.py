@@ -23,7 +23,7 @@ FLUSH_S = 5
 
 
 class DrainingServer(uvicorn.Server):
-    """Serves `door`; the first SIGTERM or SIGINT drains, a second ends the process on the spot."""
+    """Serves `door`; the first SIGTERM, SIGINT or SIGHUP drains, a second ends the process on the spot."""
 
     def __init__(self, config: uvicorn.Config, door: FrontDoor, drain_timeout_s: float) -> None:
         config.timeout_graceful_shutdown = FLUSH_S
@@ -36,6 +36,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: object = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(signal.SIGHUP, self.handle_exit)
         await super().startup(sockets=sockets)  # type: ignore[arg-type]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
