@@ -122,7 +122,7 @@ def test_what_others_cut_off_changes_no_row() -> None:
     """Each request alone and beside others with other limits: the same token, also where nothing is cut off."""
     torch.manual_seed(2)
     logits = torch.randn(60, 3000) * 3
-    ways: list[dict[str, float]] = [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.01}]
+    ways: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.01}]
     rows = [seq(seed=i, request_id=str(i), **ways[i % len(ways)]) for i in range(len(logits))]
     alone = [sampler.sample(logits[i : i + 1], [row], 0, NO_EOS)[0][0] for i, row in enumerate(rows)]
     assert sampler.sample(logits, rows, 0, NO_EOS)[0] == alone

@@ -21,6 +21,13 @@ SICK = 77
 """A token whose embedding is broken."""
 
 
+def embeddings_of(llm: LLM) -> torch.Tensor:
+    """[V, H]."""
+    model: Any = runner_of(llm).model
+    table: torch.Tensor = model.get_input_embeddings().weight
+    return table
+
+
 def finish(llm: LLM, prompts: list[list[int]], **params: Any) -> list[tuple[list[int], str | None]]:
     """Tokens and error of each prompt, all in one batch."""
     settings = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, **params)
@@ -44,7 +51,7 @@ def test_one_sick_request_among_others(
     llm = load(checkpoint("mixtral"), enforce_eager=eager)
     healthy = [[5, 6, 7], [9, 10, 11, 12]]
     expected = finish(llm, healthy)
-    table = runner_of(llm).model.get_input_embeddings().weight
+    table = embeddings_of(llm)
     kept = table[SICK].clone()
     with torch.no_grad():
         table[SICK] = value
@@ -60,7 +67,7 @@ def test_one_sick_request_among_others(
 
 def test_a_scored_prompt(checkpoint: Checkpoint) -> None:
     llm = load(checkpoint("mixtral"))
-    table = runner_of(llm).model.get_input_embeddings().weight
+    table = embeddings_of(llm)
     kept = table[SICK].clone()
     with torch.no_grad():
         table[SICK] = math.nan

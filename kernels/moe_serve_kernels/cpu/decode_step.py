@@ -1,8 +1,8 @@
 """A decoding step of a few sequences on the CPU as one call: attention, routing and experts of all layers.
 
 Between the short layers of one token, waking threads and asking Python what comes next take longer than reading the
-weights. Here one team of threads runs the whole step; where somebody else brings the experts, each layer's part
-before them. Float32 activations on weights as they are stored. (llama.cpp's graphs on CPUs; CUDA graphs on GPUs.)
+weights. Here one team of threads runs the whole step, or each layer up to its experts if the caller runs those.
+Float32 activations on weights as they are stored. (llama.cpp's graphs on CPUs; CUDA graphs on GPUs.)
 
 Shape alphabet: T tokens (one per sequence), H hidden, K choices, V vocabulary, L layers with a router.
 """
@@ -83,7 +83,7 @@ class DecodeStep:
 
 
 class _Outputs:
-    """Where a step of so many tokens leaves its results."""
+    """The memory for the results of a step of `num_tokens` tokens."""
 
     def __init__(self, model: NativeModel, num_tokens: int) -> None:
         num_routes, top_k = model.routes[-1], model.shape.routing.top_k

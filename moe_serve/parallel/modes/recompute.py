@@ -33,7 +33,7 @@ from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_row
 from predictors.shape import MoELayer
 
 Rows = tuple[torch.Tensor, torch.Tensor]
-"""Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
+"""Rows [n] with whole sums, and rows [m] with sums that have parts on other ranks."""
 CHECK_BYTES = 4
 NO_RANK = -1
 """In place of a choice's rank where its sum is not sent: all ranks run it, or none."""

@@ -89,10 +89,10 @@ class Metrics:
         predictor: str = "off",
         computing: Mapping[str, str] | None = None,
     ) -> None:
-        """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: who
-        advises the expert cache, if anybody."""
+        """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: the expert cache's
+        advisor, or "off"."""
         self.live = LastMinute(expert_report)
-        """The last minute, for whoever draws it."""
+        """The last minute, for the dashboard."""
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         names, values = list(labels), list(labels.values())

@@ -1,7 +1,7 @@
 """DrainingServer: uvicorn's server with an orderly end.
 
-uvicorn closes its port first and then waits, so nobody can ask how the wait is going. Here the port stays
-open while running requests finish: new ones get 503 with Retry-After, and /health says "draining".
+uvicorn closes its port first and then waits, so no probe can ask about the wait. Here the port stays open while
+running requests finish: new ones get 503 with Retry-After, and /health says "draining".
 """
 
 from __future__ import annotations

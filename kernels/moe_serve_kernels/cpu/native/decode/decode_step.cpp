@@ -128,7 +128,7 @@ using namespace moe_serve;
 #define ARITHMETIC "decode/decode_step.inc"
 #include "simd/per_isa.inc"
 
-// Floats that the other functions need as `memory` for at most `num_tokens` tokens and so many threads.
+// Floats that the other functions need as `memory` for at most `num_tokens` tokens and the given number of threads.
 extern "C" int64_t moe_serve_decode_memory(Model* model, int64_t num_tokens, int32_t num_threads) {
     model->sizes = sizes_of(*model, num_tokens);
     return Memory(*model, num_tokens, nullptr).size(num_threads, nullptr);

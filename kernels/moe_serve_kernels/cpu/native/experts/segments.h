@@ -121,7 +121,7 @@ constexpr int64_t STREAM_MAX_TOKENS = 6;  // with more, weights are packed first
 constexpr int64_t BLOCK_ROWS = 64;        // of a weight, per task
 constexpr int64_t LINEAR_TOKENS = 256;    // of one segment of a linear layer: enough to pay for packing its weights
 
-// out[i] = sum over k of weights[k] * rows[k][i] for columns `first` .. `last`-1: the same bits whoever asks.
+// out[i] = sum over k of weights[k] * rows[k][i] for columns `first` .. `last`-1: the same bits in every caller.
 void weighted_sum(const float* const* rows, const float* weights, int64_t top_k, int64_t first, int64_t last,
                   float* out);
 
