@@ -82,16 +82,17 @@ def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:
 def record(model: str, text: str, most_tokens: int) -> ActivationRecorder:
     """Run the first `most_tokens` tokens of `text` through the model. ConfigError if there are none."""
     settings = {"model": model, "enable_prefix_caching": False, "max_model_len": WINDOW_TOKENS + 1}
-    config = EngineConfig.from_dict(settings | {"dtype": "float32", "device": "cpu"})
+    # The recorder stands in the model's modules, so steps must run through them.
+    config = EngineConfig.from_dict(settings | {"dtype": "float32", "device": "cpu", "enforce_eager": True})
     tokenizer = Tokenizer.from_path(model)
     ids = tokenizer.encode(text)[:most_tokens]
     if not ids:
         raise ConfigError("--calibration: the file has no text")
-    runner, spec = load_runner(config, frozenset())
+    runner = load_runner(config, frozenset())
     loaded = runner.loaded
     recorder = ActivationRecorder(runner.experts, loaded.store, loaded.family.activation(loaded.hf_config))
     connect(runner.model, recorder)
-    engine = Engine(runner, tokenizer, spec, frozenset())
+    engine = Engine(runner, tokenizer, runner.spec, frozenset())
     try:
         _run(engine, _windows(ids))
     finally:
