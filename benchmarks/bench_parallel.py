@@ -105,8 +105,8 @@ class CountingTeam(GroupTeam):
             self.tokens += len(order.items)
             after = self._sent()
             self.trips += after["trips"] - before["trips"]
-            for kind in self.bytes:
-                self.bytes[kind] += after[kind] - before[kind]
+            for name in self.bytes:
+                self.bytes[name] += after[name] - before[name]
         return answers
 
     def _sent(self) -> dict[str, int]:

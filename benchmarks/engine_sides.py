@@ -83,6 +83,9 @@ class _PlanSizes:
     def on_finished(self, stats: Any) -> None:
         """Only steps are of interest."""
 
+    def on_aborted(self, num_samples: int) -> None:
+        """Only steps are of interest."""
+
 
 class HFModel:
     """The transformers model both of its sides share, and the clock hooked into it.

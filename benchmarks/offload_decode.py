@@ -98,6 +98,9 @@ class Clock:
     def on_finished(self, stats: Any) -> None:
         """Of no interest."""
 
+    def on_aborted(self, num_samples: int) -> None:
+        """Of no interest."""
+
 
 def read_rate(cache: Any) -> float:
     """Bytes per second of the cache's own Fetcher, reading whole experts into slots' worth of memory."""

@@ -19,6 +19,7 @@ from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
+from moe_serve_kernels.cpu import library
 
 log = logging.getLogger(__name__)
 
@@ -141,3 +142,17 @@ def _moe_cache_mib(config: EngineConfig, num_total: int, slot_bytes: int, device
             f"--moe-cache-mib {budget} does not hold a single expert; give at least {-(-slot_bytes // MIB)}"
         )
     return min(budget, everything)
+
+
+def computing(config: EngineConfig) -> dict[str, str]:
+    """How a resolved `config` computes, for logs and metrics: results depend on it to the bit.
+
+    instruction_set: that of the C++ kernels; "torch" where they are not used.
+    """
+    native = library.load() if config.device == "cpu" else None
+    return {
+        "device": config.device,
+        "dtype": config.dtype,
+        "instruction_set": "torch" if native is None else native.isa,
+        "threads": str(config.num_threads),
+    }

@@ -159,7 +159,7 @@ def _routes(problem: PlacementProblem, hosts: Bools) -> Floats:
 
 
 def _positions(arriving: Floats, step: Floats, hosts: Bools) -> Floats:
-    """[E, G] where the tokens of each expert are after the hop. Experts nobody reaches: spread over their copies."""
+    """[E, G] where the tokens of each expert are after the hop; of experts without tokens: spread over the copies."""
     if step.ndim == 2:
         return step
     masses = np.einsum("jg,jgh->jh", arriving, step)

@@ -26,7 +26,7 @@ def chain_pass(costs: LayerCosts, start: int, first: Ints) -> Ints:
 
 
 def descend(costs: LayerCosts, device_of: Ints, stop: Callable[[], bool], sweeps: int = 50) -> Ints:
-    """A layout no single layer of which can be improved; each step is exact or at least not worse."""
+    """A layout that no change of a single layer improves; each step is exact, or at least not worse."""
     problem = costs.problem
     device_of = device_of.copy()
     stale = np.ones(problem.num_layers, bool)

@@ -1,6 +1,6 @@
 """Inter-layer affinity counted while serving: which experts of the next layer follow these of this layer.
 
-For a model of which there is no trace yet; `methods/transition.py` is fitted to one, and knows more. Counts how often
+For a model without a trace; `methods/transition.py` is fitted to a trace, and its recall is higher. Counts how often
 expert b of layer l+1 was used in a step that used expert a of layer l: the affinity of ExFlow, used as a Markov
 model. Knows numpy only.
 

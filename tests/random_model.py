@@ -6,6 +6,7 @@ For tests of what is decided after the forward pass, without one.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 
@@ -17,9 +18,12 @@ from moe_serve.execution import sampler
 from moe_serve.execution.prompt_logprobs import score
 from moe_serve.grammars.masks import MaskThread
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
-from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence, TokenLogprob
+from moe_serve.scheduling.sequence import Request, SampleOutput, SamplingParams, Sequence, TokenLogprob
 from moe_serve.spec import ModelSpec
 from moe_serve.text.tokenizer import Tokenizer
+
+Outputs = dict[tuple[str, int], list[SampleOutput]]
+"""By (request id, sample), in order."""
 
 
 class NoExperts:
@@ -93,20 +97,20 @@ class RandomRunner(DenseRunner):
         self._masks.close()
 
 
-def random_engine(tokenizer: Tokenizer, **settings: object) -> Engine:
+def random_engine(tokenizer: Tokenizer, **settings: Any) -> Engine:
     """An Engine over a RandomRunner; keyword arguments are EngineConfig's fields."""
     values = {"num_kv_pages": 256, "max_model_len": 512, "page_size": 8, "max_num_seqs": 8} | settings
     eos = frozenset(tokenizer.eos_token_ids)
     size = tokenizer.vocab_size
-    runner = RandomRunner(size, eos, EngineConfig.of(**values))  # type: ignore[arg-type]
+    runner = RandomRunner(size, eos, EngineConfig.of(**values))
     return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8), eos)
 
 
-def run_all(engine: Engine, requests: dict[str, SamplingParams], prompt: tuple[int, ...] = (5, 6, 7)) -> dict:
+def run_all(engine: Engine, requests: dict[str, SamplingParams], prompt: tuple[int, ...] = (5, 6, 7)) -> Outputs:
     """Outputs of all requests, by (request id, sample)."""
     for request_id, params in requests.items():
         engine.add_request(Request(request_id, prompt, params))
-    outputs: dict[tuple[str, int], list] = {}
+    outputs: Outputs = {}
     while engine.has_work():
         for output in engine.step():
             outputs.setdefault((output.request_id, output.index), []).append(output)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_serve.hf.family import family_names, find
+from moe_serve.hf.families import family_names
+from moe_serve.hf.family import find
 
 ROOT = Path(__file__).resolve().parents[1]
 WALK = (ROOT / "docs" / "architecture.md").read_text()

@@ -30,15 +30,17 @@ def test_one_prompt_may_be_a_text_a_dict_or_ids(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode(TEXT)
     expected = _text(llm.generate([TEXT], GREEDY))
     assert expected
-    for prompt in (TEXT, ids, {"prompt": TEXT}, {"prompt_token_ids": ids}):
+    both: list[str | list[int]] = [TEXT, ids]
+    prompts: list[str | list[int] | dict[str, Any]] = [TEXT, ids, {"prompt": TEXT}, {"prompt_token_ids": ids}]
+    for prompt in prompts:
         assert _text(llm.generate(prompt, GREEDY)) == expected
         assert "".join(output.text for output in llm.stream(prompt, GREEDY)) == expected
-    assert [_text([result]) for result in llm.generate([TEXT, ids], GREEDY)] == [expected, expected]
+    assert [_text([result]) for result in llm.generate(both, GREEDY)] == [expected, expected]
 
 
 def test_one_string_is_one_stop_string(llm: LLM) -> None:
     word = _text(llm.generate(TEXT, GREEDY)).split()[-1]
-    given, listed = (SamplingParams(temperature=0, max_tokens=6, stop=stop) for stop in (word, [word]))
+    given, listed = (SamplingParams(temperature=0, max_tokens=6, stop=stop) for stop in (word, (word,)))
     assert given == listed
     assert given.stop == (word,)
     (result,) = llm.generate(TEXT, given)

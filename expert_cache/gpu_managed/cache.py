@@ -66,7 +66,7 @@ class GpuManagedExperts(LocalExperts[object]):
         return self._layers.run(layer, hidden, self.padding.leave_out(ids), weights, self.compute.activation)
 
     def residency(self) -> Residency:
-        """What is in slots at this moment; waits for the device."""
+        """Which experts are in slots now; waits for the device."""
         ready = self._slot_of() >= 0
         return Residency(
             ready=ready,
@@ -94,7 +94,7 @@ class GpuManagedExperts(LocalExperts[object]):
 
 
 class DeviceCounters(CacheCounters):
-    """CacheCounters that are read from the device when somebody wants to know; that waits for it."""
+    """CacheCounters, read from the device on each access; an access waits for the device."""
 
     def __init__(self, num_layers: int, totals: torch.Tensor, expert_bytes: int) -> None:
         """`totals`: GpuResidency.totals [3, L]."""

@@ -41,7 +41,7 @@ class SlotLayout:
     group_size: int = GROUP_SIZE
 
     def pool(self, num_slots: int, device: torch.device) -> ExpertPool:
-        """So many slots, uninitialised."""
+        """A pool of `num_slots` slots, uninitialised."""
         both, down = (2, self.inner, self.hidden), (self.hidden, self.inner)
         return ExpertPool(self._bank(num_slots, both, device), self._bank(num_slots, down, device))
 

@@ -1,8 +1,8 @@
 """SlotPool: experts on a GPU in the layout its kernels read, each in a slot of its own.
 
-An expert that has arrived is copied into a free slot, which puts any checkpoint's layout and data type into the
-kernels' one (slot_layout.py); the slot is free again when nobody holds the expert any more. The pool is allocated once
-and never moves. Knows no cache and no policy.
+An expert that has arrived is copied into a free slot. The copy converts the checkpoint's layout and data type to the
+kernels' (layout.py). The slot is free again when no reference to the expert is left. The pool is allocated once and
+never moves. Knows no cache and no policy.
 
 Shape alphabet: S slots.
 """

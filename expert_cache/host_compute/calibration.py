@@ -23,7 +23,9 @@ def measure(
     dtype: torch.dtype,
     synchronize: Callable[[], None],
 ) -> MissCosts:
-    """Times both ways. Nobody may use `arena` yet. `dtype` of the activations; `synchronize` waits for the device.
+    """Measures both ways. `arena` must be unused so far.
+
+    `dtype`: of the activations. `synchronize` waits for the device.
 
     ExpertReadError: an expert cannot be read.
     """

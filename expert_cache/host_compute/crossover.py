@@ -29,14 +29,14 @@ class MissCosts:
     tokens: tuple[int, ...]
     """Ascending, at least two."""
     host_s: tuple[float, ...]
-    """Of the CPU's kernel at so many tokens each."""
+    """Seconds of the CPU's kernel for each number in `tokens`."""
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.host_s) >= 2
         assert all(a < b for a, b in pairwise(self.tokens))
 
     def host(self, tokens: int) -> float:
-        """Seconds of the CPU for one expert of so many tokens: straight lines between what was measured, and on."""
+        """Seconds of the CPU for one expert of `tokens` tokens: linear between the measured points, and beyond them."""
         right = min(max(bisect_right(self.tokens, tokens), 1), len(self.tokens) - 1)
         x0, x1 = self.tokens[right - 1], self.tokens[right]
         y0, y1 = self.host_s[right - 1], self.host_s[right]

@@ -25,7 +25,7 @@ class MissChoice(Protocol):
         ...
 
     def stays(self, layer: MoELayer, expert: int) -> bool:
-        """It would be computed on the host whoever wants it, so bringing it ahead of time is of no use."""
+        """Every use of the expert is computed on the host, so a prefetch would be of no use."""
         ...
 
 
@@ -55,5 +55,5 @@ class ByCrossover:
         return [missing[i] for i in cheapest_on_host(counts, self.costs, num_coming)]
 
     def stays(self, layer: MoELayer, expert: int) -> bool:
-        """Nobody knows for how many tokens it will be wanted."""
+        """False: the number of tokens, which decides, is unknown before the router asks."""
         return False

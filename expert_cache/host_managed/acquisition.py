@@ -24,14 +24,14 @@ class Acquisition:
     ready: dict[int, PreparedWeights] = field(default_factory=dict)
     """Experts that can run, pinned until released."""
     failed: dict[int, ExpertReadError] = field(default_factory=dict)
-    """Experts whose bytes could not be had."""
+    """Experts whose bytes could not be read."""
     in_flight: set[int] = field(default_factory=set)
     """Experts on their way, pinned."""
     inputs: dict[int, PreparedWeights] = field(default_factory=dict)
-    """Of those in flight, the ones whose gate and up can be read while down is still coming; each is put here once
-    and taken out by whoever runs it."""
+    """Experts in flight whose gate and up can be read while down is still coming. Each is put here once, and taken out
+    to be run."""
     on_host: list[int] = field(default_factory=list)
-    """Experts that will not come: whoever runs the others computes these from their host copies."""
+    """Experts that stay on the host: they are computed from their host copies."""
     waiting: deque[int] = field(default_factory=deque)
     """Experts that get a slot when one is released: the overflow that runs in waves."""
     streams: bool = False

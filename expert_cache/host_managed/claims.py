@@ -39,7 +39,7 @@ class SlotClaims:
         return may_evict and any(self._by_evicting(key, spare_unasked) for spare_unasked in (True, False))
 
     def without_evicting(self, key: Key) -> bool:
-        """Take a slot that nobody owns, of the pool or in transit."""
+        """Take a free slot, of the pool or in transit."""
         if self._table.has_room(key):
             self._table.take(key)
         elif self._table.has_transit:

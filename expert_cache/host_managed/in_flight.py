@@ -54,7 +54,7 @@ class InFlight:
         return [key for key in self._fetches if key[0] == layer]
 
     def prefetches(self) -> list[Key]:
-        """Those that nobody has asked for yet."""
+        """The reads that no router has asked for yet."""
         return [key for key, fetch in self._fetches.items() if fetch.urgency < DEMAND]
 
     def least_urgent(self, keys: Iterable[Key]) -> Key:
@@ -116,7 +116,7 @@ class InFlight:
         assert set(self._early) <= set(self._fetches), "an early start outlived its fetch"
 
     def _can_start(self, key: Key, fetch: Fetch) -> bool:
-        """Its gate and up are here, nobody has been told, and the rest takes long enough to care."""
+        """Gate and up have arrived, no early start is announced yet, and the rest is slow enough for one to pay."""
         worthwhile = self._starts_early and key not in self._early
         return worthwhile and fetch.num_inputs_missing == 0 and fetch.error is None
 

@@ -43,7 +43,7 @@ class SlotTable:
         self._used = np.zeros(num_layers, np.int64)
 
     def has_room(self, key: Key) -> bool:
-        """The pool of this expert's layer has a slot that nobody owns."""
+        """The pool of this expert's layer has a free slot."""
         if self.allowed.quotas is None:
             return int(self._used.sum()) < self.allowed.total
         return bool(self._used[key[0]] < self.allowed.quotas[key[0]])

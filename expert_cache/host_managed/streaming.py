@@ -1,9 +1,8 @@
 """Streaming: what to do in a step that needs nearly all experts, as a long prompt or a wide batch does.
 
-Nobody has to predict then: the next layer will need nearly all of its experts too. So they are read ahead in the order
-of the file, through the slots in transit, while this layer computes (SE-MoE's ring memory), and the experts that
-decoding keeps in the pools stay where they are. A layer's own need decides for the next one, so the choice is made anew
-per layer and step, and a wrong one costs at most the ring.
+The next layer then needs nearly all of its experts too, so no prediction is needed. They are read ahead in file order
+through the transit slots while this layer computes (SE-MoE's ring memory). The experts in the pools stay where they
+are. A layer's own need decides for the next layer, anew in each step. A wrong choice costs at most the transit slots.
 Knows experts and where they lie; knows no slots and no tokens.
 
 Shape alphabet: L MoE layers, E experts per layer.
@@ -31,7 +30,7 @@ class Streaming:
         self._order: dict[MoELayer, list[int]] = {}
 
     def suits(self, num_wanted: int) -> bool:
-        """A step that wants so many of a layer's experts wants nearly all of the next one's."""
+        """Whether a step that wants `num_wanted` experts of a layer will want nearly all of the next layer's."""
         return num_wanted >= NEARLY_ALL_FRAC * self._num_experts
 
     def in_file_order(self, layer: MoELayer, experts: Iterable[int]) -> list[int]:

@@ -6,8 +6,8 @@ wrong ones take reading time from demands. So two things are measured on live tr
 Whole steps, timed with prefetching and without it in turn, a few at a time (a probe). Prefetching stays on only if
     steps with it were faster. Between probes it is left as decided; the time to the next probe doubles while the
     answer stays the same, so that probing costs little either way.
-Single layers, by what prefetching brought: experts used, or on their way when the router asked, against those that
-    nobody wanted. A layer whose guesses are mostly wasted is left out until the next probe gives it another chance.
+Single layers, by their prefetched experts: those used, or on their way when the router asked, against the unused
+    ones. A layer with mostly unused prefetches is left out until the next probe.
 
 Both need more evidence to change their mind than to keep it. Knows no models; the clock is only for the engine's
 thread. Prefetching changes when bytes move, so whatever is decided here, results are the same bit for bit.
@@ -75,7 +75,7 @@ class PrefetchAudit:
     # ---- one step ---------------------------------------------------------------------------------
 
     def begin(self, num_tokens: int) -> None:
-        """A step of so many tokens reaches the first layer."""
+        """A step of `num_tokens` tokens reaches the first layer."""
         self._num_tokens = num_tokens
         self._started_s = self._clock()
 
@@ -106,7 +106,7 @@ class PrefetchAudit:
         return self._is_on if self._probe_step < 0 else self._probe_step // BLOCK_STEPS % 2 == 1
 
     def allowed(self, advice: Sequence[Advice]) -> list[Advice]:
-        """What may be brought of what is advised now."""
+        """The part of the advice that may be prefetched now."""
         return [item for item in advice if self._layer_on[item.layer]]
 
     # ---- decisions --------------------------------------------------------------------------------

@@ -67,15 +67,21 @@ class ExpertCompute:
         """
         fused_segments: list[Segment] = []
         fused_weights: list[MLPWeights] = []
+        x = hidden.to(torch.float32).contiguous()
         for (start, end), expert in zip(segments, weights, strict=True):
             if isinstance(expert, MLPWeights) and end - start < self._matrix_tokens:
                 fused_segments.append((start, end))
                 fused_weights.append(expert)
+            elif not isinstance(expert, MLPWeights) and self._runs_copies:
+                native.expert_mlp(x, tokens, [(start, end)], [_readable_copy(expert)], self.activation, out)
             else:
                 out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
-        if fused_weights:
-            x = hidden.to(torch.float32).contiguous()
-            native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
+        native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
+
+    @property
+    def _runs_copies(self) -> bool:
+        """Whether the kernel also runs what it cannot read: torch's sums depend on how many tokens there are."""
+        return self._dtype == torch.float32 and native.is_available(self._device, "float32", self._dtype)
 
     def start(
         self, hidden: torch.Tensor, tokens: torch.Tensor, segment: Segment, weights: PreparedWeights
@@ -102,6 +108,16 @@ class ExpertCompute:
         gate = _linear(x, expert.gate, expert.gate_bias)
         up = _linear(x, expert.up, expert.up_bias)
         return _linear(native.activate(self.activation, gate, up), expert.down, expert.down_bias)
+
+
+def _readable_copy(expert: ExpertWeights) -> MLPWeights:
+    """Of weights that lie by columns (GPT-OSS) or in a format that the kernel does not know: one expert at a time."""
+    matrices = (expert.gate, expert.up, expert.down)
+    is_bf16 = all(isinstance(m, torch.Tensor) and m.dtype == torch.bfloat16 for m in matrices)
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    rows = [native.as_tensor(m, dtype).contiguous() for m in matrices]
+    biases = (expert.gate_bias, expert.up_bias, expert.down_bias)
+    return MLPWeights(*rows, *(None if bias is None else bias.to(torch.float32) for bias in biases))
 
 
 def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ from predictors.predictor import Ints
 
 WINDOW_STEPS = 256
 WORTH_FRAC = 0.02
-"""Of the newest window's misses, so many must be saved."""
+"""New quotas must save this fraction of the newest window's misses."""
 OLD_WEIGHT = 0.5
 """What a window weighs against the one after it."""
 

@@ -25,7 +25,7 @@ def slots_in(mib: int, slot_bytes: int, most: int) -> int:
 
 
 def least_mib(num_slots: int, slot_bytes: int) -> int:
-    """The smallest budget that holds so many."""
+    """The smallest budget, in MiB, that holds `num_slots` slots."""
     return -(-num_slots * slot_bytes // MIB)
 
 

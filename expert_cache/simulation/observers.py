@@ -42,7 +42,7 @@ class Observers:
             self.quotas.add(layer, experts)
 
     def found(self, layer: MoELayer, experts: Ints, num_ready: int, resident: NDArray[np.bool_]) -> None:
-        """So many of them were ready; `resident` [L, E]."""
+        """`num_ready` of them were ready; `resident` [L, E]: the experts that have a slot."""
         self._window.add(layer, experts, num_ready, resident)
 
     def better_quotas(self) -> Capacity | None:

@@ -80,7 +80,7 @@ class CudaTransit(CudaArena):
     """Memory that experts only pass through, on their way into a pool in another layout (gpu_pool.py)."""
 
     def tensor(self, slot: int) -> torch.Tensor:
-        """The slot's bytes, for the last time: they live as long as whoever asked keeps them."""
+        """The slot's bytes, which leave the arena: they live as long as the returned tensor."""
         memory = self._memory(slot)
         del self._slots[slot]
         return memory

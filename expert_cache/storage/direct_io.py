@@ -93,7 +93,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def drop_cached_pages(path: Path) -> None:
-    """Give back what the page cache holds of a file and nobody has mapped."""
+    """Drop the file's pages from the page cache, except those that a process has mapped."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

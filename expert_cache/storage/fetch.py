@@ -268,7 +268,7 @@ class Fetcher:
         )
 
     def _finish(self, fetch: Fetch) -> None:
-        """With the lock held: nobody works on this fetch any more."""
+        """With the lock held: mark the fetch done; no thread works on it any more."""
         fetch.is_done = True
         if fetch in self._queue:
             self._queue.remove(fetch)

@@ -1,7 +1,7 @@
-"""What of a mapped file is in the page cache, and letting go of it. Knows addresses; knows no experts. Linux only.
+"""Which pages of a mapped file are in the page cache, and dropping them. Knows addresses; knows no experts. Linux only.
 
-A page that somebody else brought into memory costs us nothing to read there. Reading it makes it ours as far as
-the process's resident size goes, until it is let go of; the cgroup it was charged to stays the same.
+A page that another process brought into memory can be read without I/O. Reading it adds it to this process's resident
+size until it is dropped. It stays charged to the cgroup that brought it.
 """
 
 from __future__ import annotations

@@ -20,4 +20,4 @@ class Routing:
     top_groups: int = 1
     """Only experts in the best groups can be chosen."""
     best_of_group: Literal[1, 2] = 2
-    """A group is worth the sum of so many of its best experts: one in DeepSeek-V2, two in DeepSeek-V3."""
+    """A group's score is the sum of this many of its best experts: one in DeepSeek-V2, two in DeepSeek-V3."""

@@ -268,7 +268,7 @@ class AsyncEngine:
 
 
 def _settle(done: asyncio.Future[T], result: T) -> None:
-    """Answer whoever waits, unless they have gone."""
+    """Set the future's result, unless its waiter has cancelled it."""
     if not done.cancelled():
         done.set_result(result)
 

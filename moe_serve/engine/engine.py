@@ -141,15 +141,17 @@ class Engine:
         for seq in sequences:
             if params.grammar is not None:
                 seq.matcher = self._grammars.start(params.grammar)
-            self._detokenizers[seq] = IncrementalDetokenizer(self.tokenizer, params)
+            self._detokenizers[seq] = IncrementalDetokenizer(self.tokenizer, params, request.prompt_token_ids)
             self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is; unknown ids are ignored."""
-        for seq in self._sequences.pop(request_id, []):
-            if not seq.is_finished:
-                self._end(seq, FinishReason.ABORT)
-                self._forget(seq)
+        running = [seq for seq in self._sequences.pop(request_id, []) if not seq.is_finished]
+        for seq in running:
+            self._end(seq, FinishReason.ABORT)
+            self._forget(seq)
+        if self.observer is not None and running:
+            self.observer.on_aborted(len(running))
         self._report_load()
 
     def is_waiting(self, request_id: str) -> bool:

@@ -17,7 +17,7 @@ from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
 from moe_serve.engine.mapped_files import MappedFiles
-from moe_serve.execution import forward_batch, prompt_logprobs, sampler
+from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
@@ -76,7 +76,7 @@ class ModelRunner:
         self._files = files
 
     def run_whole_steps(self) -> None:
-        """From now on run decoding steps without the model's modules, where there is a kernel for that. Only for a
+        """From now on run steps without the model's modules, where there are kernels for that. Only for a
         runner that has all experts."""
         dtype = getattr(torch, self.config.dtype)
         is_ours = whole_steps.is_available(self.device, dtype) and not self.config.enforce_eager
@@ -123,12 +123,14 @@ class ModelRunner:
         pending = self.masks.start(rows)
         scored = forward_batch.scored_rows(plan)
         logits = self._forward(batch, scored) if graphs is None else graphs.run(batch)
+        broken = broken_logits.find(plan, logits, [*batch.sample_rows.tolist(), *scored])
         logits, prompt_logits = logits[: len(rows)], logits[len(rows) :]
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.experts.take_failures())
-        errors = {seq: error.message for seq, error in failures.items()} | (masks.errors if masks is not None else {})
+        errors = broken | {seq: error.message for seq, error in failures.items()}
+        errors |= masks.errors if masks is not None else {}
         return StepResult(
             tuple(t for _, t, _ in by_plan),
             tuple(p for _, _, p in by_plan),
@@ -158,11 +160,11 @@ class ModelRunner:
 
     def _forward(self, batch: forward_batch.ForwardBatch, scored: Sequence[int] = ()) -> torch.Tensor:
         """Logits [rows to sample + scored rows, V]: the first in batch order, the others in theirs."""
-        if self._whole_steps is not None and not scored and self._whole_steps.takes(batch):
-            return self._whole_steps.run(batch)
         rows = batch.sample_rows
         if scored:
             rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
+        if self._whole_steps is not None:
+            return self._whole_steps.run(batch, rows)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,

@@ -1,6 +1,6 @@
 """CudaCapture: the one place where work becomes a CUDA graph.
 
-Needs a GPU for everything in it; whoever captures takes it as an argument, so that the rest can be tested without.
+Everything in it needs a GPU. Its users take it as an argument, so they can be tested without a GPU.
 """
 
 from __future__ import annotations

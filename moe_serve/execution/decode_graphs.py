@@ -1,9 +1,9 @@
 """DecodeGraphs: a decoding step as one captured graph, for each of a set of batch sizes.
 
 A step that decodes N sequences replays the graph of the smallest size that holds them (vLLM). Its other rows are
-padding: they read and write a KV page that belongs to nobody, choose no expert, and their logits are dropped. What a
-step knows goes into tensors that never move: two copies from pinned memory, then one launch for the whole model.
-Steps with a part of a prompt, or with more sequences than the largest size, are not for us.
+padding: they read and write a spare KV page, choose no expert, and their logits are dropped. A step's inputs go into
+tensors that never move: two copies from pinned memory, then one launch for the whole model. Steps with a part of a
+prompt, or with more sequences than the largest size, run without a graph.
 
 Shape alphabet: N sequences, M rows of a graph (N <= M), W pages of the longest context, B page size, V vocabulary.
 """
@@ -45,7 +45,7 @@ class StepInputs:
     """What a graph reads, for up to `rows` sequences: tensors on the device and their image in host memory."""
 
     def __init__(self, rows: int, width: int, page_size: int, spare_page: int, device: torch.device) -> None:
-        """`width`: W. `spare_page`: nobody's page, for the padding."""
+        """`width`: W. `spare_page`: the page that padding rows read and write; no sequence has it."""
         pinned = device.type == "cuda"
         self._host = torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned)
         self._host_table = torch.zeros(rows, width, dtype=torch.int64, pin_memory=pinned)
@@ -75,7 +75,7 @@ class StepInputs:
         self._table[:rows].copy_(self._host_table[:rows], non_blocking=True)
 
     def batch(self, rows: int, width: int) -> ForwardBatch:
-        """The first rows as a step of so many sequences of at most `width` pages; its tensors are ours and stay."""
+        """The first `rows` rows as a step of sequences of at most `width` pages; its tensors never move."""
         ids, positions, slots, lengths = self._columns[:, :rows]
         table = self._table[:rows, :width]
         group = DecodeGroup(0, table, lengths, width * self._page_size, even=False, single_run=None)
@@ -140,7 +140,7 @@ class DecodeGraphs:
         return work
 
     def takes(self, plan: BatchPlan) -> bool:
-        """Every sequence decodes one token in this step, and there is a graph for so many."""
+        """Every sequence decodes one token in this step, and a graph is large enough for them."""
         is_decoding = all(item.count == 1 and item.needs_sample for item in plan.scheduled)
         return is_decoding and len(plan.scheduled) <= self.sizes[-1]
 

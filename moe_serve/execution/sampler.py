@@ -150,22 +150,31 @@ def _sample_random(logits: torch.Tensor, seqs: Rows[Sequence], default_seed: int
 
 
 def _truncate(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Zero the probabilities [n, V] that top_k, top_p and min_p exclude."""
+    """Zero the probabilities [n, V] that top_k, top_p and min_p exclude; a row's result is its own business."""
     min_p = _column([p.min_p for p in params], probs)
     if any(p.min_p > 0.0 for p in params):
         probs = torch.where(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0, probs)
-    if all(p.top_k <= 0 and p.top_p >= 1.0 for p in params):
-        return probs
-    vocab = probs.shape[1]
-    top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
-    best, ids = probs.topk(max(top_k), dim=-1)
-    rank = torch.arange(best.shape[1], device=probs.device)
-    best = torch.where(rank >= _column(top_k, rank), 0.0, best)
-    # As transformers does: top_p counts the mass that top_k left, and keeps the token that crosses it.
-    before = (best / best.sum(dim=-1, keepdim=True)).cumsum(dim=-1).roll(1, dims=-1)
+    rows_of: dict[int, list[int]] = {}
+    for row, p in enumerate(params):
+        if p.top_k > 0 or p.top_p < 1.0:
+            rows_of.setdefault(min(p.top_k, probs.shape[1]) if p.top_k > 0 else probs.shape[1], []).append(row)
+    if rows_of:
+        probs = probs.clone()
+    for top_k, rows in rows_of.items():
+        probs[rows] = _best(probs[rows], top_k, [params[row].top_p for row in rows])
+    return probs
+
+
+def _best(probs: torch.Tensor, top_k: int, top_p: list[float]) -> torch.Tensor:
+    """`probs` [n, V] with zeros outside the `top_k` best, and outside those of them that have `top_p` [n] together."""
+    best, ids = probs.topk(top_k, dim=-1)
+    # As transformers does: top_p counts the mass that top_k left, and keeps the token that crosses it. The total is the
+    # last running sum: torch's own sum of a row depends on how many rows there are.
+    mass = best.cumsum(dim=-1)
+    before = mass.roll(1, dims=-1)
     before[:, 0] = 0.0
-    best = torch.where(before >= _column([p.top_p for p in params], probs), 0.0, best)
-    return torch.zeros_like(probs).scatter_(1, ids, best)
+    kept = torch.where(before >= _column(top_p, probs) * mass[:, -1:], 0.0, best)
+    return torch.zeros_like(probs).scatter_(1, ids, kept)
 
 
 def _column(values: list[float] | list[int], like: torch.Tensor) -> torch.Tensor:
@@ -204,9 +213,10 @@ def _logprobs(logits: torch.Tensor, seqs: Rows[Sequence], tokens: list[int]) -> 
     if not rows:
         return result
     logprobs = logits[rows].float().log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(max(seqs[i].params.logprobs or 1 for i in rows), logprobs.shape[1]), dim=-1)
     for j, i in enumerate(rows):
         wanted = seqs[i].params.logprobs or 0
-        top = tuple(zip(ids[j, :wanted].tolist(), values[j, :wanted].tolist(), strict=True))
+        # Of equals, which ones come first may depend on how many are asked for: each row asks for its own.
+        values, ids = logprobs[j].topk(min(wanted, logprobs.shape[1]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         result[i] = TokenLogprob(tokens[i], logprobs[j, tokens[i]].item(), top)
     return result

@@ -97,7 +97,7 @@ class RouteRecorder:
             start, row = start + count, row + count
 
     def _forget_finished(self) -> None:
-        """Now and then: drop sequences that have ended, and names of which the ring holds no row."""
+        """Now and then: drop ended sequences, and names that have no row left in the ring."""
         if len(self._next_position) > self._forget_at:
             for seq in [s for s in self._next_position if s.is_finished]:
                 del self._next_position[seq], self._number_of[seq]

@@ -22,7 +22,7 @@ from moe_serve.scheduling.sequence import GrammarSpec
 LEVELS = ((0.3, 2), (2.0, 1), (float("inf"), 1))
 """(seconds that a try may take, slots), from level to level; the last is bounded by the limit for all."""
 CHARS_PER_S = 100_000
-"""A text of so many characters lets those pass that come within a second after it."""
+"""A text of this many characters gives way to texts that arrive up to a second after it."""
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ MAX_KNOWN = 4096
 """Verdicts that are remembered."""
 MAX_CHARS = 4 << 20
 TOTAL_PROCESSES = 4
-"""All processes together may take as much memory as so many at their limit."""
+"""All processes together may take as much memory as this many processes at their limit."""
 
 Key = bytes
 Verdict = str | None

@@ -17,11 +17,11 @@ from moe_serve.execution.kv_cache import KVCache
 from moe_serve.hf.dense import StoredLinear
 from moe_serve.hf.family import Family
 from moe_serve.hf.routers import correction_of
-from moe_serve_kernels.cpu.decode_step import most_choices
 from moe_serve_kernels.cpu.decoder import DecoderBlock, DecoderShape, Latents
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
 from moe_serve_kernels.cpu.linear import LinearWeights
+from moe_serve_kernels.cpu.native_model import most_choices
 from predictors.methods.next_gate import Router
 
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")

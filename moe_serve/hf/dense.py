@@ -36,7 +36,7 @@ class StoredLinear(nn.Linear):
     """The parameters as the kernels read them."""
 
     def moved(self) -> None:
-        """The parameters are somewhere else now."""
+        """To be called when the parameters have moved in memory."""
         self.stored = LinearWeights(self.weight, self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""WholeSteps: decoding steps of few sequences on a CPU, without the model's modules.
+"""WholeSteps: steps on a CPU without the model's modules.
 
-The kernel runs all layers in one call where every expert is in place; else it runs each layer up to its experts, and
-Experts.run those. Steps with a part of a prompt, or with more sequences, stay with the modules. The
-counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
+A few sequences that decode one token each are one call of the kernel where every expert is in place, else one per layer
+up to its experts; those run where experts are brought. Every other step, with parts of prompts or many sequences, runs
+kernel by kernel. All give a token the same bits, whatever else is in the step. The counterpart of decode_graphs.py.
+Knows steps and kernels; nothing of requests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve_kernels.cpu import decode_step
 from moe_serve_kernels.cpu.decode_step import DecodeStep, most_tokens
 from moe_serve_kernels.cpu.decoder import DecodeInputs
+from moe_serve_kernels.cpu.layer_parts import LayerParts
+from moe_serve_kernels.cpu.native_model import NativeModel
 from predictors.methods.next_gate import Router
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class RotaryTable:
 
 
 class WholeSteps:
-    """One model's decoding steps."""
+    """One model's steps."""
 
     def __init__(
         self,
@@ -77,65 +80,94 @@ class WholeSteps:
         self._embedding_scale = getattr(self._config, "embedding_multiplier", 1.0)
         self._logits_divisor = getattr(self._config, "logits_scaling", 1.0)
         self._in_place = experts.in_place()
-        self._step = self._new_step()
+        self._few, self._many = self._new_steps()
 
-    def _new_step(self) -> DecodeStep:
+    def _new_steps(self) -> tuple[DecodeStep, LayerParts]:
         model, found = self._model, self._in_place
         in_place = {} if found is None else {i: found.layers[layer] for i, layer in self._moe_layers.items()}
         blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, in_place)
-        return DecodeStep(self._shape, blocks, model.model.norm.weight, decoder_blocks.weights_of(model.lm_head))
+        head = decoder_blocks.weights_of(model.lm_head)
+        native = NativeModel(self._shape, blocks, model.model.norm.weight, head)
+        return DecodeStep(native), LayerParts(native)
 
-    def takes(self, batch: ForwardBatch) -> bool:
-        """Every sequence decodes one token, and they are few."""
-        return batch.num_tokens <= most_tokens() and not batch.prefill_runs and len(batch.decode_groups) == 1
-
-    def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [rows to sample, V] of a batch that `takes` takes; overwritten by the next step of as many tokens."""
-        (group,) = batch.decode_groups
-        cos, sin = self._rotary.at(batch.positions[0], group.max_length - 1)
-        x = self._model.model.embed_tokens(batch.input_ids[0])
-        if self._embedding_scale != 1:
-            x = x * self._embedding_scale
-        inputs = DecodeInputs(x, cos, sin, batch.kv_slots, group.page_table, group.lengths)
+    def run(self, batch: ForwardBatch, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of the tokens `rows` [n]; overwritten by the next step of as many tokens."""
         in_place = self._follow()
-        logits = self._run_by_layer(inputs) if in_place is None else self._run_at_once(inputs, in_place)
-        if self._logits_divisor != 1:
-            logits.div_(self._logits_divisor)
-        return logits if len(batch.sample_rows) == batch.num_tokens else logits[batch.sample_rows]
+        inputs = self._inputs(batch)
+        logits = self._run_few(inputs, rows, in_place) if _are_few(batch) else self._run_many(inputs, rows)
+        return logits if self._logits_divisor == 1 else logits.div_(self._logits_divisor)
+
+    def _inputs(self, batch: ForwardBatch) -> DecodeInputs:
+        page_table, lengths = _contexts(batch)
+        cos, sin = self._rotary.at(batch.positions[0], int(lengths.max()) - 1)
+        x = self._model.model.embed_tokens(batch.input_ids[0])
+        # Embedded tokens are added to in place.
+        x = x * self._embedding_scale if self._embedding_scale != 1 else x.contiguous()
+        return DecodeInputs(x, cos, sin, batch.kv_slots, page_table, lengths)
 
     def _follow(self) -> InPlaceExperts | None:
         """The experts in place now: they change when a cache with room for all has filled, or is resized."""
         in_place = self._experts.in_place()
         if in_place is not self._in_place:
             self._in_place = in_place
-            self._step = self._new_step()
+            self._few, self._many = self._new_steps()
         return in_place
 
+    def _run_few(self, inputs: DecodeInputs, rows: torch.Tensor, in_place: InPlaceExperts | None) -> torch.Tensor:
+        logits = self._run_by_layer(inputs) if in_place is None else self._run_at_once(inputs, in_place)
+        return logits if len(rows) == len(logits) else logits[rows]
+
     def _run_at_once(self, inputs: DecodeInputs, experts: InPlaceExperts) -> torch.Tensor:
-        logits, ids, weights = self._step.run(inputs)
+        logits, ids, weights = self._few.run(inputs)
         experts.have_run(ids, weights)
         return logits
 
     def _run_by_layer(self, inputs: DecodeInputs) -> torch.Tensor:
+        self._run_layers(self._few, inputs)
+        return self._few.head(inputs)
+
+    def _run_many(self, inputs: DecodeInputs, rows: torch.Tensor) -> torch.Tensor:
+        self._run_layers(self._many, inputs)
+        return self._many.head(inputs.x[rows])
+
+    def _run_layers(self, step: DecodeStep | LayerParts, inputs: DecodeInputs) -> None:
         for decoder_layer in range(len(self._kv_cache.layers)):
-            hidden, ids, weights = self._step.until_experts(decoder_layer, inputs)
+            hidden, ids, weights = step.until_experts(decoder_layer, inputs)
             layer = self._moe_layers.get(decoder_layer)
             if layer is not None:
-                shared = functools.partial(self._step.shared, decoder_layer, inputs)
+                shared = functools.partial(step.shared, decoder_layer, inputs)
                 mixed = self._experts.run(layer, hidden, ids, weights, meanwhile=shared)
                 inputs.x.add_(mixed.mul_(self._shape.residual_scale))
-        return self._step.head(inputs)
+
+
+def _are_few(batch: ForwardBatch) -> bool:
+    """Every sequence decodes one token, and they are few."""
+    return batch.num_tokens <= most_tokens() and not batch.prefill_runs
+
+
+def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page table [T, pages] and lengths [T] of what each token sees."""
+    groups, runs = batch.decode_groups, batch.prefill_runs
+    if len(groups) == 1 and not runs:
+        return groups[0].page_table, groups[0].lengths
+    tables = [*(group.page_table for group in groups), *(run.pages.expand(run.count, -1) for run in runs)]
+    page_table = torch.zeros(batch.num_tokens, max(table.shape[1] for table in tables), dtype=torch.int64)
+    first = 0
+    for table in tables:
+        page_table[first : first + len(table), : table.shape[1]] = table
+        first += len(table)
+    return page_table, batch.positions[0] + 1
 
 
 def whole_steps(
     loaded: LoadedModel, kv_cache: KVCache, experts: Experts[BatchPlan], routers: Sequence[Router], page_size: int
 ) -> WholeSteps | None:
-    """For models on a CPU in float32 whose layers the kernel knows; None, and a line in the log, for others."""
+    """For models on a CPU in float32 whose layers the kernels know; None, and a line in the log, for others."""
     reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
     if reason is None and len(routers) != len(loaded.store.layers):
         reason = "some layers have no router beside their experts"
     if reason is not None:
-        log.info("decoding steps run module by module, not as one kernel call, because %s", reason)
+        log.info("steps run module by module, not kernel by kernel, because %s", reason)
         return None
     return WholeSteps(loaded, kv_cache, experts, routers, page_size)
 

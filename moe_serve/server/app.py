@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.resolve import computing
 from moe_serve.server import endpoints
 from moe_serve.server.endpoints.reference import openapi
 from moe_serve.server.monitoring.metrics import Metrics
@@ -71,7 +72,7 @@ def create_app(
 def _metrics_of(engine: AsyncEngine, model_name: str) -> Metrics:
     core = engine.core
     pages = {"block_size": core.page_size, "num_gpu_blocks": core.num_pages}
-    return Metrics(model_name, pages, core.expert_report, core.config.experts.prefetch)
+    return Metrics(model_name, pages, core.expert_report, core.config.experts.prefetch, computing(core.config))
 
 
 @asynccontextmanager

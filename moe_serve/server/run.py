@@ -20,6 +20,7 @@ from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig, flag_na
 from moe_serve.config.model_folder import model_id_of
 from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError, EngineDeadError
+from moe_serve.resolve import computing
 from moe_serve.server.monitoring import logs
 from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys
@@ -133,11 +134,12 @@ def model_name_of(folder: str) -> str:
 def _log_engine(engine: Engine, seconds: float) -> None:
     config = engine.config
     log.info(
-        "loaded in %.1f s: %s, %s on %s, %d threads, context %d, %d KV pages of %d tokens, expert cache %d MiB",
+        "loaded in %.1f s: %s, %s on %s (%s), %d threads, context %d, %d KV pages of %d tokens, expert cache %d MiB",
         seconds,
         engine.spec.model_type,
         config.dtype,
         config.device,
+        computing(config)["instruction_set"],
         config.num_threads,
         engine.max_model_len,
         engine.num_pages,

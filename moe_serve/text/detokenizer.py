@@ -15,6 +15,9 @@ from moe_serve.scheduling.field_types import strings
 from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve.text.tokenizer import Tokenizer
 
+CONTEXT_TOKENS = 8
+"""Of a prompt's end."""
+
 
 class IncrementalDetokenizer:
     """The text of one sample. Concatenated deltas equal the text of all ids, cut at a stop string.
@@ -23,15 +26,25 @@ class IncrementalDetokenizer:
     characters before it into U+FFFD too, which have been shown by then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: the token ids before. Some decoders drop a text's first space, and the answer is not the text's
+        beginning: its text is what the tokenizer makes of both together, less the prompt's."""
         self._tokenizer = tokenizer
         self._skip_special = params.skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        self._stream = DecodeStream(ids=self._context(prompt), skip_special_tokens=self._skip_special)
         self._pending: list[int] = []
         """Ids since the stream last gave text: half a character, or special tokens."""
         self._held = ""
         self._stops = strings("stop", params.stop)
         self._include_stop = params.include_stop_str_in_output
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt, as far as they decide how the next is written."""
+        start = max(0, len(prompt) - CONTEXT_TOKENS)
+        while start > 0 and self._tokenizer.is_byte(prompt[start]):  # not from within a character
+            start -= 1
+        context = list(prompt[start:])
+        return [] if self._tokenizer.decode(context, self._skip_special).endswith("\ufffd") else context
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
         """New text that is safe to show, and the stop string that ended it, if one did."""

@@ -109,6 +109,10 @@ class Tokenizer:
             raise InvalidRequestError("messages", f"the chat template cannot render these messages: {error}") from error
         return self.encode(str(text), add_special_tokens=False, max_tokens=max_tokens)
 
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token stands for one byte of a character that the vocabulary lacks."""
+        return _is_byte_piece(self.backend.id_to_token(token_id) or "")
+
     def token_text(self, token_id: int) -> str:
         """The token on its own; half of a UTF-8 character shows as U+FFFD."""
         return bytes(self.token_bytes(token_id)).decode(errors="replace")
@@ -122,7 +126,7 @@ class Tokenizer:
             return list(self._added[token_id].encode())
         if self._byte_of is not None and all(c in self._byte_of for c in piece):
             return [self._byte_of[c] for c in piece]
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        if _is_byte_piece(piece):
             return [int(piece[3:5], 16)]
         if self._space is not None:
             return list(piece.replace(self._space, " ").encode())
@@ -133,6 +137,10 @@ class Tokenizer:
 def _template_arguments() -> frozenset[str]:
     """Names that apply_chat_template takes for itself, so that they cannot be variables of a template."""
     return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+
+def _is_byte_piece(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _is_byte_level(backend: FastTokenizer) -> bool:

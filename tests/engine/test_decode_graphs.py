@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from expert_cache.running.experts import PaddingRows
 from moe_serve.execution.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+
+from .driving import MakeSeq
 
 CPU = torch.device("cpu")
 PAGE, SPARE, WIDTH = 4, 9, 3
@@ -18,7 +22,7 @@ PAGE, SPARE, WIDTH = 4, 9, 3
     ("limit", "expected"),
     [(1, [1]), (3, [1, 2, 3]), (4, [1, 2, 4]), (20, [1, 2, 4, 8, 16, 20]), (24, [1, 2, 4, 8, 16, 24])],
 )
-def test_sizes(limit, expected) -> None:
+def test_sizes(limit: int, expected: list[int]) -> None:
     assert sizes_up_to(limit) == expected
 
 
@@ -80,34 +84,40 @@ def test_the_smallest_graph_that_holds_a_step() -> None:
         widths.append(batch.decode_groups[0].page_table.shape[1])
         return batch.input_ids[0, :, None].float()
 
-    def capture(work):
+    def capture(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         out = work()
         captured.append(len(out))
-        return out, lambda: out.copy_(work())
 
-    experts = SimpleNamespace(padding=None)
-    graphs = DecodeGraphs([1, 2, 4], [2, 3], StepInputs(4, WIDTH, PAGE, SPARE, CPU), forward, experts, capture)
+        def replay() -> None:
+            out.copy_(work())
+
+        return out, replay
+
+    padding = PaddingRows()
+    graphs = DecodeGraphs([1, 2, 4], [2, 3], StepInputs(4, WIDTH, PAGE, SPARE, CPU), forward, padding, capture)
     assert captured == [4, 2, 1, 4, 2, 1]
     assert widths == [3, 3, 3, 2, 2, 2]
     assert graphs.run(step([5, 6, 7])).tolist() == [[10.0], [11.0], [12.0]]
     assert graphs.run(step([5])).tolist() == [[10.0]]
     assert graphs.run(step([9])).tolist() == [[10.0]]
     assert widths[6:] == [2, 2, 3]
-    assert experts.padding is None
+    assert padding.mask is None
 
 
-def test_which_plans_are_taken() -> None:
+def test_which_plans_are_taken(make_seq: MakeSeq) -> None:
     graphs = DecodeGraphs(
         [2],
         [WIDTH],
         StepInputs(2, WIDTH, PAGE, SPARE, CPU),
         lambda batch: batch.positions[0],
-        SimpleNamespace(padding=None),
+        PaddingRows(),
         lambda work: (work(), lambda: None),
     )
 
-    def plan(*items: tuple[int, bool]) -> SimpleNamespace:
-        return SimpleNamespace(scheduled=[SimpleNamespace(count=c, needs_sample=s) for c, s in items])
+    def plan(*items: tuple[int, bool]) -> BatchPlan:
+        """Of (tokens, whether they are the last ones of their sequence)."""
+        seqs = [make_seq(range(count if is_last else count + 1)) for count, is_last in items]
+        return BatchPlan(tuple(ScheduledSequence(seq, 0, count) for seq, (count, _) in zip(seqs, items, strict=True)))
 
     assert graphs.takes(plan((1, True)))
     assert graphs.takes(plan((1, True), (1, True)))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 
+from .driving import MakeSeq
+
 CPU = torch.device("cpu")
 
 
-def scheduled(make_seq, tokens, pages, start, count) -> ScheduledSequence:
+def scheduled(make_seq: MakeSeq, tokens: Iterable[int], pages: list[int], start: int, count: int) -> ScheduledSequence:
     seq = make_seq(tokens)
     seq.page_ids = pages
     return ScheduledSequence(seq, start, count)
 
 
-def test_decodes_first_by_length_then_prefills(make_seq) -> None:
+def test_decodes_first_by_length_then_prefills(make_seq: MakeSeq) -> None:
     prefill = scheduled(make_seq, range(10, 16), [4, 5], 0, 6)
     long = scheduled(make_seq, range(20, 29), [1, 2, 6], 8, 1)
     short = scheduled(make_seq, range(30, 35), [3, 7], 4, 1)
@@ -35,7 +39,7 @@ def test_decodes_first_by_length_then_prefills(make_seq) -> None:
     assert (run.first_row, run.start, run.end, run.pages.tolist()) == (2, 0, 6, [4, 5])
 
 
-def test_a_chunk_that_does_not_reach_the_end_is_not_sampled(make_seq) -> None:
+def test_a_chunk_that_does_not_reach_the_end_is_not_sampled(make_seq: MakeSeq) -> None:
     chunk = scheduled(make_seq, range(9), [0, 1, 2], 0, 8)
     batch = forward_batch.make(BatchPlan((chunk,)), 4, CPU, GroupLimits())
     assert batch.sample_rows.tolist() == []
@@ -50,8 +54,8 @@ def test_groups_are_cut_where_padding_or_size_exceeds_the_limits() -> None:
     assert forward_batch._group_ends([], 4, GroupLimits()) == []
 
 
-def test_consecutive_pages_of_a_single_sequence_are_one_run(make_seq) -> None:
-    def run_of(pages):
+def test_consecutive_pages_of_a_single_sequence_are_one_run(make_seq: MakeSeq) -> None:
+    def run_of(pages: list[int]) -> int | None:
         item = scheduled(make_seq, range(9), pages, 8, 1)
         return forward_batch.make(BatchPlan((item,)), 4, CPU, GroupLimits()).decode_groups[0].single_run
 

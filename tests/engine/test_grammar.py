@@ -15,7 +15,7 @@ from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.grammars.matcher import Matcher
 from moe_serve.scheduling.finish import FinishReason
-from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SamplingParams, Sequence
+from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SampleOutput, SamplingParams, Sequence
 from moe_serve.text.tokenizer import Tokenizer
 from tests.random_model import random_engine, run_all
 
@@ -48,7 +48,7 @@ def engine(tokenizer: Tokenizer) -> Iterator[Engine]:
     engine.close()
 
 
-def text_of(outputs: list) -> str:
+def text_of(outputs: list[SampleOutput]) -> str:
     return "".join(o.text for o in outputs)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +16,22 @@ from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 NO_EOS: frozenset[int] = frozenset()
 
 
-def seq(prompt=(1,), generated=(), index=0, request_id="r", **params) -> Sequence:
+def seq(
+    prompt: SequenceOf[int] = (1,),
+    generated: SequenceOf[int] = (),
+    index: int = 0,
+    request_id: str = "r",
+    **params: Any,
+) -> Sequence:
     request = Request(request_id, tuple(prompt), SamplingParams(**params))
     return Sequence(request, index, [*prompt, *generated], 100)
 
 
-def draw(logits, seqs, eos=NO_EOS):
+def draw(logits: list[list[float]], seqs: list[Sequence], eos: frozenset[int] = NO_EOS) -> list[int]:
     return sampler.sample(torch.tensor(logits), seqs, 0, eos)[0]
 
 
-def frequencies(logits, count=2000, **params) -> Counter:
+def frequencies(logits: list[float], count: int = 2000, **params: Any) -> Counter[int]:
     rows = [seq(request_id=str(i), **params) for i in range(count)]
     return Counter(draw([logits] * count, rows))
 
@@ -89,7 +97,7 @@ def test_penalties() -> None:
 
 def test_min_tokens_forbids_eos_and_stop_ids_only_as_long_as_needed() -> None:
     logits = [[3.0, 2.0, 1.0]]
-    params = {"temperature": 0, "min_tokens": 2, "stop_token_ids": (1,)}
+    params: dict[str, Any] = {"temperature": 0, "min_tokens": 2, "stop_token_ids": (1,)}
     assert draw(logits, [seq(**params)], frozenset({0})) == [2]
     assert draw(logits, [seq(generated=(9, 9), **params)], frozenset({0})) == [0]
 
@@ -108,3 +116,20 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_no_probability_zero_token_is_ever_drawn() -> None:
     logits = [-math.inf] * 10 + [0.0] + [-math.inf] * 10
     assert set(frequencies(logits, count=500)) == {10}
+
+
+def test_what_others_cut_off_changes_no_row() -> None:
+    """Each request alone and beside others with other limits: the same token, also where nothing is cut off."""
+    torch.manual_seed(2)
+    logits = torch.randn(60, 3000) * 3
+    ways: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.01}]
+    rows = [seq(seed=i, request_id=str(i), **ways[i % len(ways)]) for i in range(len(logits))]
+    alone = [sampler.sample(logits[i : i + 1], [row], 0, NO_EOS)[0][0] for i, row in enumerate(rows)]
+    assert sampler.sample(logits, rows, 0, NO_EOS)[0] == alone
+
+
+def test_equal_probabilities_of_the_best_do_not_depend_on_others() -> None:
+    logits = torch.zeros(2, 4000)
+    few, many = seq(temperature=0, logprobs=2), seq(temperature=0, logprobs=20)
+    alone = sampler.sample(logits[:1], [few], 0, NO_EOS)[1][0]
+    assert sampler.sample(logits, [few, many], 0, NO_EOS)[1][0] == alone

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from moe_serve.scheduling.finish import FinishReason
 
+from .driving import MakeDriver, MakeSeq
 
-def test_prompt_in_chunks_then_decode(make_driver, make_seq) -> None:
+
+def test_prompt_in_chunks_then_decode(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(max_num_batched_tokens=8)
     seq = make_seq(range(10), max_tokens=2)
     driver.scheduler.add(seq)
@@ -20,7 +22,7 @@ def test_prompt_in_chunks_then_decode(make_driver, make_seq) -> None:
     assert seq.output_token_ids == [1010, 1011]
 
 
-def test_decodes_come_before_prompts_in_the_budget(make_driver, make_seq) -> None:
+def test_decodes_come_before_prompts_in_the_budget(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(max_num_batched_tokens=8)
     first, second = make_seq(range(4)), make_seq(range(100, 120))
     driver.scheduler.add(first)
@@ -30,7 +32,7 @@ def test_decodes_come_before_prompts_in_the_budget(make_driver, make_seq) -> Non
     assert [(s.seq, s.count) for s in plan.scheduled] == [(first, 1), (second, 7)]
 
 
-def test_without_chunked_prefill_a_prompt_waits_for_a_whole_step(make_driver, make_seq) -> None:
+def test_without_chunked_prefill_a_prompt_waits_for_a_whole_step(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(max_num_batched_tokens=8, enable_chunked_prefill=False)
     driver.scheduler.add(make_seq(range(6)))
     driver.scheduler.add(make_seq(range(50, 56)))
@@ -38,7 +40,7 @@ def test_without_chunked_prefill_a_prompt_waits_for_a_whole_step(make_driver, ma
     assert [s.count for s in driver.step().scheduled] == [1, 6]
 
 
-def test_max_num_seqs_bounds_the_batch(make_driver, make_seq) -> None:
+def test_max_num_seqs_bounds_the_batch(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(max_num_seqs=2)
     for i in range(4):
         driver.scheduler.add(make_seq([i]))
@@ -46,7 +48,7 @@ def test_max_num_seqs_bounds_the_batch(make_driver, make_seq) -> None:
     assert len(driver.scheduler.waiting) == 2
 
 
-def test_second_request_reuses_the_first_ones_prefix(make_driver, make_seq) -> None:
+def test_second_request_reuses_the_first_ones_prefix(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver()
     driver.scheduler.add(make_seq(range(10), max_tokens=1))
     driver.run()
@@ -59,7 +61,7 @@ def test_second_request_reuses_the_first_ones_prefix(make_driver, make_seq) -> N
     assert plan.prefix_queried_tokens == 11
 
 
-def test_an_identical_prompt_still_computes_its_last_token(make_driver, make_seq) -> None:
+def test_an_identical_prompt_still_computes_its_last_token(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver()
     for _ in range(2):
         driver.scheduler.add(make_seq(range(8), max_tokens=1))
@@ -67,7 +69,7 @@ def test_an_identical_prompt_still_computes_its_last_token(make_driver, make_seq
     assert driver.plans[-1].scheduled[0].start == 4
 
 
-def test_prefix_caching_off_shares_nothing(make_driver, make_seq) -> None:
+def test_prefix_caching_off_shares_nothing(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(enable_prefix_caching=False)
     for _ in range(2):
         driver.scheduler.add(make_seq(range(12), max_tokens=1))
@@ -76,7 +78,7 @@ def test_prefix_caching_off_shares_nothing(make_driver, make_seq) -> None:
     assert driver.pool.match([b"anything"]) == []
 
 
-def test_samples_of_one_request_share_the_prompt(make_driver, make_seq) -> None:
+def test_samples_of_one_request_share_the_prompt(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver()
     leader = make_seq(range(9), max_tokens=2, n=2)
     follower = type(leader)(leader.request, 1, list(range(9)), 11)
@@ -90,7 +92,7 @@ def test_samples_of_one_request_share_the_prompt(make_driver, make_seq) -> None:
     assert follower.page_ids == []
 
 
-def test_preemption_takes_the_youngest_and_recomputes_it(make_driver, make_seq) -> None:
+def test_preemption_takes_the_youngest_and_recomputes_it(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(num_pages=6, page_size=2, enable_prefix_caching=False)
     old, young = make_seq([1, 2, 3, 4], max_tokens=6), make_seq([5, 6, 7, 8], max_tokens=6)
     driver.scheduler.add(old)
@@ -101,7 +103,7 @@ def test_preemption_takes_the_youngest_and_recomputes_it(make_driver, make_seq) 
     assert old.output_token_ids == young.output_token_ids == [1004, 1005, 1006, 1007, 1008, 1009]
 
 
-def test_eos_and_stop_ids_respect_min_tokens(make_driver, make_seq) -> None:
+def test_eos_and_stop_ids_respect_min_tokens(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(eos=frozenset({1002, 1004}))
     early, late, ignoring = (
         make_seq([1, 2]),
@@ -115,7 +117,7 @@ def test_eos_and_stop_ids_respect_min_tokens(make_driver, make_seq) -> None:
     assert (early.stop_reason, ignoring.stop_reason) == (None, 1006)
 
 
-def test_finish_frees_pages_wherever_the_sequence_is(make_driver, make_seq) -> None:
+def test_finish_frees_pages_wherever_the_sequence_is(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(max_num_seqs=1)
     running, waiting = make_seq(range(6)), make_seq(range(6))
     driver.scheduler.add(running)
@@ -136,7 +138,13 @@ def test_finish_frees_pages_wherever_the_sequence_is(make_driver, make_seq) -> N
     caching=st.booleans(),
 )
 def test_every_sequence_gets_exactly_its_tokens(
-    make_driver, make_seq, prompts, num_pages, budget, max_seqs, caching
+    make_driver: MakeDriver,
+    make_seq: MakeSeq,
+    prompts: list[tuple[int, int, bool]],
+    num_pages: int,
+    budget: int,
+    max_seqs: int,
+    caching: bool,
 ) -> None:
     """Whatever the pressure: the tokens are those of an undisturbed run, and no page is lost."""
 
@@ -157,7 +165,7 @@ def test_every_sequence_gets_exactly_its_tokens(
     assert all(len(plan.scheduled) <= max_seqs for plan in driver.plans)
 
 
-def test_lower_priority_values_go_first_among_waiting(make_driver, make_seq) -> None:
+def test_lower_priority_values_go_first_among_waiting(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver(max_num_seqs=1)
     for name, priority in (("first", 0), ("late", 5), ("soon", -1), ("second", 0), ("sooner", -2)):
         seq = make_seq([1, 2, 3], 1, name)
@@ -168,7 +176,7 @@ def test_lower_priority_values_go_first_among_waiting(make_driver, make_seq) -> 
     assert order == ["sooner", "soon", "first", "second", "late"]
 
 
-def test_a_preempted_sequence_stays_in_front(make_driver, make_seq) -> None:
+def test_a_preempted_sequence_stays_in_front(make_driver: MakeDriver, make_seq: MakeSeq) -> None:
     driver = make_driver()
     preempted, urgent = make_seq([1, 2], 1, "preempted"), make_seq([1, 2], 1, "urgent")
     preempted.num_preemptions = 1

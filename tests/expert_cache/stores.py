@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
+from moe_serve_kernels.quantized import QuantizedRows
 from predictors.shape import MoELayer
 
 E, H, INNER = 5, 48, 40
@@ -27,12 +28,22 @@ def matrices(layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return gate, up, torch.randn(E, H, INNER, generator=generator) * 0.3
 
 
+Part = tuple[str, int | None]
+"""What a tensor is, and of which expert; None: of all."""
+
+
+def plain(matrix: torch.Tensor | QuantizedRows) -> torch.Tensor:
+    """A matrix that is not quantised."""
+    assert isinstance(matrix, torch.Tensor)
+    return matrix
+
+
 def split_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore:
     """One 2-D tensor per expert and matrix, as Mixtral's published files; one file per layer."""
-    tensors = {}
+    tensors: dict[int, dict[Part, StoredTensor]] = {}
     for layer in DECODER_LAYERS:
         gate, up, down = (m.to(dtype) for m in matrices(layer))
-        parts = {}
+        parts: dict[str, torch.Tensor] = {}
         for e in range(E):
             parts |= {f"{e}.gate": gate[e], f"{e}.up": up[e], f"{e}.down": down[e]}
         file = folder / f"layer{layer}.safetensors"
@@ -43,7 +54,7 @@ def split_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore
 
 def fused_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore:
     """One 3-D tensor per layer and matrix, gate and up stacked, as Granite's."""
-    tensors = {}
+    tensors: dict[int, dict[Part, StoredTensor]] = {}
     for layer in DECODER_LAYERS:
         gate, up, down = (m.to(dtype) for m in matrices(layer))
         file = folder / f"layer{layer}.safetensors"
@@ -54,7 +65,7 @@ def fused_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore
 
 def gpt_oss_store(folder: Path, dtype: torch.dtype = torch.float32) -> ExpertStore:
     """Transposed, interleaved, with biases."""
-    tensors = {}
+    tensors: dict[int, dict[Part, StoredTensor]] = {}
     for layer in DECODER_LAYERS:
         gate, up, down = (m.to(dtype) for m in matrices(layer))
         parts = {
@@ -101,8 +112,9 @@ def expected(
         for k in range(ids.shape[1]):
             w = store.weights(layer, int(ids[t, k]))
             biases = [None if b is None else b.double() for b in (w.gate_bias, w.up_bias, w.down_bias)]
+            wide = [plain(matrix).double() for matrix in (w.gate, w.up, w.down)]
             x = hidden[t].double()
-            gate, up = F.linear(x, w.gate.double(), biases[0]), F.linear(x, w.up.double(), biases[1])
+            gate, up = F.linear(x, wide[0], biases[0]), F.linear(x, wide[1], biases[1])
             inner = activate(activation, gate, up)
-            out[t] += weights[t, k].double() * F.linear(inner, w.down.double(), biases[2])
+            out[t] += weights[t, k].double() * F.linear(inner, wide[2], biases[2])
     return out

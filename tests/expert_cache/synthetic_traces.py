@@ -13,7 +13,7 @@ from predictors.trace import RoutingTrace, offsets_of
 def trace_of(sets: Sequence[Sequence[Sequence[int]]], num_experts: int, lengths: Sequence[int] = ()) -> RoutingTrace:
     """From ids [N][L][K]."""
     ids = np.array(sets)
-    return RoutingTrace(ids, offsets_of(lengths or [len(ids)]), np.arange(ids.shape[1]), num_experts)
+    return RoutingTrace(ids, offsets_of(lengths or [len(ids)]), np.arange(ids.shape[1], dtype=np.int32), num_experts)
 
 
 def sticky_trace(
@@ -31,7 +31,7 @@ def sticky_trace(
         np.put_along_axis(recent, ids[n], 1.5, axis=1)
     weights = rng.random(ids.shape, dtype=np.float32)
     cuts = [num_tokens // 2, num_tokens - num_tokens // 2]
-    return RoutingTrace(ids, offsets_of(cuts), np.arange(num_layers), num_experts, weights)
+    return RoutingTrace(ids, offsets_of(cuts), np.arange(num_layers, dtype=np.int32), num_experts, weights)
 
 
 @st.composite

@@ -54,4 +54,4 @@ def test_best_split_takes_weighted_curves() -> None:
     from expert_cache.simulation.events import events_from
 
     curves = lru_hit_curves(events_from(quotas._sets, LAYERS, EXPERTS))
-    assert best_split(curves, 20).tolist() == best_split(0.5 * curves, 20).tolist()
+    assert best_split(curves, 20).tolist() == best_split(0.5 * curves.astype(np.float64), 20).tolist()

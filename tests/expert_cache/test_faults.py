@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from .caches import cached_layers, mapped_layers
 from .stores import FIRST, SILU, E, routing, split_store
 
 
-def run_all(layers: RegroupedExperts[object]) -> tuple[torch.Tensor, dict[int, ExpertReadError]]:
+def run_all(layers: RegroupedExperts[object]) -> tuple[torch.Tensor, Mapping[int, ExpertReadError]]:
     """Token t uses expert t alone."""
     hidden, _, weights = routing(E, choices=1)
     out = layers.run(FIRST, hidden, torch.arange(E)[:, None], weights)

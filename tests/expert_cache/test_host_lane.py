@@ -46,7 +46,9 @@ def layers_of(
         Fetcher(2),
         misses=misses,
     )
-    layers = HostManagedExperts(cache, compute, host=HostExperts(HostCopies(store, compute.prepare), compute, True))
+    layers: HostManagedExperts[object] = HostManagedExperts(
+        cache, compute, host=HostExperts(HostCopies(store, compute.prepare), compute, True)
+    )
     yield layers
     cache.check_integrity()
     layers.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from expert_cache.storage.arena import HostArena
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.safetensors_file import stored_tensors
-from expert_cache.storage.store import ExpertStore
+from expert_cache.storage.store import ExpertStore, StoredTensor
 
 from .caches import compute_of, mapped_layers
-from .stores import DECODER_LAYERS, FIRST, LAYERS, SECOND, SILU, E, routing, split_store
+from .stores import DECODER_LAYERS, FIRST, LAYERS, SECOND, SILU, E, Part, routing, split_store
 
 PAGE = mmap.PAGESIZE
 
@@ -110,7 +110,9 @@ def in_place_layers(
     keeper = find_policy("lru")(len(store.layers), store.num_experts)
     misses = FromPageCache(copies)
     cache = ExpertCache(store, compute.prepare, arena, Capacity.shared(num_slots), 0, keeper, Fetcher(2), misses=misses)
-    layers = HostManagedExperts(cache, compute, host=HostExperts(copies, compute, beside_device=False))
+    layers: HostManagedExperts[object] = HostManagedExperts(
+        cache, compute, host=HostExperts(copies, compute, beside_device=False)
+    )
     yield layers
     cache.check_integrity()
     layers.close()
@@ -158,7 +160,7 @@ def forget_all(store: ExpertStore, files: list[Path]) -> None:
 
 def split_store_again(files: list[Path]) -> ExpertStore:
     """The files as they are, mapped anew."""
-    tensors = {}
+    tensors: dict[int, dict[Part, StoredTensor]] = {}
     for layer, file in zip(DECODER_LAYERS, files, strict=True):
         found = list(stored_tensors(file, lambda name: True))
         tensors[layer] = {(t.name.split(".")[1], int(t.name.split(".")[0])): t for t in found}
@@ -191,7 +193,7 @@ def packed(folder: Path) -> tuple[ExpertStore, Path]:
     return expert_file.read(path)[0], path
 
 
-def most_experts(layers: HostManagedExperts[object]) -> dict[int, ExpertReadError]:
+def most_experts(layers: HostManagedExperts[object]) -> Mapping[int, ExpertReadError]:
     """Token t uses expert t alone; one expert is left out, so that it is no stream."""
     hidden, _, weights = routing(E - 1, choices=1)
     layers.run(FIRST, hidden, torch.arange(E - 1)[:, None], weights)

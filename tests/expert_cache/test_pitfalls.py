@@ -205,7 +205,7 @@ def test_files_are_opened_for_reading_only(tmp_path: Path) -> None:
     store = split_store(tmp_path)
     with cached_layers(store, SILU, Capacity.shared(1)) as layers:
         layers.run(FIRST, *routing(9))
-        descriptor = layers.cache.fetcher._files[tmp_path / "layer3.safetensors"]._fd  # type: ignore[attr-defined]
+        descriptor = layers.cache.fetcher._files[tmp_path / "layer3.safetensors"]._fd
         flags = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
         assert flags & 3 == 0
 

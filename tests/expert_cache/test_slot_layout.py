@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
 from expert_cache.gpu_managed.cache import HostHeap
-from expert_cache.gpu_managed.layout import layout_of, slot_of_bank, write_slot
+from expert_cache.gpu_managed.layout import SlotLayout, layout_of, slot_of_bank, write_slot
 from expert_cache.storage.store import ExpertWeights
+from moe_serve_kernels.gpu.pool import ExpertPool
+from tests.kernels.quantized_experts import Form
 from tests.support.gpu_references import dequantize
 
 from ..kernels.quantized_experts import FORMS, make_matrix
 from . import stores
+from .stores import plain
 
 HIDDEN, INNER = 256, 128
 CPU = torch.device("cpu")
@@ -30,7 +34,7 @@ KEPT = {
 """Forms that a kernel reads as they are; all others become floats."""
 
 
-def written(weights: ExpertWeights, dtype: torch.dtype):
+def written(weights: ExpertWeights, dtype: torch.dtype) -> tuple[SlotLayout, ExpertPool]:
     """The expert in slot 1 of a pool of 3."""
     layout = layout_of(weights, dtype)
     pool = layout.pool(3, CPU)
@@ -39,21 +43,22 @@ def written(weights: ExpertWeights, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_quantised(form) -> None:
+def test_quantised(form: Form) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
-    weights = ExpertWeights(*(make_matrix(form, *shape, generator) for shape in shapes))
+    gate, up, down = (make_matrix(form, *shape, generator) for shape in shapes)
+    weights = ExpertWeights(gate, up, down)
     kept = KEPT.get(str(form), "plain")
     layout, pool = written(weights, torch.float32 if kept == "plain" else torch.bfloat16)
     assert layout.format == kept
-    both = torch.cat([m.dequantized(torch.float64) for m in (weights.gate, weights.up)])
+    both = torch.cat([m.dequantized(torch.float64) for m in (gate, up)])
     torch.testing.assert_close(dequantize(pool.gate_up, 1), both, rtol=1e-6, atol=0)
-    torch.testing.assert_close(dequantize(pool.down, 1), weights.down.dequantized(torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dequantize(pool.down, 1), down.dequantized(torch.float64), rtol=1e-6, atol=0)
     assert sum(layout.part_bytes()) == sum(t[1].nbytes for b in (pool.gate_up, pool.down) for t in b.parts().values())
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if str(form) in KEPT], ids=str)
-def test_codes_become_floats_for_float32(form) -> None:
+def test_codes_become_floats_for_float32(form: Form) -> None:
     """Whose exact products of codes fit into no registers."""
     matrix = make_matrix(form, 128, 128, torch.Generator())
     assert layout_of(ExpertWeights(matrix, matrix, matrix), torch.float32).format == "plain"
@@ -61,20 +66,26 @@ def test_codes_become_floats_for_float32(form) -> None:
 
 @pytest.mark.parametrize("name", stores.STORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_floats(tmp_path, name, dtype) -> None:
+def test_floats(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     store = stores.STORES[name][0](tmp_path)
     weights = store.weights(store.layers[1], 2)
     layout, pool = written(weights, dtype)
     assert layout.format == "plain"
-    assert torch.equal(pool.gate_up.data[1], torch.stack([weights.gate, weights.up]).to(dtype))
-    assert torch.equal(pool.down.data[1], weights.down.to(dtype))
+    assert torch.equal(pool.gate_up.data[1], torch.stack([plain(weights.gate), plain(weights.up)]).to(dtype))
+    assert torch.equal(pool.down.data[1], plain(weights.down).to(dtype))
     assert layout.has_bias == (name == "gpt_oss")
     if layout.has_bias:
-        assert torch.equal(pool.gate_up.bias[1], torch.stack([weights.gate_bias, weights.up_bias]).float())
-        assert torch.equal(pool.down.bias[1], weights.down_bias.float())
+        gate_bias, up_bias, down_bias = weights.gate_bias, weights.up_bias, weights.down_bias
+        assert gate_bias is not None
+        assert up_bias is not None
+        assert down_bias is not None
+        assert pool.gate_up.bias is not None
+        assert pool.down.bias is not None
+        assert torch.equal(pool.gate_up.bias[1], torch.stack([gate_bias, up_bias]).float())
+        assert torch.equal(pool.down.bias[1], down_bias.float())
 
 
-def test_a_heap_gives_aligned_pieces_apart(monkeypatch) -> None:
+def test_a_heap_gives_aligned_pieces_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expert_cache.gpu_managed.cache.CHUNK_BYTES", 256)
     sizes = [100, 16, 300, 1, 77]
     heap = HostHeap(sum(-(-size // 16) * 16 for size in sizes), pinned=False)

@@ -106,6 +106,9 @@ class StepLog:
     def on_finished(self, stats: FinishedStats) -> None:
         """Only steps are of interest."""
 
+    def on_aborted(self, num_samples: int) -> None:
+        """Only steps are of interest."""
+
     @property
     def num_preemptions(self) -> int:
         return sum(s.num_preemptions for s in self.steps)

@@ -69,6 +69,7 @@ class Killer(threading.Thread):
         self.seen.append(self.engine.team.trouble)
 
 
+@pytest.mark.slow
 def test_plan_of_another_model_ends_every_rank(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, checkpoint("mixtral_wide"), 0, 0)  # 2 layers of 4 experts
     with pytest.raises(ConfigError, match="num_layers is 2, but this model on --devices 2 has 3"):

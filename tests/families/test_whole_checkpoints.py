@@ -225,7 +225,7 @@ def test_longrope_is_chosen_once_for_the_server(max_model_len: int, tmp_path: Pa
     prompt = short if max_model_len == 32 else long
     (alone,) = tokens(greedy(llm, [prompt]))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=len(alone), do_sample=False)
+    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=len(alone), do_sample=False)  # type: ignore[misc]
     assert wanted[0, len(prompt) :].tolist() == list(alone)
     if max_model_len == 256:
         assert tokens(greedy(llm, [short, long])) == (*tokens(greedy(llm, [short])), alone)

@@ -58,7 +58,7 @@ def test_plain_families_take_them(case: str, checkpoint: Checkpoint) -> None:
 def test_others_say_why(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "moe_serve"):
         load(checkpoint("phimoe"))
-    assert re.search("through the model's modules: phimoe's layers are not plain", caplog.text)
+    assert re.search("module by module, not kernel by kernel, because phimoe's layers are not plain", caplog.text)
 
 
 @pytest.mark.parametrize("settings", [{"enforce_eager": True}, {"dtype": "bfloat16"}], ids=str)

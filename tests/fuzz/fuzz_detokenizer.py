@@ -44,7 +44,7 @@ def llama_like() -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
-def first_stop(text: str, stops: tuple[str, ...], include: bool) -> tuple[str, str | None]:
+def first_stop(text: str, stops: tuple[str, ...] | str, include: bool) -> tuple[str, str | None]:
     """The truth about stop strings: the first to be complete ends the text, the longer of two."""
     found = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
     if not found:

@@ -45,7 +45,8 @@ def own(tokenizer: Tokenizer) -> Iterator[Grammars]:
 def children_of(grammars: Grammars) -> list[psutil.Process]:
     """Processes of grammars, those that have ended and were not waited for included."""
     assert grammars.zygote.pid is not None
-    return psutil.Process(grammars.zygote.pid).children()
+    found: list[psutil.Process] = psutil.Process(grammars.zygote.pid).children()
+    return found
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> bool:

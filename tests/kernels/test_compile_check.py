@@ -26,7 +26,7 @@ def compile_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_kernels_compile_without_faults(arch: str) -> None:
     done = compile_check("--arch", arch, "--only", PART)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -39,6 +39,7 @@ def test_nothing_compiled_is_a_failure() -> None:
     assert compile_check("--only", "no such kernel").returncode == 1
 
 
+@pytest.mark.slow
 def test_faults_are_found() -> None:
     """Two accumulators of 128 x 256 fit neither the registers nor the shared memory."""
     code = (

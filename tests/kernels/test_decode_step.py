@@ -16,6 +16,7 @@ from moe_serve_kernels.cpu.expert_layer import ExpertLayer, combine
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
 from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
+from moe_serve_kernels.cpu.native_model import NativeModel
 from moe_serve_kernels.routings import Routing
 from tests.kernels.quantized_experts import FORMS, Form, make_expert
 from tests.support.decode_reference import decode_step_reference, in_float64
@@ -157,7 +158,7 @@ class Tiny:
     head: LinearWeights
 
     def step(self) -> DecodeStep:
-        return DecodeStep(self.case.shape, self.blocks, self.final_norm, self.head)
+        return DecodeStep(NativeModel(self.case.shape, self.blocks, self.final_norm, self.head))
 
     def reference(self, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         copies = [with_own_cache(b) for b in self.blocks]

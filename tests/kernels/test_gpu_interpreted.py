@@ -16,12 +16,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(3600)
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
-def test_gpu_kernels_in_the_interpreter() -> None:
+pytestmark = [
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here"),
+]
+
+
+def interpret(marked: str) -> str:
+    """What pytest says about the tests with these marks."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "tests/kernels/gpu"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
-    assert "1 skipped" in done.stdout  # the one that captures a graph
+    return done.stdout
+
+
+def test_gpu_kernels_in_the_interpreter() -> None:
+    assert "1 skipped" in interpret("not slow")  # the one that captures a graph
+
+
+@pytest.mark.slow
+def test_whole_models_in_the_interpreter() -> None:
+    assert "skipped" not in interpret("slow")

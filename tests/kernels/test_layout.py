@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,11 @@ def test_a_file_that_is_no_library_is_an_error_of_its_own(tmp_path: Path) -> Non
     path.write_bytes(b"nothing")
     with pytest.raises(OSError, match=r"_native\.so"):
         library.Native(path)
+
+
+@needs_library
+def test_a_library_of_other_sources_says_how_to_build_it() -> None:
+    math = ctypes.util.find_library("m")
+    assert math is not None
+    with pytest.raises(LayoutError, match="build it again"):
+        library.Native(Path(math))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import layout_of
 from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.running.compute import ExpertCompute
+from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
 from moe_serve.offload import gpu_managed as module
@@ -19,7 +22,7 @@ from moe_serve.offload import gpu_managed as module
 from ..expert_cache import stores
 
 CPU = torch.device("cpu")
-REASONS = {
+REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "policy": ({"moe_cache_policy": "lfu"}, "--moe-cache-policy lfu"),
     "pool": ({"moe_cache_pool": "global"}, "--moe-cache-pool global"),
     "shadow": ({"moe_cache_shadow": "lfu"}, "--moe-cache-shadow"),
@@ -30,18 +33,18 @@ REASONS = {
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> ExpertStore:
     return stores.split_store(tmp_path)
 
 
-def gpu_compute(store, num_slots=4) -> GpuCompute:
+def gpu_compute(store: ExpertStore, num_slots: int = 4) -> GpuCompute:
     """Nothing in it runs here."""
     pool = SlotPool(layout_of(store.weights(store.layers[0], 0), torch.float32), num_slots, CPU)
     return GpuCompute(stores.SILU, torch.float32, CPU, pool)
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_settings_that_need_the_host(store, caplog, name) -> None:
+def test_settings_that_need_the_host(store: ExpertStore, caplog: pytest.LogCaptureFixture, name: str) -> None:
     settings, words = REASONS[name]
     with caplog.at_level(logging.WARNING):
         assert module.gpu_managed_experts(EngineConfig.of(**settings), store, gpu_compute(store), CPU) is None
@@ -53,23 +56,25 @@ def test_settings_that_need_the_host(store, caplog, name) -> None:
         )
 
 
-def test_fewer_slots_than_layers(store, caplog) -> None:
+def test_fewer_slots_than_layers(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
     assert module.gpu_managed_experts(EngineConfig(), store, gpu_compute(store, 1), CPU) is None
     assert "1 experts, fewer than the 2 layers" in caplog.text
 
 
-def test_too_little_host_memory(store, caplog, monkeypatch) -> None:
+def test_too_little_host_memory(
+    store: ExpertStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
     assert module.gpu_managed_experts(EngineConfig(), store, gpu_compute(store), CPU) is None
     assert "pinned memory" in caplog.text
 
 
-def test_the_host_when_it_is_asked_for(store, caplog) -> None:
+def test_the_host_when_it_is_asked_for(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
     assert module.gpu_managed_experts(EngineConfig.of(moe_cache_manager="host"), store, gpu_compute(store), CPU) is None
     assert not caplog.records
 
 
-def test_no_gpu(store, caplog) -> None:
+def test_no_gpu(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
     compute = ExpertCompute(stores.SILU, torch.float32, CPU, 0)
     assert module.gpu_managed_experts(EngineConfig(), store, compute, CPU) is None
     assert not caplog.records

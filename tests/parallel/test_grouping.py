@@ -44,7 +44,7 @@ def test_a_group_runs_its_part() -> None:
 def numbers(outcome: Outcome) -> list[int]:
     """Which tokens an outcome's piece is about."""
     assert outcome.routes is not None
-    return outcome.routes.rows.tolist()
+    return [int(row) for row in outcome.routes.rows]
 
 
 def test_groups_must_divide_the_ranks() -> None:

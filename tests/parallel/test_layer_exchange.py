@@ -48,13 +48,18 @@ def test_conventional(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.
     shared = shared_layers(mesh(num_ranks), random_hosts(num_ranks, num_copies), TOP_K, dtype)
     tokens = [random_tokens(dtype, rank) for rank in range(num_ranks)]
     layers = [ConventionalExperts(each) for each in shared]
-    found = at_once(*(lambda each=each, t=t: each.run(0, *t) for each, t in zip(layers, tokens, strict=True)))
+    found = at_once(*(lambda each=each, t=t: each.run(FIRST, *t) for each, t in zip(layers, tokens, strict=True)))
     for result, own in zip(found, tokens, strict=True):
         assert torch.equal(result, expected(*own))
     assert total(shared, "trips") <= 2 * num_ranks
 
 
-def recompute(shared: list[ExpertShare], tokens: Any, homes: torch.Tensor, layer: int, last_layer: int) -> list[Any]:
+FIRST, SECOND = MoELayer(0), MoELayer(1)
+
+
+def recompute(
+    shared: list[ExpertShare], tokens: Any, homes: torch.Tensor, layer: MoELayer, last_layer: MoELayer
+) -> list[Any]:
     """The layer on every rank, all tokens sampled but the first."""
     calls = []
     for each in shared:
@@ -70,10 +75,10 @@ def test_recompute(mesh: Mesh, num_ranks: int, num_copies: int, dtype: torch.dty
     hosts = random_hosts(num_ranks, num_copies, num_layers=2)
     shared = shared_layers(mesh(num_ranks), hosts, TOP_K, dtype)
     tokens, homes = random_tokens(dtype), torch.arange(TOKENS) % num_ranks
-    for result in recompute(shared, tokens, homes, layer=0, last_layer=1):
+    for result in recompute(shared, tokens, homes, layer=FIRST, last_layer=SECOND):
         assert torch.equal(result, expected(*tokens))
     assert total(shared, "trips") <= num_ranks
-    for rank, result in enumerate(recompute(shared, tokens, homes, layer=1, last_layer=1)):
+    for rank, result in enumerate(recompute(shared, tokens, homes, layer=SECOND, last_layer=SECOND)):
         mine = (homes == rank) & (torch.arange(TOKENS) > 0)
         assert torch.equal(result[mine], expected(*tokens)[mine])
     sizes = RowBytes.of("coherent", HIDDEN, TOP_K, dtype.itemsize)
@@ -96,7 +101,7 @@ def test_recompute_marks_what_could_not_be_read(mesh: Mesh) -> None:
         layers = RecomputingExperts(each, MoELayer(1))
         notes.append(layers.losses)
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
-        calls.append(lambda layers=layers: layers.run(0, hidden, ids, weights))
+        calls.append(lambda layers=layers: layers.run(FIRST, hidden, ids, weights))
     at_once(*calls)
     lost = (ids == 2).any(1).nonzero()[:, 0].tolist()
     assert [sorted(note.take()) for note in notes] == [lost, lost]
@@ -110,7 +115,7 @@ def test_ranks_that_do_not_compute_alike_are_found(mesh: Mesh) -> None:
         layers = RecomputingExperts(each, MoELayer(1))
         layers.begin(torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS))
         mine = ids if rank else ids.flip(1)
-        calls.append(lambda layers=layers, mine=mine: layers.run(0, hidden, mine, weights))
+        calls.append(lambda layers=layers, mine=mine: layers.run(FIRST, hidden, mine, weights))
     for result in at_once(*calls):
         assert isinstance(result, RanksDivergedError)
         assert "--ep-mode conventional" in str(result)

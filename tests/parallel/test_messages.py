@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -36,6 +37,7 @@ from moe_serve.parallel.wire.messages import (
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import (
+    Closeable,
     GrammarKind,
     GrammarSpec,
     Request,
@@ -59,7 +61,7 @@ def heard_by_the_front(outcome: Outcome) -> Any:
     return message.outcome
 
 
-def no_grammar(spec: GrammarSpec) -> object:
+def no_grammar(spec: GrammarSpec) -> Closeable:
     raise AssertionError("no sequence has a grammar")
 
 
@@ -109,12 +111,22 @@ def test_mirrors_follow_the_front() -> None:
     assert writer.write(BatchPlan(())).gone == [0]
 
 
+@dataclass(frozen=True)
+class Matcher:
+    """Stands where a grammar's matcher would."""
+
+    spec: GrammarSpec
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
 def test_a_mirror_has_a_matcher_of_its_own() -> None:
     grammar = GrammarSpec(GrammarKind.REGEX, "a")
     seq = Sequence(Request("r", (1,), SamplingParams(grammar=grammar)), 0, [1], 5, page_ids=[0])
     message = StepWriter().write(BatchPlan((ScheduledSequence(seq, 0, 1),)), routes=ROUTE_IDS)
-    step = StepReader(lambda spec: ("matcher of", spec)).read(heard_by_a_rank(message))
-    assert step.plan.scheduled[0].seq.matcher == ("matcher of", grammar)
+    step = StepReader(Matcher).read(heard_by_a_rank(message))
+    assert step.plan.scheduled[0].seq.matcher == Matcher(grammar)
     assert step.routes == ROUTE_IDS
 
 

@@ -18,7 +18,7 @@ from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 from predictors.predictor import RouterShape
 from predictors.shape import MoELayer
 
-LAYERS = (1, 3)
+LAYERS = (MoELayer(1), MoELayer(3))
 SHAPE = RouterShape(LAYERS, num_experts=8, top_k=2)
 
 
@@ -42,7 +42,7 @@ def chosen(token: int, layer: int) -> list[int]:
     return [(token + layer) % 8, (token + layer + 4) % 8]
 
 
-def call(noter: RouteNoter, layer: int, tokens: list[int]) -> None:
+def call(noter: RouteNoter, layer: MoELayer, tokens: list[int]) -> None:
     """The router of `layer` has chosen for the tokens with these plan-order numbers."""
     ids = torch.tensor([chosen(token, layer) for token in tokens])
     noter.run(MoELayer(layer), torch.zeros(len(tokens), 4), ids, ids / 8)
@@ -92,7 +92,7 @@ def test_coherent_ranks_tell_of_the_tokens_at_home_there(plan: BatchPlan) -> Non
 def test_a_rank_that_forgets_something_is_noticed(plan: BatchPlan) -> None:
     noter = RouteNoter(Nothing(), 8)
     noter.begin(ROUTE_IDS)
-    call(noter, 1, list(range(5)))
+    call(noter, MoELayer(1), list(range(5)))
     piece = noter.take(RankStep(plan, (0, 0, 0)))
     with pytest.raises(AssertionError, match=r"routes of shape \(5, 1, 2\) instead of \(5, 2, 2\)"):
         gather(plan, told(piece), SHAPE, ROUTE_IDS)
@@ -102,9 +102,9 @@ def test_a_rank_that_forgets_something_is_noticed(plan: BatchPlan) -> None:
 
 def test_nothing_is_noted_unless_wanted_and_nothing_of_a_failed_step(plan: BatchPlan) -> None:
     noter, step = RouteNoter(Nothing(), 8), RankStep(plan, (0, 0, 0))
-    call(noter, 1, list(range(5)))
+    call(noter, MoELayer(1), list(range(5)))
     assert noter.take(step) is None
     noter.begin(ROUTE_IDS)
-    call(noter, 1, list(range(5)))
+    call(noter, MoELayer(1), list(range(5)))
     noter.begin(ROUTE_IDS)
     assert noter.take(step) is None

@@ -27,6 +27,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
+from moe_serve.expert_routes.route_recorder import RouteObserver
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.sequence import Request, SampleOutput, TokenLogprob
@@ -34,6 +35,8 @@ from moe_serve.scheduling.stats import EngineLoad, StatsObserver, StepStats
 from moe_serve.server.app import create_app
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
+from predictors.predictor import RouterShape
+from predictors.shape import MoELayer
 from tests.patience import PATIENCE_S
 from tests.server.scripted_model import HERMES, PLAIN_TEMPLATE, Model, start
 
@@ -92,6 +95,7 @@ class FakeEngine:
     refuse_abort: bool = False
     expert_cache_mib: int | None = None
     is_closed: bool = False
+    route_observers: list[RouteObserver] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     waiting: list[Sample] = field(default_factory=list)
@@ -151,6 +155,14 @@ class FakeEngine:
 
     def expert_report(self) -> ExpertReport | None:
         return self.experts(self.num_steps)
+
+    def routing_shape(self) -> RouterShape:
+        return RouterShape((MoELayer(1), MoELayer(3)), num_experts=4, top_k=2)
+
+    def observe_routes(self, observer: RouteObserver, wanted: bool = True) -> None:
+        """There are no routes to tell of."""
+        others = [known for known in self.route_observers if known is not observer]
+        self.route_observers = [*others, observer] if wanted else others
 
     def trouble(self) -> Trouble | None:
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_serve.resolve import computing
+
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello!"}]
 
@@ -104,6 +106,7 @@ def test_information_endpoints(served: Any) -> None:
         ("/health", None), ("/version", None), ("/v1/models", None), ("/v1/models/fake-model", None)
     )
     assert (health.status_code, health.json()) == (200, {"status": "ready"})
-    assert version.json() == {"version": "1.2.3"}
+    assert version.json() == {"version": "1.2.3", **computing(served.engine.config)}
+    assert set(version.json()) == {"version", "device", "dtype", "instruction_set", "threads"}
     assert models.json() == {"object": "list", "data": [model.json()]}
     assert model.json()["max_model_len"] == 512

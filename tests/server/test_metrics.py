@@ -22,6 +22,7 @@ GAUGES = (
     "num_requests_waiting",
     "kv_cache_usage_perc",
     "cache_config_info",
+    "compute_info",
     *expert_metrics.GAUGES,
 )
 HISTOGRAMS = (
@@ -134,3 +135,11 @@ def docs_table(served: Any) -> str:
 def test_every_metric_is_in_the_docs(served: Any) -> None:
     table = docs_table(served)
     assert table in (ROOT / "docs" / "metrics.md").read_text(), f"docs/metrics.md is stale; its table is:\n{table}"
+
+
+def test_requests_whose_clients_leave_are_counted(served: Any) -> None:
+    metrics = served.app.state.service.metrics
+    name = 'moe_serve:request_success_total{engine="0",finished_reason="abort",model_name="fake-model"}'
+    assert f"{name} 0.0" in metrics.render().decode()
+    metrics.on_aborted(2)
+    assert f"{name} 2.0" in metrics.render().decode()

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from moe_serve.config import ServerConfig
+from moe_serve.scheduling.sequence import Request
 from moe_serve.server.transport.guard import guard
 
 APP = ("https://app.example",)
@@ -112,7 +113,12 @@ def salts_of(served: Any, **config: Any) -> list[str]:
     """What keeps the prefixes of ann's, bob's and again ann's request apart."""
     seen: list[str] = []
     add = served.engine.add_request
-    served.engine.add_request = lambda request: (seen.append(request.cache_salt), add(request))
+
+    def note(request: Request) -> None:
+        seen.append(request.cache_salt)
+        add(request)
+
+    served.engine.add_request = note
     calls = [("POST", "/v1/completions", {"Authorization": f"Bearer {key}"}) for key in ("ann", "bob", "ann")]
     assert all(response.status_code == 200 for response in ask(served, *calls, **config))
     return seen

@@ -101,7 +101,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """The sequences of a step, one token each."""
+    """The tokens of a step. With `DecodeStep` each is of another sequence; with `LayerParts` some may be of one."""
 
     x: torch.Tensor
     """[T, H] float32 embedded tokens; becomes what the layers make of them."""
@@ -113,4 +113,4 @@ class DecodeInputs:
     page_table: torch.Tensor
     """[T, pages] int64."""
     lengths: torch.Tensor
-    """[T] int64: tokens of the context, the new one included."""
+    """[T] int64: tokens that each one sees, itself included."""

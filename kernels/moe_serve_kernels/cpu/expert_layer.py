@@ -2,8 +2,8 @@
 
     out[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])
 
-The experts' arithmetic is `expert_mlp`'s, and so are its bits. Sums run in the router's order; `combine` makes the
-same ones, to the bit, of results that somebody else has.
+The experts' arithmetic is that of `expert_mlp`, bit for bit. Sums run in the router's order. `combine` makes the same
+sums, bit for bit, from results computed by other calls.
 
 Shape alphabet: T tokens, H hidden, E experts, K choices per token.
 """

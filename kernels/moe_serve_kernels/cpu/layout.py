@@ -34,13 +34,15 @@ class Signature:
     arguments: list[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Layout:
     """Everything by its name in C++; values of an enum as ENUM.VALUE."""
 
     structs: dict[str, type[ctypes.Structure]] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
     functions: dict[str, Signature] = field(default_factory=dict)
+    isa: str = ""
+    """The instruction set that the kernels use here: avx512, avx2 or generic."""
 
 
 def parse(text: str) -> Layout:
@@ -55,6 +57,8 @@ def parse(text: str) -> Layout:
         elif what == "function":
             result, *arguments = (KINDS[kind] for kind in rest)
             layout.functions[name] = Signature(result, arguments)
+        elif what == "isa":
+            layout.isa = name
     return layout
 
 

@@ -22,12 +22,13 @@ class Native:
     """The compiled library: functions as attributes, structs and values by their names in C++."""
 
     def __init__(self, path: Path) -> None:
-        """OSError: `path` is no library, or none of this version. LayoutError: its structs are not laid out as C's."""
+        """OSError: `path` is no library. LayoutError: it is one of other sources than this Python code's."""
         library = ctypes.CDLL(str(path))
         try:
             tell = library.moe_serve_layout
         except AttributeError as error:
-            raise OSError(f"{path} was built from other sources; build it again") from error
+            rebuild = "python setup.py build_ext --inplace"
+            raise LayoutError(f"{path} was built from other sources; build it again: {rebuild}") from error
         tell.restype = ctypes.c_char_p
         self._layout = parse(tell().decode())
         for name, signature in self._layout.functions.items():
@@ -37,6 +38,11 @@ class Native:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise LayoutError(f"the C++ library has no function {name}")
+
+    @property
+    def isa(self) -> str:
+        """The instruction set that the kernels use here: avx512, avx2 or generic."""
+        return self._layout.isa
 
     def new(self, struct: str, **fields: Any) -> Any:
         """A struct, all fields given by name; None is a null pointer. LayoutError names a field that is not right."""
@@ -57,7 +63,7 @@ class Native:
 
 @functools.cache
 def load() -> Native | None:
-    """The compiled library, or None with a log line that says what that costs."""
+    """The compiled library, or None with a log line that says what that costs. LayoutError: it is out of date."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     for path in found:
         try:

@@ -7,7 +7,7 @@
 Example, block_t = 2, ids = [[2, 0], [0, 1], [2, 1], [2, 3]]: pairs = [1, 2, 3, 5, 0, 4, 6, 7], ends = [2, 4, 7, 8],
 tiles (expert, start) = (0, 0), (1, 2), (2, 4), (2, 6), (3, 7), then surplus ones with expert -1.
 
-A negative id is nobody's choice (a row that only fills up a batch): its pair is in no tile and in none of `pairs`.
+A negative id marks padding (a row that only fills up a batch): its pair is in no tile and in none of `pairs`.
 Nothing is padded: a tile knows its end. The number of tiles is the most that any routing can need, so the grid does
 not depend on data (moe_align_block_size of vLLM pads instead). Up to ONE_BLOCK_PAIRS pairs a single program compares
 every pair with every other; beyond that, blocks count, one program adds up, and blocks place their pairs.
@@ -50,7 +50,7 @@ class Aligned:
 
 
 def max_tiles(num_pairs: int, num_experts: int, block_t: int) -> int:
-    """The most tiles that any routing of so many pairs makes."""
+    """The most tiles that any routing of `num_pairs` pairs makes."""
     return num_pairs // block_t + min(num_experts, num_pairs)
 
 
@@ -143,7 +143,7 @@ def _load_ids(ids_ptr, at, num_pairs, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _nobody_last(ids, BLOCK_E: tl.constexpr):
-    """Nobody's choices as what is beyond the end."""
+    """Ids with padding (negative) replaced by BLOCK_E, which sorts last."""
     return tl.where(ids < 0, BLOCK_E, ids)
 
 

@@ -2,9 +2,9 @@
 
     plan -> copy what is missing from pinned host memory -> the layer
 
-All of it is decided on the device (residency.py), so a whole decode step can be one graph although nobody knows
-beforehand which experts it needs. Where a step chooses more experts of a layer than its pool has slots, they run in
-waves; how many waves is known from shapes alone.
+The device decides all of it (residency.py), so a whole decode step can be one graph although its experts are unknown
+beforehand. If a step chooses more experts of a layer than its pool has slots, they run in waves. The number of waves
+follows from shapes alone.
 
 Shape alphabet: L layers, E experts per layer, S slots, T tokens, K choices, P = T * K pairs, H hidden.
 """

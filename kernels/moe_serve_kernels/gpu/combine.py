@@ -2,7 +2,7 @@
 
     out[t] = sum over k, in order, of weights[t, k] * outputs[t * K + k]
 
-Choices whose expert is in no slot are left out, as are negative ids: nobody's choices.
+Choices whose expert is in no slot are left out, as are negative ids, which mark padding.
 No atomics: the order of the sum is the router's, so the result does not depend on which expert came first.
 
 Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden.

@@ -20,7 +20,7 @@ HOPPER = 90
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One grouped matrix product: so many tokens, outputs, and inputs per loop step."""
+    """One grouped matrix product: block_t tokens, block_f outputs, and block_c inputs per loop step."""
 
     block_t: int
     block_f: int
@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Gemv:
-    """One matrix-vector product per pair: so many outputs, and inputs per loop step."""
+    """One matrix-vector product per pair: block_f outputs, and block_c inputs per loop step."""
 
     block_f: int
     block_c: int
@@ -139,5 +139,5 @@ def choose(
 
 
 def by_tokens(steps: dict[int, GroupedConfig], per_expert: float) -> GroupedConfig:
-    """The smallest tile that holds so many tokens, or the largest there is."""
+    """The smallest tile that holds that number of tokens, or the largest there is."""
     return next((config for tokens, config in steps.items() if per_expert <= tokens), list(steps.values())[-1])

@@ -36,8 +36,8 @@ def moe_layer(
     """Weighted sum of the chosen experts' outputs -> [T, H] of x's dtype.
 
     x [T, H] float32, float16 or bf16; ids [T, K] any integer type; weights [T, K] any float type; slot_of [E] int32.
-    Choices whose expert is in no slot add nothing, nor do negative ids: nobody's choices. `config`: how; None: by
-    shape, and by what was tuned.
+    Choices whose expert is in no slot add nothing, nor do negative ids (padding). `config`: tile sizes; None: chosen by
+    shape, from the tuned ones where there are any.
     """
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     chosen = config or config_for(x, ids, slot_of.shape[0], pool)

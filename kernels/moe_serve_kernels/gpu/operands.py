@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def slot_of_choice(ids_ptr, slot_of_ptr, pair):
-    """The slot of a pair's expert, int64; -1 where it is in none, or where nobody chose (a negative id)."""
+    """The slot of a pair's expert, int64; -1 where it is in none, and for padding (a negative id)."""
     expert = tl.load(ids_ptr + pair)
     return tl.load(slot_of_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
 

@@ -1,6 +1,6 @@
 """The slots that hold experts on a GPU, in the layout the kernels read, for each weight format.
 
-A table `slot_of` [E] int32 says which slot an expert is in; -1: in none, and its pairs are somebody else's work. The
+A table `slot_of` [E] int32 gives each expert's slot; -1: in none, and the caller computes its pairs in another way. The
 pool's tensors never move, so a captured graph goes on reading the right memory while contents and table change.
 
 | format | gate_up | down | scales |

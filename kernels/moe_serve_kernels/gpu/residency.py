@@ -4,8 +4,8 @@ Before a MoE layer runs, one program of `plan` looks at the router's choice: eve
 the layer's time stamp; every other takes the slot of the layer's pool that was used longest ago, and is put on a list.
 `copy_experts` then reads the list from device memory and copies from the host's pinned memory straight into the slots
 (unified virtual addressing: the GPU reads host memory by itself). Both, and the layer after them, can be captured into
-one graph (vLLM's expert pool, FreeToken). Where the pool has fewer slots than the step has experts, the last of them
-stay without (slot -1) and are somebody else's work.
+one graph (vLLM's expert pool, FreeToken). If the pool has fewer slots than the step has experts, the last ones get no
+slot (-1), and the caller runs them later.
 
 All state is on the device: slot_of [L*E], owner_of [S] (layer * E + expert; -1: empty), used_at [S], clock [1].
 
@@ -29,12 +29,12 @@ COPY_PROGRAMS = 32
 COPY_WORDS = 2048
 """8-byte words that one program copies at a time."""
 NEVER_FREE = tl.constexpr(1 << 62)
-"""When what is no slot was used."""
+"""The time stamp of an entry that is no slot."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuResidency:
-    """What is where. Everything is on the device; nothing here reads it back."""
+    """Which expert is in which slot. Everything is on the device; nothing here reads it back."""
 
     num_experts: int
     slot_of: torch.Tensor
@@ -78,7 +78,7 @@ def new_residency(num_layers: int, num_experts: int, num_slots: int, device: tor
 def plan(state: GpuResidency, layer: int, ids: torch.Tensor, pool: tuple[int, int]) -> None:
     """Make room for the experts in `ids` [T, K] of a layer, among the slots pool[0] .. pool[1] - 1.
 
-    Of slots used equally long ago the first is taken; of the experts, the smaller first. Negative ids are nobody's.
+    Of slots used equally long ago the first is taken; of the experts, the smaller first. Negative ids are padding.
     """
     if ids.numel() > MOST_PAIRS:
         ids = _distinct(ids, state.num_experts)
@@ -220,7 +220,7 @@ def _add(ptr, value):
 def copy_kernel(
     sources_ptr, targets_ptr, bytes_ptr, wanted_ptr, counts_ptr, num_keys, num_experts, BLOCK: tl.constexpr
 ):
-    """Grid (programs, R): each program takes every so many blocks of a part of every expert."""
+    """Grid (programs, R): program i takes every `programs`-th block, from block i on, of one part of every expert."""
     part = tl.program_id(1)
     num_bytes = tl.load(bytes_ptr + part)
     num_words = tl.multiple_of(num_bytes // 8, 2)

@@ -45,14 +45,14 @@ def with_deep_stack(function: Callable[[], None]) -> None:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """From now on at most so many bytes of address space beyond what there is: then allocations fail."""
+    """Limit the address space to its present size and `more_bytes`; allocations beyond it fail."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * os.sysconf("SC_PAGESIZE") + more_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def limit_cpu(more_s: int) -> None:
-    """SIGXCPU after so many more seconds of CPU time; a process that nobody waits for ends by this."""
+    """SIGXCPU after `more_s` more seconds of CPU time. This ends a process that its parent no longer waits for."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + more_s + 1, resource.RLIM_INFINITY))
 

@@ -14,7 +14,7 @@ from moe_serve.grammars.schema.walk import Path, Schema, depth, shown, subschema
 MAX_DEPTH = 120
 """llguidance's JSON parser ends at 128."""
 MAX_PROPERTIES = 4000
-"""Of one object: compiling takes time in their square, some 3 s for so many."""
+"""Of one object. Compile time grows with their square; it is some 3 s at this number."""
 MAX_ENUM = 100_000
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")

@@ -77,7 +77,7 @@ class Listener:
         self._door.open(word_of(secret))
 
     def shut(self) -> None:
-        """Let nobody in."""
+        """Let no rank in."""
         self._door.shut()
 
     def accept(self, timeout_s: float) -> Link | None:

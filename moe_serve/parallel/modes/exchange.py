@@ -1,4 +1,4 @@
-"""Exchange: messages between ranks and their booking. A message says how long it is, so nobody counts first.
+"""Exchange: messages between ranks and their booking. A message says how long it is, so no sizes are exchanged first.
 
 What a rank has for itself never travels. Knows wires and bytes; knows no tokens.
 

@@ -33,10 +33,10 @@ from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_row
 from predictors.shape import MoELayer
 
 Rows = tuple[torch.Tensor, torch.Tensor]
-"""Rows [n] whose sums are whole, and rows [m] of which other ranks have parts too."""
+"""Rows [n] with whole sums, and rows [m] with sums that have parts on other ranks."""
 CHECK_BYTES = 4
-NOBODY = -1
-"""Stands for the rank of a choice that need not be sent for: all run it, or none."""
+NO_RANK = -1
+"""In place of a choice's rank where its sum is not sent: all ranks run it, or none."""
 
 
 class RanksDivergedError(RuntimeError):
@@ -98,7 +98,7 @@ class RecomputingExperts(SharedExperts):
             by_all = shared.ownership.everywhere(layer, routes)
         ranks[by_all] = me
         shared.count(layer, torch.from_numpy(ranks[self._homes == me]), me)
-        ranks[~self._sampled if is_last else by_all] = NOBODY
+        ranks[~self._sampled if is_last else by_all] = NO_RANK
         partial = self._share(layer, hidden, ids, torch.from_numpy(ranks).to(ids.device), weights)
         total = self._sum(layer, self._visits(ranks, is_last, ids.device), partial, hidden.dtype, routes)
         if by_all.any():  # by themselves, because results depend on what is computed beside them

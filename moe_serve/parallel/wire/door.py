@@ -1,8 +1,8 @@
 """Door: a listening socket that lets in callers who say its word, and hangs up on all others.
 
 A hello has a fixed size and is compared as bytes: before the word is known, nothing is parsed and no length that a
-stranger announces is believed. One thread hears all callers side by side, each until its own deadline, also while
-nobody is expected, so that no backlog builds up. Knows sockets; knows no messages.
+stranger announces is believed. One thread hears all callers side by side, each until its own deadline. It also does so
+while no rank is expected, so that no backlog builds up. Knows sockets; knows no messages.
 """
 
 from __future__ import annotations

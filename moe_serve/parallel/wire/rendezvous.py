@@ -1,6 +1,6 @@
 """Where the ranks of a group first meet: torch's store, and the interfaces at which torch listens.
 
-The store asks nobody for a password, so it is reached by as few as possible. Ranks that the front starts meet in a file
+The store has no password, so as few as possible can reach it. Ranks that the front starts meet in a file
 in a folder of its own. Ranks of a launcher meet at a port that is bound to MASTER_ADDR, unless the launcher brings a
 store of its own (torchrun does). Knows torch.distributed's stores; knows no models.
 """

@@ -1,4 +1,4 @@
-"""Wires: bytes from rank to rank, each message after its length, so that nobody has to be told what will come.
+"""Wires: bytes from rank to rank, each message after its length, so that no sizes are exchanged first.
 
 `SocketWire` is a mesh of TCP connections: a message leaves when it is ready and is there one link delay later. Gloo
 first asks the receiver whether it is ready, which costs a whole round trip for each of its collectives.
@@ -33,7 +33,7 @@ class Wire(Protocol):
     def trade(self, outgoing: Mapping[int, torch.Tensor], incoming: Collection[int]) -> dict[int, torch.Tensor]:
         """Send uint8 [n] to each rank of `outgoing`, and return one message from each rank of `incoming`.
 
-        Whoever is named here must name this rank in its own trade of the same turn.
+        A rank that is named here must name this rank in its own trade of the same turn.
         """
         ...
 

@@ -97,7 +97,7 @@ class CompletionShapes:
         self._merger = merger
         self._offsets: dict[int, int] = {}
         self._begun: set[int] = set()
-        """Choices of which something has been shown."""
+        """Choices with text already sent."""
 
     def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from moe_serve.resolve import computing
 from moe_serve.server.endpoints.bodies.given import TheService
 
 router = APIRouter()
@@ -20,14 +21,16 @@ async def models(service: TheService) -> dict[str, Any]:
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: TheService) -> dict[str, Any]:
     """The served model, by its name or path."""
+    if not name:
+        return await models(service)
     service.check_model(name)
     return _card(service)
 
 
 @router.get("/version")
 async def version(service: TheService) -> dict[str, str]:
-    """The version of moe-serve."""
-    return {"version": service.version}
+    """The version of moe-serve, and how it computes: device, dtype, instruction set, threads."""
+    return {"version": service.version, **computing(service.engine.core.config)}
 
 
 def _card(service: TheService) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ExpertCollector: what the experts do, by layer, as Prometheus metrics worked out when somebody scrapes.
+"""ExpertCollector: what the experts do, by layer, as Prometheus metrics computed at each scrape.
 
 The engine's step pays nothing for the labels. Names follow vLLM's style; no other engine has these.
 Load by expert is not here, since layers times experts are too many series: the dashboard shows it.

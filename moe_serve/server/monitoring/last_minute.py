@@ -1,7 +1,7 @@
 """LastMinute: the last minute of the engine, for gauges and the dashboard.
 
 A StatsObserver. On the engine's thread it adds a few numbers per step and keeps a Moment a second;
-everything else is worked out when somebody looks. Knows no HTTP and no metrics library.
+everything else is computed when it is asked for. Knows no HTTP and no metrics library.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class LastMinute:
             return Interval(self._kept(end.time_s)[0], end)
 
     def seconds(self) -> list[Interval]:
-        """The window in pieces of about PERIOD_S, oldest first; longer ones where nothing ran and nobody looked."""
+        """The window in pieces of about PERIOD_S, oldest first; longer ones where nothing ran or was asked for."""
         with self._lock:
             self._advance()
             moments = self._kept(self._clock())

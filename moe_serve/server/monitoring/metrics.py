@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from expert_cache.report import ExpertReport
-from moe_serve.scheduling.finish import FinishedStats
+from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
 from moe_serve.server.monitoring.last_minute import LastMinute
@@ -87,10 +87,12 @@ class Metrics:
         cache_config: Mapping[str, object],
         expert_report: Callable[[], ExpertReport | None],
         predictor: str = "off",
+        computing: Mapping[str, str] | None = None,
     ) -> None:
-        """`cache_config`: facts for cache_config_info. `predictor`: who advises the expert cache, if anybody."""
+        """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: the expert cache's
+        advisor, or "off"."""
         self.live = LastMinute(expert_report)
-        """The last minute, for whoever draws it."""
+        """The last minute, for the dashboard."""
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         names, values = list(labels), list(labels.values())
@@ -111,11 +113,16 @@ class Metrics:
             registry=self.registry,
         )
         self._label_values = values
+        for reason in FinishReason:  # a rate needs a zero to start from
+            self._success.labels(*values, str(reason))
         self._rejections = Counter(
             PREFIX + "admission_rejections", "Requests refused with 503.", [*names, "reason"], registry=self.registry
         )
         info = {**labels, **{name: str(value) for name, value in cache_config.items()}}
         Gauge(PREFIX + "cache_config_info", "The KV pages.", list(info), registry=self.registry).labels(**info).set(1)
+        compute = {**labels, **(computing or {})}
+        help = "Device, type of activations, instruction set of the C++ kernels and threads."
+        Gauge(PREFIX + "compute_info", help, list(compute), registry=self.registry).labels(**compute).set(1)
         self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
 
     def render(self) -> bytes:
@@ -147,6 +154,10 @@ class Metrics:
         self._gauges["num_requests_running"].set(load.num_running)
         self._gauges["num_requests_waiting"].set(load.num_waiting)
         self._gauges["kv_cache_usage_perc"].set(load.kv_usage_frac)
+
+    def on_aborted(self, num_samples: int) -> None:
+        """Samples ended because their client left, or the server did."""
+        self._success.labels(*self._label_values, str(FinishReason.ABORT)).inc(num_samples)
 
     def on_finished(self, stats: FinishedStats) -> None:
         self.live.on_finished(stats)

@@ -42,6 +42,9 @@ class StatsLog:
     def on_finished(self, stats: FinishedStats) -> None:
         self._observer.on_finished(stats)
 
+    def on_aborted(self, num_samples: int) -> None:
+        self._observer.on_aborted(num_samples)
+
     def _write(self, elapsed_s: float) -> None:
         fields = {
             "prompt_tokens_per_s": round(self._prompt_tokens / elapsed_s, 1),

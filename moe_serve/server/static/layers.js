@@ -41,7 +41,7 @@ function build(experts) {
 
 function caption(experts) {
   if (!experts.cache) return "Without an expert cache (--moe-cache-mib) nothing has to be predicted: every expert is there.";
-  if (experts.cache.prefetch === "off") return "Nobody predicts; --moe-prefetch next-gate or affinity would. Last minute.";
+  if (experts.cache.prefetch === "off") return "No predictions: they need --moe-prefetch next-gate or affinity. Last minute.";
   return `Last minute of ${experts.cache.prefetch}. Recall: of the experts used, those it foresaw. Precision: of those it foresaw, the used ones.`;
 }
 

@@ -1,7 +1,7 @@
 """DrainingServer: uvicorn's server with an orderly end.
 
-uvicorn closes its port first and then waits, so nobody can ask how the wait is going. Here the port stays
-open while running requests finish: new ones get 503 with Retry-After, and /health says "draining".
+uvicorn closes its port first and then waits, so no probe can ask about the wait. Here the port stays open while
+running requests finish: new ones get 503 with Retry-After, and /health says "draining".
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import asyncio
 import logging
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -44,16 +41,9 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: object = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(signal.SIGHUP, self.handle_exit)
         await super().startup(sockets=sockets)  # type: ignore[arg-type]
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """SIGHUP too, unless `nohup` has it ignored."""
-        is_main = threading.current_thread() is threading.main_thread()
-        with super().capture_signals():
-            if is_main and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-                signal.signal(signal.SIGHUP, self.handle_exit)
-            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn's signal handler; runs between two instructions of the main thread, so it only hands over."""

@@ -15,6 +15,7 @@ from moe_serve.config.units import MIB
 from moe_serve.server.monitoring.access_log import ID_HEADER, AccessLog
 from moe_serve.server.transport.auth import Auth
 from moe_serve.server.transport.body_limit import BodyLimit
+from moe_serve.server.transport.head_requests import HeadRequests
 from moe_serve.server.transport.same_site import SameSite, is_loopback
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 def guard(app: ASGIApp, config: ServerConfig, keys: frozenset[str]) -> ASGIApp:
     """The layers around the application; a request passes them from the last one here to the first."""
+    app = HeadRequests(app)
     app = BodyLimit(app, int(config.max_body_mib * MIB), config.read_timeout_s)
     app = SameSite(app, config.allowed_origins, _hosts(config, keys), admin_only=bool(keys))
     if keys:

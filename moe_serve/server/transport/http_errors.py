@@ -17,7 +17,7 @@ from moe_serve.errors import BodyTooLargeError, MoEServeError, OverloadedError, 
 log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
-"""nginx's status for a client that hung up; nobody is left to read it."""
+"""nginx's status for a client that hung up; no client reads it."""
 
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -63,7 +63,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    """The client left, perhaps before its body was read: an everyday event, with nobody to answer."""
+    """The client left, perhaps before its body was read: an everyday event that needs no answer."""
     return Response(status_code=CLIENT_CLOSED)
 
 

@@ -5,6 +5,7 @@ Captured or not, all experts in slots or some, the tokens are those of the engin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from expert_cache.gpu_managed.cache import GpuManagedExperts
+from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import PLAIN
 from expert_cache.host_managed.experts import HostManagedExperts
+from expert_cache.running.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution.cuda_graph import CudaCapture
 from moe_serve.hf.families import family_names
 from moe_serve.hf.family import find
@@ -41,7 +45,7 @@ KIB = 80
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory):
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def folder(family: str) -> Path:
         return write_checkpoint(SMALL[family], tmp_path_factory.mktemp(family))
@@ -50,29 +54,57 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def _cache_memory_in_kib(monkeypatch) -> None:
+def _cache_memory_in_kib(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a budget can hold a part of these models."""
     monkeypatch.setattr("moe_serve.resolve.MIB", 1 << 10)
     monkeypatch.setattr("expert_cache.simulation.capacity.MIB", 1 << 10)
 
 
 @pytest.fixture(autouse=True)
-def _attention_of_the_gpu(monkeypatch) -> None:
+def _attention_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
 
 
-def load(folder: Path, device: torch.device, **settings) -> LLM:
-    fixed = {"dtype": "float32", "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16, "max_num_seqs": 4}
+def load(folder: Path, device: torch.device, **settings: Any) -> LLM:
+    fixed: dict[str, Any] = {
+        "dtype": "float32",
+        "num_threads": 1,
+        "max_model_len": 64,
+        "num_kv_pages": 16,
+        "max_num_seqs": 4,
+    }
     return LLM(str(folder), device=str(device), enforce_eager=True, **fixed | settings)
 
 
-def capture(llm: LLM, device: torch.device):
-    capture = TapedCapture() if device.type == "cpu" else CudaCapture(device)
+def experts_of(llm: LLM) -> LocalExperts[Any]:
+    """The experts of this process."""
+    experts = llm.engine.runner.experts
+    assert isinstance(experts, LocalExperts)
+    return experts
+
+
+def capture(llm: LLM, device: torch.device) -> Any:
+    """A CudaCapture, or a TapedCapture, which is imported only where there is no GPU."""
+    capture: Any = TapedCapture() if device.type == "cpu" else CudaCapture(device)
+    assert isinstance(llm.engine.runner, ModelRunner)
     llm.engine.runner.capture_decoding(capture)
     return capture
 
 
-def tokens(llm: LLM, lengths=LENGTHS) -> list[list[int]]:
+def managed_by_gpu(llm: LLM) -> GpuManagedExperts:
+    experts = experts_of(llm)
+    assert isinstance(experts, GpuManagedExperts)
+    return experts
+
+
+def format_of(llm: LLM) -> str:
+    """How the slots hold the experts' weights."""
+    compute = experts_of(llm).compute
+    assert isinstance(compute, GpuCompute)
+    return compute.pool.layout.format
+
+
+def tokens(llm: LLM, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
     """Greedily, two tokens for the first prompt and one more for each other."""
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(0, VOCAB - 1, (n,), generator=generator).tolist() for n in lengths]
@@ -81,27 +113,31 @@ def tokens(llm: LLM, lengths=LENGTHS) -> list[list[int]]:
 
 
 @pytest.fixture(autouse=True)
-def _few_programs(device, monkeypatch) -> None:
+def _few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy takes as long in the interpreter as it has programs."""
     if device.type == "cpu":
         monkeypatch.setattr("moe_serve_kernels.gpu.residency.COPY_PROGRAMS", 2)
 
 
-def experts_of(llm: LLM) -> Any:
-    """What runs the model's experts."""
-    return llm.engine.runner.experts
-
-
 @pytest.fixture
-def one_size(monkeypatch) -> None:
+def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch is padded to four."""
     monkeypatch.setattr("moe_serve.engine.model_runner.sizes_up_to", lambda limit: [4])
 
 
-@pytest.mark.parametrize(("family", "room"), [("mixtral", "for all"), ("mixtral", "for some"), ("gpt_oss", "for some")])
-def test_captured_steps_give_the_tokens_of_launched_ones(device, small, one_size, family, room) -> None:
+@pytest.mark.parametrize(
+    ("family", "room"),
+    [
+        ("mixtral", "for some"),
+        pytest.param("mixtral", "for all", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "for some", marks=pytest.mark.slow),
+    ],
+)
+def test_captured_steps_give_the_tokens_of_launched_ones(
+    device: torch.device, small: Callable[[str], Path], one_size: None, family: str, room: str
+) -> None:
     """Three sequences in a graph for four, then two, then one, the contexts growing meanwhile."""
-    settings = {} if room == "for all" else {"moe_cache_mib": KIB}
+    settings: dict[str, Any] = {} if room == "for all" else {"moe_cache_mib": KIB}
     launched, captured = (load(small(family), device, **settings) for _ in range(2))
     kind = ResidentExperts if room == "for all" else GpuManagedExperts
     assert isinstance(captured.engine.runner.experts, kind)
@@ -113,24 +149,27 @@ def test_captured_steps_give_the_tokens_of_launched_ones(device, small, one_size
     captured.close()
 
 
-def test_padding_touches_no_expert(device, small, one_size) -> None:
+def test_padding_touches_no_expert(device: torch.device, small: Callable[[str], Path], one_size: None) -> None:
     """A sequence alone in a graph for four: the same hits, copies and evictions, and the same slots."""
     launched, captured = (load(small("mixtral"), device, moe_cache_mib=KIB) for _ in range(2))
     capture(captured, device)
     assert tokens(captured, [5]) == tokens(launched, [5])
-    sides: list[Any] = [llm.engine.runner.experts for llm in (launched, captured)]
+    sides = [managed_by_gpu(llm) for llm in (launched, captured)]
     for name in ("slot_of", "owner_of", "totals"):
         one, other = (getattr(side._layers.state, name) for side in sides)
         assert torch.equal(one, other), name
     for llm, side in zip((launched, captured), sides, strict=True):
         side.check_integrity()
         report = llm.engine.runner.experts.report()
+        assert report is not None
+        assert report.residency is not None
         assert report.counts["misses"].sum() > 0
         assert report.residency.ready.sum() == report.counts["misses"].sum() - report.counts["evictions"].sum()
         llm.close()
 
 
-def test_cached_by_the_device_or_by_the_host(device, small) -> None:
+@pytest.mark.slow
+def test_cached_by_the_device_or_by_the_host(device: torch.device, small: Callable[[str], Path]) -> None:
     by_device, by_host = (
         load(small("mixtral"), device, moe_cache_mib=KIB, moe_cache_manager=manager) for manager in ("device", "host")
     )
@@ -140,23 +179,36 @@ def test_cached_by_the_device_or_by_the_host(device, small) -> None:
     by_host.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group", "format", "room"), [(4, 32, "int4", "for some"), (8, 0, "int8", "for all")])
-def test_quantised_experts_keep_their_codes(device, small, tmp_path, monkeypatch, bits, group, format, room) -> None:
+def test_quantised_experts_keep_their_codes(
+    device: torch.device,
+    small: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    group: int,
+    format: str,
+    room: str,
+) -> None:
     """The tokens of the engine that makes them floats when it reads them."""
     write_quantized(str(small("mixtral")), tmp_path / "quantized", bits, group, None, lambda: None)
-    settings = {"dtype": "float16", "moe_cache_mib": None if room == "for all" else 32}
+    settings: dict[str, Any] = {"dtype": "float16", "moe_cache_mib": None if room == "for all" else 32}
     kept = load(tmp_path / "quantized", device, **settings)
-    assert experts_of(kept).compute.pool.layout.format == format
+    assert format_of(kept) == format
     monkeypatch.setattr("expert_cache.gpu_managed.layout._format_of", lambda matrix: PLAIN)
     floats = load(tmp_path / "quantized", device, **settings | {"moe_cache_mib": None})
-    assert experts_of(floats).compute.pool.layout.format == "plain"
+    assert format_of(floats) == "plain"
     assert tokens(kept, [5]) == tokens(floats, [5])
     kept.close()
     floats.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in family_names() if find(name).same_as is None])
-def test_every_family_can_be_captured(device, folders, family, monkeypatch) -> None:
+def test_every_family_can_be_captured(
+    device: torch.device, folders: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing between the embedding and the logits asks the device for a value."""
     monkeypatch.setattr("moe_serve.engine.model_runner.sizes_up_to", lambda limit: [1])
     llm = load(folders(family), device)
@@ -164,7 +216,9 @@ def test_every_family_can_be_captured(device, folders, family, monkeypatch) -> N
     llm.close()
 
 
-def test_routes_are_seen_although_steps_are_captured(device, small, one_size) -> None:
+def test_routes_are_seen_although_steps_are_captured(
+    device: torch.device, small: Callable[[str], Path], one_size: None
+) -> None:
     """Recording runs steps one operation at a time for as long as it lasts."""
     llm = load(small("mixtral"), device)
     recorded = capture(llm, device)

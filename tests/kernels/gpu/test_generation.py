@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.host_compute.crossover import MissCosts
 from expert_cache.host_compute.miss_choice import ByCrossover
 from expert_cache.host_managed.experts import HostManagedExperts
+from expert_cache.running.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
 
@@ -23,17 +25,35 @@ from ...families.tiny_configs import VOCAB
 NEW_TOKENS = 3
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v2"]
 """The plain one; biases, sinks, windows and the clamped activation; keys wider than values and a dense layer."""
+ROOMS = ["for all", "for some, by the device", "for some, by the host"]
+QUICK = ("mixtral", "for some, by the device")
+"""What a change usually breaks shows here already; a model takes seconds in the interpreter."""
 
 
 def expected(folder: Path, prompt: list[int]) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     done = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
-    return done[0, len(prompt) :].tolist()
+    return [int(token) for token in done[0, len(prompt) :]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("room", ["for all", "for some, by the device", "for some, by the host"])
-def test_tokens_are_those_of_transformers(device, folders, family, room, monkeypatch) -> None:
+def experts_of(llm: LLM) -> LocalExperts[Any]:
+    """The experts of this process."""
+    experts = llm.engine.runner.experts
+    assert isinstance(experts, LocalExperts)
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("family", "room"),
+    [
+        pytest.param(family, room, marks=[] if (family, room) == QUICK else [pytest.mark.slow])
+        for family in FAMILIES
+        for room in ROOMS
+    ],
+)
+def test_tokens_are_those_of_transformers(
+    device: torch.device, folders: Callable[[str], Path], family: str, room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
     prompt = torch.randint(0, VOCAB - 1, (9,)).tolist()
     llm = LLM(
@@ -46,7 +66,7 @@ def test_tokens_are_those_of_transformers(device, folders, family, room, monkeyp
         moe_cache_mib=None if room == "for all" else 1,
         moe_cache_manager="host" if room.endswith("host") else "auto",
     )
-    experts: Any = llm.engine.runner.experts
+    experts = experts_of(llm)
     assert isinstance(experts.compute, GpuCompute)
     kinds = {
         "for all": ResidentExperts,
@@ -59,13 +79,22 @@ def test_tokens_are_those_of_transformers(device, folders, family, room, monkeyp
     llm.close()
 
 
-def test_the_cpu_computes_misses_beside_the_gpu(device, folders, monkeypatch) -> None:
+def test_the_cpu_computes_misses_beside_the_gpu(
+    device: torch.device, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calibrated at the start, then told that the CPU takes no time: all misses of steps that do not stream."""
     monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
     prompt = torch.randint(0, VOCAB - 1, (3,)).tolist()
-    settings = {"dtype": "float32", "device": str(device), "num_threads": 1, "max_model_len": 64, "num_kv_pages": 16}
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "device": str(device),
+        "num_threads": 1,
+        "max_model_len": 64,
+        "num_kv_pages": 16,
+    }
     llm = LLM(str(folders("mixtral")), moe_cache_mib=1, moe_cpu_misses=True, **settings)
-    experts: Any = llm.engine.runner.experts
+    experts = llm.engine.runner.experts
+    assert isinstance(experts, HostManagedExperts)
     assert isinstance(experts.cache.acquirer.misses, ByCrossover)
     assert experts.cache.acquirer.misses.costs.copy_s > 0
     experts.cache.acquirer.misses = ByCrossover(MissCosts(1.0, (1, 2), (0.0, 0.0)))

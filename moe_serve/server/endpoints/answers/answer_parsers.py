@@ -73,7 +73,10 @@ class NamedCall:
 
 
 class ListOfCalls:
-    """The text is a list of {"name", "parameters"} objects; each is given out when it is complete."""
+    """The text is a list of {"name", "parameters"} objects; each is given out when it is complete.
+
+    A call that was cut off is dropped: half of one is no call, and its syntax is no content. `finish_reason` says so.
+    """
 
     def __init__(self) -> None:
         self._rest = ""
@@ -91,8 +94,6 @@ class ListOfCalls:
             delta.calls.append(_new_call(self._count, call["name"], json.dumps(call["parameters"], ensure_ascii=False)))
             self._count += 1
             self._rest = self._rest[end:]
-        if is_last and self._rest.strip("[], \n"):
-            delta.content = self._rest  # cut off: show what there is
         return delta
 
 

@@ -16,7 +16,7 @@ from moe_serve.text.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
 TRUNCATED_CONTEXTS = 8
-"""A prompt of which only the end is kept may be this many times as long as the context."""
+"""A prompt that is cut to its end may be at most this many times as long as the context."""
 MAX_WORD_CHARS = 1000
 
 

@@ -57,7 +57,7 @@ class SamplingBody(Body, StructuredFields, CommonFields):
     stop_token_ids: JsonList[Int] | None = None
     """Tokens that end the answer."""
     min_tokens: Int | None = in_range(0)
-    """No end before so many tokens; a complete grammar ends all the same."""
+    """The answer does not end before it has this many tokens; a complete grammar ends it earlier."""
     include_stop_str_in_output: Flag | None = None
     """Keep the stop string in the text."""
     ignore_eos: Flag | None = None
@@ -73,7 +73,7 @@ class SamplingBody(Body, StructuredFields, CommonFields):
     prompt_logprobs: Int | None = in_range(0, 20)
     """Log-probability of each prompt token and 0 to 20 alternatives; not with stream. Cached prefixes are not used."""
     truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None
-    """Keep the last so many tokens of the prompt; -1: as many as fit."""
+    """Keep the last N tokens of the prompt; -1: as many as fit."""
     stream_options: StreamOptions | None = None
     """include_usage, continuous_usage_stats."""
     return_token_ids: Flag | None = None

@@ -42,4 +42,16 @@ void moe_serve_decode_shared(const moe_serve::Model* model, const moe_serve::Ste
                              int32_t num_threads);
 void moe_serve_decode_head(const moe_serve::Model* model, const moe_serve::Step* step, float* memory,
                            int32_t num_threads);
+
+void moe_serve_norm(const float* x, const float* weight, double eps, int64_t rows, int64_t columns, float* out,
+                    int32_t num_threads);
+void moe_serve_attend(const moe_serve::Model* model, const moe_serve::Step* step, int64_t block, const float* q,
+                      const float* k, const float* v, float* attended, int32_t num_threads);
+void moe_serve_write_latents(const moe_serve::Model* model, const moe_serve::Step* step, int64_t block, const float* kv,
+                             int32_t num_threads);
+void moe_serve_attend_to_latents(const moe_serve::Model* model, const moe_serve::Step* step, int64_t block,
+                                 const float* q, const float* carried, float* out, int32_t num_threads);
+void moe_serve_route(const moe_serve::Model* model, int64_t block, int64_t num_tokens, const float* scores,
+                     int64_t* ids, float* weights, int32_t num_threads);
+void moe_serve_probabilities(int64_t count, float* scores, int32_t num_threads);
 }

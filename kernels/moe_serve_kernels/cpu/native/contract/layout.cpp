@@ -5,6 +5,7 @@
 //   field NAME KIND OFFSET
 //   value NAME NUMBER                     NAME is a constant or ENUM.VALUE
 //   function NAME RESULT ARGUMENT...
+//   isa NAME                              the instruction set that the kernels use on this processor
 //
 // KIND, RESULT and ARGUMENT are letters of Python's struct module (v: void), or a struct's name.
 
@@ -204,6 +205,20 @@ void tell_functions(std::ostream& text) {
     TELL_FUNCTION(moe_serve_decode_until_experts);
     TELL_FUNCTION(moe_serve_decode_shared);
     TELL_FUNCTION(moe_serve_decode_head);
+    TELL_FUNCTION(moe_serve_norm);
+    TELL_FUNCTION(moe_serve_attend);
+    TELL_FUNCTION(moe_serve_write_latents);
+    TELL_FUNCTION(moe_serve_attend_to_latents);
+    TELL_FUNCTION(moe_serve_route);
+    TELL_FUNCTION(moe_serve_probabilities);
+}
+
+const char* isa() {
+#ifdef X86_VERSIONS
+    return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "generic";
+#else
+    return "generic";
+#endif
 }
 
 }  // namespace
@@ -214,6 +229,7 @@ extern "C" const char* moe_serve_layout() {
         tell_structs(text);
         tell_values(text);
         tell_functions(text);
+        text << "isa " << isa() << '\n';
         return text.str();
     }();
     return layout.c_str();

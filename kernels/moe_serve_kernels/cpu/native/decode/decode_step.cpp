@@ -128,7 +128,7 @@ using namespace moe_serve;
 #define ARITHMETIC "decode/decode_step.inc"
 #include "simd/per_isa.inc"
 
-// Floats that the other functions need as `memory` for at most `num_tokens` tokens and so many threads.
+// Floats that the other functions need as `memory` for at most `num_tokens` tokens and the given number of threads.
 extern "C" int64_t moe_serve_decode_memory(Model* model, int64_t num_tokens, int32_t num_threads) {
     model->sizes = sizes_of(*model, num_tokens);
     return Memory(*model, num_tokens, nullptr).size(num_threads, nullptr);
@@ -163,4 +163,43 @@ extern "C" void moe_serve_decode_head(const Model* model, const Step* step, floa
     const Memory areas(*model, step->num_tokens, memory);
 #pragma omp parallel num_threads(num_threads) if (is_worth_threads(*model))
     FOR_THIS_CPU(run_head)(*model, *step, areas);
+}
+
+// Rows of x [rows, columns] with their RMSNorm.
+extern "C" void moe_serve_norm(const float* x, const float* weight, double eps, int64_t rows, int64_t columns,
+                               float* out, int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads) if (rows * columns > ALONE)
+    FOR_THIS_CPU(norm_rows)(x, weight, eps, rows, columns, out);
+}
+
+// A block's attention for any number of tokens, between its linear layers; see decode/many.inc.
+extern "C" void moe_serve_attend(const Model* model, const Step* step, int64_t block, const float* q, const float* k,
+                                 const float* v, float* attended, int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads)
+    FOR_THIS_CPU(attend_many)(*model, model->blocks[block], *step, q, k, v, attended);
+}
+
+extern "C" void moe_serve_write_latents(const Model* model, const Step* step, int64_t block, const float* kv,
+                                        int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads)
+    FOR_THIS_CPU(write_many_latents)(*model, model->blocks[block], *step, kv);
+}
+
+extern "C" void moe_serve_attend_to_latents(const Model* model, const Step* step, int64_t block, const float* q,
+                                            const float* carried, float* out, int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads)
+    FOR_THIS_CPU(attend_many_to_latents)(*model, model->blocks[block], *step, q, carried, out);
+}
+
+// A block's choice of experts from its router's scores [T, E].
+extern "C" void moe_serve_route(const Model* model, int64_t block, int64_t num_tokens, const float* scores,
+                                int64_t* ids, float* weights, int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads) if (num_tokens * model -> num_experts > ALONE / 16)
+    FOR_THIS_CPU(route_many)(*model, model->blocks[block], num_tokens, scores, ids, weights);
+}
+
+// scores [count] become their sigmoids.
+extern "C" void moe_serve_probabilities(int64_t count, float* scores, int32_t num_threads) {
+#pragma omp parallel num_threads(num_threads) if (count > ALONE / 16)
+    FOR_THIS_CPU(probabilities)(count, scores);
 }

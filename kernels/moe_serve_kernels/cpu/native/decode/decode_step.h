@@ -30,7 +30,7 @@ struct Block {
     const float* sinks;                   // [Hq] or null
     int64_t window;                       // 0: none
     float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; or [kv_tokens, rank + R], null
-    const Expert* const* experts;         // [E]; null where there are none or somebody else runs them
+    const Expert* const* experts;         // [E]; null: there are none, or the caller runs them
     int64_t route;                        // where in ids and weights this layer's choices go
 };
 

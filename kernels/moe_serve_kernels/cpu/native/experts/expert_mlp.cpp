@@ -7,9 +7,10 @@
 //   for each segment, likewise:
 //     out[t] = down @ inner[t] + down_bias
 //
-// With few tokens the time is the time to read the weights: each row is read once and made floats
-// in registers (experts/stream.inc). With many it is the arithmetic (experts/block.inc). An element of `out` is summed by one
-// thread, in an order that depends on the number of tokens of its segment only. Plain C ABI, no libtorch.
+// With few tokens the time is the time to read the weights: each row is read once and made floats in registers
+// (experts/stream.inc). With many it is the arithmetic (experts/block.inc). An element of `out` is summed by one thread,
+// in an order that depends on its weights' format only: not on the other tokens, and not on how many there are. Plain C
+// ABI, no libtorch.
 
 #include <algorithm>
 #include <cmath>
@@ -28,22 +29,11 @@ using namespace moe_serve;
 #define ARITHMETIC "experts/expert_mlp.inc"
 #include "simd/per_isa.inc"
 
-namespace {
-
-// The fewest tiles of at most `most` tokens, all of one size.
-int64_t tile_for(int64_t count, int64_t most) {
-    const int64_t tiles = (count + most - 1) / most;
-    return (count + tiles - 1) / tiles;
-}
-
-}  // namespace
-
 Segment moe_serve::plan(const Pairs& pairs) {
     const int64_t count = pairs.end - pairs.begin;
     const Expert& expert = *pairs.expert;
-    const Steps steps = FOR_THIS_CPU(steps)(expert, count <= STREAM_MAX_TOKENS);
-    const int64_t tile = steps.tile_tokens ? tile_for(count, steps.tile_tokens) : 0;
-    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, round_up(columns, steps.grain), tile}; };
+    const Steps steps = FOR_THIS_CPU(steps)(expert);
+    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, round_up(columns, steps.grain)}; };
     return {pairs.expert, pairs.begin, steps, tokens(expert.gate.columns), tokens(expert.down.columns)};
 }
 
@@ -54,7 +44,7 @@ void moe_serve::weighted_sum(const float* const* rows, const float* weights, int
 
 namespace {
 
-int64_t size_of(const Tokens& tokens) { return padded_count(tokens) * tokens.stride; }
+int64_t size_of(const Tokens& tokens) { return tokens.count * tokens.stride; }
 
 struct Layer {
     const float* x;
@@ -207,7 +197,7 @@ extern "C" bool moe_serve_expert_layer(const float* x, const int64_t* ids, const
 }
 
 // Linear layers of one size, each on rows of its own: out [N, count, rows] = x [N, count, columns] @ down^T + down_bias,
-// of experts [N] that have nothing else. A row of `out` depends on its row of `x` and on `count`. False: out of memory.
+// of experts [N] that have nothing else. A row of `out` depends on its row of `x` alone. False: out of memory.
 extern "C" bool moe_serve_linears(const float* x, const Expert* const* layers, int64_t num_layers, float* out,
                                   int64_t count, int32_t num_threads) {
     Layer layer{x, nullptr, layers[0]->down.rows, layers[0]->down.columns, {}, {}, {}};

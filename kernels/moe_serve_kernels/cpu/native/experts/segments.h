@@ -85,30 +85,24 @@ struct Pairs {
     int64_t begin, end;
 };
 
-// Activations in scratch memory. For the streaming kernel (tile 0) one row of `stride` columns per token,
-// in the order that the weights' format wants, zeros behind the last; for the blocked one tiles of `tile` tokens, each [columns][tile].
+// Activations in scratch memory: a row of `stride` columns per token, in the order that the weights' format wants,
+// zeros behind the last.
 struct Tokens {
     float* data;
-    int64_t count, stride, tile;
+    int64_t count, stride;
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-inline int64_t padded_count(const Tokens& tokens) {
-    return tokens.tile ? round_up(tokens.count, tokens.tile) : tokens.count;
-}
-
-// Zeros for what follows a streamed token's last column; gate and up fill the rest.
+// Zeros for what follows a token's last column; gate and up fill the rest.
 inline void clear_ends(const Tokens& tokens, int64_t grain) {
-    if (tokens.tile) return;
     for (int64_t t = 1; t <= tokens.count; ++t) std::fill_n(tokens.data + t * tokens.stride - grain, grain, 0.0f);
 }
 
 struct Segment;
 
-// One instruction set's arithmetic for one weight dtype and one way to multiply.
+// One instruction set's arithmetic for one weight format.
 struct Steps {
-    int64_t tile_tokens;                 // 0: streaming
     int64_t grain;                       // rows of `Tokens` are filled up to a multiple of it
     int64_t (*scratch)(const Segment&);  // floats that one thread needs to compute BLOCK_ROWS rows
     void (*gather)(const float* x, const int64_t* tokens, int64_t columns, const Tokens& target);
@@ -123,12 +117,11 @@ struct Segment {
     Tokens x, inner;
 };
 
-constexpr int64_t STREAM_MAX_TOKENS = 6;  // with more the blocked kernel is faster on every size measured
+constexpr int64_t STREAM_MAX_TOKENS = 6;  // with more, weights are packed first (block.inc)
 constexpr int64_t BLOCK_ROWS = 64;        // of a weight, per task
-constexpr int64_t BLOCK_DEPTH = 128;      // columns of a panel: 16 KB of 32 rows
 constexpr int64_t LINEAR_TOKENS = 256;    // of one segment of a linear layer: enough to pay for packing its weights
 
-// out[i] = sum over k of weights[k] * rows[k][i] for columns `first` .. `last`-1: the same bits whoever asks.
+// out[i] = sum over k of weights[k] * rows[k][i] for columns `first` .. `last`-1: the same bits in every caller.
 void weighted_sum(const float* const* rows, const float* weights, int64_t top_k, int64_t first, int64_t last,
                   float* out);
 

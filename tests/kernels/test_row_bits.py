@@ -1,0 +1,117 @@
+"""A token's bits do not depend on how many tokens there are: every kernel of the CPU, every format of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_serve_kernels.cpu import library
+from moe_serve_kernels.cpu.decoder import DecodeInputs
+from moe_serve_kernels.cpu.expert_layer import ExpertLayer
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
+from moe_serve_kernels.cpu.layer_parts import LayerParts
+from moe_serve_kernels.cpu.linear import LinearWeights, linear
+from moe_serve_kernels.cpu.native_model import NativeModel
+from tests.kernels.quantized_experts import FORMS, Form, make_expert
+from tests.kernels.test_decode_step import CASES, LAYERS, PAGE_SIZE, Tiny, tiny
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+
+COUNTS = (1, 2, 5, 6, 7, 8, 9, 31, 193, 400)
+SILU = Activation("silu")
+
+
+def alike(rows: torch.Tensor, others: torch.Tensor) -> bool:
+    """Bit for bit; a NaN would be unlike itself."""
+    return torch.equal(rows, others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (17, 5), (70, 1030), (33, 2111)])
+def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    weights = LinearWeights(torch.randn(rows, columns).to(dtype), torch.randn(rows))
+    x = torch.randn(max(COUNTS), columns)
+    whole = linear(x, weights)
+    for count in COUNTS:
+        assert alike(linear(x[:count], weights), whole[:count])
+        assert alike(linear(x[-count:], weights), whole[-count:])
+
+
+def run_expert(x: torch.Tensor, expert: MLPWeights) -> torch.Tensor:
+    out = torch.empty_like(x)
+    expert_mlp(x, torch.arange(len(x)), [(0, len(x))], [expert], SILU, out)
+    return out
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_quantised_experts(form: Form) -> None:
+    torch.manual_seed(3)
+    expert = make_expert(form, 160, 96)
+    x = torch.randn(40, expert.gate.shape[1])
+    whole = run_expert(x, expert)
+    for count in (1, 3, 6, 7, 20):
+        assert alike(run_expert(x[:count], expert), whole[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_of_experts(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    matrices = [[torch.randn(size).to(dtype) / 8 for size in ((48, 64), (48, 64), (64, 48))] for _ in range(4)]
+    layer = ExpertLayer([MLPWeights(*each) for each in matrices])
+    x, ids = torch.randn(300, 64), torch.rand(300, 4).argsort(dim=1)[:, :2]
+    weights = torch.rand(300, 2)
+    whole, _ = layer.run(x, ids, weights, SILU)
+    for count in COUNTS[:-1]:
+        assert alike(layer.run(x[:count], ids[:count], weights[:count], SILU)[0], whole[:count])
+
+
+LENGTHS = (9, 1, 14)
+"""Of three sequences; all of their tokens are in one step of LayerParts."""
+
+
+def tokens_of(model: Tiny) -> DecodeInputs:
+    """All tokens of all sequences, one after another."""
+    torch.manual_seed(8)
+    width = -(-max(LENGTHS) // PAGE_SIZE)
+    pages = torch.randperm(width * len(LENGTHS)).view(len(LENGTHS), width)
+    seqs = torch.cat([torch.full((length,), i) for i, length in enumerate(LENGTHS)])
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    slots = pages[seqs, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    angles = torch.outer(positions.float(), torch.rand(model.case.shape.rotary_dim // 2))
+    x = torch.randn(len(seqs), model.case.hidden)
+    return DecodeInputs(x, angles.cos(), angles.sin(), slots, pages[seqs].contiguous(), positions + 1)
+
+
+def run_layers(model: Tiny, inputs: DecodeInputs) -> torch.Tensor:
+    parts = LayerParts(NativeModel(model.case.shape, model.blocks, model.final_norm, model.head))
+    for index, block in enumerate(model.blocks):
+        hidden, ids, weights = parts.until_experts(index, inputs)
+        if block.router is not None:
+            parts.shared(index, inputs)
+            assert block.experts is not None
+            mixed, _ = block.experts.run(hidden, ids, weights, model.case.shape.activation)
+            inputs.x.add_(mixed.mul_(model.case.shape.residual_scale))
+    return parts.head(inputs.x)
+
+
+def rows_of(inputs: DecodeInputs, rows: slice) -> DecodeInputs:
+    fields = ("x", "cos", "sin", "kv_slots", "page_table", "lengths")
+    return replace(inputs, **{name: getattr(inputs, name)[rows].clone() for name in fields})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_many_tokens_is_as_many_steps_of_one(name: str) -> None:
+    model = tiny(CASES[name])
+    inputs = tokens_of(model)
+    several = run_layers(model, rows_of(inputs, slice(None)))
+    kept = [block.keys[:, inputs.kv_slots] for block in model.blocks]
+    for block in model.blocks:
+        block.keys.zero_()
+    step = model.step()
+    one_by_one = [step.run(rows_of(inputs, slice(i, i + 1)))[0].clone() for i in range(len(inputs.x))]
+    assert len(model.blocks) == LAYERS
+    assert alike(torch.cat(one_by_one), several)
+    assert all(alike(block.keys[:, inputs.kv_slots], keys) for block, keys in zip(model.blocks, kept, strict=True))
