@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from tests.server.serve_process import LONG, Reader, Serve, child_of, complete, 
 def start(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     with serving(tmp_path) as make:
         yield make
+
+
+def is_logged(server: Serve, text: str, times: int) -> bool:
+    return server.log.count(text) == times
 
 
 def is_running(pid: int) -> bool:
@@ -70,6 +75,7 @@ def test_a_signal_to_both_processes_drains_once(start: Callable[..., Serve]) -> 
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_too_many_deaths_end_it_by_their_signal(start: Callable[..., Serve]) -> None:
     server = start()
     deaths: set[int] = set()
@@ -86,12 +92,13 @@ def test_too_many_deaths_end_it_by_their_signal(start: Callable[..., Serve]) -> 
     assert "the server ends" in server.log
 
 
+@pytest.mark.slow
 def test_an_order_during_a_pause_ends_it(start: Callable[..., Serve]) -> None:
     server = start()
     for number in range(MAX_DEATHS):  # the last pause is 4 s
         server.wait_until(lambda: child_of(server))
         os.kill(child_of(server), signal.SIGABRT)
-        server.wait_until(lambda number=number: server.log.count("died of SIGABRT") == number + 1)
+        server.wait_until(partial(is_logged, server, "died of SIGABRT", number + 1))
     assert child_of(server) == 0
     server.signal(signal.SIGTERM)
     assert server.end() == 0
