@@ -167,7 +167,7 @@ class LoadLog:
 
     num_aborted = 0
 
-    def on_aborted(self, num_samples) -> None:
+    def on_aborted(self, num_samples: int) -> None:
         self.num_aborted += num_samples
 
 

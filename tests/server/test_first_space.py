@@ -42,7 +42,7 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.mark.parametrize("with_start", [False, True])
 def test_the_text_is_that_of_both_less_the_prompt(llama_like: Tokenizer, prompt: str, with_start: bool) -> None:
     ids = [*([1] if with_start else []), *llama_like.encode(prompt, add_special_tokens=False)]
-    answer = [llama_like.backend.token_to_id(word) for word in ANSWER]
+    answer = [llama_like.backend.get_vocab()[word] for word in ANSWER]
     detokenizer = IncrementalDetokenizer(llama_like, SamplingParams(), ids)
     text = "".join(detokenizer.push([token])[0] for token in answer) + detokenizer.flush()
     assert text == llama_like.decode([*ids, *answer]).removeprefix(llama_like.decode(ids))

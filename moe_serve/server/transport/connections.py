@@ -11,6 +11,7 @@ import logging
 import resource
 from typing import Any
 
+from moe_serve.errors import ConfigError
 from moe_serve.server.transport.request_head import BoundedHead
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ KEEP_ALIVE_S = 75
 send last must not be the one that closes, or requests get lost on the way."""
 RESERVED_FILES = 256
 """File descriptors for everything that is no connection: checkpoint shards, libraries, logs."""
+FEWEST_FILES = 128
+"""Half of these are for connections; below, a server would run out of descriptors while accepting."""
 _REFUSAL_BODY = (
     b'{"error": {"message": "too many open connections; try again later", "type": "overloaded_error", "param": null,'
     b' "code": 503}}'
@@ -31,11 +34,16 @@ REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: cl
 
 
 def raise_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one; how many connections that leaves room for."""
+    """Raise the soft limit of open files to the hard one; how many connections that leaves room for.
+
+    ConfigError: too few to serve at all.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = max(16, hard - RESERVED_FILES)
+    if hard < FEWEST_FILES:
+        raise ConfigError(f"the limit of open files is {hard}, too low to serve; raise it to 1024 or more (ulimit -n)")
+    room = hard - min(RESERVED_FILES, hard // 2)
     if room < 1024:
         log.warning(
             "at most %d connections are open together, because the limit of open files is %d; raise it with ulimit -n",
