@@ -27,7 +27,6 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if LOG not in path.parents and not path.relative_to(ROOT).parts[0].startswith(".")
 )
-SHORT_SENTENCES = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "glossary", "operation", "offload")))
 PERSON = re.compile(r"\b(?:nobody|whoever|somebody|anybody)(?:'s)?\b", re.IGNORECASE)
 SO_MANY = re.compile(r"\bso many\b", re.IGNORECASE)
 
