@@ -108,7 +108,18 @@ def sides(args: argparse.Namespace) -> list[Side]:
     threads = str(args.threads)
     text = {"prompt": "Once upon a time", "max_tokens": args.tokens, "temperature": 0, "stream": True}
     port = free_port()
-    ours = [sys.executable, "-c", SERVE, "serve", args.model, "--port", str(port), "--num-threads", threads]
+    ours = [
+        sys.executable,
+        "-c",
+        SERVE,
+        "serve",
+        args.model,
+        "--no-supervisor",
+        "--port",
+        str(port),
+        "--num-threads",
+        threads,
+    ]
     found = [Side("moe-serve", ours, "/health", "/v1/completions", {**text, "ignore_eos": True}, port, main_thread)]
     if args.transformers:
         port = free_port()

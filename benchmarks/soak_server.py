@@ -62,7 +62,12 @@ class StartedServer:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = Path(tempfile.mkdtemp(prefix="moe-serve-soak-")) / "server.log"
-        command = [str(Path(sys.executable).with_name("moe-serve")), "serve", *([model] if model else [])]
+        command = [
+            str(Path(sys.executable).with_name("moe-serve")),
+            "serve",
+            "--no-supervisor",
+            *([model] if model else []),
+        ]
         with self.log.open("w") as log:
             self._process = subprocess.Popen([*command, "--port", str(port), *flags], stdout=log, stderr=log)
         self.pid: int | None = self._process.pid

@@ -17,6 +17,7 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     │   └── NotServingError         503  the server is loading or shutting down
     ├── RequestTimeoutError         504  the request took longer than the server allows
     ├── EngineDeadError             503  the engine thread died; the server must be restarted
+    │   └── CheckpointChangedError  503  a mapped checkpoint file was written to
     └── ConfigError                      found at start-up, before any request
         ├── UnsupportedModelError        a model family we cannot run
         ├── CheckpointError              a missing, truncated or inconsistent checkpoint file
@@ -128,6 +129,10 @@ class EngineDeadError(MoEServeError):
 
     http_status = 503
     error_type = "engine_dead_error"
+
+
+class CheckpointChangedError(EngineDeadError):
+    """A file of the checkpoint was written to while the server had it mapped. The message names it."""
 
 
 class ConfigError(MoEServeError):

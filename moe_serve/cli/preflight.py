@@ -52,11 +52,13 @@ def check_engine(config: EngineConfig) -> EngineConfig:
     return config
 
 
-def check_server(server: ServerConfig, parallel: ParallelConfig) -> None:
-    """Key file, plan files and the port."""
+def check_server(server: ServerConfig, parallel: ParallelConfig) -> int:
+    """Key file, plan files and the port, which is returned: a free one for port 0."""
     check_files(server)
     check_files(parallel)
-    bind(server).close()
+    with bind(server) as bound:
+        port: int = bound.getsockname()[1]
+    return port
 
 
 def check_files(config: Settings) -> None:

@@ -12,6 +12,7 @@ from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
 from moe_serve.config.settings import refuse_no_effect
 from moe_serve.parallel.wire.environment import is_launched, read_place
 from moe_serve.server.monitoring import logs
+from moe_serve.server.supervisor import supervise
 
 log = logging.getLogger("moe_serve")
 
@@ -40,8 +41,14 @@ def run(args: argparse.Namespace) -> int:
     parallel = config_from_args(args, ParallelConfig)
     refuse_no_effect(server, engine, parallel)
     engine = preflight.check_engine(engine)
-    preflight.check_server(server, parallel)
+    port = preflight.check_server(server, parallel)
     logs.set_up(server.log_format)
+    if parallel.devices > 1 or is_launched():
+        server = server.replace(supervisor=False)
+    if server.supervisor:
+        server = server.replace(port=port)  # a restart keeps it
+        if (status := supervise()) is not None:
+            return status
     log.info("importing torch and transformers")
     from moe_serve.server.run import serve
 

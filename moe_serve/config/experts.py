@@ -40,9 +40,9 @@ class ExpertCacheConfig(Settings):
     )
     cache_pool: str = option(
         "auto",
-        "How layers share the cache. global: one pool. per-layer: equal parts. quota: parts solved from"
-        " --moe-cache-profile. adaptive: equal parts, later solved from recent traffic if that saves misses."
-        " auto: per-layer if every layer gets a slot for each of a token's experts, else global.",
+        "How layers share the cache. global: one pool. per-layer: equal parts. quota: parts from --moe-cache-profile."
+        " adaptive: equal parts, later by traffic if that saves misses."
+        " auto: per-layer if a part holds all experts of a token, else global.",
         ("auto", "global", "per-layer", "quota", "adaptive"),
     )
     cache_profile: str | None = option(

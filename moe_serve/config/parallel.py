@@ -25,9 +25,8 @@ class ParallelConfig(Settings):
     )
     ep_mode: str = option(
         "conventional",
-        "How tokens meet their experts. conventional: each token has one home rank; in every layer it is sent to its"
-        " experts and their results come back. coherent: every rank computes every token up to its experts, and only"
-        " the experts' results are sent.",
+        "How tokens meet their experts. conventional: every layer sends a token from its home rank to its experts, and"
+        " the results back. coherent: every rank computes every token up to its experts; only their results are sent.",
         ("conventional", "coherent"),
     )
     ep_context: str = option(

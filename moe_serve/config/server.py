@@ -63,6 +63,11 @@ class ServerConfig(Settings):
         bound="not negative",
         aliases=("shutdown_timeout",),
     )
+    supervisor: bool = option(
+        True,
+        "Keep a small parent process that starts the server again after a signal such as SIGSEGV has ended it. Several"
+        " ranks have a supervision of their own.",
+    )
     log_format: str = option("text", "Format of log lines. json: one object per line.", ("text", "json"), heading=LOGS)
     log_requests: bool = option(
         False, "Log prompts and sampling parameters. They are never logged otherwise.", heading=LOGS

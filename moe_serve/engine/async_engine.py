@@ -21,7 +21,7 @@ from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig
 from moe_serve.engine.request_queue import Pending, RequestQueue
 from moe_serve.engine.trouble import Trouble
-from moe_serve.errors import EngineDeadError, MoEServeError, NotServingError
+from moe_serve.errors import CheckpointChangedError, EngineDeadError, MoEServeError, NotServingError
 from moe_serve.expert_routes.route_recorder import RouteObserver
 from moe_serve.scheduling.sequence import Request, SampleOutput
 from moe_serve.scheduling.stats import StatsObserver
@@ -75,6 +75,8 @@ class AsyncEngine:
         self.core = engine
         """The engine itself. Its facts may be read from any thread; all else belongs to the worker thread."""
         self.state = EngineState.READY
+        self.cause: str | None = None
+        """A sentence for clients on why it is dead, where that is known."""
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._reception = RequestQueue(engine.config, functools.partial(self._post, self._give_up))
@@ -149,7 +151,7 @@ class AsyncEngine:
 
     def _check_serving(self) -> None:
         if self.state is EngineState.DEAD:
-            raise EngineDeadError("the engine has died after repeated errors; restart the server")
+            raise EngineDeadError(self.cause or "the engine has died after repeated errors; restart the server")
         if self.state is not EngineState.READY:
             raise NotServingError("the server is shutting down", retry_after_s=10)
 
@@ -180,9 +182,9 @@ class AsyncEngine:
             self._inbox.append(functools.partial(function, *arguments))
             self._wake.notify()
 
-    def _die(self, message: str) -> None:
+    def _die(self, message: str, cause: str | None = None) -> None:
         """Tell every request that the engine is gone; on the event loop."""
-        self.state = EngineState.DEAD
+        self.state, self.cause = EngineState.DEAD, cause
         for request_id in self._reception.request_ids:
             self._reception.refuse(request_id, EngineDeadError(message))
 
@@ -191,6 +193,9 @@ class AsyncEngine:
     def _work(self) -> None:
         try:
             self._loop_steps()
+        except CheckpointChangedError as error:
+            log.critical("%s", error.message)
+            self._call_loop(self._die, error.message, error.message)
         except Exception as error:  # not a step that failed, but the handling of it
             log.critical("the engine thread ends", exc_info=error)
             self._call_loop(self._die, f"the engine died: {error}")
@@ -221,11 +226,13 @@ class AsyncEngine:
             return commands
 
     def _advance(self, commands: list[Callable[[], None]]) -> tuple[list[SampleOutput], str | None]:
-        """Run commands and one step; an error ends the requests it hit and nothing else."""
+        """Run commands and one step; an error ends the requests it hit and nothing else. CheckpointChangedError."""
         for command in commands:
             self._run(command)
         try:
             return (self.core.step() if self.core.has_work() else []), None
+        except CheckpointChangedError:
+            raise
         except Exception as error:
             log.exception("an engine step failed")
             return self.core.fail_running(f"the engine failed on this request ({type(error).__name__})"), str(error)

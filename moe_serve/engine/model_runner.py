@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from expert_cache.running.experts import Experts
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
+from moe_serve.engine.mapped_files import MappedFiles
 from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
@@ -64,9 +66,14 @@ class ModelRunner:
         self.masks = MaskThread(spec.vocab_size)
         self._graphs: DecodeGraphs | None = None
         self._whole_steps: WholeSteps | None = None
+        self._files = MappedFiles()
         connect(self.model, experts)
         if experts.padding is not None:
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
+
+    def watch(self, files: MappedFiles) -> None:
+        """From now on, steps raise CheckpointChangedError once one of these was written to."""
+        self._files = files
 
     def run_whole_steps(self) -> None:
         """From now on run steps without the model's modules, where there are kernels for that. Only for a
@@ -94,10 +101,12 @@ class ModelRunner:
         """Stop reading threads; the runner is of no use afterwards."""
         self.experts.close()
         self.masks.close()
+        self._files.close()
 
     @torch.inference_mode()
     def run(self, plan: BatchPlan) -> StepResult:
-        """Compute the plan's tokens and sample where a sequence has caught up."""
+        """Compute the plan's tokens and sample where a sequence has caught up. CheckpointChangedError."""
+        self._files.check()
         # A thread's own GPU is the first one, and kernels are launched on the thread's.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             return self._run(plan)
@@ -205,7 +214,15 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRun
     if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
     runner.run_whole_steps()
+    if runner.device.type == "cpu" and not resolved.experts.cache_mib:
+        runner.watch(MappedFiles(_files_of(resolved)))
     return runner
+
+
+def _files_of(config: EngineConfig) -> list[Path]:
+    """What is mapped where experts have no budget."""
+    expert_file = config.experts.expert_file
+    return safetensors_files(config.model) + ([Path(expert_file)] if expert_file else [])
 
 
 def _capture(runner: ModelRunner) -> None:

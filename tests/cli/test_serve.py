@@ -17,6 +17,6 @@ def test_serve_passes_the_configs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ModuleType("moe_serve.server.run")
     run.serve = lambda *configs: started.append(configs)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moe_serve.server.run", run)
-    assert main(["serve", "--port", "0", "--no-enable-prefix-caching", "--block-size", "8"]) == 0
+    assert main(["serve", "--port", "0", "--no-enable-prefix-caching", "--block-size", "8", "--no-supervisor"]) == 0
     engine = EngineConfig.of(model=default_model(), enable_prefix_caching=False, page_size=8)
-    assert started == [(ServerConfig(port=0), engine, ParallelConfig())]
+    assert started == [(ServerConfig(port=0, supervisor=False), engine, ParallelConfig())]

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.patience import PATIENCE_S
-from tests.server.test_run import Serve
+from tests.server.serve_process import Serve
 
 LATE_S = 1.0
 """A probe answered this late stood behind a body: on an idle machine they take 5 to 60 ms."""

@@ -22,7 +22,8 @@ async def health(service: TheService) -> Response:
     trouble = engine.core.trouble()
     if trouble is not None and engine.state is EngineState.READY:
         return JSONResponse({"status": trouble.status, "error": trouble.message}, 503)
-    return JSONResponse({"status": engine.state}, 200 if engine.state is EngineState.READY else 503)
+    cause = {} if engine.cause is None else {"error": engine.cause}
+    return JSONResponse({"status": engine.state, **cause}, 200 if engine.state is EngineState.READY else 503)
 
 
 @router.get("/live")

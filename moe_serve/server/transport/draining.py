@@ -25,11 +25,16 @@ FLUSH_S = 5
 class DrainingServer(uvicorn.Server):
     """Serves `door`; the first SIGTERM, SIGINT or SIGHUP drains, a second ends the process on the spot."""
 
-    def __init__(self, config: uvicorn.Config, door: FrontDoor, drain_timeout_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, door: FrontDoor, drain_timeout_s: float, is_supervised: bool = False
+    ) -> None:
+        """`is_supervised`: the supervisor ends the process at its own second signal. Here any number of signals is one:
+        systemd and terminals signal both processes, and the supervisor forwards."""
         config.timeout_graceful_shutdown = FLUSH_S
         super().__init__(config)
         self._door = door
         self._drain_timeout_s = drain_timeout_s
+        self._is_supervised = is_supervised
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._is_ending = False
@@ -42,6 +47,8 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn's signal handler; runs between two instructions of the main thread, so it only hands over."""
+        if self._is_ending and self._is_supervised:
+            return
         if self._is_ending:
             os._exit(128 + sig)
         self._is_ending = True

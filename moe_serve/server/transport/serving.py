@@ -26,7 +26,9 @@ def serve_until_told(
 ) -> FrontDoor:
     """Serve until SIGTERM or SIGINT, or until `load` fails. What is behind the door then, the door knows."""
     door = FrontDoor(load, lambda: _end(server))
-    server = DrainingServer(_uvicorn_config(guard(door, config, keys), config), door, config.shutdown_timeout_s)
+    server = DrainingServer(
+        _uvicorn_config(guard(door, config, keys), config), door, config.shutdown_timeout_s, config.supervisor
+    )
     asyncio.run(server.serve(sockets=[bound]))
     return door
 
