@@ -72,3 +72,8 @@ def test_the_site_lists_every_page() -> None:
     listed = re.findall(r"([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text())
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(pages)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)", README))))
+def test_every_link_of_the_readme_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
