@@ -147,6 +147,7 @@ def test_the_example_is_listed(example: Path) -> None:
         assert "lru2" in moe_serve(f"{command} --help", example).stdout
 
 
+@pytest.mark.slow
 def test_the_example_serves(example: Path) -> None:
     words = "generate --prompt Hello --temperature 0 --max-tokens 8"
     plain = moe_serve(words, example)

@@ -37,7 +37,9 @@ HELD_BACK = {
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", HELD_BACK)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "avx2" else pytest.param(kind, marks=pytest.mark.slow) for kind in HELD_BACK]
+)
 def test_batch_invariance(kind: str) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -84,6 +84,7 @@ def listeners_of(pid: int) -> Iterator[str]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_strangers_change_nothing(checkpoint: Checkpoint, reference: References, tmp_path: Path) -> None:
     ref, folder = reference("mixtral"), checkpoint("mixtral")
     uses = make_uses(folder, tmp_path)

@@ -50,6 +50,7 @@ def test_truncated_between_requests(start: Callable[..., Serve], file: Path) -> 
     assert len([line for line in server.log.splitlines() if "changed while it was in use" in line]) == 1
 
 
+@pytest.mark.slow
 def test_changed_while_a_request_runs(start: Callable[..., Serve], file: Path) -> None:
     server = start(str(file.parent))
     server.wait_until(lambda: server.health() == "ready")

@@ -51,6 +51,7 @@ def test_a_life_from_loading_to_drained(start: Callable[..., Serve]) -> None:
     assert not [word for word in ("sk-1", "Once", "Traceback") if word in server.log]
 
 
+@pytest.mark.slow
 def test_a_hangup_drains(start: Callable[..., Serve]) -> None:
     server = start()
     server.wait_until(lambda: server.health() == "ready")
@@ -59,6 +60,7 @@ def test_a_hangup_drains(start: Callable[..., Serve]) -> None:
     assert "SIGHUP: 0 running requests" in server.log
 
 
+@pytest.mark.slow
 def test_who_does_not_finish_in_time_is_told(start: Callable[..., Serve]) -> None:
     server = start("--shutdown-timeout", "0.3")
     server.wait_until(lambda: server.health() == "ready")

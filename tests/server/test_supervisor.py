@@ -33,7 +33,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGSEGV, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_death_is_named_and_serving_goes_on(start: Callable[..., Serve], number: signal.Signals) -> None:
     server = start()
     server.wait_until(lambda: server.health() == "ready")
@@ -61,6 +61,7 @@ def test_the_parent_is_small_and_leaves_no_orphan(start: Callable[..., Serve]) -
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_signal_to_both_processes_drains_once(start: Callable[..., Serve]) -> None:
     """As systemd and `timeout` do."""
     server = start("--shutdown-timeout", f"{PATIENCE_S:g}")
@@ -112,6 +113,7 @@ def test_without_a_supervisor_the_server_is_the_process(start: Callable[..., Ser
     assert server.end() == -signal.SIGSEGV
 
 
+@pytest.mark.slow
 def test_port_0_is_chosen_once(start: Callable[..., Serve]) -> None:
     server = start("--port", "0")
     server.wait_until(lambda: "dashboard and chat" in server.log)
