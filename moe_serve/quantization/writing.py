@@ -38,10 +38,11 @@ def write_quantized(
     """Quantise the experts of the checkpoint in `source` into the folder `target`.
 
     Returns the bytes of the tensors written.
-    `group` 0: one scale per row. ConfigError or UnsupportedModelError where that cannot be done.
+    `group` 0: one scale per row. `target` is made where it is missing. ConfigError or UnsupportedModelError.
     """
     config = read_config(source)
     _check(source, config, find(config.model_type), group)
+    target.mkdir(exist_ok=True)
     index: dict[str, str] = {}
     dense: list[str] = []
     total_bytes = 0
