@@ -22,7 +22,7 @@ from moe_serve.loadtest.datasets import DatasetOptions, Pieces, PlannedRequest, 
 from moe_serve.loadtest.flags import dataset_options
 from moe_serve.loadtest.vocabulary import Vocabulary
 
-REAL_TRACES = Path("/work/shared/data/arrivals")
+REAL_TRACES = Path(__file__).resolve().parents[4] / "shared" / "data" / "arrivals"
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10
 2023-11-16 18:17:04.0319600,3180,8
