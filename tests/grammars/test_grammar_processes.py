@@ -57,11 +57,19 @@ def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> bool:
     return holds()
 
 
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_process_that_dies_while_stepping_ends_its_own_sequences_only(own: Grammars, tokenizer: Tokenizer) -> None:
     doomed, twin, other = (sequence(own, regex(text)) for text in ("a+", "a+", "b+"))
     assert not masks_of(tokenizer, doomed, twin, other).errors
     (pid,) = {seq.matcher.process().pid for seq in (doomed, twin)}  # type: ignore[union-attr]
     os.kill(pid, signal.SIGSEGV)
+    assert eventually(lambda: has_ended(pid)), "the signal comes some time after the call"
     masks = masks_of(tokenizer, doomed, other, twin)
     assert set(masks.errors) == {doomed, twin}
     assert all("SIGSEGV" in text for text in masks.errors.values())
