@@ -42,7 +42,7 @@ class ModelSpec:
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             num_experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-            top_k=_first(config, "num_experts_per_tok", "moe_k", "moe_topk"),
+            top_k=_first(config, "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
             expert_intermediate_size=_first(config, "moe_intermediate_size", "intermediate_size"),
         )
 

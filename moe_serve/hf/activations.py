@@ -24,8 +24,8 @@ KIND_OF = {
 
 
 def gated(config: Any) -> Activation:
-    """act(gate) * up with the config's `hidden_act` (SwiGLU in nearly every family)."""
-    name = getattr(config, "hidden_act", "silu")
+    """act(gate) * up with the config's `hidden_act`, or `hidden_activation` (SwiGLU in nearly every family)."""
+    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
     if name not in KIND_OF:
         raise ValueError(f"hidden_act {name!r} is not one of {', '.join(KIND_OF)}")
     kind: Kind = next(k for k in get_args(Kind) if k == KIND_OF[name])

@@ -60,6 +60,10 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
     device = _device_of(config.device, place)
     config, loaded, spec = load_model(config.replace(device=device, enforce_eager=True))
+    if loaded.state_shapes:
+        raise ConfigError(
+            f"--devices: ranks do not carry the states of {spec.model_type}'s recurrent layers; use one device"
+        )
     local = build.regrouped_experts(config, loaded, spec)
     runner = ModelRunner(config, loaded, spec, frozenset(eos_token_ids(config.model)), local)
     nothing = torch.empty(0, dtype=getattr(torch, config.dtype), device=runner.device)
