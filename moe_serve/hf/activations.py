@@ -36,3 +36,10 @@ def clamped(config: Any) -> Activation:
     """GPT-OSS: (clamp(up) + 1) * gate * sigmoid(alpha * gate), both clamped at `swiglu_limit`."""
     alpha = float(getattr(config, "swiglu_alpha", 1.702))
     return Activation("clamped_swiglu", alpha, float(getattr(config, "swiglu_limit", 7.0)))
+
+
+def relu_squared(config: Any) -> Activation:
+    """Experts without a gate whose `mlp_hidden_act` is relu2: relu(x) squared is relu(x) * x, x being gate and up."""
+    if config.mlp_hidden_act != "relu2":
+        raise ValueError(f"mlp_hidden_act {config.mlp_hidden_act!r} is not relu2")
+    return Activation("relu")

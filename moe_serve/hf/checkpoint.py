@@ -133,7 +133,7 @@ def open_experts(
     encoding = scheme.encoding if scheme is not None and scaled else None
     # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats.
     fused = FusedLayout(transposed=family.transposed and encoding is None, interleaved=family.interleaved)
-    shape = (spec.expert_intermediate_size, spec.hidden_size)
+    shape = (spec.expert_intermediate_size, spec.expert_hidden_size)
     store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
     _check_shapes(folder, store, spec)
     return store
@@ -190,6 +190,9 @@ def _expert_tensors(
             found = _expert_part(stored.name, family, scheme)
             assert found
             yield *found, stored
+            layer, part, expert = found
+            if not family.has_gate and part.startswith("up"):  # act(up) * up: see Family.has_gate
+                yield layer, "gate" + part.removeprefix("up"), expert, stored
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from error
 
@@ -281,7 +284,7 @@ def _check_present(where: str, expert: int, parts: Parts) -> None:
 
 def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
     """Every expert must have the shape config.json gives it, or a request would find out."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     for layer in store.layers:
         for expert in range(store.num_experts):
             where = f"{folder}: {store.name(layer, expert)}"
@@ -299,7 +302,7 @@ def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
 
 def _check_quantized(where: str, store: ExpertStore, tensors: Mapping[str, StoredTensor], spec: ModelSpec) -> None:
     """Without decoding: that can mean copying."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
     assert store.encoding is not None
     for part, shape in shapes.items():

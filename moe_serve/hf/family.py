@@ -63,6 +63,8 @@ class Family:
     """Fused tensors are [E, in, out]."""
     interleaved: bool = False
     """gate_up alternates gate and up columns instead of stacking them."""
+    has_gate: bool = True
+    """False: experts have no gate matrix. Their up matrix counts as both, so that relu gives relu(x) * x."""
     activation: ActivationOf = field(default=gated)
     """Made from the HF config: what joins gate and up into the down projection's input."""
     routing: RoutingOf = field(default=unknown)

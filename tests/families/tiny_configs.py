@@ -365,4 +365,24 @@ CASES: dict[str, TinyCase] = {
         },
         is_brief=True,
     ),
+    # Experts see a projection of half the width, as in Nemotron-3 Super.
+    "nemotron_h": TinyCase(
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+            "head_dim": 16,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 96,
+            "moe_latent_size": 32,
+            "moe_shared_expert_intermediate_size": 48,
+            "n_group": 2,
+            "topk_group": 1,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+        is_brief=True,
+    ),
 }

@@ -89,7 +89,7 @@ def _share(
     hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
     wire = connect_all(place, parallel.rank_step_s) if like.device.type == "cpu" else GroupWire(like.device)
     exchange = Exchange(place.rank - first_rank, size, len(store.layers), wire, first_rank)
-    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.hidden_size))
+    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.expert_hidden_size))
 
 
 def _device_of(device: str, place: RankAddress) -> str:
