@@ -77,7 +77,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None = None
-    """Same seed, same prompt, same parameters: same tokens, whatever else runs in the batch."""
+    """Same seed, prompt and parameters: same tokens, in any batch."""
     stop: tuple[str, ...] | str = ()  # a string is one of them; kept as a tuple
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
@@ -93,7 +93,7 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none. k >= 0: the sampled token's log-probability and the k most likely beside it."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens; such a prompt is computed whole, whatever prefix is cached."""
+    """The same of the prompt's tokens; such a prompt is computed whole, without cached prefixes."""
 
     def __post_init__(self) -> None:
         for name, value in kept_values(self):
