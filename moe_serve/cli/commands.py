@@ -55,10 +55,10 @@ class Group:
 
     def __init__(self, module: ModuleType) -> None:
         self.HELP: str = module.HELP
-        self._module = module
+        self.__name__, self.__path__ = module.__name__, module.__path__
 
     def add_arguments(self, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-        add_commands(parser, self._module.__name__, self._module.__path__, argv)
+        add_commands(parser, self.__name__, self.__path__, argv)
 
     def run(self, args: argparse.Namespace) -> int:
         raise AssertionError("a sub-command is required, so its own `run` is called")
