@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Protocol
 
-from moe_serve.errors import InvalidRequestError
+from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 
@@ -279,8 +279,8 @@ class SampleOutput:
     num_cached_tokens: int
     num_output_tokens: int
     """Tokens sampled so far in this sample."""
-    error: str | None = None
-    """Set with FinishReason.ERROR: what went wrong, safe to show to the client."""
+    error: MoEServeError | None = None
+    """Set with FinishReason.ERROR: what the client is told."""
     stats: FinishedStats | None = None
     """With the last output: the sample's times."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

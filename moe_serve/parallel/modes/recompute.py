@@ -182,8 +182,8 @@ class RecomputingRunner:
             forward_batch=batch,
             kv_cache=self._runner.kv_cache,
         ).logits[0]
-        sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        return Outcome(sampled, errors_of(step, self._experts.losses) | lost, self._noter.take(step))
+        sampled, stuck, late = sample_rows(self._runner, step, batch, rows, logits)
+        return Outcome(sampled, errors_of(step, self._experts.losses) | stuck, self._noter.take(step), late)
 
 
 def _check_of(routes: Ints) -> torch.Tensor:

@@ -123,7 +123,7 @@ async def _events(service: TheService, merger: AnswerMerger, shape: ResponseShap
         async with aclosing(stream(service.engine, merger)) as outputs:
             async for _, output in outputs:
                 if output.error is not None:
-                    raise MoEServeError(output.error)
+                    raise output.error
                 head = [] if started else list(shape.begin())
                 started = True
                 if events := [*head, *shape.feed(output)]:
