@@ -246,7 +246,7 @@ class Engine:
                 self._end(seq, FinishReason.STOP, stop)
         elif seq.is_finished:
             text += detokenizer.flush()
-        output = _output(seq, text, 1)
+        output = _output(seq, text, 1, start=detokenizer.token_start)
         if seq.is_finished:
             self._forget(seq)
         return output
@@ -292,7 +292,8 @@ def _told(seq: Sequence, error: StepError) -> MoEServeError:
     return MoEServeError(error.message)
 
 
-def _output(seq: Sequence, text: str, num_new: int, error: MoEServeError | None = None) -> SampleOutput:
+def _output(seq: Sequence, text: str, num_new: int, error: MoEServeError | None = None, start: int = 0) -> SampleOutput:
+    """`start`: where the new token's text begins in the sample's."""
     wants_logprobs = seq.params.logprobs is not None and num_new > 0
     return SampleOutput(
         request_id=seq.request.request_id,
@@ -307,5 +308,6 @@ def _output(seq: Sequence, text: str, num_new: int, error: MoEServeError | None 
         num_output_tokens=seq.num_generated,
         error=error,
         prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
+        text_starts=(start,) if wants_logprobs else (),
         stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

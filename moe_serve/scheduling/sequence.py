@@ -285,6 +285,8 @@ class SampleOutput:
     """With the last output: the sample's times."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With sample 0's first output when SamplingParams.prompt_logprobs is set: of the prompt but its first token."""
+    text_starts: tuple[int, ...] = ()
+    """One per new token, aligned with `logprobs`: where its text begins in the sample's text, in characters."""
 
 
 @dataclass(slots=True)
@@ -295,6 +297,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    text_starts: list[int] = field(default_factory=list)
+    """Aligned with `logprobs`; see SampleOutput."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -303,5 +307,6 @@ class Completion:
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.text_starts += output.text_starts
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason

@@ -239,6 +239,7 @@ class FakeEngine:
             num_prompt // 2,
             sample.generated,
             error,
+            text_starts=(sample.detokenizer.token_start,) * len(logprobs),
         )
 
     def _report(self, admitted: list[Sample]) -> None:
