@@ -216,15 +216,17 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRun
     if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
     runner.run_whole_steps()
-    if runner.device.type == "cpu" and not resolved.experts.cache_mib:
-        runner.watch(MappedFiles(_files_of(resolved)))
+    runner.watch(mapped_files(resolved))
     return runner
 
 
-def _files_of(config: EngineConfig) -> list[Path]:
-    """What is mapped where experts have no budget."""
+def mapped_files(config: EngineConfig) -> MappedFiles:
+    """What a model with this resolved config computes from where it is mapped: all of it on a CPU without a budget for
+    experts, else nothing."""
+    if torch.device(config.device).type != "cpu" or config.experts.cache_mib:
+        return MappedFiles()
     expert_file = config.experts.expert_file
-    return safetensors_files(config.model) + ([Path(expert_file)] if expert_file else [])
+    return MappedFiles(safetensors_files(config.model) + ([Path(expert_file)] if expert_file else []))
 
 
 def _capture(runner: ModelRunner) -> None:

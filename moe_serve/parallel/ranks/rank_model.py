@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from expert_cache.running.local_experts import RegroupedExperts
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.engine.model_runner import ModelRunner, load_model
+from moe_serve.engine.mapped_files import MappedFiles
+from moe_serve.engine.model_runner import ModelRunner, load_model, mapped_files
 from moe_serve.errors import ConfigError
 from moe_serve.offload import build
 from moe_serve.parallel.expert_plans import read_hosts
@@ -37,6 +38,8 @@ class RankModel:
     config: EngineConfig
     """As resolved, with as many pages and as long a context as the smallest rank has room for."""
     mode: RankRunner
+    files: MappedFiles
+    """What it computes from."""
 
 
 def join_group(place: RankAddress, device: str, timeout_s: float) -> None:
@@ -66,7 +69,7 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
     share = _share(place, parallel, local, spec, nothing)
     pages, context = _smallest([runner.config.kv.num_pages or 0, runner.config.max_model_len or 0], runner.device)
     config = runner.config.replace(num_kv_pages=pages, max_model_len=context)
-    return RankModel(share, config, make_runner(place.rank, parallel, runner, share))
+    return RankModel(share, config, make_runner(place.rank, parallel, runner, share), mapped_files(config))
 
 
 def _share(
