@@ -10,11 +10,7 @@ from concurrent.futures import Future
 
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.trouble import Trouble
-<<<<<<< HEAD
-from moe_serve.errors import EngineDeadError, InvalidRequestError, MoEServeError
-=======
-from moe_serve.errors import CheckpointChangedError, EngineDeadError, InvalidRequestError
->>>>>>> main
+from moe_serve.errors import CheckpointChangedError, EngineDeadError, InvalidRequestError, MoEServeError
 from moe_serve.grammars.matcher import Place
 from moe_serve.parallel.front.links import RankLostError
 from moe_serve.parallel.front.team import TeamState

@@ -177,13 +177,9 @@ class RecomputingRunner:
             forward_batch=batch,
             kv_cache=self._runner.kv_cache,
         ).logits[0]
-<<<<<<< HEAD
         sampled, stuck, late = sample_rows(self._runner, step, batch, rows, logits)
-        return Outcome(sampled, errors_of(step, self._experts.losses) | stuck, self._noter.take(step), late)
-=======
-        sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        errors = errors_of(step, self._experts.losses) | lost
-        return Outcome(sampled, errors, self._piece(step, homes.cpu().numpy() == self._rank))
+        errors = errors_of(step, self._experts.losses) | stuck
+        return Outcome(sampled, errors, self._piece(step, homes.cpu().numpy() == self._rank), late)
 
     def _piece(self, step: RankStep, is_here: Bools) -> RoutePiece | None:
         """Routes of the tokens at home here; `is_here` [T]."""
@@ -191,7 +187,6 @@ class RecomputingRunner:
             return None
         ids, weights = self._experts.routes.take()
         return piece(step.plan, range(len(step.homes)), ids, weights, is_here.nonzero()[0])
->>>>>>> main
 
 
 def _check_of(routes: Ints) -> torch.Tensor:
