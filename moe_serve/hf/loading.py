@@ -27,7 +27,7 @@ from expert_cache.storage.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
-from moe_serve.hf import attention, dense, latent_attention, recurrent
+from moe_serve.hf import attention, chunked_attention, dense, latent_attention, recurrent
 from moe_serve.hf.checkpoint import (
     dense_dtypes,
     dense_tensors,
@@ -94,9 +94,7 @@ def load(
     else:
         store = open_expert_file(expert_file, folder, layers, spec)
     _say_how_experts_run(store, scheme)
-    _set_windows(model, hf_config, family)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
+    _adapt(model, hf_config, family)
     kv_shapes, state_shapes = _probe_shapes(model, device)
     _refuse_unknown_layers(folder, hf_config, kv_shapes.keys() | state_shapes.keys())
     return LoadedModel(model, hf_config, family, store, kv_shapes, state_shapes)
@@ -214,6 +212,16 @@ def _bar_only_on_terminals() -> Iterator[None]:
             yield
 
 
+def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
+    """Have the model's modules take a step's flattened tokens, of many sequences."""
+    _set_windows(model, hf_config, family)
+    chunked_attention.install(model, hf_config)
+    latent_attention.install(model)
+    recurrent.install(model, family.recurrence)
+    if family.adapt is not None:
+        family.adapt(model, hf_config)
+
+
 def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
     """Give attention modules the sliding window that transformers applies through masks alone."""
     window = getattr(hf_config, "sliding_window", None)
@@ -231,8 +239,7 @@ def shapes_of(hf_config: Any) -> tuple[dict[int, LayerKVShape], StateShapes]:
     model_class = _model_class(hf_config, family)
     with replacing(family.experts_class), meta:
         model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
+    _adapt(model, hf_config, family)
     return _probe_shapes(model, meta)
 
 
