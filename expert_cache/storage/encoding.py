@@ -19,8 +19,7 @@ from typing import Literal
 
 import torch
 
-from moe_serve_kernels.block_rows import BlockRows
-from moe_serve_kernels.quantized import BITS, Kind, QuantizedRows
+from moe_serve_kernels.quantized import BITS, BlockRows, Kind, QuantizedRows
 
 Layout = Literal["rows", "packed", "blocks", "gptq", "awq"]
 ROLES = ("codes", "scale", "zero", "order")

@@ -25,8 +25,7 @@ from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
 from moe_serve_base.safetensors_header import LENGTH_BYTES, read_header
 from moe_serve_base.whole_files import whole_file
-from moe_serve_kernels.block_rows import BlockRows
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 from predictors.shape import Key
 
 FORMAT = "moe-serve-experts-1"

@@ -20,7 +20,7 @@ import torch
 
 from expert_cache.storage.direct_io import BLOCK_BYTES, aligned_span
 from expert_cache.storage.encoding import ROLES, Encoding, Matrix
-from moe_serve_kernels.block_rows import BlockRows
+from moe_serve_kernels.quantized import BlockRows
 from predictors.shape import Key, MoELayer
 
 
@@ -62,7 +62,7 @@ class StoredTensor:
     offset: int
     """Bytes from the start of the file; the tensor's bytes are contiguous."""
     block_type: str | None = None
-    """Of a tensor in ggml's blocks, whose rows are bytes: their type (moe_serve_kernels.block_rows)."""
+    """Of a tensor in ggml's blocks, whose rows are bytes: their type (moe_serve_kernels.quantized)."""
 
     def expert(self, index: int) -> StoredTensor:
         """One expert of a tensor whose first dimension counts experts."""

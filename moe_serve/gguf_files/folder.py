@@ -1,7 +1,7 @@
 """A GGUF checkpoint as a Hugging Face folder: config, tokenizer and a listing of tensors, made once and then found.
 
-The folder lies in the user's cache. It holds no weights: `tensors.json` says where in which file each tensor is, so that
-a later start reads megabytes of JSON instead of the vocabulary that a GGUF file has before its tensors.
+The folder lies in the user's cache and holds no weights. `tensors.json` says where in which file each tensor is, so a
+later start need not read the vocabulary that a GGUF file has before its tensors.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class Listing:
     files: tuple[Path, ...]
     tensors: dict[str, GgufTensor]
     """By name."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the checkpoint by names, types, shapes and places, not by its contents."""
+        places = [dataclasses.astuple(tensor) for tensor in self.tensors.values()]
+        return hashlib.sha256(json.dumps([[file.name for file in self.files], places]).encode()).hexdigest()
 
 
 def folder_of(file: Path, environment: Mapping[str, str] = os.environ) -> Path:

@@ -11,8 +11,11 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    GGUF_PRE_TOKENIZER_SPLITS,
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+)
 
 from moe_serve.errors import CheckpointError
 
@@ -41,7 +44,7 @@ def write_tokenizer(file: Path, folder: Path) -> None:
     try:
         architecture, vocabulary, config = get_gguf_tokenizer(str(file))
         backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         raise CheckpointError(f"{file}: the tokenizer cannot be read ({error}); give --tokenizer FOLDER") from error
     if vocabulary.get("tokenizer_type") == "gpt2":
         _split_as_named(backend, str(vocabulary.get("pre_tokenizer_type", "default")), file)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
-from moe_serve.hf.families import FAMILIES, family_names
+from moe_serve.hf.families import FAMILIES, refuse_unknown_family
 from moe_serve.hf.routings import RoutingOf, unknown
 from moe_serve_base.extensions import ExtensionError
 from moe_serve_kernels.cpu.decoder import Rotary
@@ -79,11 +79,7 @@ class Family:
 
 def find(model_type: str) -> Family:
     """The Family of config.json's `model_type`; UnsupportedModelError lists the supported ones."""
-    if model_type not in family_names():
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(family_names())}"
-        )
+    refuse_unknown_family(model_type)
     try:
         family: Family = FAMILIES.find(model_type)
     except ExtensionError as error:

@@ -8,6 +8,7 @@ Shape alphabet: E experts of a layer, N rows, K columns, D values of a head.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from expert_cache.storage.store import StoredTensor
 from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import Listing
 from moe_serve.gguf_files.reading import GgufTensor
-from moe_serve_kernels.block_rows import row_bytes
+from moe_serve_kernels.quantized import row_bytes
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EXPERT = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>weight|bias)$")
@@ -44,6 +45,11 @@ def expert_tensors(listing: Listing) -> Iterator[tuple[int, str, int | None, Sto
         if match:
             part = match["part"] if match["kind"] == "weight" else f"{match['part']}_bias"
             yield int(match["layer"]), part, None, maps.stored(tensor)
+
+
+def dense_values(listing: Listing) -> int:
+    """How many values the file has that are no expert's."""
+    return sum(math.prod(tensor.shape) for name, tensor in listing.tensors.items() if not EXPERT.match(name))
 
 
 def dense_state(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> dict[str, torch.Tensor]:
@@ -85,7 +91,7 @@ def _candidates(name_of: Callable[..., str | None], parameter: str) -> Iterator[
 
 def _check_size(listing: Listing, name: str, shape: tuple[int, ...]) -> None:
     tensor = listing.tensors.get(name)
-    if tensor is not None and np.prod(tensor.shape) != np.prod(shape):
+    if tensor is not None and math.prod(tensor.shape) != math.prod(shape):
         file = listing.files[tensor.file]
         raise CheckpointError(f"{file}: {name} has shape {tensor.shape}, but the metadata asks for {shape}")
 
@@ -124,12 +130,10 @@ class _Maps:
         file, dtype = self._files[tensor.file], FLOATS.get(tensor.type)
         if dtype is None:
             shape = (*tensor.shape[:-1], self._row_bytes(tensor))
-            blocks = self._bytes(tensor, int(np.prod(shape))).view(shape)
+            blocks = self._bytes(tensor, math.prod(shape)).view(shape)
             return StoredTensor(tensor.name, blocks, file, tensor.offset, tensor.type)
-        count = int(np.prod(tensor.shape)) * dtype.itemsize
-        return StoredTensor(
-            tensor.name, self._bytes(tensor, count).view(dtype).view(tensor.shape), file, tensor.offset
-        )
+        count = math.prod(tensor.shape) * dtype.itemsize
+        return StoredTensor(tensor.name, self._bytes(tensor, count).view(dtype).view(tensor.shape), file, tensor.offset)
 
     def _row_bytes(self, tensor: GgufTensor) -> int:
         try:
@@ -180,4 +184,5 @@ class _Sources:
 
 def _halves_apart(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """[heads * D, ..] with rotary pairs side by side -> with each head's first values before its second ones."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    apart: torch.Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return apart

@@ -21,12 +21,11 @@ from typing import Literal, get_args
 import torch
 from torch.nn import functional as F
 
-from moe_serve_kernels import block_rows, quantized
-from moe_serve_kernels.block_rows import BlockRows
+from moe_serve_kernels import quantized
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Matrix = torch.Tensor | QuantizedRows | BlockRows
@@ -93,7 +92,7 @@ def are_readable(matrices: Sequence[Matrix]) -> bool:
 
 def _is_readable(matrix: Matrix) -> bool:
     if isinstance(matrix, BlockRows):
-        return matrix.type in block_rows.READABLE and matrix.blocks.device.type == "cpu"
+        return matrix.type in quantized.READABLE_BLOCKS and matrix.blocks.device.type == "cpu"
     if not isinstance(matrix, QuantizedRows):
         return matrix.dtype in WEIGHT_DTYPES and matrix.stride(1) == 1
     # Scales change between 64-byte runs of a row, for four-bit codes between 32-bit words.

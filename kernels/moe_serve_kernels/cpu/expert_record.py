@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from moe_serve_kernels.block_rows import BlockRows
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
 Matrix = torch.Tensor | QuantizedRows | BlockRows
 
@@ -59,9 +58,8 @@ def _matrix(matrix: Matrix | None) -> Any:
     if matrix is None:
         return native().new("Matrix", data=None, stride=0, rows=0, columns=0, group=0, **plain)
     rows, columns = matrix.shape
-    data = matrix
+    data = matrix.blocks if isinstance(matrix, BlockRows) else matrix
     if isinstance(matrix, BlockRows):
-        data = matrix.blocks
         plain["block_type"] = native().value(f"BlockType.BLOCK_{matrix.type}")
     stride = data.stride(0) * data.itemsize
     return native().new(

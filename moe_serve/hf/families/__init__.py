@@ -5,6 +5,7 @@ A package from outside offers one as an entry point of the group "moe_serve.fami
 
 from __future__ import annotations
 
+from moe_serve.errors import UnsupportedModelError
 from moe_serve_base.extensions import Extensions
 
 FAMILIES = Extensions(
@@ -20,3 +21,12 @@ FAMILIES = Extensions(
 def family_names() -> list[str]:
     """Every model_type that is supported, in alphabetical order. Imports no torch: help must answer at once."""
     return FAMILIES.names()
+
+
+def refuse_unknown_family(model_type: str) -> None:
+    """UnsupportedModelError lists the families that are supported, where this is none of them."""
+    if model_type not in family_names():
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
+            f" supported: {', '.join(family_names())}"
+        )
