@@ -43,8 +43,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         default=default_model(),
-        help="Folder of a Hugging Face checkpoint, a GGUF file, or a model id of the Hugging Face Hub: org/name, or"
-        " org/name:Q4_K_M for one of its GGUF files. A model that is not in the local cache is downloaded."
+        help="Folder of a Hugging Face checkpoint, a GGUF file, or a model id of the Hugging Face Hub (org/name, or"
+        " org/name:Q4_K_M for one of its GGUF files), downloaded where the local cache lacks it."
         f" Its model_type is one of {', '.join(family_names())}. Default: the small demo model in this package.",
     )
 

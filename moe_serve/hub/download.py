@@ -128,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 def _hide_bars_in_logs() -> None:
     """huggingface_hub draws progress bars on stderr; in a log file each would be one long line."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -84,6 +84,14 @@ def test_a_revision(start: Start) -> None:
         find_model("org/name", "v2", environment=environment)
 
 
+class Usage(NamedTuple):
+    """As shutil.disk_usage has it, in bytes."""
+
+    total: int
+    used: int
+    free: int
+
+
 class Case(NamedTuple):
     """What a hub answers, and the words of our error."""
 
@@ -117,7 +125,7 @@ def test_another_family_is_refused_before_its_weights_come(start: Start) -> None
 
 def test_a_disk_that_is_too_small(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = start(FakeHub(FILES))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10000, 9900, 100))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10000, 9900, 100))
     with pytest.raises(ConfigError, match=r"org/name takes 0.0 GB, but only 0.0 GB are free in .*; HF_HUB_CACHE"):
         find_model("org/name", environment=environment)
 
