@@ -13,11 +13,13 @@ import torch
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config.units import MIB
 from moe_serve.doctor.rates import Rates
+from moe_serve.execution.kv_cache import bytes_per_token
+from moe_serve.execution.state_cache import bytes_per_sequence
 from moe_serve.gguf_files.folder import listing_in
 from moe_serve.hf.checkpoint import open_all_experts, read_config, weight_files
 from moe_serve.hf.dense import is_available
 from moe_serve.hf.gguf_tensors import dense_values
-from moe_serve.hf.loading import kv_shapes_of
+from moe_serve.hf.loading import shapes_of
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE
 from moe_serve.spec import ModelSpec
 
@@ -38,6 +40,8 @@ class Sizes:
     top_k: int
     kv_bytes_per_token: int
     context: int
+    state_bytes_per_sequence: int = 0
+    """Of recurrent layers, whatever the length."""
 
     @property
     def all_experts_bytes(self) -> int:
@@ -71,14 +75,16 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
     hf_config = read_config(folder)
     spec = ModelSpec.from_hf(hf_config)
     store = open_all_experts(folder)
+    kv_shapes, state_shapes = shapes_of(hf_config)
     return Sizes(
         dense_bytes=_dense_bytes(folder, store, spec, dtype, device),
         expert_bytes=store.expert_bytes,
         num_layers=len(store.layers),
         num_experts=store.num_experts,
         top_k=spec.top_k,
-        kv_bytes_per_token=sum(shape.elements_per_token for shape in kv_shapes_of(hf_config).values()) * dtype.itemsize,
+        kv_bytes_per_token=bytes_per_token(kv_shapes, dtype),
         context=spec.max_position_embeddings,
+        state_bytes_per_sequence=bytes_per_sequence(state_shapes),
     )
 
 

@@ -32,7 +32,7 @@ def check_present(where: str, expert: int, parts: Parts) -> None:
 
 def check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
     """Every expert must have the shape config.json gives it, or a request would find out."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     for layer in store.layers:
         for expert in range(store.num_experts):
             where = f"{folder}: {store.name(layer, expert)}"
@@ -78,5 +78,5 @@ def _check_blocks(where: str, tensors: Mapping[str, StoredTensor], spec: ModelSp
 
 def _shapes_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """[outputs, inputs] of an expert's matrices."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     return {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}

@@ -15,6 +15,7 @@ from typing import Protocol
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
+from moe_serve.scheduling.seats import NO_SEAT
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -203,6 +204,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
+    seat: int = NO_SEAT
+    """Row of the recurrent layers' states while it runs (moe_serve/execution/state_cache.py)."""
     page_ids: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     """Prefix hash of each full page of token_ids known so far, in order."""

@@ -18,15 +18,27 @@ FAMILIES = Extensions(
 )
 
 
+TEXT_MODEL = "_text"
+"""What transformers puts behind the name of a family with other towers, for its text model alone."""
+
+
+def family_name(model_type: str) -> str | None:
+    """The family of a model_type, its text model's included; None: not supported."""
+    names = (model_type, model_type.removesuffix(TEXT_MODEL))
+    return next((name for name in names if name in family_names()), None)
+
+
 def family_names() -> list[str]:
     """Every model_type that is supported, in alphabetical order. Imports no torch: help must answer at once."""
     return FAMILIES.names()
 
 
-def refuse_unknown_family(model_type: str) -> None:
-    """UnsupportedModelError lists the families that are supported, where this is none of them."""
-    if model_type not in family_names():
+def refuse_unknown_family(model_type: str) -> str:
+    """The family's name. UnsupportedModelError lists the families that are supported, where it is none of them."""
+    name = family_name(model_type)
+    if name is None:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
             f" supported: {', '.join(family_names())}"
         )
+    return name
