@@ -32,7 +32,7 @@ def check_model(name: str, revision: str | None = None, offline: bool = False) -
     """The checkpoint folder for MODEL, of a supported family and with weights, downloaded if it is a model id that is
     not here. ConfigError and its subclasses."""
     folder = find_model(name, revision, offline)
-    refuse_unknown_family(str(read_config_json(folder).get("model_type")))
+    refuse_unknown_family(read_config_json(folder))
     return folder
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from expert_cache.storage.encoding import ROLES
 from expert_cache.storage.store import ExpertStore, StoredTensor, part_name
 from moe_serve.errors import CheckpointError
+from moe_serve.hf.family import Family
 from moe_serve.hf.quantized_dense import mismatch
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.quantized import row_bytes
@@ -80,3 +81,13 @@ def _shapes_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """[outputs, inputs] of an expert's matrices."""
     inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     return {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+
+
+def is_transposed(family: Family, parts: Parts, spec: ModelSpec) -> bool:
+    """Whether matrices are stored [in, out]: as the family says, else by the shape of one that is not square."""
+    if family.transposed is not None:
+        return family.transposed
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
+    wanted = {"down": (hidden, inner), "gate_up": (2 * inner, hidden)}
+    shapes = [(tuple(t.tensor.shape[-2:]), wanted[part]) for (part, _), t in parts.items() if part in wanted]
+    return any(found != shape and found == shape[::-1] for found, shape in shapes)

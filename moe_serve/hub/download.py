@@ -25,7 +25,7 @@ MAIN = "main"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT_S = 20.0
 GB = 1e9
-CheckConfig = Callable[[Mapping[str, Any]], None]
+CheckConfig = Callable[[Mapping[str, Any]], object]
 """Raises ConfigError for the fields of a config.json that cannot be served."""
 
 

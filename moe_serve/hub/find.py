@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moe_serve.config.model_folder import CONFIG, FOREIGN_WEIGHTS, cache_folder
 from moe_serve.errors import CheckpointError, ConfigError
@@ -74,9 +73,5 @@ def _of_id(name: str, revision: str | None, offline: bool, environment: Mapping[
     if found is None:
         from moe_serve.hub.download import Repository
 
-        found = Repository(model_id, revision, environment).download(variant, _check_config)
+        found = Repository(model_id, revision, environment).download(variant, refuse_unknown_family)
     return _of_file(found, environment) if found.is_file() else str(found)
-
-
-def _check_config(fields: Mapping[str, Any]) -> None:
-    refuse_unknown_family(str(fields.get("model_type")))
