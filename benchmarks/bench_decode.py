@@ -61,7 +61,7 @@ def main() -> int:
                 speeds[name].append(speed)
         if args.llama_bench and i:
             speeds.setdefault("llama.cpp", []).append(_llama_bench(args.llama_bench, args))
-        rate = max(rate, _read_rate())
+        rate = max(rate, read_rate())
     _report(args, {name: median(all_speeds) for name, all_speeds in speeds.items()}, rate)
     sys.stdout.flush()
     os._exit(0)
@@ -75,7 +75,7 @@ def _llama_bench(paths: list[str], args: Any) -> float:
     return float(json.loads(done.stdout)[0]["avg_ts"])
 
 
-def _read_rate() -> float:
+def read_rate() -> float:
     """GB/s of reading memory that no cache holds."""
     import torch
 

@@ -103,7 +103,7 @@ def random_engine(tokenizer: Tokenizer, **settings: Any) -> Engine:
     eos = frozenset(tokenizer.eos_token_ids)
     size = tokenizer.vocab_size
     runner = RandomRunner(size, eos, EngineConfig.of(**values))
-    return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8), eos)
+    return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8, 8), eos)
 
 
 def run_all(engine: Engine, requests: dict[str, SamplingParams], prompt: tuple[int, ...] = (5, 6, 7)) -> Outputs:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from expert_cache.storage.errors import ExpertReadError
+from expert_cache.storage.file_state import FileState
 
 BLOCK_BYTES = 4096
 """Alignment that O_DIRECT wants of offsets, lengths and memory: the page, and every disk's sector, divide it."""
@@ -39,7 +40,7 @@ class DirectFile:
         self._keep_pages = not direct
         try:
             self._fd, self._is_direct = _open(path) if direct else (os.open(path, os.O_RDONLY | os.O_CLOEXEC), False)
-            self._identity = self._stat()
+            self._state = FileState(self._fd)
         except OSError as error:
             raise ExpertReadError(f"{path}: cannot be opened ({error.strerror})") from error
 
@@ -66,18 +67,15 @@ class DirectFile:
     def check_unchanged(self) -> None:
         """ExpertReadError if the file was written to since it was opened.
 
-        A file *replaced* by another (a rename over it) is no trouble: the one opened lives on.
+        A file *replaced* by another (a rename over it) is no trouble: the one opened lives on. Neither is one whose
+        times were changed alone; see FileState.
         """
         try:
-            unchanged = self._stat() == self._identity
+            unchanged = self._state.is_unchanged()
         except OSError as error:
             raise ExpertReadError(f"{self.path}: cannot be examined ({error.strerror})") from error
         if not unchanged:
             raise ExpertReadError(f"{self.path}: the file was changed while it was in use; restart the server")
-
-    def _stat(self) -> tuple[int, int]:
-        status = os.fstat(self._fd)
-        return status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
         os.close(self._fd)

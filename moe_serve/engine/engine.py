@@ -267,6 +267,7 @@ class Engine:
         """Prove that pages, sequences and detokenisers agree; AssertionError says what does not."""
         live = list(self.scheduler.live())
         self.pool.check_integrity(seq.page_ids for seq in live)
+        self.scheduler.seats.check_integrity(seq.seat for seq in live)
         assert set(self._detokenizers) == set(live), "detokenisers of ended sequences are left"
         listed = [s for seqs in self._sequences.values() for s in seqs if not s.is_finished]
         assert set(listed) == set(live), "the request table and the scheduler disagree"

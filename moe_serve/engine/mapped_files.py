@@ -19,7 +19,7 @@ PERIOD_S_PER_FILE = 0.001
 
 
 class MappedFiles:
-    """Files in use, with their size and time of change as they were when this was made."""
+    """Files in use, as they were when this was made."""
 
     def __init__(self, files: Iterable[Path] = ()) -> None:
         """ExpertReadError: a file cannot be opened."""
@@ -27,8 +27,7 @@ class MappedFiles:
         self._next_check_s = 0.0
 
     def check(self) -> None:
-        """CheckpointChangedError if a file was written to. A file replaced by a rename is no trouble: the one that was
-        opened lives on."""
+        """CheckpointChangedError if a file was written to; DirectFile.check_unchanged says what counts as that."""
         if not self._files or (now := time.monotonic()) < self._next_check_s:
             return
         self._next_check_s = now + PERIOD_S_PER_FILE * len(self._files)

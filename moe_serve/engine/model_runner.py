@@ -21,8 +21,9 @@ from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, s
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
+from moe_serve.execution.state_cache import StateCache
 from moe_serve.grammars.masks import MaskThread
-from moe_serve.hf import attend, dense, device_routers, loading, rope, whole_steps
+from moe_serve.hf import attend, dense, device_routers, loading, recurrent, rope, whole_steps
 from moe_serve.hf.checkpoint import read_config, safetensors_files
 from moe_serve.hf.experts import connect
 from moe_serve.hf.loading import LoadedModel
@@ -61,6 +62,7 @@ class ModelRunner:
         self.experts = experts
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
+        self._states = StateCache(loaded.state_shapes, config.max_num_seqs, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
@@ -68,6 +70,7 @@ class ModelRunner:
         self._whole_steps: WholeSteps | None = None
         self._files = MappedFiles()
         connect(self.model, experts)
+        recurrent.connect(self.model, self._states)
         if experts.padding is not None:
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
 
@@ -165,6 +168,7 @@ class ModelRunner:
             rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         if self._whole_steps is not None:
             return self._whole_steps.run(batch, rows)
+        self._states.begin(batch)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -197,7 +201,8 @@ def load_model(config: EngineConfig) -> tuple[EngineConfig, LoadedModel, ModelSp
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.experts.expert_file)
-    resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    memory = resolve.SequenceMemory(loaded.kv_shapes, loaded.state_shapes)
+    resolved = resolve.resolve(config, spec, loaded.store, memory, dtype, device)
     assert resolved.max_model_len is not None
     rope.fix_length(loaded.model, resolved.max_model_len)
     if resolved.experts.cache_mib and device.type == "cpu":
@@ -214,15 +219,17 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRun
     if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
     runner.run_whole_steps()
-    if runner.device.type == "cpu" and not resolved.experts.cache_mib:
-        runner.watch(MappedFiles(_files_of(resolved)))
+    runner.watch(mapped_files(resolved))
     return runner
 
 
-def _files_of(config: EngineConfig) -> list[Path]:
-    """What is mapped where experts have no budget."""
+def mapped_files(config: EngineConfig) -> MappedFiles:
+    """What a model with this resolved config computes from where it is mapped: all of it on a CPU without a budget for
+    experts, else nothing."""
+    if torch.device(config.device).type != "cpu" or config.experts.cache_mib:
+        return MappedFiles()
     expert_file = config.experts.expert_file
-    return safetensors_files(config.model) + ([Path(expert_file)] if expert_file else [])
+    return MappedFiles(safetensors_files(config.model) + ([Path(expert_file)] if expert_file else []))
 
 
 def _capture(runner: ModelRunner) -> None:
@@ -240,6 +247,8 @@ def _capture(runner: ModelRunner) -> None:
 def _why_no_graphs(runner: ModelRunner) -> str | None:
     if runner.experts.padding is None:
         return "the host brings the experts of every layer"
+    if runner.loaded.state_shapes:
+        return "recurrent layers keep states that graphs do not know"
     if attend.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
         return f"no attention kernel reads {runner.config.dtype} pages in place"
     return None

@@ -37,30 +37,30 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class DatasetOptions:
-    """The flags of `bench serve` that choose and shape a data set."""
+    """The flags of `bench serve` that choose and shape a data set, by their names."""
 
-    name: str
-    path: Path | None
+    dataset_name: str
+    dataset_path: Path | None
     num_prompts: int
     seed: int
     random_input_len: int
     random_output_len: int
     random_range_ratio: float
-    prefix_len: int
-    suffix_len: int
-    num_prefixes: int
-    prefix_output_len: int
+    prefix_repetition_prefix_len: int
+    prefix_repetition_suffix_len: int
+    prefix_repetition_num_prefixes: int
+    prefix_repetition_output_len: int
     custom_output_len: int
     sharegpt_output_len: int | None
-    time_scale: float
-    length_scale: float
+    trace_time_scale: float
+    trace_length_scale: float
     max_input_len: int | None
     max_output_len: int | None
 
 
 def plan_requests(options: DatasetOptions) -> list[PlannedRequest]:
     """At most `num_prompts` requests; files may hold fewer. The same options give the same plan."""
-    return DATASETS[options.name](options, random.Random(options.seed))
+    return DATASETS[options.dataset_name](options, random.Random(options.seed))
 
 
 def _random(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
@@ -82,11 +82,12 @@ def _piece_seed(rng: random.Random) -> int:
 
 def _prefix_repetition(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
     """`num_prefixes` prefixes in turn, each request with a suffix of its own, in random order."""
-    prefixes = [(_piece_seed(rng), options.prefix_len) for _ in range(options.num_prefixes)]
-    requests = [
-        PlannedRequest((prefixes[i % len(prefixes)], (_piece_seed(rng), options.suffix_len)), options.prefix_output_len)
-        for i in range(options.num_prompts)
-    ]
+    count, length = options.prefix_repetition_num_prefixes, options.prefix_repetition_prefix_len
+    prefixes = [(_piece_seed(rng), length) for _ in range(count)]
+    requests = []
+    for i in range(options.num_prompts):
+        suffix = _piece_seed(rng), options.prefix_repetition_suffix_len
+        requests.append(PlannedRequest((prefixes[i % count], suffix), options.prefix_repetition_output_len))
     rng.shuffle(requests)
     return requests
 
@@ -96,12 +97,12 @@ def _timed_trace(options: DatasetOptions, rng: random.Random) -> list[PlannedReq
 
 
 def _from_trace(entry: TraceEntry, options: DatasetOptions, rng: random.Random) -> PlannedRequest:
-    pieces = _trace_pieces(entry, options.length_scale, _piece_seed(rng))
-    output = max(1, round(entry.output_tokens * options.length_scale))
+    pieces = _trace_pieces(entry, options.trace_length_scale, _piece_seed(rng))
+    output = max(1, round(entry.output_tokens * options.trace_length_scale))
     return PlannedRequest(
         _cut(pieces, options.max_input_len),
         min(output, options.max_output_len or output),
-        arrival_s=entry.arrival_s * options.time_scale,
+        arrival_s=entry.arrival_s * options.trace_time_scale,
     )
 
 
@@ -151,14 +152,14 @@ def _sharegpt(options: DatasetOptions, rng: random.Random) -> list[PlannedReques
 
 def _sample(plan: list[PlannedRequest], options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
     if not plan:
-        raise ConfigError(f"--dataset-path: {options.path} holds no usable request")
+        raise ConfigError(f"--dataset-path: {options.dataset_path} holds no usable request")
     return rng.sample(plan, min(len(plan), options.num_prompts))
 
 
 def _path(options: DatasetOptions) -> Path:
-    if options.path is None:
-        raise ConfigError(f"--dataset-name {options.name} needs --dataset-path")
-    return options.path
+    if options.dataset_path is None:
+        raise ConfigError(f"--dataset-name {options.dataset_name} needs --dataset-path")
+    return options.dataset_path
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

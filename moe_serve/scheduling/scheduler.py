@@ -18,6 +18,7 @@ from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.seats import NO_SEAT, Seats
 from moe_serve.scheduling.sequence import Sequence
 
 
@@ -72,6 +73,7 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, pool: PagePool, eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.limits = limits
         self.pool = pool
+        self.seats = Seats(limits.max_num_seqs)
         self._eos = eos_token_ids
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
@@ -108,7 +110,8 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.page_ids)
-        seq.page_ids = []
+        self.seats.give_back(seq.seat)
+        seq.page_ids, seq.seat = [], NO_SEAT
 
     # ---- plan -----------------------------------------------------------------------------------
 
@@ -210,6 +213,7 @@ class Scheduler:
             return False
         self.pool.share(cached)
         seq.page_ids = cached
+        seq.seat = self.seats.take()
         grown = self._grow(seq, num_cached + count)
         assert grown, "admission miscounted the free pages"
         if self.limits.enable_prefix_caching:

@@ -15,6 +15,7 @@ from typing import Protocol
 from moe_serve.errors import InvalidRequestError
 from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
+from moe_serve.scheduling.seats import NO_SEAT
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -77,7 +78,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None = None
-    """Same seed, same prompt, same parameters: same tokens, whatever else runs in the batch."""
+    """Same seed, prompt and parameters: same tokens, in any batch."""
     stop: tuple[str, ...] | str = ()  # a string is one of them; kept as a tuple
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
@@ -93,7 +94,7 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none. k >= 0: the sampled token's log-probability and the k most likely beside it."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens; such a prompt is computed whole, whatever prefix is cached."""
+    """The same of the prompt's tokens; such a prompt is computed whole, without cached prefixes."""
 
     def __post_init__(self) -> None:
         for name, value in kept_values(self):
@@ -203,6 +204,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
+    seat: int = NO_SEAT
+    """Row of the recurrent layers' states while it runs (moe_serve/execution/state_cache.py)."""
     page_ids: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     """Prefix hash of each full page of token_ids known so far, in order."""

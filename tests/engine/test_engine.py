@@ -50,7 +50,7 @@ def engine() -> Engine:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
-    spec = ModelSpec("fake", torch.float32, 26, 60, 1, 8, 2, 1, 8)
+    spec = ModelSpec("fake", torch.float32, 26, 60, 1, 8, 2, 1, 8, 8)
     return Engine(AlphabetRunner(), tokenizer, spec, frozenset())
 
 

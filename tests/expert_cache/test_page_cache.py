@@ -237,6 +237,10 @@ def test_a_file_written_to_is_refused(tmp_path: Path) -> None:
     with in_place_layers(store) as layers:
         assert most_experts(layers) == {}
         os.utime(file, ns=(1, 1))
+        assert most_experts(layers) == {}
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\x7f")
         assert set(most_experts(layers)) == set(range(E - 1))
 
 

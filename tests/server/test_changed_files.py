@@ -37,6 +37,8 @@ def test_truncated_between_requests(start: Callable[..., Serve], file: Path) -> 
     server.wait_until(lambda: server.health() == "ready")
     child = child_of(server)
     assert complete(server).status_code == 200
+    file.touch()
+    assert complete(server).status_code == 200
     os.truncate(file, 1_000_000)
     for _ in range(2):
         refused = complete(server)
@@ -50,13 +52,22 @@ def test_truncated_between_requests(start: Callable[..., Serve], file: Path) -> 
     assert len([line for line in server.log.splitlines() if "changed while it was in use" in line]) == 1
 
 
+def flip_byte(path: Path) -> None:
+    """Of the last tensor."""
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([byte ^ 1]))
+
+
 @pytest.mark.slow
 def test_changed_while_a_request_runs(start: Callable[..., Serve], file: Path) -> None:
     server = start(str(file.parent))
     server.wait_until(lambda: server.health() == "ready")
     reader = Reader(server.url)
     server.wait_until(lambda: len(reader.events) > 3)
-    os.utime(file, (1, 1))  # a truncation could be met in the middle of a step
+    flip_byte(file)  # a truncation could be met in the middle of a step
     reader.join()
     assert str(file) in json.loads(reader.events[-2])["error"]["message"]
 
@@ -83,3 +94,27 @@ def test_a_file_that_grew_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointChangedError, match=str(paths[1])):
         files.check()
     files.close()
+
+
+RANKS = ("--devices", "2", "--num-kv-pages", "64", "--max-model-len", "128")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 1_000_000), flip_byte], ids=["truncated", "written"])
+def test_ranks_notice_too(start: Callable[..., Serve], file: Path, change: Callable[[Path], object]) -> None:
+    """Another group of ranks would compute with another model, or could not load it: none is started."""
+    server = start(str(file.parent), *RANKS)
+    server.wait_until(lambda: server.health() == "ready")
+    file.touch()
+    assert complete(server).status_code == 200
+    change(file)
+    for _ in range(2):
+        refused = complete(server)
+        assert refused.status_code == 503
+        assert f"{file}: the file was changed while it was in use" in refused.json()["error"]["message"]
+    health = httpx.get(f"{server.url}/health", timeout=PATIENCE_S)
+    assert (health.status_code, health.json()["status"]) == (503, "dead")
+    assert str(file) in health.json()["error"]
+    assert httpx.get(f"{server.url}/live", timeout=PATIENCE_S).status_code == 503
+    assert "all ranks start again" not in server.log
+    assert "Traceback" not in server.log

@@ -17,6 +17,16 @@ FAMILIES = Extensions(
 )
 
 
+TEXT_MODEL = "_text"
+"""What transformers puts behind the name of a family with other towers, for its text model alone."""
+
+
+def family_name(model_type: str) -> str | None:
+    """The family of a model_type, its text model's included; None: not supported."""
+    names = (model_type, model_type.removesuffix(TEXT_MODEL))
+    return next((name for name in names if name in family_names()), None)
+
+
 def family_names() -> list[str]:
     """Every model_type that is supported, in alphabetical order. Imports no torch: help must answer at once."""
     return FAMILIES.names()

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.trouble import Trouble
-from moe_serve.errors import EngineDeadError, InvalidRequestError
+from moe_serve.errors import CheckpointChangedError, EngineDeadError, InvalidRequestError
 from moe_serve.grammars.matcher import Place
 from moe_serve.parallel.front.links import RankLostError
 from moe_serve.parallel.front.team import TeamState
@@ -88,12 +88,15 @@ class ParallelEngine(Engine):
         return tokens
 
     def step(self) -> list[SampleOutput]:
-        """As Engine.step. A lost rank costs time; if the ranks cannot be brought back, every request ends."""
+        """As Engine.step. A lost rank costs time; if the ranks cannot be brought back, every request ends.
+        CheckpointChangedError."""
         try:
             generation = self.team.wait_until_ready()
             if generation != self._generation:
                 self._start_over(generation)
             return super().step()
+        except CheckpointChangedError:
+            raise
         except EngineDeadError as error:
             return [self._fail(seq, error.message) for seq in list(self.scheduler.live())]
         except RankLostError as error:

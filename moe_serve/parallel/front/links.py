@@ -18,6 +18,9 @@ from moe_serve.parallel.wire.channel import Channel, ChannelClosed
 from moe_serve.parallel.wire.door import Door, word_of
 from moe_serve.parallel.wire.messages import Alive, Answer, Failed, Ready, read_rank
 
+LAST_WORD_S = 2.0
+"""Most time to read what a rank has said before it ended."""
+
 
 class RankLostError(MoEServeError):
     """A rank died or stalled, and the step with it."""
@@ -37,6 +40,8 @@ class Link:
     heard_s: float = field(default_factory=time.monotonic)
     """time.monotonic() of the last sign of life."""
     closed: bool = False
+    changed_file: str | None = None
+    """What the rank says of a file of the checkpoint that was written to, once it has found one."""
     report: ExpertReport | None = None
     """What the rank's experts have done, as of its last word about them."""
 
@@ -48,11 +53,19 @@ class Link:
                 self.heard_s = time.monotonic()
                 if isinstance(message, Alive | Ready):
                     self.report = message.report or self.report
+                if isinstance(message, Failed) and message.files_changed:
+                    self.changed_file = message.message
                 if not isinstance(message, Alive):
                     self.answers.put(message)
         except (ChannelClosed, msgspec.MsgspecError):
             self.closed = True
             self.channel.close()
+
+    def hear_out(self) -> None:
+        """Wait until all is read that a rank has said whose process has ended."""
+        deadline = time.monotonic() + LAST_WORD_S
+        while not self.closed and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def next(self, timeout_s: float) -> Ready | Failed | Answer | None:
         """What the rank said beside its signs of life; None if it said nothing in time."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.errors import EngineDeadError
+from moe_serve.errors import CheckpointChangedError, EngineDeadError, MoEServeError
 from moe_serve.parallel.front.gathering import Gathering
 from moe_serve.parallel.front.links import Link, Listener, RankLostError
 from moe_serve.parallel.front.spawner import Spawner
@@ -76,6 +76,8 @@ class Team:
         """What is wrong, in words, while the state is not ready."""
         self.failed = False
         """The ranks are lost and will not come back by themselves."""
+        self._files_changed = False
+        """That is why."""
         self.generation = 0
         """Counts groups: what ranks of an older one remembered is lost."""
         self.engine_config: EngineConfig | None = None
@@ -120,16 +122,20 @@ class Team:
     # ---- steps ------------------------------------------------------------------------------------
 
     def wait_until_ready(self) -> int:
-        """The generation that is ready. EngineDeadError if none will be."""
+        """The generation that is ready. EngineDeadError if none will be, CheckpointChangedError if that is why."""
         with self._changed:
             while self.state in (TeamState.STARTING, TeamState.RECOVERING):
                 self._changed.wait(1.0)
             if self.state is not TeamState.READY:
-                raise EngineDeadError(self.trouble or "the ranks have been stopped")
+                kind = CheckpointChangedError if self._files_changed else EngineDeadError
+                raise kind(self.trouble or "the ranks have been stopped")
             return self.generation
 
     def ask_all(self, order: Order, kind: type[Kind]) -> list[Kind]:
-        """Send to every rank and wait for every answer, which is of this kind, by rank. RankLostError."""
+        """Send to every rank and wait for every answer, which is of this kind, by rank.
+
+        RankLostError, CheckpointChangedError.
+        """
         generation = self.generation
         self._next_number += 1
         number = self._next_number
@@ -156,10 +162,10 @@ class Team:
     def _checked(self, rank: int, answer: Ready | Failed | Answer, number: int, kind: type[Kind]) -> Kind:
         if isinstance(answer, Failed):
             time.sleep(WATCH_S)  # a rank often fails because another has just died, and that one is the news
-            dead = self._spawner.first_dead() if self._spawner is not None else None
+            dead = self._first_dead()
             is_cause = dead is None or dead[1] >= 0
             self._lose(f"rank {rank} failed: {answer.message}" if is_cause else self._find_trouble())
-            raise RankLostError(self.trouble)
+            raise self._loss()
         assert isinstance(answer, Answer), f"rank {rank} is ready again"
         assert answer.number == number, f"rank {rank} answers {answer.number} instead of {number}"
         assert isinstance(answer.outcome, kind), f"rank {rank} answers {answer.outcome} instead of {kind.__name__}"
@@ -170,7 +176,13 @@ class Team:
         deadline = time.monotonic() + 2 * self.parallel.rank_stall_s
         while self.state is TeamState.READY and self.generation == generation and time.monotonic() < deadline:
             time.sleep(WATCH_S / 4)
-        raise RankLostError(self.trouble or "the ranks were lost and have started again")
+        raise self._loss()
+
+    def _loss(self) -> MoEServeError:
+        """What has become of the step."""
+        if self._files_changed:
+            return CheckpointChangedError(self.trouble)
+        return RankLostError(self.trouble or "the ranks were lost and have started again")
 
     def _send_all(self, message: FromFront) -> None:
         raw = encode(message)
@@ -191,7 +203,7 @@ class Team:
 
     def _find_trouble(self) -> str:
         now = time.monotonic()
-        dead = self._spawner.first_dead() if self._spawner is not None else None
+        dead = self._first_dead()
         if dead is not None:
             return f"rank {dead[0]} died (exit status {dead[1]})"
         for rank, link in self._links.items():
@@ -201,24 +213,40 @@ class Team:
                 return f"rank {rank} has given no sign of life for {self.parallel.rank_stall_s:g} s"
         return ""
 
+    def _first_dead(self) -> tuple[int, int] | None:
+        """See Spawner.first_dead."""
+        return self._spawner.first_dead() if self._spawner is not None else None
+
     def _lose(self, trouble: str) -> None:
+        dead = self._first_dead()
+        if dead is not None and dead[0] in self._links:
+            self._links[dead[0]].hear_out()
+        changed = next((link.changed_file for link in self._links.values() if link.changed_file), None)
         with self._changed:
             if self.state is not TeamState.READY:
                 return
-            now = time.monotonic()
-            self._losses = [t for t in self._losses if now - t < RESTART_WINDOW_S] + [now]
-            may_restart = self._spawner is not None and len(self._losses) <= MAX_RESTARTS
+            self.trouble = trouble = changed or trouble
+            self._files_changed = changed is not None
+            may_restart = self._may_restart() and not self._files_changed
             self.state = TeamState.RECOVERING if may_restart else TeamState.FAILED
-            self.trouble = trouble
             self._changed.notify_all()
         log.error("%s; %s", trouble, "all ranks start again" if may_restart else "the server stops serving")
         if not may_restart:
             self._give_up()
 
+    def _may_restart(self) -> bool:
+        """Count a loss; whether there were few lately."""
+        now = time.monotonic()
+        self._losses = [t for t in self._losses if now - t < RESTART_WINDOW_S] + [now]
+        return self._spawner is not None and len(self._losses) <= MAX_RESTARTS
+
     def _give_up(self) -> None:
-        """Under a launcher the process ends, so that the launcher can start everything again."""
+        """The ranks that are left end. Under a launcher the process does, so that the launcher can start everything
+        again, unless that would be another model."""
         self.failed = True
-        if self._spawner is None:
+        if self._spawner is not None:
+            self._spawner.stop()
+        elif not self._files_changed:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _recover(self) -> None:

@@ -6,7 +6,7 @@ Within a group, ranks count from 0. Knows steps; knows no model.
 
 from __future__ import annotations
 
-from moe_serve.parallel.modes.route_noter import renumbered
+from moe_serve.parallel.modes.route_pieces import renumbered
 from moe_serve.parallel.modes.runner import Outcome, RankRunner, RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from expert_cache.report import ExpertReport
-from moe_serve.errors import MoEServeError
+from moe_serve.errors import CheckpointChangedError, MoEServeError
 from moe_serve.openmp import spin_briefly
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
 from moe_serve.parallel.wire.door import knock, word_of
@@ -92,7 +92,7 @@ def _report(channel: Channel, error: Exception) -> None:
     log.error("the rank ends: %s", error, exc_info=not is_users)
     text = f"{error}" if is_users else f"{type(error).__name__}: {error}"[:200]
     with contextlib.suppress(ChannelClosed):  # the front may have gone
-        channel.send(encode(Failed(text, is_users)))
+        channel.send(encode(Failed(text, is_users, isinstance(error, CheckpointChangedError))))
 
 
 def _serve(channel: Channel, heart: Heart, place: RankAddress, settings: Start) -> None:

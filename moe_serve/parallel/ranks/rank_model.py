@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from expert_cache.running.local_experts import RegroupedExperts
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.engine.model_runner import ModelRunner, load_model
+from moe_serve.engine.mapped_files import MappedFiles
+from moe_serve.engine.model_runner import ModelRunner, load_model, mapped_files
 from moe_serve.errors import ConfigError
 from moe_serve.offload import build
 from moe_serve.parallel.expert_plans import read_hosts
@@ -37,6 +38,8 @@ class RankModel:
     config: EngineConfig
     """As resolved, with as many pages and as long a context as the smallest rank has room for."""
     mode: RankRunner
+    files: MappedFiles
+    """What it computes from."""
 
 
 def join_group(place: RankAddress, device: str, timeout_s: float) -> None:
@@ -60,13 +63,17 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
     device = _device_of(config.device, place)
     config, loaded, spec = load_model(config.replace(device=device, enforce_eager=True))
+    if loaded.state_shapes:
+        raise ConfigError(
+            f"--devices: ranks do not carry the states of {spec.model_type}'s recurrent layers; use one device"
+        )
     local = build.regrouped_experts(config, loaded, spec)
     runner = ModelRunner(config, loaded, spec, frozenset(eos_token_ids(config.model)), local)
     nothing = torch.empty(0, dtype=getattr(torch, config.dtype), device=runner.device)
     share = _share(place, parallel, local, spec, nothing)
     pages, context = _smallest([runner.config.kv.num_pages or 0, runner.config.max_model_len or 0], runner.device)
     config = runner.config.replace(num_kv_pages=pages, max_model_len=context)
-    return RankModel(share, config, make_runner(place.rank, parallel, runner, share))
+    return RankModel(share, config, make_runner(place.rank, parallel, runner, share), mapped_files(config))
 
 
 def _share(
@@ -82,7 +89,7 @@ def _share(
     hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
     wire = connect_all(place, parallel.rank_step_s) if like.device.type == "cpu" else GroupWire(like.device)
     exchange = Exchange(place.rank - first_rank, size, len(store.layers), wire, first_rank)
-    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.hidden_size))
+    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.expert_hidden_size))
 
 
 def _device_of(device: str, place: RankAddress) -> str:

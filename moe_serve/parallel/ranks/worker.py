@@ -21,6 +21,7 @@ class Worker:
         self.layers = model.share.local.store.decoder_layers
         self._share = model.share
         self._mode = model.mode
+        self._files = model.files
         self._reader = StepReader(LateGrammars(self.config).start)
 
     def answer(self, order: Order) -> Outcome:
@@ -35,7 +36,8 @@ class Worker:
 
     @torch.inference_mode()
     def step(self, step: Step) -> StepDone:
-        """Run this rank's part of a step."""
+        """Run this rank's part of a step. CheckpointChangedError."""
+        self._files.check()
         return StepDone(*self._mode.run(self._reader.read(step)), self._counted())
 
     def place(self, layout: Layout) -> Placed:

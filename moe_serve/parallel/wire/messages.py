@@ -166,6 +166,8 @@ class Failed(Struct, frozen=True, tag=True):
     message: str
     is_users: bool
     """The user's mistake, in words for the user; else a crash."""
+    files_changed: bool = False
+    """A mapped file of the checkpoint was written to: a new group of ranks would compute with another model."""
 
 
 class Alive(Struct, frozen=True, tag=True):
