@@ -76,7 +76,8 @@ class RandomRunner(DenseRunner):
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, seqs, self.config.seed, self._eos, masks)
         errors = masks.errors if masks is not None else {}
-        return StepResult(tuple(tokens), tuple(logprobs), errors, prompt_logprobs=self._scores(plan))
+        late = masks.late if masks is not None else frozenset()
+        return StepResult(tuple(tokens), tuple(logprobs), errors, prompt_logprobs=self._scores(plan), late=late)
 
     def _scores(self, plan: BatchPlan) -> dict[Sequence, tuple[TokenLogprob, ...]]:
         rows = [self.noise(i.seq.token_ids[: p + 1]) for i in plan.scheduled for p in i.scored]

@@ -30,7 +30,7 @@ from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.offload import build
-from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
+from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ class ModelRunner:
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.experts.take_failures())
-        errors = broken | {seq: error.message for seq, error in failures.items()}
+        wrong = broken | {seq: error.message for seq, error in failures.items()}
+        errors = {seq: StepError(message) for seq, message in wrong.items()}
         errors |= masks.errors if masks is not None else {}
         return StepResult(
             tuple(t for _, t, _ in by_plan),
@@ -140,6 +141,7 @@ class ModelRunner:
             errors,
             self._routes(plan),
             prompt_logprobs.score(prompt_logits, plan) if scored else {},
+            masks.late if masks is not None else frozenset(),
         )
 
     def _graphs_for(self, plan: BatchPlan) -> DecodeGraphs | None:

@@ -246,7 +246,8 @@ class Scheduler:
         """Book the step: computed counts, published pages, sampled tokens, finished sequences.
 
         Returns the sequences that got a token, or ended without one (max_tokens 0), in plan order.
-        Sequences that were aborted while the step ran, or whose results are errors, are skipped.
+        Sequences that were aborted while the step ran, or whose results are errors, are skipped. A late one computes
+        its last token again in the next step.
         Example: plan with a decode (needs_sample), a prompt chunk (does not) and a prompt end
         (needs_sample) has result.token_ids of length 2.
         """
@@ -257,10 +258,11 @@ class Scheduler:
             seq = item.seq
             if seq.is_finished or seq in result.errors:
                 continue
-            seq.num_computed = item.end
+            is_late = seq in result.late
+            seq.num_computed = item.end - is_late
             seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
             self._publish_pages(seq, item)
-            if token is None:
+            if token is None or is_late:
                 continue
             advanced.append(seq)
             if seq.params.max_tokens == 0:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Protocol
 
-from moe_serve.errors import InvalidRequestError
+from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.seats import NO_SEAT
@@ -282,12 +282,14 @@ class SampleOutput:
     num_cached_tokens: int
     num_output_tokens: int
     """Tokens sampled so far in this sample."""
-    error: str | None = None
-    """Set with FinishReason.ERROR: what went wrong, safe to show to the client."""
+    error: MoEServeError | None = None
+    """Set with FinishReason.ERROR: what the client is told."""
     stats: FinishedStats | None = None
     """With the last output: the sample's times."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With sample 0's first output when SamplingParams.prompt_logprobs is set: of the prompt but its first token."""
+    text_starts: tuple[int, ...] = ()
+    """One per new token, aligned with `logprobs`: where its text begins in the sample's text, in characters."""
 
 
 @dataclass(slots=True)
@@ -298,6 +300,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    text_starts: list[int] = field(default_factory=list)
+    """Aligned with `logprobs`; see SampleOutput."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -306,5 +310,6 @@ class Completion:
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.text_starts += output.text_starts
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason
