@@ -22,6 +22,7 @@ from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.hf.composites import OTHER_TOWERS, text_config_of
+from moe_serve.hf.families import family_in
 from moe_serve.hf.family import FAMILY_NAME, PART_OF, Family, family_of, find
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
 from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
@@ -55,13 +56,14 @@ def read_config(folder: str) -> Any:
 
 def _config_of(folder: str, fields: dict[str, Any]) -> Any:
     """What AutoConfig makes of the fields: of the text model, under the name by which transformers knows the family."""
-    name = str(fields.get("model_type"))
-    same_as = find(name).same_as
-    if same_as is None or "text_config" in fields:
+    name = family_in(fields) or str(fields.get("model_type"))
+    family = find(name)
+    if family.same_as is None or "text_config" in fields:
         config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         fields = config.to_dict()
-    if same_as is not None:
-        config = CONFIG_MAPPING[same_as].from_dict({**fields, "model_type": same_as})
+    if family.same_as is not None:
+        fields = {**fields, **family.sets, "model_type": family.same_as}
+        config = CONFIG_MAPPING[family.same_as].from_dict(fields)
         setattr(config, FAMILY_NAME, name)
     return config
 
@@ -132,11 +134,22 @@ def open_experts(
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
     encoding = scheme.encoding if scheme is not None and scaled else None
     # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats.
-    fused = FusedLayout(transposed=family.transposed and encoding is None, interleaved=family.interleaved)
+    transposed = encoding is None and _is_transposed(family, tensors[layers[0]], spec)
+    fused = FusedLayout(transposed=transposed, interleaved=family.interleaved)
     shape = (spec.expert_intermediate_size, spec.expert_hidden_size)
     store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
     _check_shapes(folder, store, spec)
     return store
+
+
+def _is_transposed(family: Family, parts: Parts, spec: ModelSpec) -> bool:
+    """Whether matrices are stored [in, out]: as the family says, else by the shape of one that is not square."""
+    if family.transposed is not None:
+        return family.transposed
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
+    wanted = {"down": (hidden, inner), "gate_up": (2 * inner, hidden)}
+    shapes = [(tuple(t.tensor.shape[-2:]), wanted[part]) for (part, _), t in parts.items() if part in wanted]
+    return any(found != shape and found == shape[::-1] for found, shape in shapes)
 
 
 def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[str]:

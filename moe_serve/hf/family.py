@@ -9,6 +9,7 @@ matrix products. Knows no tensors and loads nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +60,8 @@ class Family:
     """Name of the transformers class that our ExpertsProxy replaces."""
     patterns: tuple[re.Pattern[str], ...] = (PER_EXPERT, FUSED)
     """Checkpoint names of expert tensors, with groups layer, part and (per-expert layout) expert."""
-    transposed: bool = False
-    """Fused tensors are [E, in, out]."""
+    transposed: bool | None = False
+    """Fused tensors are [E, in, out]; None: in some checkpoints, and their shapes tell."""
     interleaved: bool = False
     """gate_up alternates gate and up columns instead of stacking them."""
     has_gate: bool = True
@@ -76,6 +77,8 @@ class Family:
     """Which values of a head rotary embeddings rotate against each other."""
     same_as: str | None = None
     """The model_type under which transformers knows this family, where checkpoints name another."""
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of that model_type's config that this family fixes and does not write down."""
     recurrence: Recurrence | None = None
     """Which layers keep a state of fixed size per sequence, beside or instead of keys and values."""
     model_class: str | None = None
