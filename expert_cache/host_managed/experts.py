@@ -200,6 +200,9 @@ class HostManagedExperts(RegroupedExperts[Plan]):
         if num_slots < 1:
             least = least_mib(1, self._slot_bytes)
             raise ResizeError(f"{mib} MiB do not hold a single expert; give at least {least}")
+        most = least_mib(self.store.num_total, self._slot_bytes)
+        if mib > most:
+            raise ResizeError(f"{mib} MiB are more than all experts need; give at most {most}")
         self.cache.resize(num_slots)
         if self._guard is not None:
             self._guard.resized(num_slots)

@@ -115,7 +115,7 @@ class RegroupedExperts(LocalExperts[Plan]):
     def partial_sums(
         self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """As `run` for choices of which some run elsewhere: those have negative ids and add nothing.
+        """As `run`, but some choices run elsewhere: those have negative ids and add nothing.
 
         hidden [T, H]; ids [T, K] int64; weights [T, K] float32 -> [T, H] float32 at least.
         """

@@ -21,7 +21,9 @@ from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.errors import CheckpointError, ConfigError
-from moe_serve.hf.family import PART_OF, Family, find
+from moe_serve.hf.composites import OTHER_TOWERS, text_config_of
+from moe_serve.hf.families import family_in
+from moe_serve.hf.family import FAMILY_NAME, PART_OF, Family, family_of, find
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
 from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
 from moe_serve.hf.quantized_dense import mismatch
@@ -45,20 +47,25 @@ def read_config(folder: str) -> Any:
     try:
         # Before AutoConfig, whose error for an unknown type would list none of ours.
         fields = json.loads((path / "config.json").read_text())
-        same_as = find(str(fields.get("model_type"))).same_as
-        if same_as is None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        else:
-            config = _config_of(same_as, fields)
+        config = _config_of(folder, fields)
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     scheme_in(folder, config)
     return config
 
 
-def _config_of(model_type: str, fields: dict[str, Any]) -> Any:
-    """What AutoConfig makes of the fields, under the name by which transformers knows the family."""
-    return CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})
+def _config_of(folder: str, fields: dict[str, Any]) -> Any:
+    """What AutoConfig makes of the fields: of the text model, under the name by which transformers knows the family."""
+    name = family_in(fields) or str(fields.get("model_type"))
+    family = find(name)
+    if family.same_as is None or "text_config" in fields:
+        config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        fields = config.to_dict()
+    if family.same_as is not None:
+        fields = {**fields, **family.sets, "model_type": family.same_as}
+        config = CONFIG_MAPPING[family.same_as].from_dict(fields)
+        setattr(config, FAMILY_NAME, name)
+    return config
 
 
 def scheme_in(folder: str, config: Any) -> Scheme | None:
@@ -127,11 +134,22 @@ def open_experts(
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
     encoding = scheme.encoding if scheme is not None and scaled else None
     # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats.
-    fused = FusedLayout(transposed=family.transposed and encoding is None, interleaved=family.interleaved)
-    shape = (spec.expert_intermediate_size, spec.hidden_size)
+    transposed = encoding is None and _is_transposed(family, tensors[layers[0]], spec)
+    fused = FusedLayout(transposed=transposed, interleaved=family.interleaved)
+    shape = (spec.expert_intermediate_size, spec.expert_hidden_size)
     store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
     _check_shapes(folder, store, spec)
     return store
+
+
+def _is_transposed(family: Family, parts: Parts, spec: ModelSpec) -> bool:
+    """Whether matrices are stored [in, out]: as the family says, else by the shape of one that is not square."""
+    if family.transposed is not None:
+        return family.transposed
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
+    wanted = {"down": (hidden, inner), "gate_up": (2 * inner, hidden)}
+    shapes = [(tuple(t.tensor.shape[-2:]), wanted[part]) for (part, _), t in parts.items() if part in wanted]
+    return any(found != shape and found == shape[::-1] for found, shape in shapes)
 
 
 def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[str]:
@@ -144,11 +162,24 @@ def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[st
     for file in safetensors_files(folder):
         with _opened(file) as handle:
             names: list[str] = handle.keys()
-            dense = {name: handle.get_slice(name).get_dtype() for name in names if family.match(name) is None}
+            dense = {name: handle.get_slice(name).get_dtype() for name in names if _is_dense(name, family)}
             if not quantized:
                 refuse_codes(file, dense.items())
             found |= set(dense.values())
     return found
+
+
+def _is_dense(name: str, family: Family) -> bool:
+    return family.match(name) is None and OTHER_TOWERS.search(name) is None
+
+
+def tensor_names(folder: str) -> list[str]:
+    """Every tensor of the checkpoint, as its files name it."""
+    names: list[str] = []
+    for file in safetensors_files(folder):
+        with _opened(file) as handle:
+            names += handle.keys()
+    return names
 
 
 @contextmanager
@@ -172,6 +203,9 @@ def _expert_tensors(
             found = _expert_part(stored.name, family, scheme)
             assert found
             yield *found, stored
+            layer, part, expert = found
+            if not family.has_gate and part.startswith("up"):  # act(up) * up: see Family.has_gate
+                yield layer, "gate" + part.removeprefix("up"), expert, stored
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from error
 
@@ -193,10 +227,12 @@ def has_usual_names(folder: str) -> bool:
 
 
 def dense_tensors(folder: str, family: Family, scheme: Scheme | None) -> Iterator[StoredTensor]:
-    """Every tensor that is no expert's."""
+    """Every tensor that is no expert's and no other tower's."""
     for file in safetensors_files(folder):
         try:
-            yield from stored_tensors(file, lambda name: not _is_experts(name, family, scheme))
+            yield from stored_tensors(
+                file, lambda name: not _is_experts(name, family, scheme) and OTHER_TOWERS.search(name) is None
+            )
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(file, error) from error
 
@@ -216,7 +252,7 @@ def open_all_experts(folder: str) -> ExpertStore:
     """
     config = read_config(folder)
     spec = ModelSpec.from_hf(config)
-    family, scheme = find(config.model_type), scheme_in(folder, config)
+    family, scheme = family_of(config), scheme_in(folder, config)
     found: set[int] = set()
     for file in safetensors_files(folder):
         with _opened(file) as handle:
@@ -261,7 +297,7 @@ def _check_present(where: str, expert: int, parts: Parts) -> None:
 
 def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
     """Every expert must have the shape config.json gives it, or a request would find out."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     for layer in store.layers:
         for expert in range(store.num_experts):
             where = f"{folder}: {store.name(layer, expert)}"
@@ -279,7 +315,7 @@ def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
 
 def _check_quantized(where: str, store: ExpertStore, tensors: Mapping[str, StoredTensor], spec: ModelSpec) -> None:
     """Without decoding: that can mean copying."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
     assert store.encoding is not None
     for part, shape in shapes.items():

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from moe_serve.errors import ConfigError, UnsupportedModelError
 from moe_serve.hf.checkpoint import INDEX, read_config, safetensors_files
-from moe_serve.hf.family import PART_OF, PER_EXPERT, Family, find
+from moe_serve.hf.family import PART_OF, PER_EXPERT, Family, family_of
 from moe_serve.quantization.rounding import Rounded, round_matrix
 
 Importance = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -41,7 +41,7 @@ def write_quantized(
     `group` 0: one scale per row. `target` is made where it is missing. ConfigError or UnsupportedModelError.
     """
     config = read_config(source)
-    _check(source, config, find(config.model_type), group)
+    _check(source, config, family_of(config), group)
     target.mkdir(exist_ok=True)
     index: dict[str, str] = {}
     dense: list[str] = []

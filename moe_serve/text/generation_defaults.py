@@ -31,10 +31,11 @@ def read_generation_defaults(folder: str, mode: str = "auto") -> dict[str, Any]:
 
 
 def eos_token_ids(folder: str) -> set[int]:
-    """Token ids that end a sequence, from generation_config.json and config.json."""
+    """Token ids that end a sequence, from generation_config.json and config.json, that of the text model included."""
     ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(Path(folder) / name).get("eos_token_id")
+    generation, config = (_read_json(Path(folder) / name) for name in ("generation_config.json", "config.json"))
+    for fields in (generation, config, config.get("text_config") or {}):
+        value = fields.get("eos_token_id")
         if isinstance(value, int):
             ids.add(value)
         elif isinstance(value, list):

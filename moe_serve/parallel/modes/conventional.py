@@ -103,5 +103,6 @@ class ConventionalRunner:
         sampled = [i for i in own if step.plan.scheduled[i].needs_sample]
         tokens = dict(zip(sampled, zip(result.token_ids, result.logprobs, strict=True), strict=True))
         errors = {i: result.errors[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in result.errors}
+        late = tuple(i for i in own if step.plan.scheduled[i].seq in result.late)
         routes = None if result.routes is None else piece(step.plan, own, result.routes.ids, result.routes.weights)
-        return Outcome(tokens, errors, routes)
+        return Outcome(tokens, errors, routes, late)

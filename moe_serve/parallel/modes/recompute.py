@@ -177,9 +177,9 @@ class RecomputingRunner:
             forward_batch=batch,
             kv_cache=self._runner.kv_cache,
         ).logits[0]
-        sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        errors = errors_of(step, self._experts.losses) | lost
-        return Outcome(sampled, errors, self._piece(step, homes.cpu().numpy() == self._rank))
+        sampled, stuck, late = sample_rows(self._runner, step, batch, rows, logits)
+        errors = errors_of(step, self._experts.losses) | stuck
+        return Outcome(sampled, errors, self._piece(step, homes.cpu().numpy() == self._rank), late)
 
     def _piece(self, step: RankStep, is_here: Bools) -> RoutePiece | None:
         """Routes of the tokens at home here; `is_here` [T]."""
