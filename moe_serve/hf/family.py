@@ -9,12 +9,13 @@ matrix products. Knows no tensors and loads nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
-from moe_serve.hf.families import FAMILIES, family_name, family_names
+from moe_serve.hf.families import FAMILIES, refuse_unknown_family
 from moe_serve.hf.recurrent import Recurrence
 from moe_serve.hf.routings import RoutingOf, unknown
 from moe_serve_base.extensions import ExtensionError
@@ -59,8 +60,8 @@ class Family:
     """Name of the transformers class that our ExpertsProxy replaces."""
     patterns: tuple[re.Pattern[str], ...] = (PER_EXPERT, FUSED)
     """Checkpoint names of expert tensors, with groups layer, part and (per-expert layout) expert."""
-    transposed: bool = False
-    """Fused tensors are [E, in, out]."""
+    transposed: bool | None = False
+    """Fused tensors are [E, in, out]; None: in some checkpoints, and their shapes tell."""
     interleaved: bool = False
     """gate_up alternates gate and up columns instead of stacking them."""
     has_gate: bool = True
@@ -76,6 +77,8 @@ class Family:
     """Which values of a head rotary embeddings rotate against each other."""
     same_as: str | None = None
     """The model_type under which transformers knows this family, where checkpoints name another."""
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of that model_type's config that this family fixes and does not write down."""
     recurrence: Recurrence | None = None
     """Which layers keep a state of fixed size per sequence, beside or instead of keys and values."""
     model_class: str | None = None
@@ -96,12 +99,7 @@ def family_of(config: Any) -> Family:
 def find(model_type: str) -> Family:
     """The Family of config.json's `model_type`, or of the text model's in it; UnsupportedModelError lists the supported
     ones."""
-    name = family_name(model_type)
-    if name is None:
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(family_names())}"
-        )
+    name = refuse_unknown_family({"model_type": model_type})
     try:
         family: Family = FAMILIES.find(name)
     except ExtensionError as error:

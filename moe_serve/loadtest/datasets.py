@@ -134,7 +134,7 @@ def _custom(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]
     """Lines {"prompt": ..., "output_tokens": optional}."""
     plan = [
         PlannedRequest(_text(row, "prompt", number), int(row.get("output_tokens", options.custom_output_len)))
-        for number, row in _rows(_path(options))
+        for number, row in _rows(options)
     ]
     return _sample(plan, options, rng)
 
@@ -142,7 +142,7 @@ def _custom(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]
 def _sharegpt(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
     """The first question of each {"conversations": [{"value": ...}, ...]}; answers as long as recorded."""
     plan = []
-    for number, row in _rows(_path(options)):
+    for number, row in _rows(options):
         turns = row.get("conversations") or []
         if len(turns) >= 2:
             question, answer = _text(turns[0], "value", number), _text(turns[1], "value", number)
@@ -162,16 +162,25 @@ def _path(options: DatasetOptions) -> Path:
     return options.dataset_path
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number, object) for each line of a .jsonl file, or each element of a .json list."""
+def _rows(options: DatasetOptions) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number, object) for each of the file's."""
+    return enumerate(read_rows(_path(options), "--dataset-path"), start=1)
+
+
+def read_rows(path: Path, flag: str) -> list[Any]:
+    """The elements of a .json list, or the lines of a .jsonl file. ConfigError names `flag` and the file."""
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except OSError as error:
-        raise ConfigError(f"--dataset-path: cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag}: cannot read {path}: {error}") from error
+    try:
+        is_list = path.suffix == ".json"
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise ConfigError(f"--dataset-path: {path} is not JSON: {error}") from error
-    return enumerate(rows, start=1)
+        raise ConfigError(f"{flag}: {path} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ConfigError(f"{flag}: {path} holds no list")
+    return rows
 
 
 def _text(row: Mapping[str, Any], key: str, number: int) -> str:

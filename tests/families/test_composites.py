@@ -24,16 +24,18 @@ from .serving import greedy, load, tokens
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 COMPOSITES = {
-    "gemma4": "model.language_model.",
-    "qwen3_5_moe": "model.language_model.",
+    "gemma4": ("gemma4", "model.language_model."),
+    "kimi_k25": ("deepseek_v3", "language_model."),
+    "mistral3": ("mistral4", "language_model."),
+    "qwen3_5_moe": ("qwen3_5_moe", "model.language_model."),
 }
-"""model_type, which is also the case of its text model -> the prefix of its tensors."""
+"""model_type -> the case of its text model, and the prefix of its tensors."""
 TOWER = {"model.visual.blocks.0.attn.proj.weight": (8, 8), "model.visual.patch_embed.proj.weight": (8, 3)}
 
 
 def composite(model_type: str, text: Path, folder: Path, outside: Tensors | None = None) -> Path:
     """`outside`: tensors beside the text model's and the tower's."""
-    prefix = COMPOSITES[model_type]
+    prefix = COMPOSITES[model_type][1]
 
     def wrapped(tensors: Tensors) -> Tensors:
         tower = {name: torch.ones(shape) for name, shape in TOWER.items()}
@@ -60,7 +62,8 @@ def test_the_text_model_answers_as_it_does_alone(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ref, folder = reference(model_type), composite(model_type, checkpoint(model_type), tmp_path)
+    case = COMPOSITES[model_type][0]
+    ref, folder = reference(case), composite(model_type, checkpoint(case), tmp_path)
     with caplog.at_level(logging.INFO, "moe_serve"):
         llm = load(folder)
     assert caplog.text.count("only the text model is served; not read: visual (2 tensors)") == 1

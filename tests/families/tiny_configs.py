@@ -90,6 +90,24 @@ DELTA_NET: dict[str, Any] = {
 """Qwen3-Next: layers that keep a matrix per value head, and the last inputs of a convolution."""
 
 
+def rope_of_images(*sections: int) -> dict[str, Any]:
+    """Three positions per token, which differ in images only; `sections`: the frequencies that turn by each."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
+
+
+TOWER: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
+
 @dataclass(frozen=True)
 class TinyCase:
     """One tiny model: a config and the seed of its weights."""
@@ -103,11 +121,20 @@ class TinyCase:
     is_brief: bool = False
     """Most of its proofs run in `make test-slow` (conftest.py)."""
 
+    tower: dict[str, Any] | None = None
+    """vision_config of a composite; `fields` are its text_config's then."""
+
     def config(self) -> Any:
         """The transformers config."""
-        return AutoConfig.for_model(self.model_type, **{**COMMON, **self.fields})
+        fields = {**COMMON, **self.fields}
+        if self.tower is None:
+            return AutoConfig.for_model(self.model_type, **fields)
+        outer = {"text_config": fields, "vision_config": self.tower, "tie_word_embeddings": False}
+        return AutoConfig.for_model(self.model_type, **outer)
 
 
+SPANNING = ("mixtral", "qwen2_moe_window", "olmoe_clipped", "deepseek_v3", "glm4_moe", "gpt_oss", "phimoe")
+"""What the others have, these have between them: windows, latents, groups, shared and biased experts, odd layers."""
 CASES: dict[str, TinyCase] = {
     "mixtral": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8}),
     "mixtral_window": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8, "sliding_window": WINDOW}),
@@ -385,4 +412,11 @@ CASES: dict[str, TinyCase] = {
         },
         is_brief=True,
     ),
+    "qwen3_vl_moe": TinyCase(
+        "qwen3_vl_moe", {**FINE, "decoder_sparse_step": 1, **rope_of_images(3, 3, 2)}, is_brief=True, tower=TOWER
+    ),
+    "glm4v_moe": TinyCase(
+        "glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, is_brief=True, tower=TOWER
+    ),
+    "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}, is_brief=True),
 }
