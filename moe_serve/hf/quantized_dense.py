@@ -57,7 +57,9 @@ def _codes_per_entry(encoding: Encoding) -> int:
     """Columns in one entry of the dimension that runs along them."""
     if encoding.layout in ("packed", "gptq"):
         return 32 // BITS[encoding.kind]
-    return 32 if encoding.layout == "blocks" else 8 // BITS[encoding.kind]
+    if encoding.layout == "rows":
+        return 8 // BITS[encoding.kind]
+    return 32 if encoding.layout == "blocks" else 1
 
 
 def _num_rows(encoding: Encoding, codes: torch.Tensor) -> int:

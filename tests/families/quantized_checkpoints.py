@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import four_bit_floats
 from .relayout import WEIGHTS, Tensors
 
 GROUP = 32
@@ -180,53 +181,26 @@ def awq() -> Format:
     return Format(config, quantize)
 
 
-FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-
-
 def nvfp4(producer: str) -> Format:
     """Groups of 16 with e4m3 scales under one float32 factor per matrix, which differs from matrix to matrix."""
+    is_modelopt = producer == "modelopt"
 
     def quantize(w: torch.Tensor) -> Quantized:
-        parts = w.unflatten(1, (-1, 16))
-        most = parts.abs().amax(2) / 6
-        factor = most.amax() / 448
-        scale = (most / factor).clamp(min=2**-6).to(torch.float8_e4m3fn)
-        inverse = 1 / factor
-        wide = scale.float() * factor if producer == "modelopt" else scale.float() / inverse
-        codes = (parts / wide[:, :, None])[..., None].sub(FP4).abs().argmin(-1)
-        packed = (codes.flatten(1)[:, ::2] + 16 * codes.flatten(1)[:, 1::2]).to(torch.uint8)
-        matrix = (FP4[codes] * wide[:, :, None]).flatten(1)
-        if producer == "modelopt":
-            return {
-                "weight": packed,
-                "weight_scale": scale,
-                "weight_scale_2": factor,
-                "input_scale": torch.tensor(0.1),
-            }, matrix
-        return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": inverse.view(1)}, matrix
+        packed, scale, factor, matrix = four_bit_floats.nvfp4(w, divides=not is_modelopt)
+        if is_modelopt:
+            tensors = {"weight": packed, "weight_scale_2": factor, "input_scale": torch.tensor(0.1)}
+            return {**tensors, "weight_scale": scale}, matrix
+        return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": factor.view(1)}, matrix
 
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
-    if producer == "modelopt":
+    if is_modelopt:
         return Format({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, quantize)
     return Format(compressed("nvfp4-pack-quantized", weights), quantize)
 
 
-def mxfp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[.., K] -> blocks uint8 [.., K / 32, 16], scales uint8 [.., K / 32], and the values."""
-    parts = w.unflatten(-1, (-1, 32))
-    exponent = (parts.abs().amax(-1) / 6).log2().ceil()
-    codes = (parts / exponent.exp2()[..., None])[..., None].sub(FP4).abs().argmin(-1)
-    values = FP4[codes] * exponent.exp2()[..., None]
-    return (
-        (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8),
-        (exponent + 127).to(torch.uint8),
-        values.flatten(-2),
-    )
-
-
 def ct_mxfp4() -> Format:
     def quantize(w: torch.Tensor) -> Quantized:
-        blocks, scales, values = mxfp4(w)
+        blocks, scales, values = four_bit_floats.mxfp4(w)
         return {"weight_packed": blocks.flatten(1), "weight_scale": scales}, values
 
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -311,7 +285,7 @@ def write_mxfp4_pair(source: Path, folder: Path) -> tuple[Path, Path]:
     for name, tensor in load_file(source / WEIGHTS).items():
         tensors[name] = matrices[name] = tensor
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            blocks, scales, values = mxfp4(tensors.pop(name).transpose(1, 2).contiguous())
+            blocks, scales, values = four_bit_floats.mxfp4(tensors.pop(name).transpose(1, 2).contiguous())
             tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
             matrices[name] = values.transpose(1, 2).contiguous()
     save_file(tensors, coded / WEIGHTS, metadata={"format": "pt"})
