@@ -28,7 +28,7 @@ from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
 from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf import attention, dense, gguf_tensors, latent_attention, recurrent
+from moe_serve.hf import attention, chunked_attention, dense, gguf_tensors, latent_attention, recurrent
 from moe_serve.hf.checkpoint import (
     dense_dtypes,
     dense_tensors,
@@ -51,6 +51,8 @@ from moe_serve_kernels.quantized import BlockRows
 
 log = logging.getLogger(__name__)
 
+Shapes = tuple[dict[int, LayerKVShape], StateShapes]
+"""What each layer keeps: per token, and per sequence."""
 WITHOUT_MEMORY = ("moe", "mlp")
 """Kinds of layers that see one token at a time."""
 
@@ -93,9 +95,7 @@ def load(
     else:
         store = open_expert_file(expert_file, folder, layers, spec)
     _say_how_experts_run(store, scheme)
-    _set_windows(model, hf_config, family)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
+    _adapt(model, hf_config, family)
     kv_shapes, state_shapes = _probe_shapes(model, device)
     _refuse_unknown_layers(folder, hf_config, kv_shapes.keys() | state_shapes.keys())
     return LoadedModel(model, hf_config, family, store, kv_shapes, state_shapes)
@@ -247,6 +247,16 @@ def _bar_only_on_terminals() -> Iterator[None]:
             yield
 
 
+def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
+    """Have the model's modules take a step's flattened tokens, of many sequences."""
+    _set_windows(model, hf_config, family)
+    chunked_attention.install(model, hf_config)
+    latent_attention.install(model)
+    recurrent.install(model, family.recurrence)
+    if family.adapt is not None:
+        family.adapt(model, hf_config)
+
+
 def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
     """Give attention modules the sliding window that transformers applies through masks alone."""
     window = getattr(hf_config, "sliding_window", None)
@@ -257,20 +267,20 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
             module.sliding_window = window
 
 
-def shapes_of(hf_config: Any) -> tuple[dict[int, LayerKVShape], StateShapes]:
+def shapes_of(hf_config: Any) -> Shapes:
     """What each layer would keep per token and per sequence, asked of a model without weights."""
     family, meta = family_of(hf_config), torch.device("meta")
     attention.register()
     model_class = _model_class(hf_config, family)
     with replacing(family.experts_class), meta:
         model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
-    return _probe_shapes(model, meta)
+    _adapt(model, hf_config, family)
+    shapes: Shapes = _probe_shapes(model, meta)
+    return shapes
 
 
 @torch.inference_mode()
-def _probe_shapes(model: nn.Module, device: torch.device) -> tuple[dict[int, LayerKVShape], StateShapes]:
+def _probe_shapes(model: nn.Module, device: torch.device) -> Shapes:
     """Run one token through the dense part to see what each layer would keep."""
     probe, states = attention.KVShapeProbe(), recurrent.StateProbe()
     recurrent.connect(model, states)
