@@ -12,7 +12,8 @@ import torch
 
 from moe_serve.config.units import MIB
 from moe_serve.doctor.rates import Rates
-from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
+from moe_serve.hf.checkpoint import open_all_experts, safetensors_files
+from moe_serve.hf.config_file import read_config
 from moe_serve.hf.dense import is_available
 from moe_serve.hf.loading import kv_shapes_of
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE

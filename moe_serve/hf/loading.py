@@ -33,16 +33,18 @@ from moe_serve.hf.checkpoint import (
     open_expert_file,
     open_experts,
     safetensors_files,
-    scheme_in,
 )
+from moe_serve.hf.config_file import naming, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, find
 from moe_serve.hf.leftovers import refuse_leftovers
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import dense_state
+from moe_serve.hf.size_guard import refuse_wrong_sizes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import are_readable
 
+META = torch.device("meta")
 log = logging.getLogger(__name__)
 
 
@@ -69,8 +71,21 @@ def load(
 
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
+    with naming(f"{folder}: config.json and the tensors make no model"):
+        return _load(folder, hf_config, spec, dtype, device, expert_file)
+
+
+def _load(
+    folder: str,
+    hf_config: Any,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    expert_file: str | None,
+) -> LoadedModel:
     family, scheme = find(hf_config.model_type), scheme_in(folder, hf_config)
     stored = dense_dtypes(folder, family, scheme is not None)
+    refuse_wrong_sizes(folder, safetensors_files(folder), spec.num_layers, lambda: _shapes_of(hf_config))
     if scheme is not None:
         stored = {DTYPE_NAMES.get(t.tensor.dtype, "") for t in dense_tensors(folder, family, scheme)}
     keeps_bf16 = stored == {"BF16"} and dense.is_available(device, dtype)
@@ -130,7 +145,7 @@ def _load_dense(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     _check_loading_info(folder, info)
-    refuse_leftovers(folder, safetensors_files(folder), info["unexpected_keys"], hf_config.num_hidden_layers)
+    refuse_leftovers(folder, safetensors_files(folder), info["unexpected_keys"], hf_config)
     loaded_model: nn.Module = model.eval()
     return loaded_model
 
@@ -194,13 +209,21 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
 
 def kv_shapes_of(hf_config: Any) -> dict[int, LayerKVShape]:
     """What each layer would cache per token, asked of a model without weights."""
-    family, meta = find(hf_config.model_type), torch.device("meta")
+    family = find(hf_config.model_type)
     attention.register()
     model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]
-    with replacing(family.experts_class), meta:
+    with replacing(family.experts_class), META:
         model = model_class._from_config(hf_config, attn_implementation=attention.NAME)
     latent_attention.install(model)
-    return _probe_kv_shapes(model, meta)
+    return _probe_kv_shapes(model, META)
+
+
+def _shapes_of(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every dense parameter's shape, from a model without experts and without memory."""
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]
+    with replacing(find(hf_config.model_type).experts_class), META:
+        model = model_class(copy.deepcopy(hf_config))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @torch.inference_mode()

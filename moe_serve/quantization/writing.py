@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moe_serve.errors import ConfigError, UnsupportedModelError
-from moe_serve.hf.checkpoint import INDEX, read_config, safetensors_files
+from moe_serve.hf.checkpoint import INDEX, safetensors_files
+from moe_serve.hf.config_file import read_config
 from moe_serve.hf.family import PART_OF, PER_EXPERT, Family, find
 from moe_serve.quantization.rounding import Rounded, round_matrix
 

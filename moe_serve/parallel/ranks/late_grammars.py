@@ -11,7 +11,7 @@ from functools import cached_property
 from moe_serve.config import EngineConfig
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.grammars.matcher import Matcher
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.scheduling.sequence import GrammarSpec
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
