@@ -3,7 +3,7 @@
     python benchmarks/bench_batching.py TRACE.npz ...
 
 Every sequence of the trace becomes a request: its first tokens the prompt, the others what it generates. 64 of them
-run at a time and 8 decode in a step. Sides: first come, first served; turns (whoever waited longest, no forecast);
+run at a time and 8 decode in a step. Sides: first come, first served; turns (the longest waiting, no forecast);
 and expert-aware, for several bounds on waiting. For each: distinct experts per layer and step, misses of a cache
 of a quarter of the experts, and what it does to waiting. The last line is JSON.
 """
@@ -205,9 +205,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", nargs="+")
     parser.add_argument("--running", type=int, default=64, help="sequences that hold KV pages")
-    parser.add_argument("--width", type=int, default=8, help="of which so many decode in a step")
+    parser.add_argument("--width", type=int, default=8, help="of these, N decode in a step")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a sequence that are its prompt")
-    parser.add_argument("--generate", type=int, default=128, help="at most so many more")
+    parser.add_argument("--generate", type=int, default=128, help="at most N more")
     parser.add_argument("--max-skipped", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--cache-frac", type=float, default=0.25, help="of the experts that fit the cache")
     parser.add_argument("--seed", type=int, default=0)

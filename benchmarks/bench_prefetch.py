@@ -118,7 +118,7 @@ class Side:
             self.llm.engine.step()
 
     def decode(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Seconds of that number of steps."""
         first = len(self.steps_s)
         for _ in range(steps):
             on = self.experts.audit is not None and self.experts.audit.is_prefetching

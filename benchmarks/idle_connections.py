@@ -1,4 +1,4 @@
-"""Ten thousand connections that do nothing: does anybody else notice?
+"""Ten thousand idle connections: do they slow other clients down?
 
     python benchmarks/idle_connections.py [--connections 10000]
 

@@ -15,7 +15,7 @@ WINDOW_S = 10.0
 MUCH_FRAC = 0.1
 """Of all CPU time in a window: more makes capacity another one."""
 AFTER_S = 30.0
-"""A queue may need so long to drain afterwards."""
+"""Time for a queue to drain afterwards."""
 
 
 class StealLog(threading.Thread):

@@ -18,7 +18,7 @@ from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.config.model_folder import find_model
 from moe_serve.config.settings import refuse_no_effect, sort_out
 from moe_serve.engine.engine import Engine
-from moe_serve.errors import InvalidRequestError, MoEServeError
+from moe_serve.errors import InvalidRequestError
 from moe_serve.parallel.front.start import engine_over_ranks
 from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
@@ -165,7 +165,7 @@ class LLM:
             for output in self.engine.step():
                 if output.request_id in request_ids:
                     if output.error is not None:
-                        raise MoEServeError(output.error)
+                        raise output.error
                     yield output
 
 

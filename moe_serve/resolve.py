@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token
+from moe_serve.execution.state_cache import StateShapes, bytes_per_sequence
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 KV_SHARE_OF_FREE = 0.25
 EXPERT_SHARE_OF_FREE = 0.70
+STATE_SHARE_OF_FREE = 0.50
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -57,11 +60,21 @@ def num_threads_of(config: EngineConfig) -> int:
     return config.num_threads or len(os.sched_getaffinity(0))
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceMemory:
+    """What a model keeps of a sequence."""
+
+    kv_shapes: dict[int, LayerKVShape]
+    """Per token."""
+    state_shapes: StateShapes
+    """Whatever its length."""
+
+
 def resolve(
     config: EngineConfig,
     spec: ModelSpec,
     store: ExpertStore,
-    kv_shapes: dict[int, LayerKVShape],
+    memory: SequenceMemory,
     dtype: torch.dtype,
     device: torch.device,
 ) -> EngineConfig:
@@ -72,8 +85,11 @@ def resolve(
     if config.experts.cpu_misses and device.type == "cpu" and not gpu.is_available(device):
         raise ConfigError("--moe-cpu-misses needs a GPU; without one the CPU computes everything anyway")
     max_model_len = _max_model_len(config, spec)
-    free = free_bytes(device)
-    num_pages = _num_kv_pages(config, max_model_len, bytes_per_token(kv_shapes, dtype) * config.kv.page_size, free)
+    config = _without_prefix_caching(config) if memory.state_shapes else config
+    state_bytes = config.max_num_seqs * bytes_per_sequence(memory.state_shapes)
+    free = _less_states(free_bytes(device), state_bytes)
+    page_bytes = bytes_per_token(memory.kv_shapes, dtype) * config.kv.page_size
+    num_pages = _num_kv_pages(config, max_model_len, page_bytes, free)
     max_model_len = min(max_model_len, num_pages * config.kv.page_size)
     cache_mib = _moe_cache_mib(config, store.num_total, device_bytes(store, dtype, device), device, free)
     _warn_of_idle_flags(config, cache_mib)
@@ -86,6 +102,23 @@ def resolve(
         moe_cache_mib=cache_mib,
         num_threads=num_threads_of(config),
     )
+
+
+def _without_prefix_caching(config: EngineConfig) -> EngineConfig:
+    """Cached pages hold keys and values, but no states: a prompt of a model with recurrent layers is computed whole."""
+    if config.kv.enable_prefix_caching:
+        log.info("prefix caching is off: this model's recurrent layers keep states, which pages do not hold")
+    return config.replace(enable_prefix_caching=False)
+
+
+def _less_states(free: int, state_bytes: int) -> int:
+    """What is free beside the states of --max-num-seqs sequences; ConfigError if these do not fit."""
+    if state_bytes > free * STATE_SHARE_OF_FREE:
+        raise ConfigError(
+            f"the states of --max-num-seqs sequences take {state_bytes // MIB} MiB, and {free // MIB} MiB are free;"
+            " lower --max-num-seqs"
+        )
+    return free - state_bytes
 
 
 def _warn_of_idle_flags(config: EngineConfig, cache_mib: int) -> None:

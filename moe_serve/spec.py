@@ -29,6 +29,8 @@ class ModelSpec:
     """Experts per token."""
     expert_intermediate_size: int
     """Inner width of one routed expert."""
+    expert_hidden_size: int
+    """Width of an expert's input and output: the model's, or that of a projection before the experts."""
 
     @staticmethod
     def from_hf(config: Any) -> ModelSpec:
@@ -42,8 +44,9 @@ class ModelSpec:
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             num_experts=_first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-            top_k=_first(config, "num_experts_per_tok", "moe_k", "moe_topk"),
+            top_k=_first(config, "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
             expert_intermediate_size=_first(config, "moe_intermediate_size", "intermediate_size"),
+            expert_hidden_size=_first(config, "moe_latent_size", "hidden_size"),
         )
 
 

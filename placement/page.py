@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from placement.cost import device_load, device_traffic
+from placement.cost import device_traffic
 from placement.plan import PlacementPlan
 from placement.problem import PlacementProblem
-from placement.report import table_rows
+from placement.report import busy, table_rows
 from placement.topology import Floats
 
 STYLE = """
@@ -48,9 +48,9 @@ def as_page(
         _table(table_rows(problem, plans, unseen)),
         "<dl>" + "".join(f"<dt>{word}</dt><dd>{text}</dd>" for word, text in WORDS.items()) + "</dl>",
         "<h2>Traffic from GPU (row) to GPU (column), share of all transitions</h2>",
-        _pair(before, after, [device_traffic(problem, plan.layout) for plan in (before, after)], "GPU", "GPU"),
+        _pair(before, after, [device_traffic(problem, plan.layout) for plan in (before, after)], "GPU"),
         "<h2>Load over fair share, layer (row) by GPU (column)</h2>",
-        _pair(before, after, [_busy(problem, plan) for plan in (before, after)], "layer", "GPU"),
+        _pair(before, after, [busy(problem, plan) for plan in (before, after)], "layer"),
     ]
     body = "\n".join(parts)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -64,10 +64,6 @@ def _settings(plan: PlacementPlan) -> str:
     return "<p>Settings: " + html.escape(", ".join(f"{name} {value}" for name, value in asked.items())) + "</p>"
 
 
-def _busy(problem: PlacementProblem, plan: PlacementPlan) -> Floats:
-    return device_load(problem, plan.layout) / problem.topology.fair_share
-
-
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows[1:]]
@@ -75,29 +71,29 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _pair(before: PlacementPlan, after: PlacementPlan, values: list[Floats], row: str, column: str) -> str:
-    """Two maps with one scale of colour."""
+def _pair(before: PlacementPlan, after: PlacementPlan, values: list[Floats], row: str) -> str:
+    """Two maps with one scale of colour, a GPU in each column."""
     top = max(float(v.max()) for v in values) or 1.0
     figures = [
-        f"<figure><figcaption>{html.escape(plan.solver)}: {_axes(v, row, column)}; white is 0, dark blue {top:.3g}"
-        f"</figcaption>{heat_map(v, top, row, column)}</figure>"
+        f"<figure><figcaption>{html.escape(plan.solver)}: {_axes(v, row)}; white is 0, dark blue {top:.3g}"
+        f"</figcaption>{heat_map(v, top, row)}</figure>"
         for plan, v in zip((before, after), values, strict=True)
     ]
     return f'<div class="maps">{"".join(figures)}</div>'
 
 
-def _axes(values: Floats, row: str, column: str) -> str:
+def _axes(values: Floats, row: str) -> str:
     rows, columns = values.shape
-    return f"{row} 0 to {rows - 1} down, {column} 0 to {columns - 1} across"
+    return f"{row} 0 to {rows - 1} down, GPU 0 to {columns - 1} across"
 
 
-def heat_map(values: Floats, top: float, row: str, column: str) -> str:
+def heat_map(values: Floats, top: float, row: str) -> str:
     """[R, C] as SVG; darker is more, `top` the darkest; each cell says its value when pointed at."""
     rows, columns = values.shape
     size = int(np.clip(480 // max(rows, columns), 4, 28))
     cells = [
         f'<rect x="{c * size}" y="{r * size}" width="{size}" height="{size}" fill="{_colour(values[r, c] / top)}">'
-        f"<title>{row} {r}, {column} {c}: {values[r, c]:.4g}</title></rect>"
+        f"<title>{row} {r}, GPU {c}: {values[r, c]:.4g}</title></rect>"
         for r in range(rows)
         for c in range(columns)
     ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_serve_base.whole_files import whole_file
-from placement.cost import device_load, device_traffic
+from placement.cost import device_traffic
 from placement.errors import PlacementError
 from placement.plan import PlacementPlan
 from placement.problem import PlacementProblem
+from placement.report import busy
 
 
 def save_picture(problem: PlacementProblem, before: PlacementPlan, after: PlacementPlan, path: Path) -> None:
@@ -20,9 +21,9 @@ def save_picture(problem: PlacementProblem, before: PlacementPlan, after: Placem
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes = figure.subplots(2, 2)
     traffic = [device_traffic(problem, plan.layout) for plan in (before, after)]
-    busy = [device_load(problem, plan.layout) / problem.topology.fair_share for plan in (before, after)]
+    loads = [busy(problem, plan) for plan in (before, after)]
     for row, (maps, title, label) in enumerate(
-        ((traffic, "traffic, share of transitions", "from GPU"), (busy, "load over fair share", "layer"))
+        ((traffic, "traffic, share of transitions", "from GPU"), (loads, "load over fair share", "layer"))
     ):
         top = max(float(values.max()) for values in maps)
         for column, (plan, values) in enumerate(zip((before, after), maps, strict=True)):

@@ -80,16 +80,8 @@ class PlacementPlan:
             "device_of": self.layout.device_of.tolist(),
             "replicas": self.layout.replicas.tolist(),
             "cost": self.cost.to_json(),
-            "lower_bound": self.lower_bound,
-            "bound_method": self.bound_method,
             "gap": self.gap,
-            "solver": self.solver,
-            "seed": self.seed,
-            "seconds": self.seconds,
-            "complete": self.complete,
-            "optimal": self.optimal,
-            "objective": self.objective,
-            "provenance": self.provenance,
+            **{name: getattr(self, name) for name in FACTS},
         }
 
     @classmethod
@@ -110,13 +102,13 @@ class PlacementPlan:
             slots=_ints(data, "slots", (num_devices,)),
             spare_slots=_read(data, "spare_slots", int),
             cost=_cost(_read(data, "cost", dict)),
-            **{name: _read(data, name, kind) for name, kind in SCALARS.items()},
+            **{name: _read(data, name, kind) for name, kind in FACTS.items()},
         )
         check_layout(plan.layout, plan.slots, plan.spare_slots)
         return plan
 
 
-SCALARS: dict[str, Any] = {
+FACTS: dict[str, Any] = {
     "lower_bound": float,
     "bound_method": str,
     "solver": str,
@@ -127,6 +119,7 @@ SCALARS: dict[str, Any] = {
     "objective": dict,
     "provenance": dict,
 }
+"""Fields that are in a plan's JSON as they are, and their types."""
 
 
 def _read(data: dict[str, Any], name: str, kind: type) -> Any:

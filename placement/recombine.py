@@ -33,7 +33,7 @@ def recombine(costs: LayerCosts, pool: list[Ints]) -> Ints:
 
 
 def _layer_cost(costs: LayerCosts, devices: Ints, layer: int) -> float:
-    """What a layer costs whatever its neighbours do."""
+    """The cost of a layer apart from its neighbours."""
     problem = costs.problem
     view = LayerLoad.of(problem, costs.load[layer])
     own = costs.own[layer][np.arange(devices.size), devices].sum()

@@ -1,12 +1,13 @@
-"""Plans as rows of text. Knows no files and prints nothing."""
+"""Plans as rows of text and as maps of load. Knows no files and prints nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from placement.cost import evaluate
+from placement.cost import device_load, evaluate
 from placement.plan import PlacementPlan
 from placement.problem import PlacementProblem
+from placement.topology import Floats
 
 HEADER = ("solver", "traffic", "cut %", "node %", "balance", "worst", "MiB/GPU", "seconds", "gap %")
 HELD_OUT = ("held-out cut %", "balance")
@@ -44,6 +45,11 @@ def most_bytes(problem: PlacementProblem, plan: PlacementPlan) -> int:
     for _, _, device in plan.layout.replicas:
         counts[device] += 1
     return int(max(counts)) * problem.expert_bytes
+
+
+def busy(problem: PlacementProblem, plan: PlacementPlan) -> Floats:
+    """[L, G] load over fair share."""
+    return device_load(problem, plan.layout) / problem.topology.fair_share
 
 
 def _unseen(unseen: PlacementProblem, plan: PlacementPlan) -> tuple[str, str]:

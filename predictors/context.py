@@ -13,12 +13,13 @@ Shape alphabet: T rows, N tokens, C sources (one layer's ids each), R rates, L l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from predictors.averages import past_averages
-from predictors.predictor import Ints, RouterShape
+from predictors.predictor import Floats, Ints, RouterShape
 from predictors.streams import UNKNOWN, Routes, Rows, multi_hot
 from predictors.trace import RoutingTrace
 
@@ -97,6 +98,28 @@ class Context:
         """[T, C, K], UNKNOWN where nothing was routed."""
         current = self.routes.current[streams][:, window.current]
         return np.concatenate([current, self.routes.previous[streams][:, window.previous]], axis=1)
+
+
+class ByContext:
+    """Base of predictors that follow streams by their context."""
+
+    def __init__(self, shape: RouterShape) -> None:
+        self._shape = shape
+        self._context = Context(shape)
+
+    def begin(self, streams: Ints) -> None:
+        """See Predictor."""
+        self._context.begin(streams)
+
+    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
+        """See Predictor."""
+        self._context.step(streams)
+
+    def observe(
+        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
+    ) -> None:
+        """See Predictor."""
+        self._context.observe(layer, streams, ids)
 
 
 class Linear:

@@ -20,7 +20,7 @@ Laws. tests/predictors/test_methods.py checks them on every method that is insta
 7. The same training gives the same arrays: draw from `Training.seed` only.
 8. `needs` names known things: TOKEN_IDS, HIDDEN, FUTURE.
 
-Knows numpy only; neither slots nor models. Hidden states pass through untouched, in whatever the caller computes in.
+Knows numpy only; neither slots nor models. Hidden states pass through untouched, in the caller's type.
 
 Shape alphabet: T rows, L MoE layers, E experts per layer, K experts per token, H hidden.
 """

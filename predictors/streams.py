@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from predictors.predictor import Ints, RouterShape
+from predictors.predictor import Floats, Ints, RouterShape
 
 UNKNOWN = -1
 """In place of an expert that was not observed."""
@@ -71,6 +71,27 @@ class Routes:
     def observe(self, layer: int, streams: Ints, ids: Ints) -> None:
         self.current[streams, layer] = ids
         self.newest[streams] = layer
+
+
+class ByPosition:
+    """Base of predictors for which only a stream's token counts, not what was routed."""
+
+    def __init__(self) -> None:
+        self._position = Rows((), np.int64, -1)
+        """[R]: the number of each stream's current token."""
+
+    def begin(self, streams: Ints) -> None:
+        """See Predictor."""
+        self._position.reset(streams)
+
+    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
+        """See Predictor."""
+        self._position.data[streams] += 1
+
+    def observe(
+        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
+    ) -> None:
+        """See Predictor."""
 
 
 def multi_hot(ids: Ints, num_experts: int) -> npt.NDArray[np.float32]:

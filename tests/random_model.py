@@ -76,7 +76,8 @@ class RandomRunner(DenseRunner):
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, seqs, self.config.seed, self._eos, masks)
         errors = masks.errors if masks is not None else {}
-        return StepResult(tuple(tokens), tuple(logprobs), errors, prompt_logprobs=self._scores(plan))
+        late = masks.late if masks is not None else frozenset()
+        return StepResult(tuple(tokens), tuple(logprobs), errors, prompt_logprobs=self._scores(plan), late=late)
 
     def _scores(self, plan: BatchPlan) -> dict[Sequence, tuple[TokenLogprob, ...]]:
         rows = [self.noise(i.seq.token_ids[: p + 1]) for i in plan.scheduled for p in i.scored]
@@ -103,7 +104,7 @@ def random_engine(tokenizer: Tokenizer, **settings: Any) -> Engine:
     eos = frozenset(tokenizer.eos_token_ids)
     size = tokenizer.vocab_size
     runner = RandomRunner(size, eos, EngineConfig.of(**values))
-    return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8), eos)
+    return Engine(runner, tokenizer, ModelSpec("random", torch.float32, size, 512, 1, 8, 2, 1, 8, 8), eos)
 
 
 def run_all(engine: Engine, requests: dict[str, SamplingParams], prompt: tuple[int, ...] = (5, 6, 7)) -> Outputs:

@@ -97,9 +97,8 @@ def test_documents_name_things_and_numbers(path: Path) -> None:
     assert riddles(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "benchmarks.md"], ids=relative)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_sentences_of_documents_are_short(path: Path) -> None:
-    """docs/benchmarks.md lists conditions of measurements, which are no sentences."""
     assert long_sentences(path.read_text()) == []
 
 

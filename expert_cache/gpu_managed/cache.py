@@ -11,7 +11,6 @@ Shape alphabet: L layers, E experts per layer, S slots, T tokens, H hidden, K ch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_slot
 from expert_cache.report import CacheCounters, ExpertTotals, Residency
-from expert_cache.running import LocalExperts, PaddingRows, nothing
+from expert_cache.running import LocalExperts, PaddingRows, Work, nothing
 from expert_cache.storage import ExpertStore
 from moe_serve_kernels.gpu.pool import Bank
 from predictors.shape import MoELayer
@@ -52,12 +51,7 @@ class GpuManagedExperts(LocalExperts[object]):
         self.padding = PaddingRows()
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts; nothing in it waits for the device, and its launches follow from shapes alone."""
         self.routes.add(ids, weights)

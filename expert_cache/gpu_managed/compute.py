@@ -1,6 +1,6 @@
 """GpuCompute: ExpertCompute on a GPU, by the grouped kernels over a pool of slots.
 
-Experts come in waves as the cache brings them; each wave is one grouped gate_up and one grouped down, whatever the
+Experts come in waves as the cache brings them; each wave is one grouped gate_up and one grouped down, for any
 number of experts.
 
 Shape alphabet: T tokens, P (token, choice) pairs sorted by expert, H hidden.

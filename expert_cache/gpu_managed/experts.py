@@ -7,13 +7,11 @@ Shape alphabet: T tokens, H hidden, K choices, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.pool import PooledExpert
-from expert_cache.running import MappedExperts, PaddingRows, nothing
+from expert_cache.running import MappedExperts, PaddingRows, Work, nothing
 from expert_cache.storage import ExpertStore
 from predictors.shape import Key, MoELayer
 
@@ -40,12 +38,7 @@ class ResidentExperts(MappedExperts):
         return weights.slot
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts; nothing in it waits for the device, and its launches follow from shapes alone."""
         from moe_serve_kernels.gpu.moe_layer import moe_layer  # needs triton, which machines without a GPU may lack

@@ -30,7 +30,7 @@ class MissChoice(Protocol):
 
 
 class FromPageCache:
-    """For a CPU: from the mapped file whatever the page cache holds, as long as it holds it."""
+    """For a CPU: experts that the page cache holds at the moment, computed from the mapped file."""
 
     def __init__(self, copies: HostCopies) -> None:
         self._copies = copies

@@ -26,7 +26,7 @@ class Acquirer:
     """Acquires and releases Holdings' experts."""
 
     def __init__(self, holdings: Holdings, observers: Observers, misses: MissChoice | None) -> None:
-        """`misses`: who leaves missing experts on the host, if anyone."""
+        """`misses`: decides which missing experts stay on the host; None: none does."""
         self._holdings, self._observers, self.misses = holdings, observers, misses
         self._table, self._in_flight, self._claims = holdings.table, holdings.in_flight, holdings.claims
         self._counters, self._weights = holdings.counters, holdings.weights
@@ -61,7 +61,7 @@ class Acquirer:
         """Block until something in flight has arrived (then it is in `ready`), failed (`failed`), or at least brought
         what its first product needs (`inputs`)."""
         layer = wanted.layer
-        assert wanted.in_flight, "everything waits for a slot, and nobody will release one"
+        assert wanted.in_flight, "everything waits for a slot, and no slot will be released"
         start = time.perf_counter()
         self._in_flight.wait((layer, expert) for expert in wanted.in_flight)
         self._counters.stall_s[layer] += time.perf_counter() - start
@@ -173,7 +173,7 @@ class Acquirer:
             self._in_flight.start(key, -float(distance))
 
     def _leave_on_host(self, misses: MissChoice, wanted: Acquisition, count_of: dict[int, int]) -> None:
-        """Some of what waits for a slot is computed where it is."""
+        """Leave some of the experts that wait for a slot on the host, to be computed there."""
         missing = list(wanted.waiting)
         wanted.on_host = misses.on_host(wanted.layer, missing, [count_of[e] for e in missing], len(wanted.in_flight))
         for expert in wanted.on_host:

@@ -49,7 +49,7 @@ class ExpertCache:
         misses: MissChoice | None = None,
     ) -> None:
         """`num_transit`: slots beside `capacity` in which experts arrive before it is decided who stays.
-        `observers`: of `policy`; None: nothing but the policy is told what is asked for. `misses`: leaves missing
+        `observers`: of `policy`; None: only the policy is told which experts are asked for. `misses`: leaves missing
         experts on the host; None: all are brought.
 
         `arena` has at least as many slots as the two together; more allow growing later.

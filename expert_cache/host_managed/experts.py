@@ -9,7 +9,7 @@ Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs, L MoE 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -23,7 +23,16 @@ from expert_cache.host_managed.cache import ExpertCache
 from expert_cache.host_managed.memory_guard import MemoryGuard
 from expert_cache.prefetch import Advisor, PrefetchAudit
 from expert_cache.report import ExpertReport, Residency
-from expert_cache.running import ExpertCompute, InPlaceExperts, Plan, Regrouped, RegroupedExperts, ResizeError, nothing
+from expert_cache.running import (
+    ExpertCompute,
+    InPlaceExperts,
+    Plan,
+    Regrouped,
+    RegroupedExperts,
+    ResizeError,
+    Work,
+    nothing,
+)
 from expert_cache.simulation.capacity import least_mib, slots_in
 from expert_cache.storage import ExpertReadError
 from moe_serve_kernels.cpu.expert_mlp import StartedMLP
@@ -92,12 +101,7 @@ class HostManagedExperts(RegroupedExperts[Plan]):
         return self._in_place
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts."""
         if self.audit is not None and layer == self.store.layers[0]:
@@ -115,12 +119,7 @@ class HostManagedExperts(RegroupedExperts[Plan]):
         return failures
 
     def _fill(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        groups: Regrouped,
-        out: torch.Tensor,
-        meanwhile: Callable[[], None],
+        self, layer: MoELayer, hidden: torch.Tensor, groups: Regrouped, out: torch.Tensor, meanwhile: Work
     ) -> None:
         wanted = self._acquirer.acquire(layer, groups.experts, groups.counts)
         try:
@@ -201,6 +200,9 @@ class HostManagedExperts(RegroupedExperts[Plan]):
         if num_slots < 1:
             least = least_mib(1, self._slot_bytes)
             raise ResizeError(f"{mib} MiB do not hold a single expert; give at least {least}")
+        most = least_mib(self.store.num_total, self._slot_bytes)
+        if mib > most:
+            raise ResizeError(f"{mib} MiB are more than all experts need; give at most {most}")
         self.cache.resize(num_slots)
         if self._guard is not None:
             self._guard.resized(num_slots)

@@ -17,7 +17,7 @@ from predictors.shape import Key, MoELayer
 
 
 class SlotTable:
-    """Slots 0..num_slots-1, some of which may be owned at a time."""
+    """Slots 0..num_slots-1. `allowed` and `num_transit` limit how many are owned at a time."""
 
     def __init__(
         self, num_layers: int, num_experts: int, num_slots: int, allowed: Capacity, num_transit: int, policy: Policy

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from expert_cache.policies.policy import Floats, Ints, Values
+from expert_cache.policies.policy import Floats, Ints, Policy, Values
 
 
-class LFU:
+class LFU(Policy):
     """Steps, not tokens: what a step must fetch does not depend on how many tokens want it."""
 
     needs = ""
@@ -17,10 +17,6 @@ class LFU:
 
     def record(self, layer: int, experts: Ints, counts: Ints, weights: Floats | None) -> None:
         self._uses[layer, experts] += 1
-
-    def keep_values(self, layer: int) -> Values:
-        row: Values = self._uses[layer]
-        return row
 
     def keep_values_all(self) -> Values:
         return self._uses

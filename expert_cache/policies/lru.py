@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from expert_cache.policies.policy import Floats, Ints, Values
+from expert_cache.policies.policy import Floats, Ints, Policy, Values
 
 
-class LRU:
+class LRU(Policy):
     """Experts never used rank below all others."""
 
     needs = ""
@@ -19,10 +19,6 @@ class LRU:
     def record(self, layer: int, experts: Ints, counts: Ints, weights: Floats | None) -> None:
         self._num_events += 1
         self._last_event[layer, experts] = self._num_events
-
-    def keep_values(self, layer: int) -> Values:
-        row: Values = self._last_event[layer]
-        return row
 
     def keep_values_all(self) -> Values:
         return self._last_event

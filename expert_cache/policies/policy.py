@@ -45,8 +45,12 @@ class Policy(Protocol):
         ...
 
     def keep_values(self, layer: int) -> Values:
-        """[E] finite, not to be written to; higher = keep longer. Only the order within the layer matters."""
-        ...
+        """[E] finite, not to be written to; higher = keep longer. Only the order within the layer matters.
+
+        A policy whose values are ready in memory inherits this row of them all.
+        """
+        row: Values = self.keep_values_all()[layer]
+        return row
 
     def keep_values_all(self) -> Values:
         """[L, E] finite, comparable across layers: for one pool of slots that all layers share."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from expert_cache.policies.policy import Floats, Ints, Values
+from expert_cache.policies.policy import Floats, Ints, Policy, Values
 
 
-class Static:
+class Static(Policy):
     """Watches nothing. Without a popularity all experts are equal and the lowest index goes first."""
 
     needs = "popularity"
@@ -18,10 +18,6 @@ class Static:
 
     def record(self, layer: int, experts: Ints, counts: Ints, weights: Floats | None) -> None:
         pass
-
-    def keep_values(self, layer: int) -> Values:
-        row: Values = self._popularity[layer]
-        return row
 
     def keep_values_all(self) -> Values:
         return self._popularity

@@ -10,7 +10,7 @@ Single layers, by their prefetched experts: those used, or on their way when the
     ones. A layer with mostly unused prefetches is left out until the next probe.
 
 Both need more evidence to change their mind than to keep it. Knows no models; the clock is only for the engine's
-thread. Prefetching changes when bytes move, so whatever is decided here, results are the same bit for bit.
+thread. Prefetching only changes when bytes move, so no decision made here changes a bit of the results.
 
 Shape alphabet: L MoE layers.
 """
@@ -38,8 +38,9 @@ TURN_ON_RATIO = 0.98
 CLEARLY_FASTER_FRAC = 0.7
 """Of all pairs of a step with and one without: chance alone reaches this once in 15 times with 9 steps of each."""
 TURN_OFF_USEFUL_FRAC = 0.3
-"""A layer of whose prefetched experts fewer were of use is left out; after having been, it needs the other."""
+"""A layer's prefetching is turned off if a smaller share of its prefetched experts was used."""
 TURN_ON_USEFUL_FRAC = 0.5
+"""It is turned on again from this share on."""
 FEWEST_EXPERTS = 8
 """Brought ahead of time for a layer before it is judged."""
 

@@ -6,7 +6,7 @@ The names here are what other rooms of expert_cache use.
 from __future__ import annotations
 
 from expert_cache.running.compute import ExpertCompute, PreparedWeights, Segment
-from expert_cache.running.experts import PaddingRows, Plan, ResizeError, nothing
+from expert_cache.running.experts import PaddingRows, Plan, ResizeError, Work, nothing
 from expert_cache.running.in_place import InPlaceExperts, layers_of
 from expert_cache.running.local_experts import LocalExperts, RegroupedExperts
 from expert_cache.running.mapped import MappedExperts
@@ -24,6 +24,7 @@ __all__ = [
     "RegroupedExperts",
     "ResizeError",
     "Segment",
+    "Work",
     "layers_of",
     "nothing",
 ]

@@ -1,8 +1,7 @@
 """ExpertCompute: the arithmetic of a group of experts, by the best kernel there is for them.
 
-What a segment's numbers are depends on its tokens and its weights alone: never on where the weights
-lie, on what else runs in the same call, or on what is resident. That is what makes results the same
-bits whatever the cache does. Knows no cache.
+A segment's numbers depend on its tokens and its weights alone: not on where the weights lie, on the other segments
+of the call, or on the resident experts. So every cache gives the same bits. Knows no cache.
 
 Shape alphabet: T tokens, P (token, choice) pairs sorted by expert, H hidden, I intermediate.
 """

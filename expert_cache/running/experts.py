@@ -46,8 +46,12 @@ class PaddingRows:
         return ids if self.mask is None else ids.masked_fill(self.mask, -1)
 
 
+Work = Callable[[], None]
+"""What is done while experts are being read."""
+
+
 def nothing() -> None:
-    """Done while experts are being read, where there is nothing else to do."""
+    """The Work where there is none."""
 
 
 class ExpertsControl(Protocol):
@@ -92,12 +96,7 @@ class Experts(ExpertsControl, Protocol[Plan]):
         ...
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs.
 

@@ -9,7 +9,7 @@ Shape alphabet: T tokens, H hidden, K choices per token, P = T * K pairs, L MoE 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Generic
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from expert_cache.report import CacheCounters, ExpertReport, ExpertTotals, Residency
 from expert_cache.running.compute import ExpertCompute
-from expert_cache.running.experts import PaddingRows, Plan, ResizeError, nothing
+from expert_cache.running.experts import PaddingRows, Plan, ResizeError, Work, nothing
 from expert_cache.running.in_place import InPlaceExperts
 from expert_cache.running.regroup import Regrouped, regroup, regroup_pairs
 from expert_cache.running.usage import ExpertUsage, RouteBuffer
@@ -40,12 +40,7 @@ class LocalExperts(ABC, Generic[Plan]):
 
     @abstractmethod
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts."""
 
@@ -107,12 +102,7 @@ class RegroupedExperts(LocalExperts[Plan]):
     """An expert may be unreadable when it is needed, although it was there before."""
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts."""
         self.routes.add(ids, weights)
@@ -125,7 +115,7 @@ class RegroupedExperts(LocalExperts[Plan]):
     def partial_sums(
         self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """As `run` for choices of which some run elsewhere: those have negative ids and add nothing.
+        """As `run`, but some choices run elsewhere: those have negative ids and add nothing.
 
         hidden [T, H]; ids [T, K] int64; weights [T, K] float32 -> [T, H] float32 at least.
         """
@@ -137,9 +127,7 @@ class RegroupedExperts(LocalExperts[Plan]):
             outputs.index_copy_(0, pairs, self._run_pairs(layer, hidden, groups, nothing))
         return (outputs.view(*ids.shape, hidden.shape[1]) * weights[..., None]).sum(dim=1)
 
-    def _run_pairs(
-        self, layer: MoELayer, hidden: torch.Tensor, groups: Regrouped, meanwhile: Callable[[], None]
-    ) -> torch.Tensor:
+    def _run_pairs(self, layer: MoELayer, hidden: torch.Tensor, groups: Regrouped, meanwhile: Work) -> torch.Tensor:
         """Each pair's expert applied to its token: hidden [T, H] -> [P, H] in the order of pairs, float32 at least."""
         self.usage.use(layer, groups.experts, groups.counts)
         out = self.compute.result_like(hidden, len(groups.pairs))
@@ -148,12 +136,7 @@ class RegroupedExperts(LocalExperts[Plan]):
 
     @abstractmethod
     def _fill(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        groups: Regrouped,
-        out: torch.Tensor,
-        meanwhile: Callable[[], None],
+        self, layer: MoELayer, hidden: torch.Tensor, groups: Regrouped, out: torch.Tensor, meanwhile: Work
     ) -> None:
         """Run the groups: hidden [T, H] -> `out` [P, H] in the order of groups, zero where an expert cannot be read."""
 

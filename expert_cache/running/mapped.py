@@ -7,13 +7,13 @@ finds its experts where the last one left them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from expert_cache.report import CacheCounters, Residency
 from expert_cache.running.compute import ExpertCompute, PreparedWeights
+from expert_cache.running.experts import Work
 from expert_cache.running.in_place import InPlaceExperts, layers_of
 from expert_cache.running.local_experts import RegroupedExperts
 from expert_cache.running.regroup import Regrouped
@@ -53,12 +53,7 @@ class MappedExperts(RegroupedExperts[object]):
         return weights
 
     def _fill(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        groups: Regrouped,
-        out: torch.Tensor,
-        meanwhile: Callable[[], None],
+        self, layer: MoELayer, hidden: torch.Tensor, groups: Regrouped, out: torch.Tensor, meanwhile: Work
     ) -> None:
         """Everything is ready at once."""
         self.counters.hits[layer] += len(groups.experts)

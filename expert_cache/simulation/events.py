@@ -20,7 +20,7 @@ from predictors.predictor import Ints
 from predictors.trace import RoutingTrace
 
 NEVER = np.iinfo(np.int64).max
-"""The next use of what is not used again."""
+"""In place of the next use of an expert that is not used again."""
 
 
 @dataclass(frozen=True, eq=False)

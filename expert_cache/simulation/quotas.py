@@ -1,6 +1,6 @@
 """How many of a budget's slots each layer gets: the split with the most LRU hits on an earlier trace.
 
-LRU keeps the c most recently used experts whatever c is, so one pass gives every capacity's hits: a use hits with c
+LRU keeps the c most recently used experts for every c, so one pass gives the hits of every capacity: a use hits with c
 slots if fewer than c experts were used since (Mattson's stack distances, 1970). Layers do not compete for anything
 but slots, so dynamic programming over layers finds the best split exactly (AdapMoE divides a cache in this way).
 

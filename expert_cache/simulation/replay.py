@@ -16,7 +16,7 @@ from expert_cache.policies.policy import Policy, Values
 from expert_cache.policies.predicted import Predicted
 from expert_cache.simulation.belady import belady_hits
 from expert_cache.simulation.capacity import Capacity
-from expert_cache.simulation.events import Events, events_of
+from expert_cache.simulation.events import Events
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.evaluation import run_streams, show
 from predictors.predictor import Foresight, Predictor
@@ -53,15 +53,8 @@ class ReplayResult:
         return float(self.misses.sum() * expert_bytes / self.num_tokens)
 
 
-def replay(
-    trace: RoutingTrace, policy: Policy, capacity: Capacity, concurrency: int = 1, bypass: bool = False
-) -> ReplayResult:
-    """All sequences of the trace, `concurrency` at a time, through a `ShadowCache` that starts empty."""
-    return replay_events(events_of(trace, concurrency), policy, capacity, bypass)
-
-
 def replay_events(events: Events, policy: Policy, capacity: Capacity, bypass: bool = False) -> ReplayResult:
-    """The same from events, which replays of several policies can share."""
+    """All events through a `ShadowCache` that starts empty."""
     cache = ShadowCache(policy, capacity, events.num_layers, events.num_experts, bypass)
     for layer, experts, counts, weights in events:
         cache.event(layer, experts, counts, weights)

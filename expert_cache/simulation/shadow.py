@@ -23,7 +23,7 @@ class ShadowCache:
         self, policy: Policy, capacity: Capacity, num_layers: int, num_experts: int, bypass: bool = False
     ) -> None:
         """`bypass`: misses are fetched to spare slots outside the pool, as many as one event needs; afterwards the
-        pool keeps whatever is worth most, which need not be what was just used."""
+        pool keeps the experts of highest value, used just now or not."""
         if capacity.quotas is not None and len(capacity.quotas) != num_layers:
             raise ValueError(f"quotas has {len(capacity.quotas)} entries; give one for each of {num_layers} layers")
         self.resident: npt.NDArray[np.bool_] = np.zeros((num_layers, num_experts), dtype=bool)

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 2 << 20
 """About 1.5 ms of a disk: long enough for its full rate and to keep Python's part small, short enough to wait for."""
 DEMAND = float("inf")
-"""Urgency of what the router asked for."""
+"""Urgency of an expert that the router asked for."""
 LATER = -1e30
-"""Urgency of what can wait until nothing else is wanted."""
+"""Urgency of an expert that is read when nothing else is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

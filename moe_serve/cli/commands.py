@@ -1,7 +1,7 @@
 """Finds commands: a file's name is the command's name, and the file exports what `Command` lists.
 
-Other files in the folder are helpers. A folder with an `__init__.py` that exports the same names
-is a command with commands of its own.
+Other files in the folder are helpers. A folder is a command with commands of its own: its `__init__.py` exports
+HELP, and the rest only where the folder's name alone does something.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 import textwrap
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import NoReturn, Protocol, cast
 
 
@@ -49,11 +50,27 @@ class Command(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
+class Group:
+    """A folder of commands, as a command: one of them has to be named."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.HELP: str = module.HELP
+        self.__name__, self.__path__ = module.__name__, module.__path__
+
+    def add_arguments(self, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+        add_commands(parser, self.__name__, self.__path__, argv)
+
+    def run(self, args: argparse.Namespace) -> int:
+        raise AssertionError("a sub-command is required, so its own `run` is called")
+
+
 def find_commands(package: str, path: Iterable[str]) -> dict[str, Command]:
     """The commands in a package's folder, by name."""
     modules = {info.name: importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)}
-    wanted = ("HELP", "add_arguments", "run")
-    return {name: cast(Command, module) for name, module in modules.items() if all(hasattr(module, w) for w in wanted)}
+    with_help = {name: module for name, module in modules.items() if hasattr(module, "HELP")}
+    return {
+        name: cast(Command, module) if hasattr(module, "run") else Group(module) for name, module in with_help.items()
+    }
 
 
 def add_commands(parser: argparse.ArgumentParser, package: str, path: Iterable[str], argv: Sequence[str]) -> None:

@@ -101,6 +101,8 @@ def _model(sizes: Sizes, found: Fit) -> Iterator[str]:
     fits = "fits" if found.context_fits else "does not fit: give --max-model-len"
     whole = _gb(sizes.kv_bytes_per_token * sizes.context)
     yield _row("context", f"{sizes.context} tokens, {whole} of keys and values: {fits}")
+    if sizes.state_bytes_per_sequence:
+        yield _row("recurrent layers", f"{_gb(sizes.state_bytes_per_sequence)} of state for each of --max-num-seqs")
     yield _row(
         "one stream", f"about {found.memory_bound_tokens_per_s:.1f} tokens/s at most, reading every weight from memory"
     )

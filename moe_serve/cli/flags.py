@@ -42,7 +42,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=default_model(),
         help="Folder of a Hugging Face checkpoint, or a model id in the local Hugging Face cache (org/name)."
-        f" Its model_type is one of {', '.join(family_names())}. Default: the small demo model in this package.",
+        f" {len(family_names())} values of its model_type are supported; another one is answered with their list."
+        " Default: the small demo model in this package.",
     )
 
 

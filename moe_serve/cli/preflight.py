@@ -16,7 +16,7 @@ from moe_serve.config.model_folder import find_model, read_config_json
 from moe_serve.config.settings import Settings, settings_of
 from moe_serve.config.units import MIB
 from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moe_serve.hf.families import family_names
+from moe_serve.hf.families import family_in, family_names
 from moe_serve.server.transport.listening import bind
 from moe_serve_base.safetensors_header import read_header
 
@@ -29,10 +29,10 @@ NARROWING = 2
 def check_model(name: str) -> str:
     """The checkpoint folder for MODEL, of a supported family and with weights. ConfigError and its subclasses."""
     folder = find_model(name)
-    family = str(read_config_json(folder).get("model_type"))
-    if family not in family_names():
+    fields = read_config_json(folder)
+    if family_in(fields) is None:
         raise UnsupportedModelError(
-            f"model_type {family!r} is not a Mixture-of-Experts family moe-serve supports;"
+            f"model_type {fields.get('model_type')!r} is not a Mixture-of-Experts family moe-serve supports;"
             f" supported: {', '.join(family_names())}"
         )
     return folder

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_serve.errors import ConfigError
+from moe_serve.loadtest.datasets import read_rows
 
 FIELDS = ("prompt", "question", "text", "turns", "conversations")
 """The first of these that an object has: a string, or a list whose first element is one, or holds one as `value`."""
@@ -15,29 +15,21 @@ FIELDS = ("prompt", "question", "text", "turns", "conversations")
 
 def read_prompts(path: Path, num_prompts: int | None = None) -> list[str]:
     """At most `num_prompts`, in the file's order. ConfigError names the file and the line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts: cannot read {path}: {error}") from error
-    if path.suffix not in (".json", ".jsonl"):
-        found = [line for line in text.splitlines() if line.strip()]
+    if path.suffix in (".json", ".jsonl"):
+        rows = read_rows(path, "--prompts")
+        found = [_text(row, path, number) for number, row in enumerate(rows, start=1)]
     else:
-        found = [_text(row, path, number) for number, row in enumerate(_rows(text, path), start=1)]
+        found = _lines(path)
     if not found:
         raise ConfigError(f"--prompts: {path} holds no prompt")
     return found[:num_prompts]
 
 
-def _rows(text: str, path: Path) -> list[Any]:
+def _lines(path: Path) -> list[str]:
     try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--prompts: {path} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ConfigError(f"--prompts: {path} holds no list")
-    return rows
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: cannot read {path}: {error}") from error
 
 
 def _text(row: Any, path: Path, number: int) -> str:

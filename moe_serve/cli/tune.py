@@ -62,7 +62,7 @@ def _shape(model: str, format: str) -> Shape:
 
     spec = ModelSpec.from_hf(read_config(model))
     kept = next(known for known in KNOWN if known == format)
-    return Shape(spec.hidden_size, spec.expert_intermediate_size, spec.num_experts, spec.top_k, kept)
+    return Shape(spec.expert_hidden_size, spec.expert_intermediate_size, spec.num_experts, spec.top_k, kept)
 
 
 def _tune(shape: Shape, device: torch.device, tokens: Sequence[int] | None) -> dict[int, Config]:

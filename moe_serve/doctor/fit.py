@@ -12,10 +12,12 @@ import torch
 
 from moe_serve.config.units import MIB
 from moe_serve.doctor.rates import Rates
+from moe_serve.execution.kv_cache import bytes_per_token
+from moe_serve.execution.state_cache import bytes_per_sequence
 from moe_serve.hf.checkpoint import open_all_experts, safetensors_files
 from moe_serve.hf.config_file import read_config
 from moe_serve.hf.dense import is_available
-from moe_serve.hf.loading import kv_shapes_of
+from moe_serve.hf.loading import shapes_of
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE
 from moe_serve.spec import ModelSpec
 
@@ -36,6 +38,8 @@ class Sizes:
     top_k: int
     kv_bytes_per_token: int
     context: int
+    state_bytes_per_sequence: int = 0
+    """Of recurrent layers, whatever the length."""
 
     @property
     def all_experts_bytes(self) -> int:
@@ -71,6 +75,7 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
     store = open_all_experts(folder)
     stored = sum(Path(file).stat().st_size for file in safetensors_files(folder))
     dense = max(0, stored - store.expert_bytes * store.num_total)
+    kv_shapes, state_shapes = shapes_of(hf_config)
     stays_bf16 = spec.dtype == torch.bfloat16 and is_available(device, dtype)
     return Sizes(
         dense_bytes=dense if stays_bf16 else dense * dtype.itemsize // spec.dtype.itemsize,
@@ -78,8 +83,9 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
         num_layers=len(store.layers),
         num_experts=store.num_experts,
         top_k=spec.top_k,
-        kv_bytes_per_token=sum(shape.elements_per_token for shape in kv_shapes_of(hf_config).values()) * dtype.itemsize,
+        kv_bytes_per_token=bytes_per_token(kv_shapes, dtype),
         context=spec.max_position_embeddings,
+        state_bytes_per_sequence=bytes_per_sequence(state_shapes),
     )
 
 

@@ -25,9 +25,9 @@ NUM_SLICES = 4
 MATRIX_ROWS = 1024
 MEASURE_S = 1.0
 PATIENCE_S = 0.35
-"""A measurement is over when nothing better has come for so long."""
+"""A measurement ends after this time without a better one."""
 BETTER = 0.99
-"""A time that is so much shorter counts as better."""
+"""A time counts as better if it is below this share of the best one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from moe_serve.engine import expert_aware
 from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.step_stats import StepRecorder, finished_stats
 from moe_serve.engine.trouble import Trouble
-from moe_serve.errors import ContextTooLongError, InvalidRequestError
+from moe_serve.errors import ContextTooLongError, InvalidRequestError, MoEServeError, OverloadedError
 from moe_serve.expert_routes.route_recorder import RouteObserver
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.grammars.matcher import Place
-from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.batch_plan import BatchPlan, Blame, StepError, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
 from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -63,7 +63,7 @@ class Engine:
         self.pool = PagePool(config.kv.num_pages, config.kv.page_size)
         self.scheduler = Scheduler(_limits(config), self.pool, eos_token_ids)
         limits = GrammarLimits(config.queue.grammar_timeout_s, config.queue.grammar_memory_mib)
-        self._grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids, limits)
+        self._grammars = Grammars.of(tokenizer, spec.vocab_size, eos_token_ids, limits)
         self.observer: StatsObserver | None = None
         self._route_observers: list[RouteObserver] = []
         self.max_model_len = config.max_model_len
@@ -161,14 +161,14 @@ class Engine:
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         """End every admitted sequence with an error, after a step that raised. Waiting ones stay."""
-        outputs = [self._fail(seq, message) for seq in list(self.scheduler.running)]
+        outputs = [self._fail(seq, MoEServeError(message)) for seq in list(self.scheduler.running)]
         self._report_load()
         return outputs
 
-    def _fail(self, seq: Sequence, message: str) -> SampleOutput:
+    def _fail(self, seq: Sequence, error: MoEServeError) -> SampleOutput:
         self._end(seq, FinishReason.ERROR)
         self._forget(seq)
-        return _output(seq, "", 0, message)
+        return _output(seq, "", 0, error)
 
     def _report_load(self) -> None:
         if self.observer is not None:
@@ -228,7 +228,7 @@ class Engine:
                 observer.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
         recorder.report(outputs)
-        outputs += [self._fail(seq, message) for seq, message in result.errors.items() if not seq.is_finished]
+        outputs += [self._fail(seq, _told(seq, e)) for seq, e in result.errors.items() if not seq.is_finished]
         self._report_load()
         return outputs
 
@@ -246,7 +246,7 @@ class Engine:
                 self._end(seq, FinishReason.STOP, stop)
         elif seq.is_finished:
             text += detokenizer.flush()
-        output = _output(seq, text, 1)
+        output = _output(seq, text, 1, start=detokenizer.token_start)
         if seq.is_finished:
             self._forget(seq)
         return output
@@ -267,6 +267,7 @@ class Engine:
         """Prove that pages, sequences and detokenisers agree; AssertionError says what does not."""
         live = list(self.scheduler.live())
         self.pool.check_integrity(seq.page_ids for seq in live)
+        self.scheduler.seats.check_integrity(seq.seat for seq in live)
         assert set(self._detokenizers) == set(live), "detokenisers of ended sequences are left"
         listed = [s for seqs in self._sequences.values() for s in seqs if not s.is_finished]
         assert set(listed) == set(live), "the request table and the scheduler disagree"
@@ -282,7 +283,18 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
     )
 
 
-def _output(seq: Sequence, text: str, num_new: int, error: str | None = None) -> SampleOutput:
+def _told(seq: Sequence, error: StepError) -> MoEServeError:
+    """What the client is told of a failure in a step."""
+    if error.blame is Blame.GRAMMAR:
+        param = seq.params.grammar.param if seq.params.grammar is not None else "grammar"
+        return InvalidRequestError(param, f"{param}: {error.message}")
+    if error.blame is Blame.LOAD:
+        return OverloadedError(error.message, retry_after_s=10)
+    return MoEServeError(error.message)
+
+
+def _output(seq: Sequence, text: str, num_new: int, error: MoEServeError | None = None, start: int = 0) -> SampleOutput:
+    """`start`: where the new token's text begins in the sample's."""
     wants_logprobs = seq.params.logprobs is not None and num_new > 0
     return SampleOutput(
         request_id=seq.request.request_id,
@@ -297,5 +309,6 @@ def _output(seq: Sequence, text: str, num_new: int, error: str | None = None) ->
         num_output_tokens=seq.num_generated,
         error=error,
         prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
+        text_starts=(start,) if wants_logprobs else (),
         stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

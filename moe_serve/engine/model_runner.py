@@ -21,8 +21,9 @@ from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, s
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
+from moe_serve.execution.state_cache import StateCache
 from moe_serve.grammars.masks import MaskThread
-from moe_serve.hf import attend, dense, device_routers, loading, rope, whole_steps
+from moe_serve.hf import attend, dense, device_routers, loading, recurrent, rope, whole_steps
 from moe_serve.hf.checkpoint import safetensors_files
 from moe_serve.hf.config_file import read_config
 from moe_serve.hf.experts import connect
@@ -30,7 +31,7 @@ from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.offload import build
-from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
+from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class ModelRunner:
         self.experts = experts
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
+        self._states = StateCache(loaded.state_shapes, config.max_num_seqs, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
@@ -69,6 +71,7 @@ class ModelRunner:
         self._whole_steps: WholeSteps | None = None
         self._files = MappedFiles()
         connect(self.model, experts)
+        recurrent.connect(self.model, self._states)
         if experts.padding is not None:
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
 
@@ -130,7 +133,8 @@ class ModelRunner:
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
         failures = forward_batch.by_sequence(plan, self.experts.take_failures())
-        errors = broken | {seq: error.message for seq, error in failures.items()}
+        wrong = broken | {seq: error.message for seq, error in failures.items()}
+        errors = {seq: StepError(message) for seq, message in wrong.items()}
         errors |= masks.errors if masks is not None else {}
         return StepResult(
             tuple(t for _, t, _ in by_plan),
@@ -138,6 +142,7 @@ class ModelRunner:
             errors,
             self._routes(plan),
             prompt_logprobs.score(prompt_logits, plan) if scored else {},
+            masks.late if masks is not None else frozenset(),
         )
 
     def _graphs_for(self, plan: BatchPlan) -> DecodeGraphs | None:
@@ -166,6 +171,7 @@ class ModelRunner:
             rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         if self._whole_steps is not None:
             return self._whole_steps.run(batch, rows)
+        self._states.begin(batch)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -198,7 +204,8 @@ def load_model(config: EngineConfig) -> tuple[EngineConfig, LoadedModel, ModelSp
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.experts.expert_file)
-    resolved = resolve.resolve(config, spec, loaded.store, loaded.kv_shapes, dtype, device)
+    memory = resolve.SequenceMemory(loaded.kv_shapes, loaded.state_shapes)
+    resolved = resolve.resolve(config, spec, loaded.store, memory, dtype, device)
     assert resolved.max_model_len is not None
     rope.fix_length(loaded.model, resolved.max_model_len)
     if resolved.experts.cache_mib and device.type == "cpu":
@@ -243,6 +250,8 @@ def _capture(runner: ModelRunner) -> None:
 def _why_no_graphs(runner: ModelRunner) -> str | None:
     if runner.experts.padding is None:
         return "the host brings the experts of every layer"
+    if runner.loaded.state_shapes:
+        return "recurrent layers keep states that graphs do not know"
     if attend.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
         return f"no attention kernel reads {runner.config.dtype} pages in place"
     return None

@@ -92,6 +92,10 @@ class ForwardBatch:
     sample_order: tuple[int, ...]
     """For each row of sample_rows, in batch order, its index in plan order."""
     page_size: int
+    seats: tuple[int, ...] = ()
+    """Each sequence's row in the StateCache, in batch order: those with one token, then the prefill runs."""
+    fresh_seats: tuple[int, ...] = ()
+    """Of these, the rows of sequences that begin in this step."""
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +129,8 @@ def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLim
         sample_rows=_int64(rows, device),
         sample_order=tuple(order),
         page_size=page_size,
+        seats=tuple(item.seq.seat for item in ordered),
+        fresh_seats=tuple(item.seq.seat for item in ordered if item.start == 0),
     )
 
 

@@ -22,8 +22,6 @@ from moe_serve.scheduling.sequence import Sequence
 from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, offsets_of
 
-Rows = NDArray[np.int64]
-
 
 class RouteObserver(Protocol):
     """Is told where the routers of a step sent its tokens."""

@@ -24,7 +24,7 @@ from moe_serve.grammars.processes import Zygote
 from moe_serve.grammars.refusal import RefusedError
 
 STEP_S = 10.0
-"""A step's masks take milliseconds; a process that needs this long is ended."""
+"""Masks take milliseconds; a process that needs this long for those that it was asked for is ended."""
 ENDS = {
     signal.SIGSEGV: "it is nested too deeply",
     signal.SIGBUS: "it is nested too deeply",
@@ -36,6 +36,11 @@ ENDS = {
 
 class ProcessEndedError(Exception):
     """The process of a grammar has ended; the message says why."""
+
+    def __init__(self, reason: str, is_grammars: bool = True) -> None:
+        """`is_grammars`: the grammar's own size or depth ended it, not the machine or the server."""
+        super().__init__(reason)
+        self.is_grammars = is_grammars
 
 
 class TooSlowError(Exception):
@@ -54,7 +59,11 @@ class GrammarProcess:
         """Of the followers; never held while the process is asked."""
         self._ids = itertools.count()
         self._forgotten: deque[int] = deque()
-        self._end: str | None = None
+        self._end: ProcessEndedError | None = None
+        self._asked: list[int] = []
+        """Matchers whose masks are on their way."""
+        self.asked_s = 0.0
+        """When it was asked last, by time.monotonic."""
         self.num_followers = 0
         """Sequences that follow this grammar now."""
         self.kib = 0
@@ -74,7 +83,7 @@ class GrammarProcess:
         except TimeoutError as error:
             raise TooSlowError from error
         except (EOFError, OSError) as error:
-            raise ProcessEndedError(self.close()) from error
+            raise self.close() from error
         refused, self.kib = wire.unpack_words(answer[: 2 * wire.WORD_BYTES])
         if refused:
             raise RefusedError(answer[2 * wire.WORD_BYTES :].decode(errors="replace"))
@@ -99,31 +108,54 @@ class GrammarProcess:
         hung_up.register(self._channel, 0)  # POLLHUP is told whatever is asked for
         return not hung_up.poll(0)
 
+    @property
+    def asked(self) -> Sequence[int]:
+        """Matchers whose masks are on their way; until they are heard, it must not be asked again."""
+        return self._asked
+
     def ask(self, rows: Sequence[tuple[int, Sequence[int]]], num_words: int) -> None:
         """Have it compute the masks of `rows` (see wire.Step). ProcessEndedError: it has ended."""
+        assert not self._asked, "what was asked before was not heard"
         forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
         self._require_alive()
         try:
             self._channel.settimeout(STEP_S)
             wire.send(self._channel, wire.Step(num_words, rows, forgotten).pack())
         except OSError as error:
-            raise ProcessEndedError(self.close()) from error
+            raise self.close() from error
+        self._asked, self.asked_s = [matcher for matcher, _ in rows], time.monotonic()
+
+    def has_answered(self, wait_s: float) -> bool:
+        """Whether `hear` need not wait. ProcessEndedError: it has taken too long."""
+        self._require_alive()
+        coming = select.poll()
+        coming.register(self._channel, select.POLLIN)
+        if coming.poll(max(wait_s, 0) * 1000):
+            return True
+        if time.monotonic() - self.asked_s > STEP_S:
+            self._end_slow()
+        return False
 
     def hear(self, masks: NDArray[np.int32]) -> dict[int, str]:
         """Write what was asked for into `masks` [rows, words]; errors by row, whose masks mean nothing."""
         self._require_alive()
-        deadline_s = time.monotonic() + STEP_S
+        deadline_s = self.asked_s + STEP_S
+        self._asked = []
         try:
             head = bytearray((1 + len(masks)) * wire.WORD_BYTES)
             wire.receive_into(self._channel, memoryview(head), deadline_s)
             self.kib, *lengths = wire.unpack_words(head)
             return self._read_rows(masks, lengths, deadline_s)
-        except TimeoutError as error:
-            self.close()
-            self._end = f"a step took longer than {STEP_S:g} s"
-            raise ProcessEndedError(self._end) from error
+        except TimeoutError:
+            self._end_slow()
+            raise
         except (EOFError, OSError) as error:
-            raise ProcessEndedError(self.close()) from error
+            raise self.close() from error
+
+    def _end_slow(self) -> None:
+        self.close()
+        self._end = ProcessEndedError(f"a token's mask took longer than {STEP_S:g} s")
+        raise self._end
 
     def _read_rows(self, masks: NDArray[np.int32], lengths: Sequence[int], deadline_s: float) -> dict[int, str]:
         if not any(lengths):
@@ -141,25 +173,26 @@ class GrammarProcess:
 
     def _require_alive(self) -> None:
         if self._end is not None:
-            raise ProcessEndedError(self._end)
+            raise self._end.with_traceback(None)
 
     def kill(self) -> None:
         """End it while another thread waits for its answer; that thread gets ProcessEndedError."""
         with suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> str:
+    def close(self) -> ProcessEndedError:
         """End it, if it has not ended by itself; why it ended."""
         if self._end is None:
-            self._end = "it was closed"
+            self._end = ProcessEndedError("it was closed", is_grammars=False)
             self._channel.close()
             status = self._zygote.end(self._pid)
             self._end = self._reason(status)
         return self._end
 
-    def _reason(self, status: int) -> str:
+    def _reason(self, status: int) -> ProcessEndedError:
         number = status & 0x7F
         if not number:
-            return f"its process ended with status {status >> 8}"
-        name = signal.Signals(number).name
-        return f"{ENDS.get(signal.Signals(number), 'its process was ended').format(**self._limits)} ({name})"
+            return ProcessEndedError(f"its process ended with status {status >> 8}")
+        known = signal.Signals(number)
+        text = ENDS.get(known, "its process was ended").format(**self._limits)
+        return ProcessEndedError(f"{text} ({known.name})", known is not signal.SIGKILL)

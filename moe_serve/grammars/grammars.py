@@ -7,9 +7,11 @@ GrammarSpecs, processes and verdicts; knows no logits and no HTTP.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -61,21 +63,26 @@ class Grammars:
     """The grammars of one engine's tokenizer. Safe to call from any thread."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        vocab_size: int,
-        eos_token_ids: frozenset[int],
-        limits: GrammarLimits | None = None,
+        self, vocabulary: Callable[[], Vocabulary], has_end: bool = True, limits: GrammarLimits | None = None
     ) -> None:
+        """`vocabulary` is called when the first grammar comes, on another thread. `has_end`: it has an end token."""
         self._limits = limits or GrammarLimits()
-        self._has_end = bool(eos_token_ids)
-        self.zygote = Zygote(lambda: _vocabulary(tokenizer, vocab_size, eos_token_ids))
+        self._has_end = has_end
+        self.zygote = Zygote(vocabulary)
         self._queue = CompileQueue(self._fork, self._limits.compile_s)
         self._lock = threading.Lock()
         """Of the three tables, held for moments."""
         self._verdicts: OrderedDict[Key, Verdict] = OrderedDict()
         self._alive: OrderedDict[Key, GrammarProcess] = OrderedDict()
         self._jobs: dict[Key, _Job] = {}
+
+    @staticmethod
+    def of(
+        tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int], limits: GrammarLimits | None = None
+    ) -> Grammars:
+        """Grammars of a tokenizer, for a model that may sample the ids below `vocab_size`."""
+        make = functools.partial(vocabulary_of, tokenizer, vocab_size, eos_token_ids)
+        return Grammars(make, bool(eos_token_ids), limits)
 
     def begin_check(self, spec: GrammarSpec) -> Future[Place] | None:
         """Begin to compile; None if the grammar is known to be good. InvalidRequestError if it is known to be bad.
@@ -176,7 +183,7 @@ class Grammars:
             if isinstance(outcome, GrammarProcess):
                 places = [_place(outcome, begins) for _, _, begins in waiters]
                 spare, outcome = self._keep(job.key, outcome)
-            if isinstance(outcome, RefusedError | ProcessEndedError):
+            if isinstance(outcome, RefusedError) or (isinstance(outcome, ProcessEndedError) and outcome.is_grammars):
                 self._note(job.key, _wrong(outcome, self._limits))
         for process in spare:
             process.close()
@@ -226,6 +233,8 @@ def _wrong(outcome: Exception, limits: GrammarLimits) -> str:
 
 def _error(outcome: Exception, spec: GrammarSpec, limits: GrammarLimits) -> Exception:
     """What a waiter is told; each names its own field."""
+    if isinstance(outcome, ProcessEndedError) and not outcome.is_grammars:
+        return OverloadedError(f"the grammar could not be compiled: {outcome}", retry_after_s=10)
     if isinstance(outcome, RefusedError | ProcessEndedError | TooSlowError):
         return _refusal(spec, _wrong(outcome, limits))
     if isinstance(outcome, MoEServeError):
@@ -233,7 +242,8 @@ def _error(outcome: Exception, spec: GrammarSpec, limits: GrammarLimits) -> Exce
     return MoEServeError(f"the grammar could not be compiled ({type(outcome).__name__})")
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> Vocabulary:
+    """What grammars' processes must know of a tokenizer."""
     backend = copy.copy(tokenizer.backend)
     backend.no_padding()
     backend.no_truncation()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 
-from moe_serve.errors import MoEServeError
+from moe_serve.errors import InvalidRequestError, MoEServeError, OverloadedError
 from moe_serve.grammars.grammar_process import GrammarProcess
+from moe_serve.scheduling.batch_plan import Blame
 from moe_serve.scheduling.sequence import Sequence
 
 
 class GrammarError(Exception):
-    """A grammar that cannot be followed further."""
+    """A grammar that cannot be followed further; `blame` says why."""
+
+    def __init__(self, message: str, blame: Blame) -> None:
+        super().__init__(message)
+        self.blame = blame
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +41,44 @@ class Matcher:
             self._place = Future()
             self._place.set_result(place)
 
-    def begin(self) -> bool:
-        """Find the process; False if it has to be waited for."""
+    def begin(self, wait_s: float = 0.0) -> bool:
+        """Find the process, waiting for it as long; False if it is not there yet."""
         if self._place is None:
             self._place = self._find()
+        if not self._place.done() and wait_s > 0:
+            wait([self._place], wait_s)
         return self._place.done()
 
     def process(self) -> GrammarProcess:
-        """The process to ask; waits for it. GrammarError: there is none."""
-        assert self._place is not None, "begin comes first"
+        """The process to ask, once `begin` said that it is there. GrammarError: it could not be made."""
         try:
-            return self._place.result().process
+            return self._known_place().process
+        except InvalidRequestError as error:
+            raise GrammarError(error.message, Blame.GRAMMAR) from error
+        except OverloadedError as error:
+            raise GrammarError(error.message, Blame.LOAD) from error
         except MoEServeError as error:
-            raise GrammarError(error.message) from error
+            raise GrammarError(error.message, Blame.SERVER) from error
         except CancelledError as error:
-            raise GrammarError("the sequence has ended") from error
+            raise GrammarError("the sequence has ended", Blame.SERVER) from error
+
+    @property
+    def number(self) -> int:
+        """In its process."""
+        number = self._known_place().number
+        assert number is not None
+        return number
+
+    def _known_place(self) -> Place:
+        assert self._place is not None, "begin comes first"
+        assert self._place.done(), "begin said that it is not there yet"
+        return self._place.result()
 
     def next_row(self, seq: Sequence) -> tuple[int, list[int]]:
         """What to ask the process for: (matcher, tokens that are new to it)."""
-        assert self._place is not None, "begin comes first"
-        number = self._place.result().number
-        assert number is not None
         new = seq.token_ids[seq.num_prompt + self._num_consumed :]
         self._num_consumed += len(new)
-        return number, new
+        return self.number, new
 
     def close(self) -> None:
         """The sequence has ended."""

@@ -24,8 +24,8 @@ KIND_OF = {
 
 
 def gated(config: Any) -> Activation:
-    """act(gate) * up with the config's `hidden_act` (SwiGLU in nearly every family)."""
-    name = getattr(config, "hidden_act", "silu")
+    """act(gate) * up with the config's `hidden_act`, or `hidden_activation` (SwiGLU in nearly every family)."""
+    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
     if name not in KIND_OF:
         raise ValueError(f"hidden_act {name!r} is not one of {', '.join(KIND_OF)}")
     kind: Kind = next(k for k in get_args(Kind) if k == KIND_OF[name])
@@ -36,3 +36,10 @@ def clamped(config: Any) -> Activation:
     """GPT-OSS: (clamp(up) + 1) * gate * sigmoid(alpha * gate), both clamped at `swiglu_limit`."""
     alpha = float(getattr(config, "swiglu_alpha", 1.702))
     return Activation("clamped_swiglu", alpha, float(getattr(config, "swiglu_limit", 7.0)))
+
+
+def relu_squared(config: Any) -> Activation:
+    """Experts without a gate whose `mlp_hidden_act` is relu2: relu(x) squared is relu(x) * x, x being gate and up."""
+    if config.mlp_hidden_act != "relu2":
+        raise ValueError(f"mlp_hidden_act {config.mlp_hidden_act!r} is not relu2")
+    return Activation("relu")

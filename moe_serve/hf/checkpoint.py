@@ -20,8 +20,9 @@ from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.config.model_folder import read_object
 from moe_serve.errors import CheckpointError
+from moe_serve.hf.composites import OTHER_TOWERS
 from moe_serve.hf.config_file import read_config, scheme_in
-from moe_serve.hf.family import FURTHER, PART_OF, Family, find
+from moe_serve.hf.family import FURTHER, PART_OF, Family, family_of
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import mismatch
@@ -79,11 +80,22 @@ def open_experts(
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
     encoding = scheme.encoding if scheme is not None and scaled else None
     # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats.
-    fused = FusedLayout(transposed=family.transposed and encoding is None, interleaved=family.interleaved)
-    shape = (spec.expert_intermediate_size, spec.hidden_size)
+    transposed = encoding is None and _is_transposed(family, tensors[layers[0]], spec)
+    fused = FusedLayout(transposed=transposed, interleaved=family.interleaved)
+    shape = (spec.expert_intermediate_size, spec.expert_hidden_size)
     store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
     _check_shapes(folder, store, spec)
     return store
+
+
+def _is_transposed(family: Family, parts: Parts, spec: ModelSpec) -> bool:
+    """Whether matrices are stored [in, out]: as the family says, else by the shape of one that is not square."""
+    if family.transposed is not None:
+        return family.transposed
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
+    wanted = {"down": (hidden, inner), "gate_up": (2 * inner, hidden)}
+    shapes = [(tuple(t.tensor.shape[-2:]), wanted[part]) for (part, _), t in parts.items() if part in wanted]
+    return any(found != shape and found == shape[::-1] for found, shape in shapes)
 
 
 def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[str]:
@@ -96,12 +108,29 @@ def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[st
     for file in safetensors_files(folder):
         with _opened(file) as handle:
             names: list[str] = handle.keys()
-            ours = [name for name in names if family.match(name) is None and not FURTHER.search(name)]
-            dense = {name: handle.get_slice(name).get_dtype() for name in ours}
+            dense = {name: handle.get_slice(name).get_dtype() for name in names if _is_dense(name, family)}
             if not quantized:
                 refuse_codes(file, dense.items())
             found |= set(dense.values())
     return found
+
+
+def _is_dense(name: str, family: Family) -> bool:
+    return family.match(name) is None and not _is_left_out(name)
+
+
+def _is_left_out(name: str) -> bool:
+    """A tensor of another tower or of a further layer."""
+    return OTHER_TOWERS.search(name) is not None or FURTHER.search(name) is not None
+
+
+def tensor_names(folder: str) -> list[str]:
+    """Every tensor of the checkpoint, as its files name it."""
+    names: list[str] = []
+    for file in safetensors_files(folder):
+        with _opened(file) as handle:
+            names += handle.keys()
+    return names
 
 
 @contextmanager
@@ -125,6 +154,9 @@ def _expert_tensors(
             found = _expert_part(stored.name, family, scheme)
             assert found
             yield *found, stored
+            layer, part, expert = found
+            if not family.has_gate and part.startswith("up"):  # act(up) * up: see Family.has_gate
+                yield layer, "gate" + part.removeprefix("up"), expert, stored
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from error
 
@@ -146,7 +178,7 @@ def has_usual_names(folder: str) -> bool:
 
 
 def dense_tensors(folder: str, family: Family, scheme: Scheme | None) -> Iterator[StoredTensor]:
-    """Every tensor that is no expert's, of the model's own layers."""
+    """Every tensor that is no expert's, no other tower's and no further layer's."""
     for file in safetensors_files(folder):
         try:
             yield from stored_tensors(file, lambda name: not _is_foreign(name, family, scheme))
@@ -155,9 +187,9 @@ def dense_tensors(folder: str, family: Family, scheme: Scheme | None) -> Iterato
 
 
 def _is_foreign(name: str, family: Family, scheme: Scheme | None) -> bool:
-    """An expert's tensor, also one that we do not use, or one of a further layer."""
-    if scheme is None or FURTHER.search(name):
-        return family.match(name) is not None or bool(FURTHER.search(name))
+    """An expert's tensor, also one that we do not use, or one that is left out."""
+    if scheme is None or _is_left_out(name):
+        return not _is_dense(name, family)
     bases = (name.removesuffix(suffix) + scheme.stem for suffix in scheme.unused if name.endswith(suffix))
     return any(_expert_part(base, family, scheme) is not None for base in (name, *bases))
 
@@ -169,11 +201,8 @@ def open_all_experts(folder: str) -> ExpertStore:
     """
     config = read_config(folder)
     spec = ModelSpec.from_hf(config)
-    family, scheme = find(config.model_type), scheme_in(folder, config)
-    names: list[str] = []
-    for file in safetensors_files(folder):
-        with _opened(file) as handle:
-            names += handle.keys()
+    family, scheme = family_of(config), scheme_in(folder, config)
+    names = tensor_names(folder)
     refuse_missing_layers(folder, names, spec.num_layers)
     found = {part[0] for name in names if (part := _expert_part(name, family, scheme))}
     if not found:
@@ -216,7 +245,7 @@ def _check_present(where: str, expert: int, parts: Parts) -> None:
 
 def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
     """Every expert must have the shape config.json gives it, or a request would find out."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     for layer in store.layers:
         for expert in range(store.num_experts):
             where = f"{folder}: {store.name(layer, expert)}"
@@ -234,7 +263,7 @@ def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
 
 def _check_quantized(where: str, store: ExpertStore, tensors: Mapping[str, StoredTensor], spec: ModelSpec) -> None:
     """Without decoding: that can mean copying."""
-    inner, hidden = spec.expert_intermediate_size, spec.hidden_size
+    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
     assert store.encoding is not None
     for part, shape in shapes.items():

@@ -18,7 +18,9 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from moe_serve.config.model_folder import read_config_json, read_object
 from moe_serve.errors import CheckpointError, ConfigError, MoEServeError, one_line
-from moe_serve.hf.family import find
+from moe_serve.hf.composites import text_config_of
+from moe_serve.hf.families import family_in
+from moe_serve.hf.family import FAMILY_NAME, find
 from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
 from moe_serve.spec import ModelSpec
 
@@ -48,15 +50,25 @@ def read_config(folder: str) -> Any:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; this is not a Hugging Face checkpoint folder")
     fields = read_config_json(folder)
-    same_as = find(str(fields.get("model_type"))).same_as  # before AutoConfig, whose error would list none of ours
-    refuse_wrong_fields(fields, f"{folder}/config.json")
     with naming(f"{folder}/config.json"):
-        if same_as is None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        else:
-            config = CONFIG_MAPPING[same_as].from_dict({**fields, "model_type": same_as})
+        config = _config_of(folder, fields)
         _refuse_contradictions(config, f"{folder}/config.json")
         scheme_in(folder, config)
+    return config
+
+
+def _config_of(folder: str, fields: dict[str, Any]) -> Any:
+    """What AutoConfig makes of the fields: of the text model, under the name by which transformers knows the family."""
+    name = family_in(fields) or str(fields.get("model_type"))
+    family = find(name)  # before AutoConfig, whose error would list none of ours
+    refuse_wrong_fields(fields, f"{folder}/config.json")
+    if family.same_as is None or "text_config" in fields:
+        config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        fields = config.to_dict()
+    if family.same_as is not None:
+        fields = {**fields, **family.sets, "model_type": family.same_as}
+        config = CONFIG_MAPPING[family.same_as].from_dict(fields)
+        setattr(config, FAMILY_NAME, name)
     return config
 
 
@@ -87,6 +99,8 @@ def refuse_wrong_fields(fields: Mapping[str, Any], where: str) -> None:
         problem = None if value is None else _problem(name, value)
         if problem is not None:
             raise CheckpointError(f"{where}: {name} must be {problem}, got {_short(value)}")
+    if isinstance(fields.get("text_config"), Mapping):
+        refuse_wrong_fields(fields["text_config"], f"{where}: text_config")
     for name in ROPE:
         _refuse_wrong_rope(fields.get(name) or {}, f"{where}: {name}")
 

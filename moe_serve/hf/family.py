@@ -9,11 +9,14 @@ matrix products. Knows no tensors and loads nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
-from moe_serve.hf.families import FAMILIES, family_names
+from moe_serve.hf.families import FAMILIES, family_name, family_names
+from moe_serve.hf.recurrent import Recurrence
 from moe_serve.hf.routings import RoutingOf, unknown
 from moe_serve_base.extensions import ExtensionError
 from moe_serve_kernels.cpu.decoder import Rotary
@@ -45,6 +48,9 @@ FUSED = re.compile(
 )
 """One 3-D tensor per layer and matrix, [E, out, in] (or [E, in, out] where Family.transposed)."""
 
+FAMILY_NAME = "moe_serve_family"
+"""Attribute of a config whose checkpoint names another model_type than transformers does."""
+
 
 FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")
 """In the names of layers that predict several tokens at once, where these have a count of their own (`mtp.layers.0`).
@@ -59,10 +65,12 @@ class Family:
     """Name of the transformers class that our ExpertsProxy replaces."""
     patterns: tuple[re.Pattern[str], ...] = (PER_EXPERT, FUSED)
     """Checkpoint names of expert tensors, with groups layer, part and (per-expert layout) expert."""
-    transposed: bool = False
-    """Fused tensors are [E, in, out]."""
+    transposed: bool | None = False
+    """Fused tensors are [E, in, out]; None: in some checkpoints, and their shapes tell."""
     interleaved: bool = False
     """gate_up alternates gate and up columns instead of stacking them."""
+    has_gate: bool = True
+    """False: experts have no gate matrix. Their up matrix counts as both, so that relu gives relu(x) * x."""
     activation: ActivationOf = field(default=gated)
     """Made from the HF config: what joins gate and up into the down projection's input."""
     routing: RoutingOf = field(default=unknown)
@@ -74,6 +82,12 @@ class Family:
     """Which values of a head rotary embeddings rotate against each other."""
     same_as: str | None = None
     """The model_type under which transformers knows this family, where checkpoints name another."""
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of that model_type's config that this family fixes and does not write down."""
+    recurrence: Recurrence | None = None
+    """Which layers keep a state of fixed size per sequence, beside or instead of keys and values."""
+    model_class: str | None = None
+    """Name of the text model's causal class in transformers, where AutoModelForCausalLM does not know it."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 
@@ -84,15 +98,22 @@ class Family:
         return next((m for p in self.patterns if (m := p.search(tensor_name))), None)
 
 
+def family_of(config: Any) -> Family:
+    """The Family of a config that `read_config` returned."""
+    return find(getattr(config, FAMILY_NAME, config.model_type))
+
+
 def find(model_type: str) -> Family:
-    """The Family of config.json's `model_type`; UnsupportedModelError lists the supported ones."""
-    if model_type not in family_names():
+    """The Family of config.json's `model_type`, or of the text model's in it; UnsupportedModelError lists the supported
+    ones."""
+    name = family_name(model_type)
+    if name is None:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
             f" supported: {', '.join(family_names())}"
         )
     try:
-        family: Family = FAMILIES.find(model_type)
+        family: Family = FAMILIES.find(name)
     except ExtensionError as error:
         raise UnsupportedModelError(str(error)) from error
     return family

@@ -11,12 +11,13 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -25,7 +26,8 @@ from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
-from moe_serve.hf import attention, dense, latent_attention
+from moe_serve.execution.state_cache import StateShapes
+from moe_serve.hf import attention, dense, latent_attention, recurrent
 from moe_serve.hf.checkpoint import (
     dense_dtypes,
     dense_tensors,
@@ -33,10 +35,12 @@ from moe_serve.hf.checkpoint import (
     open_expert_file,
     open_experts,
     safetensors_files,
+    tensor_names,
 )
+from moe_serve.hf.composites import OTHER_TOWERS, key_mapping, towers_in
 from moe_serve.hf.config_file import naming, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
-from moe_serve.hf.family import Family, find
+from moe_serve.hf.family import Family, family_of
 from moe_serve.hf.leftovers import refuse_leftovers
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import dense_state
@@ -46,6 +50,9 @@ from moe_serve_kernels.cpu.expert_mlp import are_readable
 
 META = torch.device("meta")
 log = logging.getLogger(__name__)
+
+WITHOUT_MEMORY = ("moe", "mlp")
+"""Kinds of layers that see one token at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,8 @@ class LoadedModel:
     family: Family
     store: ExpertStore
     kv_shapes: dict[int, LayerKVShape]
+    state_shapes: StateShapes
+    """What recurrent layers keep per sequence."""
 
 
 def load(
@@ -83,9 +92,11 @@ def _load(
     device: torch.device,
     expert_file: str | None,
 ) -> LoadedModel:
-    family, scheme = find(hf_config.model_type), scheme_in(folder, hf_config)
+    family, scheme = family_of(hf_config), scheme_in(folder, hf_config)
     stored = dense_dtypes(folder, family, scheme is not None)
-    refuse_wrong_sizes(folder, safetensors_files(folder), spec.num_layers, lambda: _shapes_of(hf_config))
+    refuse_wrong_sizes(
+        folder, safetensors_files(folder), tensor_names(folder), spec.num_layers, lambda: _dense_shapes(hf_config)
+    )
     if scheme is not None:
         stored = {DTYPE_NAMES.get(t.tensor.dtype, "") for t in dense_tensors(folder, family, scheme)}
     keeps_bf16 = stored == {"BF16"} and dense.is_available(device, dtype)
@@ -102,13 +113,21 @@ def _load(
     _say_how_experts_run(store, scheme)
     _set_windows(model, hf_config, family)
     latent_attention.install(model)
-    kv_shapes = _probe_kv_shapes(model, device)
-    if len(kv_shapes) < hf_config.num_hidden_layers:
+    recurrent.install(model, family.recurrence)
+    kv_shapes, state_shapes = _probe_shapes(model, device)
+    _refuse_unknown_layers(folder, hf_config, kv_shapes.keys() | state_shapes.keys())
+    return LoadedModel(model, hf_config, family, store, kv_shapes, state_shapes)
+
+
+def _refuse_unknown_layers(folder: str, hf_config: Any, known: set[int]) -> None:
+    """A layer that mixes tokens and keeps neither keys nor a state that we carry would answer from its own token."""
+    kinds = getattr(hf_config, "layer_types", None) or ["full_attention"] * hf_config.num_hidden_layers
+    unknown = {i: kind for i, kind in enumerate(kinds) if i not in known and kind not in WITHOUT_MEMORY}
+    if unknown:
         raise UnsupportedModelError(
-            f"{folder}: {hf_config.num_hidden_layers - len(kv_shapes)} of the {hf_config.num_hidden_layers} layers of"
-            f" this {hf_config.model_type} model cache no keys; state of another kind is not carried here"
+            f"{folder}: {len(unknown)} of the {len(kinds)} layers of this {hf_config.model_type} model"
+            f" ({', '.join(sorted(set(unknown.values())))}) cache no keys; state of another kind is not carried here"
         )
-    return LoadedModel(model, hf_config, family, store, kv_shapes)
 
 
 def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
@@ -131,12 +150,13 @@ def _load_dense(
     folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None = None
 ) -> nn.Module:
     attention.register()
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]  # imports the modeling file
+    model_class, names = _model_class(hf_config, family), tensor_names(folder)
     try:
         with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _bar_only_on_terminals():
             loaded: Any = model_class.from_pretrained(
                 **_source(folder, hf_config, family, dtype, scheme),
                 dtype=dtype,
+                key_mapping=key_mapping(names),
                 attn_implementation=attention.NAME,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they come back in the info, by name
@@ -145,16 +165,30 @@ def _load_dense(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     _check_loading_info(folder, info)
+    _say_what_is_left_out(names)
     refuse_leftovers(folder, safetensors_files(folder), info["unexpected_keys"], hf_config)
     loaded_model: nn.Module = model.eval()
     return loaded_model
+
+
+def _model_class(hf_config: Any, family: Family) -> Any:
+    """The text model's causal class; imports its modeling file."""
+    if family.model_class is not None:
+        return getattr(transformers, family.model_class)
+    return AutoModelForCausalLM._model_mapping[type(hf_config)]
+
+
+def _say_what_is_left_out(names: Iterable[str]) -> None:
+    towers = ", ".join(f"{tower} ({count} tensors)" for tower, count in towers_in(names).items())
+    if towers:
+        log.info("only the text model is served; not read: %s", towers)
 
 
 def _source(folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, Any]:
     """Where transformers takes the dense part from: the folder or, if that is quantised or its files have names that
     transformers does not look for, the tensors themselves."""
     if scheme is None and has_usual_names(folder):
-        return {"pretrained_model_name_or_path": folder}
+        return {"pretrained_model_name_or_path": folder, "config": hf_config}
     if scheme is None:
         tensors = {stored.name: stored.tensor for stored in dense_tensors(folder, family, None)}
         return {"pretrained_model_name_or_path": None, "config": hf_config, "state_dict": tensors}
@@ -176,11 +210,11 @@ def _check_loading_info(folder: str, info: Any) -> None:
 
 @contextmanager
 def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
-    """Expert tensors are not "unexpected": they are ours. Without this they fill the log."""
+    """Expert tensors are not "unexpected", and towers are known. Without this they fill the log."""
     before = model_class._keys_to_ignore_on_load_unexpected
     # transformers joins all patterns into one, which forbids repeated group names.
     patterns = [re.sub(r"\(\?P<\w+>", "(?:", p.pattern) for p in family.patterns]
-    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
+    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns, OTHER_TOWERS.pattern]
     try:
         yield
     finally:
@@ -207,30 +241,32 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
             module.sliding_window = window
 
 
-def kv_shapes_of(hf_config: Any) -> dict[int, LayerKVShape]:
-    """What each layer would cache per token, asked of a model without weights."""
-    family = find(hf_config.model_type)
+def shapes_of(hf_config: Any) -> tuple[dict[int, LayerKVShape], StateShapes]:
+    """What each layer would keep per token and per sequence, asked of a model without weights."""
+    family = family_of(hf_config)
     attention.register()
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]
+    model_class = _model_class(hf_config, family)
     with replacing(family.experts_class), META:
-        model = model_class._from_config(hf_config, attn_implementation=attention.NAME)
+        model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
     latent_attention.install(model)
-    return _probe_kv_shapes(model, META)
+    recurrent.install(model, family.recurrence)
+    return _probe_shapes(model, META)
 
 
-def _shapes_of(hf_config: Any) -> dict[str, tuple[int, ...]]:
+def _dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Every dense parameter's shape, from a model without experts and without memory."""
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]
-    with replacing(find(hf_config.model_type).experts_class), META:
-        model = model_class(copy.deepcopy(hf_config))
+    family = family_of(hf_config)
+    with replacing(family.experts_class), META:
+        model = _model_class(hf_config, family)(copy.deepcopy(hf_config))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @torch.inference_mode()
-def _probe_kv_shapes(model: nn.Module, device: torch.device) -> dict[int, LayerKVShape]:
-    """Run one token through the dense part to see what each layer's attention would cache."""
-    probe = attention.KVShapeProbe()
+def _probe_shapes(model: nn.Module, device: torch.device) -> tuple[dict[int, LayerKVShape], StateShapes]:
+    """Run one token through the dense part to see what each layer would keep."""
+    probe, states = attention.KVShapeProbe(), recurrent.StateProbe()
+    recurrent.connect(model, states)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     # With a mask, transformers does not look into position ids for packed sequences, which have no values on `meta`.
     model(input_ids=token, attention_mask=token + 1, use_cache=False, forward_batch=None, kv_cache=probe)
-    return probe.shapes
+    return probe.shapes, states.shapes

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
-
 from moe_serve.errors import CheckpointError
+from moe_serve.hf.composites import OTHER_TOWERS
+from moe_serve.hf.family import FURTHER
 from moe_serve.hf.leftovers import LAYER
 
 Shape = tuple[int, ...]
@@ -21,7 +21,11 @@ CODES_PER_BYTE = 2
 
 
 def refuse_wrong_sizes(
-    folder: str, files: Iterable[Path], num_layers: int, shapes_of_model: Callable[[], Mapping[str, Shape]]
+    folder: str,
+    files: Iterable[Path],
+    names: Iterable[str],
+    num_layers: int,
+    shapes_of_model: Callable[[], Mapping[str, Shape]],
 ) -> None:
     """CheckpointError names a tensor that config.json wants larger than all files, or the layers that are missing.
 
@@ -29,12 +33,7 @@ def refuse_wrong_sizes(
 
     `shapes_of_model`: by name, as config.json has them; asked once the layers are counted.
     """
-    names: list[str] = []
-    num_bytes = 0
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            names += handle.keys()
-        num_bytes += file.stat().st_size
+    num_bytes = sum(file.stat().st_size for file in files)
     refuse_missing_layers(folder, names, num_layers)
     for name, wanted in shapes_of_model().items():
         if prod(wanted) > CODES_PER_BYTE * num_bytes:
@@ -45,7 +44,8 @@ def refuse_wrong_sizes(
 
 def refuse_missing_layers(folder: str, names: Iterable[str], num_layers: int) -> None:
     """CheckpointError where config.json names more layers than the tensors do."""
-    found = {int(layer[1]) for name in names if (layer := LAYER.search(name))}
+    own = (name for name in names if OTHER_TOWERS.search(name) is None and FURTHER.search(name) is None)
+    found = {int(layer[1]) for name in own if (layer := LAYER.search(name))}
     if found and num_layers > max(found) + 1:
         raise CheckpointError(
             f"{folder}: num_hidden_layers is {num_layers} in config.json, but the *.safetensors files have"

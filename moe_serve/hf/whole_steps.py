@@ -98,12 +98,12 @@ class WholeSteps:
         return logits if self._logits_divisor == 1 else logits.div_(self._logits_divisor)
 
     def _inputs(self, batch: ForwardBatch) -> DecodeInputs:
-        page_table, lengths = _contexts(batch)
+        page_table, lengths, starts = _contexts(batch)
         cos, sin = self._rotary.at(batch.positions[0], int(lengths.max()) - 1)
         x = self._model.model.embed_tokens(batch.input_ids[0])
         # Embedded tokens are added to in place.
         x = x * self._embedding_scale if self._embedding_scale != 1 else x.contiguous()
-        return DecodeInputs(x, cos, sin, batch.kv_slots, page_table, lengths)
+        return DecodeInputs(x, cos, sin, batch.kv_slots, page_table, lengths, starts)
 
     def _follow(self) -> InPlaceExperts | None:
         """The experts in place now: they change when a cache with room for all has filled, or is resized."""
@@ -145,18 +145,21 @@ def _are_few(batch: ForwardBatch) -> bool:
     return batch.num_tokens <= most_tokens() and not batch.prefill_runs
 
 
-def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page table [T, pages] and lengths [T] of what each token sees."""
+def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Page table [S, pages], lengths [T] of what each token sees, and where sequences start [S + 1], or None where
+    every token is one."""
     groups, runs = batch.decode_groups, batch.prefill_runs
     if len(groups) == 1 and not runs:
-        return groups[0].page_table, groups[0].lengths
-    tables = [*(group.page_table for group in groups), *(run.pages.expand(run.count, -1) for run in runs)]
-    page_table = torch.zeros(batch.num_tokens, max(table.shape[1] for table in tables), dtype=torch.int64)
+        return groups[0].page_table, groups[0].lengths, None
+    tables = [*(group.page_table for group in groups), *(run.pages[None] for run in runs)]
+    page_table = torch.zeros(sum(map(len, tables)), max(table.shape[1] for table in tables), dtype=torch.int64)
     first = 0
     for table in tables:
         page_table[first : first + len(table), : table.shape[1]] = table
         first += len(table)
-    return page_table, batch.positions[0] + 1
+    num_decoding = sum(group.num_seqs for group in groups)
+    starts = [*range(num_decoding), *(run.first_row for run in runs), batch.num_tokens]
+    return page_table, batch.positions[0] + 1, torch.tensor(starts)
 
 
 def whole_steps(

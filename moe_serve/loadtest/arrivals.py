@@ -1,4 +1,4 @@
-"""When requests are sent. Times in seconds from the start; knows nothing of what is sent."""
+"""When requests are sent. Times in seconds from the start; knows nothing of the requests."""
 
 from __future__ import annotations
 

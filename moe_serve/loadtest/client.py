@@ -135,7 +135,7 @@ async def wait_until_ready(client: httpx.AsyncClient, timeout_s: float) -> str:
 
 
 async def send(client: httpx.AsyncClient, target: Target, request: ReadyRequest) -> Outcome:
-    """One request; whatever goes wrong with it is in the outcome, never raised."""
+    """One request. The outcome holds every failure; none is raised."""
     import httpx
 
     outcome = Outcome(start_s=time.perf_counter(), input_tokens=request.input_tokens)

@@ -37,30 +37,30 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class DatasetOptions:
-    """The flags of `bench serve` that choose and shape a data set."""
+    """The flags of `bench serve` that choose and shape a data set, by their names."""
 
-    name: str
-    path: Path | None
+    dataset_name: str
+    dataset_path: Path | None
     num_prompts: int
     seed: int
     random_input_len: int
     random_output_len: int
     random_range_ratio: float
-    prefix_len: int
-    suffix_len: int
-    num_prefixes: int
-    prefix_output_len: int
+    prefix_repetition_prefix_len: int
+    prefix_repetition_suffix_len: int
+    prefix_repetition_num_prefixes: int
+    prefix_repetition_output_len: int
     custom_output_len: int
     sharegpt_output_len: int | None
-    time_scale: float
-    length_scale: float
+    trace_time_scale: float
+    trace_length_scale: float
     max_input_len: int | None
     max_output_len: int | None
 
 
 def plan_requests(options: DatasetOptions) -> list[PlannedRequest]:
     """At most `num_prompts` requests; files may hold fewer. The same options give the same plan."""
-    return DATASETS[options.name](options, random.Random(options.seed))
+    return DATASETS[options.dataset_name](options, random.Random(options.seed))
 
 
 def _random(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
@@ -82,11 +82,12 @@ def _piece_seed(rng: random.Random) -> int:
 
 def _prefix_repetition(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
     """`num_prefixes` prefixes in turn, each request with a suffix of its own, in random order."""
-    prefixes = [(_piece_seed(rng), options.prefix_len) for _ in range(options.num_prefixes)]
-    requests = [
-        PlannedRequest((prefixes[i % len(prefixes)], (_piece_seed(rng), options.suffix_len)), options.prefix_output_len)
-        for i in range(options.num_prompts)
-    ]
+    count, length = options.prefix_repetition_num_prefixes, options.prefix_repetition_prefix_len
+    prefixes = [(_piece_seed(rng), length) for _ in range(count)]
+    requests = []
+    for i in range(options.num_prompts):
+        suffix = _piece_seed(rng), options.prefix_repetition_suffix_len
+        requests.append(PlannedRequest((prefixes[i % count], suffix), options.prefix_repetition_output_len))
     rng.shuffle(requests)
     return requests
 
@@ -96,12 +97,12 @@ def _timed_trace(options: DatasetOptions, rng: random.Random) -> list[PlannedReq
 
 
 def _from_trace(entry: TraceEntry, options: DatasetOptions, rng: random.Random) -> PlannedRequest:
-    pieces = _trace_pieces(entry, options.length_scale, _piece_seed(rng))
-    output = max(1, round(entry.output_tokens * options.length_scale))
+    pieces = _trace_pieces(entry, options.trace_length_scale, _piece_seed(rng))
+    output = max(1, round(entry.output_tokens * options.trace_length_scale))
     return PlannedRequest(
         _cut(pieces, options.max_input_len),
         min(output, options.max_output_len or output),
-        arrival_s=entry.arrival_s * options.time_scale,
+        arrival_s=entry.arrival_s * options.trace_time_scale,
     )
 
 
@@ -133,7 +134,7 @@ def _custom(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]
     """Lines {"prompt": ..., "output_tokens": optional}."""
     plan = [
         PlannedRequest(_text(row, "prompt", number), int(row.get("output_tokens", options.custom_output_len)))
-        for number, row in _rows(_path(options))
+        for number, row in _rows(options)
     ]
     return _sample(plan, options, rng)
 
@@ -141,7 +142,7 @@ def _custom(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]
 def _sharegpt(options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
     """The first question of each {"conversations": [{"value": ...}, ...]}; answers as long as recorded."""
     plan = []
-    for number, row in _rows(_path(options)):
+    for number, row in _rows(options):
         turns = row.get("conversations") or []
         if len(turns) >= 2:
             question, answer = _text(turns[0], "value", number), _text(turns[1], "value", number)
@@ -151,26 +152,35 @@ def _sharegpt(options: DatasetOptions, rng: random.Random) -> list[PlannedReques
 
 def _sample(plan: list[PlannedRequest], options: DatasetOptions, rng: random.Random) -> list[PlannedRequest]:
     if not plan:
-        raise ConfigError(f"--dataset-path: {options.path} holds no usable request")
+        raise ConfigError(f"--dataset-path: {options.dataset_path} holds no usable request")
     return rng.sample(plan, min(len(plan), options.num_prompts))
 
 
 def _path(options: DatasetOptions) -> Path:
-    if options.path is None:
-        raise ConfigError(f"--dataset-name {options.name} needs --dataset-path")
-    return options.path
+    if options.dataset_path is None:
+        raise ConfigError(f"--dataset-name {options.dataset_name} needs --dataset-path")
+    return options.dataset_path
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number, object) for each line of a .jsonl file, or each element of a .json list."""
+def _rows(options: DatasetOptions) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number, object) for each of the file's."""
+    return enumerate(read_rows(_path(options), "--dataset-path"), start=1)
+
+
+def read_rows(path: Path, flag: str) -> list[Any]:
+    """The elements of a .json list, or the lines of a .jsonl file. ConfigError names `flag` and the file."""
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except OSError as error:
-        raise ConfigError(f"--dataset-path: cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag}: cannot read {path}: {error}") from error
+    try:
+        is_list = path.suffix == ".json"
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise ConfigError(f"--dataset-path: {path} is not JSON: {error}") from error
-    return enumerate(rows, start=1)
+        raise ConfigError(f"{flag}: {path} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ConfigError(f"{flag}: {path} holds no list")
+    return rows
 
 
 def _text(row: Mapping[str, Any], key: str, number: int) -> str:

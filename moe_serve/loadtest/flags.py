@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -115,7 +116,7 @@ def _add_dataset_flags(group: argparse._ArgumentGroup) -> None:
         ("--random-input-len", 1024, "random: prompt length in tokens."),
         ("--random-output-len", 128, "random: answer length in tokens."),
         ("--prefix-repetition-prefix-len", 256, "prefix_repetition: length of the shared prefix."),
-        ("--prefix-repetition-suffix-len", 256, "prefix_repetition: length of what differs."),
+        ("--prefix-repetition-suffix-len", 256, "prefix_repetition: length of each prompt's own suffix."),
         ("--prefix-repetition-num-prefixes", 10, "prefix_repetition: number of prefixes."),
         ("--prefix-repetition-output-len", 128, "prefix_repetition: answer length."),
         ("--custom-output-len", 256, "custom: answer length where a line has no output_tokens."),
@@ -182,25 +183,7 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
 def dataset_options(args: argparse.Namespace) -> DatasetOptions:
     if not 0 <= args.random_range_ratio < 1:
         raise ConfigError(f"--random-range-ratio must be at least 0 and below 1, got {args.random_range_ratio}")
-    return DatasetOptions(
-        name=args.dataset_name,
-        path=args.dataset_path,
-        num_prompts=args.num_prompts,
-        seed=args.seed,
-        random_input_len=args.random_input_len,
-        random_output_len=args.random_output_len,
-        random_range_ratio=args.random_range_ratio,
-        prefix_len=args.prefix_repetition_prefix_len,
-        suffix_len=args.prefix_repetition_suffix_len,
-        num_prefixes=args.prefix_repetition_num_prefixes,
-        prefix_output_len=args.prefix_repetition_output_len,
-        custom_output_len=args.custom_output_len,
-        sharegpt_output_len=args.sharegpt_output_len,
-        time_scale=args.trace_time_scale,
-        length_scale=args.trace_length_scale,
-        max_input_len=args.max_input_len,
-        max_output_len=args.max_output_len,
-    )
+    return DatasetOptions(**{field.name: getattr(args, field.name) for field in fields(DatasetOptions)})
 
 
 def summary_options(args: argparse.Namespace) -> SummaryOptions:

@@ -5,7 +5,6 @@ Pure arithmetic; knows nothing of HTTP or of data sets.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,17 +80,13 @@ def _values_s(metric: str, done: Sequence[Outcome]) -> list[float]:
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """Linear between the two nearest ranks, as numpy does by default; 0 of nothing.
+    """Linear between the two nearest ranks; 0 of nothing.
 
     Example: the 50th percentile of 1, 2, 10, 20 is 6.
     """
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    rank = (len(ordered) - 1) * p / 100
-    low = math.floor(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+    import numpy as np  # not above: flags.py is read for --help
+
+    return float(np.percentile(values, p)) if values else 0.0
 
 
 def _is_good(outcome: Outcome, limits_ms: Mapping[str, float]) -> bool:

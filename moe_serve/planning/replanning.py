@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from moe_serve.planning import problems
 from placement.cost import TOLERANCE, PlanCost, evaluate, hosts_of
 from placement.plan import PlacementPlan
+from placement.problem import PlacementProblem
 from placement.solve import find_plan
 from placement.verdict import Verdict, numbers_of
 from predictors.trace import RoutingTrace
@@ -20,7 +21,7 @@ from predictors.trace import RoutingTrace
 MIN_TOKENS = 500
 """Of traffic; fewer say too little about hundreds of transitions between experts."""
 EFFORT = 4
-"""As `moe-serve plan watch` tries."""
+"""Starts and rounds of the search."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,27 @@ def lacking(trace: RoutingTrace | None) -> str:
 
 def propose(plan: PlacementPlan, trace: RoutingTrace, terms: Terms) -> tuple[PlacementPlan, Replanning]:
     """A candidate under the settings of the plan in force, judged on traffic that it was not made from."""
-    order = list(range(trace.num_sequences))
-    problem = problems.problem_of_plan(plan, trace.select(order[::2]))
-    # Among equally good layouts the one nearest to the plan in force; moving everything must save the margin.
+    half, other_half = halves(trace)
+    problem = problems.problem_of_plan(plan, half)
+    # Moving everything must save the margin.
     price = terms.margin_frac * evaluate(problem, plan.layout).total
+    candidate = find_candidate(plan, problem, price, terms.seed, terms.time_limit_s)
+    candidate = replace(candidate, provenance=problems.provenance(trace))
+    return candidate, judge(plan, candidate, other_half, terms)
+
+
+def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
+    """Every other sequence, and the rest."""
+    order = list(range(trace.num_sequences))
+    return trace.select(order[::2]), trace.select(order[1::2])
+
+
+def find_candidate(
+    plan: PlacementPlan, problem: PlacementProblem, price: float, seed: int, time_limit_s: float
+) -> PlacementPlan:
+    """A plan for `problem`; among equally good layouts the one nearest to `plan`. `price`: of moving all experts."""
     priced = problem.with_(current=plan.layout.device_of, migration_price=price)
-    found = find_plan(priced, "auto", seed=terms.seed, effort=EFFORT, time_limit_s=terms.time_limit_s)
-    candidate = replace(found, provenance=problems.provenance(trace))
-    return candidate, judge(plan, candidate, trace.select(order[1::2]), terms)
+    return find_plan(priced, "auto", seed=seed, effort=EFFORT, time_limit_s=time_limit_s)
 
 
 def judge(plan: PlacementPlan, candidate: PlacementPlan, trace: RoutingTrace, terms: Terms) -> Replanning:

@@ -18,7 +18,7 @@ from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.model_runner import load_runner
-from moe_serve.errors import ConfigError, MoEServeError
+from moe_serve.errors import ConfigError
 from moe_serve.hf.experts import RunsExperts, connect
 from moe_serve.scheduling.sequence import Request, SamplingParams
 from moe_serve.text.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def _run(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     while engine.has_work():
         for output in engine.step():
             if output.error is not None:
-                raise MoEServeError(output.error)
+                raise output.error
 
 
 def _windows(ids: Sequence[int]) -> list[Sequence[int]]:

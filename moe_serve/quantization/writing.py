@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from moe_serve.errors import ConfigError, UnsupportedModelError
 from moe_serve.hf.checkpoint import INDEX, safetensors_files
 from moe_serve.hf.config_file import read_config
-from moe_serve.hf.family import PART_OF, PER_EXPERT, Family, find
+from moe_serve.hf.family import PART_OF, PER_EXPERT, Family, family_of
 from moe_serve.quantization.rounding import Rounded, round_matrix
 
 Importance = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -42,7 +42,7 @@ def write_quantized(
     `group` 0: one scale per row. `target` is made where it is missing. ConfigError or UnsupportedModelError.
     """
     config = read_config(source)
-    _check(source, config, find(config.model_type), group)
+    _check(source, config, family_of(config), group)
     target.mkdir(exist_ok=True)
     index: dict[str, str] = {}
     dense: list[str] = []

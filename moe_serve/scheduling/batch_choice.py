@@ -46,7 +46,7 @@ class Forecasts(Protocol):
     """How likely a sequence's next token uses each expert."""
 
     def of(self, sequences: list[Sequence]) -> Floats:
-        """[C, L * E], each in 0..1; a sequence of which nothing is known has a row of zeros."""
+        """[C, L * E], each in 0..1; a sequence without known routes has a row of zeros."""
         ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
@@ -85,6 +86,25 @@ class StepRoutes:
     """Each scheduled sequence's rows, in plan order."""
 
 
+class Blame(StrEnum):
+    """Where the cause of a failed sequence lies."""
+
+    SERVER = "server"
+    """Weights, files or numbers: the request was good."""
+    GRAMMAR = "grammar"
+    """The request's own grammar: it reached a limit."""
+    LOAD = "load"
+    """The machine is short of something now; the same request may succeed later."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepError:
+    """Why a sequence ends without an answer."""
+
+    message: str
+    blame: Blame = Blame.SERVER
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One sampled token for each scheduled sequence with `needs_sample`, in plan order."""
@@ -92,9 +112,11 @@ class StepResult:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     """Aligned with token_ids; None where the request asked for none."""
-    errors: Mapping[Sequence, str] = field(default_factory=dict)
-    """Sequences whose results are worthless, and why: some of their weights could not be read."""
+    errors: Mapping[Sequence, StepError] = field(default_factory=dict)
+    """Sequences whose results are worthless, and why."""
     routes: StepRoutes | None = None
     """Where the routers sent the tokens, if anyone wants to know."""
     prompt_logprobs: Mapping[Sequence, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     """For each sequence with scored positions in this step: of the tokens after them."""
+    late: frozenset[Sequence] = frozenset()
+    """Sequences whose mask did not come in time: their sampled token does not count, and the next step samples anew."""

@@ -18,6 +18,7 @@ from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.seats import NO_SEAT, Seats
 from moe_serve.scheduling.sequence import Sequence
 
 
@@ -72,6 +73,7 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, pool: PagePool, eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.limits = limits
         self.pool = pool
+        self.seats = Seats(limits.max_num_seqs)
         self._eos = eos_token_ids
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
@@ -108,7 +110,8 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.page_ids)
-        seq.page_ids = []
+        self.seats.give_back(seq.seat)
+        seq.page_ids, seq.seat = [], NO_SEAT
 
     # ---- plan -----------------------------------------------------------------------------------
 
@@ -210,6 +213,7 @@ class Scheduler:
             return False
         self.pool.share(cached)
         seq.page_ids = cached
+        seq.seat = self.seats.take()
         grown = self._grow(seq, num_cached + count)
         assert grown, "admission miscounted the free pages"
         if self.limits.enable_prefix_caching:
@@ -242,7 +246,8 @@ class Scheduler:
         """Book the step: computed counts, published pages, sampled tokens, finished sequences.
 
         Returns the sequences that got a token, or ended without one (max_tokens 0), in plan order.
-        Sequences that were aborted while the step ran, or whose results are errors, are skipped.
+        Sequences that were aborted while the step ran, or whose results are errors, are skipped. A late one computes
+        its last token again in the next step.
         Example: plan with a decode (needs_sample), a prompt chunk (does not) and a prompt end
         (needs_sample) has result.token_ids of length 2.
         """
@@ -253,10 +258,11 @@ class Scheduler:
             seq = item.seq
             if seq.is_finished or seq in result.errors:
                 continue
-            seq.num_computed = item.end
+            is_late = seq in result.late
+            seq.num_computed = item.end - is_late
             seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
             self._publish_pages(seq, item)
-            if token is None:
+            if token is None or is_late:
                 continue
             advanced.append(seq)
             if seq.params.max_tokens == 0:

@@ -12,9 +12,10 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Protocol
 
-from moe_serve.errors import InvalidRequestError
+from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.scheduling.field_types import kept_values
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
+from moe_serve.scheduling.seats import NO_SEAT
 
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -77,7 +78,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None = None
-    """Same seed, same prompt, same parameters: same tokens, whatever else runs in the batch."""
+    """Same seed, prompt and parameters: same tokens, in any batch."""
     stop: tuple[str, ...] | str = ()  # a string is one of them; kept as a tuple
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
@@ -93,7 +94,7 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none. k >= 0: the sampled token's log-probability and the k most likely beside it."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens; such a prompt is computed whole, whatever prefix is cached."""
+    """The same of the prompt's tokens; such a prompt is computed whole, without cached prefixes."""
 
     def __post_init__(self) -> None:
         for name, value in kept_values(self):
@@ -203,6 +204,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
+    seat: int = NO_SEAT
+    """Row of the recurrent layers' states while it runs (moe_serve/execution/state_cache.py)."""
     page_ids: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     """Prefix hash of each full page of token_ids known so far, in order."""
@@ -279,12 +282,14 @@ class SampleOutput:
     num_cached_tokens: int
     num_output_tokens: int
     """Tokens sampled so far in this sample."""
-    error: str | None = None
-    """Set with FinishReason.ERROR: what went wrong, safe to show to the client."""
+    error: MoEServeError | None = None
+    """Set with FinishReason.ERROR: what the client is told."""
     stats: FinishedStats | None = None
     """With the last output: the sample's times."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With sample 0's first output when SamplingParams.prompt_logprobs is set: of the prompt but its first token."""
+    text_starts: tuple[int, ...] = ()
+    """One per new token, aligned with `logprobs`: where its text begins in the sample's text, in characters."""
 
 
 @dataclass(slots=True)
@@ -295,6 +300,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    text_starts: list[int] = field(default_factory=list)
+    """Aligned with `logprobs`; see SampleOutput."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -303,5 +310,6 @@ class Completion:
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.text_starts += output.text_starts
         self.finish_reason = output.finish_reason
         self.stop_reason = output.stop_reason

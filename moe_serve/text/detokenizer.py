@@ -15,6 +15,7 @@ from moe_serve.scheduling.field_types import strings
 from moe_serve.scheduling.sequence import SamplingParams
 from moe_serve.text.tokenizer import Tokenizer
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 CONTEXT_TOKENS = 8
 """Of a prompt's end."""
 
@@ -35,6 +36,11 @@ class IncrementalDetokenizer:
         self._pending: list[int] = []
         """Ids since the stream last gave text: half a character, or special tokens."""
         self._held = ""
+        self._num_chars = 0
+        """Of the text so far, what is held included."""
+        self.token_start = 0
+        """Where in the sample's text that of the newest token begins, in characters. Of two tokens that share a
+        character, both begin with it; one that is not shown begins where the next does."""
         self._stops = strings("stop", params.stop)
         self._include_stop = params.include_stop_str_in_output
 
@@ -44,18 +50,27 @@ class IncrementalDetokenizer:
         while start > 0 and self._tokenizer.is_byte(prompt[start]):  # not from within a character
             start -= 1
         context = list(prompt[start:])
-        return [] if self._tokenizer.decode(context, self._skip_special).endswith("\ufffd") else context
+        return [] if self._tokenizer.decode(context, self._skip_special).endswith(BROKEN) else context
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
         """New text that is safe to show, and the stop string that ended it, if one did."""
         for token_id in token_ids:
             piece = self._step(token_id)
+            self.token_start = self._num_chars
             if piece is None:
                 self._pending.append(token_id)
-            else:
+                continue
+            if self._pending:
+                self.token_start += self._chars_before(token_id, piece)
                 self._pending.clear()
-                self._held += piece
+            self._held += piece
+            self._num_chars += len(piece)
         return self._release()
+
+    def _chars_before(self, token_id: int, piece: str) -> int:
+        """Characters of a piece that the pending tokens made: they broke off, and this token begins a new one."""
+        own = self._tokenizer.token_text(token_id)
+        return len(piece) - len(own) if own and BROKEN not in own and piece.endswith(own) else 0
 
     def _step(self, token_id: int) -> str | None:
         try:
@@ -108,3 +123,12 @@ class IncrementalDetokenizer:
                     longest = size
                     break
         return longest
+
+
+def token_starts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """Where each token's text begins in the text of all, special tokens left out."""
+    detokenizer, starts = IncrementalDetokenizer(tokenizer, SamplingParams()), []
+    for token_id in token_ids:
+        detokenizer.push([token_id])
+        starts.append(detokenizer.token_start)
+    return starts

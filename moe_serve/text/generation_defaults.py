@@ -38,15 +38,25 @@ def read_generation_defaults(folder: str, mode: str = "auto") -> dict[str, Any]:
 
 
 def eos_token_ids(folder: str) -> set[int]:
-    """Token ids that end a sequence, from generation_config.json and config.json. CheckpointError."""
+    """Token ids that end a sequence, from generation_config.json and config.json, that of the text model included.
+
+    CheckpointError.
+    """
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(Path(folder) / name).get("eos_token_id")
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in found):
-            raise CheckpointError(f"{folder}/{name}: eos_token_id must be a token id or a list of them, got {value!r}")
-        ids.update(found)
+        fields = _read_json(Path(folder) / name)
+        text = fields.get("text_config")
+        for part in (fields, text if isinstance(text, dict) else {}):
+            ids.update(_eos_in(part, f"{folder}/{name}"))
     return ids
+
+
+def _eos_in(fields: dict[str, Any], where: str) -> list[int]:
+    value = fields.get("eos_token_id")
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in found):
+        raise CheckpointError(f"{where}: eos_token_id must be a token id or a list of them, got {value!r}")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

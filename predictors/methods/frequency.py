@@ -14,23 +14,22 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from predictors.context import Context
-from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
+from predictors.context import ByContext
+from predictors.predictor import Ints, Probabilities, RouterShape, Training, as_probabilities
 
 STREAM_WEIGHTS = (0.3, 0.5)
 """Of the stream's averages at context.RATES; the rest is the trace's. Not tuned."""
 
 
-class Frequency:
+class Frequency(ByContext):
     """Global popularity and the stream's averages, mixed."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, shape: RouterShape, popularity: npt.NDArray[np.floating]) -> None:
         """`popularity` [L, E]: uses per token."""
-        self._shape = shape
+        super().__init__(shape)
         self._popularity = popularity.astype(np.float32)
-        self._context = Context(shape)
         self._weights = np.array(STREAM_WEIGHTS, dtype=np.float32)
 
     @classmethod
@@ -46,17 +45,6 @@ class Frequency:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {"popularity": self._popularity}
-
-    def begin(self, streams: Ints) -> None:
-        self._context.begin(streams)
-
-    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
-        self._context.step(streams)
-
-    def observe(
-        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
-    ) -> None:
-        self._context.observe(layer, streams, ids)
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
         return as_probabilities(self._mixed(self._context.averages(layer, streams), layer), self._shape.top_k)

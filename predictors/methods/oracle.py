@@ -1,4 +1,4 @@
-"""The truth, told beforehand: the bound from above of whatever uses predictions."""
+"""The true routes, told beforehand: the most that any use of predictions can reach."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy.typing as npt
 
 from predictors.averages import next_use_values
 from predictors.methods.transition import DISCOUNT
-from predictors.predictor import FUTURE, Floats, Ints, Probabilities, RouterShape, Training
-from predictors.streams import Rows, multi_hot
+from predictors.predictor import FUTURE, Ints, Probabilities, RouterShape, Training
+from predictors.streams import ByPosition, multi_hot
 from predictors.trace import RoutingTrace
 
 
-class Oracle:
+class Oracle(ByPosition):
     """Knows the routes of every stream; `reveal` them after `begin`."""
 
     needs: ClassVar[frozenset[str]] = frozenset({FUTURE})
 
     def __init__(self, shape: RouterShape) -> None:
+        super().__init__()
         self._shape = shape
-        self._position = Rows((), np.int64, -1)
         self._routes: dict[int, npt.NDArray[Any]] = {}
         self._soon: dict[int, npt.NDArray[np.float32]] = {}
 
@@ -41,17 +41,6 @@ class Oracle:
         """`future`: the one sequence that `stream` is going to be."""
         self._routes[stream] = future.ids.astype(np.int32)
         self._soon[stream] = next_use_values(future, DISCOUNT)
-
-    def begin(self, streams: Ints) -> None:
-        self._position.reset(streams)
-
-    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
-        self._position.data[streams] += 1
-
-    def observe(
-        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
-    ) -> None:
-        pass
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
         ids = np.stack([self._routes[s][self._position.data[s], layer] for s in streams.tolist()])

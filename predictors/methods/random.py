@@ -1,4 +1,4 @@
-"""A guess that knows nothing: the bound from below, and the adversary in tests of whatever uses predictions."""
+"""A guess without knowledge: the least that a predictor must pass, and the adversary in tests of prefetching."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
-from predictors.streams import Rows
+from predictors.predictor import Ints, Probabilities, RouterShape, Training, as_probabilities
+from predictors.streams import ByPosition
 
 
-class Random:
+class Random(ByPosition):
     """K experts for every token and layer, drawn from the seed, the position in the stream and the layer."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, shape: RouterShape, seed: int = 0) -> None:
+        super().__init__()
         self._shape = shape
         self._seed = seed
-        self._position = Rows((), np.int64)
 
     @classmethod
     def fit(cls, training: Training) -> Self:
@@ -33,17 +33,6 @@ class Random:
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {"seed": np.array([self._seed])}
 
-    def begin(self, streams: Ints) -> None:
-        self._position.reset(streams)
-
-    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
-        self._position.data[streams] += 1
-
-    def observe(
-        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
-    ) -> None:
-        pass
-
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
         return as_probabilities(2 * self._noise(layer, streams, 0), self._shape.top_k)
 
@@ -52,14 +41,14 @@ class Random:
 
     def _noise(self, layer: int, streams: Ints, what: int) -> npt.NDArray[np.float32]:
         """[T, E] in 0..1."""
-        keys = self._position.data[streams].astype(np.uint64)[:, None]
+        keys = (self._position.data[streams] + 1).astype(np.uint64)[:, None]
         for part in (self._seed, what, layer, np.arange(self._shape.num_experts)):
             keys = _mixed(keys + np.asarray(part, dtype=np.uint64))
         return np.asarray((keys >> np.uint64(40)) / 2**24, dtype=np.float32)
 
 
 def _mixed(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A hash of 64 bits (the finaliser of SplitMix64): the same for a row whatever rows are beside it."""
+    """A hash of 64 bits (the finaliser of SplitMix64): a row's hash does not depend on the other rows."""
     keys = keys + np.uint64(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from predictors.averages import next_use_values
-from predictors.context import Context, Evidence, Linear, window_of
-from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training, as_probabilities
+from predictors.context import ByContext, Evidence, Linear, window_of
+from predictors.predictor import Ints, Probabilities, RouterShape, Training, as_probabilities
 from predictors.streams import UNKNOWN
 
 DISTANCES = (1, 2, 3, 4, 6, 8)
@@ -29,16 +29,15 @@ Key = tuple[int, int]
 """(layer, newest layer known)."""
 
 
-class Transition:
+class Transition(ByContext):
     """Least squares over the routes of this and the previous token."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, shape: RouterShape, next_layers: Mapping[Key, Linear], reuse: Mapping[int, Linear]) -> None:
-        self._shape = shape
+        super().__init__(shape)
         self._next = next_layers
         self._reuse = reuse
-        self._context = Context(shape)
 
     @classmethod
     def fit(cls, training: Training) -> Self:
@@ -67,17 +66,6 @@ class Transition:
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         named = {f"next.{layer}.{newest}": linear.packed() for (layer, newest), linear in self._next.items()}
         return named | {f"reuse.{layer}": linear.packed() for layer, linear in self._reuse.items()}
-
-    def begin(self, streams: Ints) -> None:
-        self._context.begin(streams)
-
-    def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
-        self._context.step(streams)
-
-    def observe(
-        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
-    ) -> None:
-        self._context.observe(layer, streams, ids)
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
         newest = self._context.routes.newest[streams]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import ContextTooLongError, InvalidRequestError
-from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
+from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.sequence import Request, SampleOutput, SamplingParams
 from moe_serve.scheduling.stats import EngineLoad, StepStats
@@ -37,8 +37,8 @@ class AlphabetRunner(DenseRunner):
         if self.fails:
             raise RuntimeError("the device fell off")
         ids = tuple((s.seq.token_ids[-1] + 1) % 26 for s in plan.scheduled if s.needs_sample)
-        broken = {s.seq: "bad bytes" for s in plan.scheduled if s.seq.request.request_id in self.broken_requests}
-        return StepResult(ids, tuple(None for _ in ids), broken)
+        failing = [s.seq for s in plan.scheduled if s.seq.request.request_id in self.broken_requests]
+        return StepResult(ids, tuple(None for _ in ids), dict.fromkeys(failing, StepError("bad bytes")))
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -50,7 +50,7 @@ def engine() -> Engine:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
-    spec = ModelSpec("fake", torch.float32, 26, 60, 1, 8, 2, 1, 8)
+    spec = ModelSpec("fake", torch.float32, 26, 60, 1, 8, 2, 1, 8, 8)
     return Engine(AlphabetRunner(), tokenizer, spec, frozenset())
 
 
@@ -122,7 +122,7 @@ def test_a_failed_step_ends_the_running_and_spares_the_waiting(engine: Engine) -
     failed = engine.fail_running("it broke")
     engine.check_integrity()
     assert [o.finish_reason for o in failed] == [FinishReason.ERROR] * 4
-    assert {o.error for o in failed} == {"it broke"}
+    assert {str(o.error) for o in failed} == {"it broke"}
     runner_of(engine).fails = False
     assert set(finish(engine)) == {("r4", 0), ("r5", 0)}
 
@@ -190,7 +190,7 @@ def test_a_sequence_with_worthless_results_ends_alone(engine: Engine) -> None:
     runner_of(engine).broken_requests.add("bad")
     outputs = finish(engine)
     assert "".join(o.text for o in outputs["good", 0]) == "jklmno"
-    assert [(o.finish_reason, o.error, o.token_ids) for o in outputs["bad", 0]] == [
+    assert [(o.finish_reason, str(o.error), o.token_ids) for o in outputs["bad", 0]] == [
         (FinishReason.ERROR, "bad bytes", ())
     ]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Iterator
 
 import jsonschema
@@ -12,11 +15,13 @@ import pytest
 
 from moe_serve.demo import MODEL
 from moe_serve.engine.engine import Engine
-from moe_serve.errors import InvalidRequestError
+from moe_serve.errors import InvalidRequestError, OverloadedError
+from moe_serve.grammars.grammar_process import STEP_S
 from moe_serve.grammars.matcher import Matcher
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Request, SampleOutput, SamplingParams, Sequence
 from moe_serve.text.tokenizer import Tokenizer
+from tests.grammars.walking import hold_up
 from tests.random_model import random_engine, run_all
 
 SCHEMA = {
@@ -149,7 +154,10 @@ def test_a_grammar_that_exhausts_its_limits_ends_its_own_request_only(engine: En
     (hard,) = (s for s in engine.scheduler.live() if s.request.request_id == "hard")
     make_wrong_move(hard, engine.spec.vocab_size)
     outputs = [o for _ in range(5) for o in engine.step()]
-    assert [o.error is not None for o in outputs if o.request_id == "hard"] == [True]
+    (failed,) = (o for o in outputs if o.request_id == "hard")
+    assert isinstance(failed.error, InvalidRequestError), "the request's own fault"
+    assert failed.error.param == "structured_outputs"
+    assert "could not be followed further than 0 tokens" in failed.error.message
     assert sum(o.request_id == "easy" for o in outputs) == 5
     engine.check_integrity()
 
@@ -157,7 +165,7 @@ def test_a_grammar_that_exhausts_its_limits_ends_its_own_request_only(engine: En
 def make_wrong_move(seq: Sequence, vocab_size: int) -> None:
     """Leave its matcher in the state that llguidance's limits leave one in."""
     assert isinstance(seq.matcher, Matcher)
-    seq.matcher.begin()
+    assert seq.matcher.begin(STEP_S)
     number, _ = seq.matcher.next_row(seq)
     masks = np.zeros((1, -(-vocab_size // 32)), np.int32)
     seq.matcher.process().ask([(number, [0])], masks.shape[1])
@@ -166,3 +174,39 @@ def make_wrong_move(seq: Sequence, vocab_size: int) -> None:
 
 def make_request(request_id: str, params: SamplingParams) -> Request:
     return Request(request_id, (5, 6, 7), params)
+
+
+def test_a_late_mask_holds_up_no_other_and_changes_no_token(engine: Engine) -> None:
+    hard = SamplingParams(grammar=regex("[ab]{12}c"), seed=3, max_tokens=40)
+    easy = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)
+    alone = run_all(engine, {"hard": hard, "easy": easy})
+    engine.add_request(make_request("hard", hard))
+    engine.add_request(make_request("easy", easy))
+    (seq,) = (s for s in engine.scheduler.live() if s.request.request_id == "hard")
+    outputs = [o for _ in range(4) for o in engine.step()]
+    assert isinstance(seq.matcher, Matcher)
+    pid = seq.matcher.process().pid
+    hold_up(pid)
+    start_s = time.monotonic()
+    held = [o for _ in range(6) for o in engine.step()]
+    assert time.monotonic() - start_s < STEP_S, "no step waits for it until its process is ended"
+    assert [o.request_id for o in held] == ["easy"] * 6
+    engine.check_integrity()
+    os.kill(pid, signal.SIGCONT)
+    while engine.has_work():
+        held += engine.step()
+    for name, expected in alone.items():
+        assert text_of([o for o in outputs + held if o.request_id == name[0]]) == text_of(expected)
+
+
+def test_a_process_that_the_system_ends_is_no_fault_of_the_request(engine: Engine) -> None:
+    engine.add_request(make_request("r", SamplingParams(grammar=regex("a{30}"), max_tokens=40)))
+    (seq,) = engine.scheduler.live()
+    while not any(o.request_id == "r" for o in engine.step()):
+        pass
+    assert isinstance(seq.matcher, Matcher)
+    os.kill(seq.matcher.process().pid, signal.SIGKILL)
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step()
+    assert isinstance(outputs[-1].error, OverloadedError)

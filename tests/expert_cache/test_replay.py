@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expert_cache.policies import find_policy
 from expert_cache.simulation.capacity import Capacity
 from expert_cache.simulation.events import Events, events_from, events_of
-from expert_cache.simulation.replay import compare, gap_closed_frac, replay, replay_belady, usable_policies
+from expert_cache.simulation.replay import compare, gap_closed_frac, replay_belady, replay_events, usable_policies
 from expert_cache.simulation.shadow import ShadowCache
 from predictors.trace import RoutingTrace
 
@@ -110,13 +110,13 @@ def test_a_shared_pool_moves_slots_to_the_layer_that_needs_them() -> None:
     """Layer 0 always uses expert 0, layer 1 cycles through three: four slots are enough, two and two are not."""
     trace = trace_of([[[0], [n % 3]] for n in range(40)], num_experts=4)
     lru = find_policy("lru")
-    assert replay(trace, lru(2, 4), Capacity.uniform(2, 2)).hits.tolist() == [39, 0]
-    assert replay(trace, lru(2, 4), Capacity.shared(4)).hits.tolist() == [39, 37]
+    assert replay_events(events_of(trace), lru(2, 4), Capacity.uniform(2, 2)).hits.tolist() == [39, 0]
+    assert replay_events(events_of(trace), lru(2, 4), Capacity.shared(4)).hits.tolist() == [39, 37]
 
 
 def test_result_figures() -> None:
     trace = trace_of([[[0, 1], [0, 1]], [[1, 2], [0, 1]]], num_experts=4)
-    result = replay(trace, find_policy("lru")(2, 4), Capacity.uniform(2, 2))
+    result = replay_events(events_of(trace), find_policy("lru")(2, 4), Capacity.uniform(2, 2))
     assert result.hits.tolist() == [1, 2]
     assert result.misses.tolist() == [3, 2]
     assert result.hit_frac == 3 / 8

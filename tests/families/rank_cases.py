@@ -33,7 +33,7 @@ def serve(engine: Engine, case: dict[str, Any]) -> dict[str, Any]:
         change_place(engine, case.get("places", {}).get(str(step)))
         for output in engine.step():
             if output.error is not None:
-                errors[output.request_id] = output.error
+                errors[output.request_id] = output.error.message
             tokens[int(output.request_id)] += output.token_ids
             logprobs[int(output.request_id)] += [found.logprob for found in output.logprobs]
         step += 1

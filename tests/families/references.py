@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
+from .tiny_checkpoints import auto_class
 from .tiny_configs import VOCAB
 
 NEW_TOKENS = 12
@@ -44,7 +45,8 @@ def make_prompts(seed: int = 1) -> tuple[tuple[int, ...], ...]:
 
 def compute_reference(folder: Path) -> Reference:
     """Run `generate` on a checkpoint folder, prompt by prompt."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    config = AutoConfig.from_pretrained(folder)
+    model = auto_class(config).from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     model.eval()
     prompts = make_prompts()
     outputs, scores = zip(*(_greedy(model, p) for p in prompts), strict=True)

@@ -38,7 +38,8 @@ def finish(llm: LLM, prompts: list[list[int]], **params: Any) -> list[tuple[list
     while llm.engine.has_work():
         for output in llm.engine.step():
             tokens[int(output.request_id)] += output.token_ids
-            errors[int(output.request_id)] = output.error or errors[int(output.request_id)]
+            if output.error is not None:
+                errors[int(output.request_id)] = output.error.message
     llm.engine.check_integrity()
     return list(zip(tokens, errors, strict=True))
 

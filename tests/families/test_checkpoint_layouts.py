@@ -24,7 +24,15 @@ from .tiny_configs import CASES
 Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 
-SAVED_STACKED = ("gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared")
+SAVED_STACKED = (
+    "gemma4",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "mistral4",
+)
 NATIVE = [name for name in family_names() if find(name).same_as is None]
 """Not those that are another family under a name of their own."""
 ALSO_PUBLISHED_STACKED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "ernie4_5_moe")

@@ -31,7 +31,7 @@ def test_the_promised_families_are_family_names() -> None:
     assert set(family_names()) >= NAMED_IN_THE_ISSUE
 
 
-@pytest.mark.parametrize("model_type", ["llama", "jamba", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "dbrx", "gpt2"])
 def test_a_family_we_lack_is_refused_with_the_list(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError) as caught:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from .tiny_configs import TinyCase
 
@@ -28,12 +28,18 @@ def write_checkpoint(case: TinyCase, folder: Path, max_shard_size: str = "1GB") 
 def random_model(case: TinyCase) -> Any:
     """A model whose every parameter is random, the ones that start at zero or one included."""
     torch.manual_seed(case.seed)
-    model = AutoModelForCausalLM.from_config(case.config(), dtype=torch.float32)
+    config = case.config()
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *_routing_buffers(model)]:
             _randomise(name, tensor, case.std, generator)
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """What makes the model: composites, and some text models, are only known as models of images and text."""
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
 
 
 def _routing_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:

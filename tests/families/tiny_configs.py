@@ -80,6 +80,33 @@ SLIDING: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 
+DELTA_NET: dict[str, Any] = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+"""Qwen3-Next: layers that keep a matrix per value head, and the last inputs of a convolution."""
+
+
+def rope_of_images(*sections: int) -> dict[str, Any]:
+    """Three positions per token, which differ in images only; `sections`: the frequencies that turn by each."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
+
+
+TOWER: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
 
 @dataclass(frozen=True)
 class TinyCase:
@@ -91,10 +118,19 @@ class TinyCase:
     """Chosen so that no greedy choice of the tests is a near tie (test_references.py)."""
     std: float = 0.2
     """Of the random matrices."""
+    is_brief: bool = False
+    """Most of its proofs run in `make test-slow` (conftest.py)."""
+
+    tower: dict[str, Any] | None = None
+    """vision_config of a composite; `fields` are its text_config's then."""
 
     def config(self) -> Any:
         """The transformers config."""
-        return AutoConfig.for_model(self.model_type, **{**COMMON, **self.fields})
+        fields = {**COMMON, **self.fields}
+        if self.tower is None:
+            return AutoConfig.for_model(self.model_type, **fields)
+        outer = {"text_config": fields, "vision_config": self.tower, "tie_word_embeddings": False}
+        return AutoConfig.for_model(self.model_type, **outer)
 
 
 CASES: dict[str, TinyCase] = {
@@ -287,4 +323,98 @@ CASES: dict[str, TinyCase] = {
     ),
     "flint": TinyCase("flint", {**FINE, **SLIDING}),
     "kolibri1": TinyCase("kolibri1", {**FINE, **SLIDING}, seed=3),
+    "qwen3_next": TinyCase("qwen3_next", {**FINE, "shared_expert_intermediate_size": 48, **DELTA_NET}, is_brief=True),
+    "qwen3_5_moe": TinyCase(
+        "qwen3_5_moe_text", {**FINE, "shared_expert_intermediate_size": 48, **DELTA_NET}, is_brief=True
+    ),
+    "granitemoehybrid": TinyCase(
+        "granitemoehybrid",
+        {
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "layer_types": ["mamba", "mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+        is_brief=True,
+    ),
+    "lfm2_moe": TinyCase(
+        "lfm2_moe",
+        {
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "conv", "full_attention"],
+        },
+        is_brief=True,
+    ),
+    "jamba": TinyCase(
+        "jamba",
+        {
+            "intermediate_size": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 0,
+            "mamba_dt_rank": 8,
+            "use_mamba_kernels": False,
+        },
+        is_brief=True,
+    ),
+    # Wider heads in the full layer, whose values are its keys; inputs per layer from a table of their own.
+    "gemma4": TinyCase(
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 0,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        is_brief=True,
+    ),
+    # Experts see a projection of half the width, as in Nemotron-3 Super.
+    "nemotron_h": TinyCase(
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+            "head_dim": 16,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 96,
+            "moe_latent_size": 32,
+            "moe_shared_expert_intermediate_size": 48,
+            "n_group": 2,
+            "topk_group": 1,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+        is_brief=True,
+    ),
+    "qwen3_vl_moe": TinyCase(
+        "qwen3_vl_moe", {**FINE, "decoder_sparse_step": 1, **rope_of_images(3, 3, 2)}, is_brief=True, tower=TOWER
+    ),
+    "glm4v_moe": TinyCase(
+        "glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, is_brief=True, tower=TOWER
+    ),
+    "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}, is_brief=True),
 }

@@ -193,7 +193,7 @@ def run(grammars: Grammars, tokenizer: Tokenizer, kind: GrammarKind, seed: int, 
 def opened() -> Iterator[dict[str, Callable[[int, int], int]]]:
     """What fuzzes each kind of grammar, over processes that end with the block."""
     tokenizer = demo_tokenizer()
-    grammars = Grammars(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
+    grammars = Grammars.of(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
 
     def of(kind: GrammarKind) -> Callable[[int, int], int]:
         return lambda seed, examples: run(grammars, tokenizer, kind, seed, examples)

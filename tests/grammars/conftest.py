@@ -16,6 +16,6 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
-    grammars = Grammars(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
+    grammars = Grammars.of(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
     yield grammars
     grammars.close()

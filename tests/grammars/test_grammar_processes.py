@@ -31,7 +31,7 @@ def regex(text: str) -> GrammarSpec:
 
 
 def made(tokenizer: Tokenizer, limits: GrammarLimits | None = None) -> Grammars:
-    return Grammars(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids), limits)
+    return Grammars.of(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids), limits)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_process_that_dies_while_stepping_ends_its_own_sequences_only(own: Gra
     assert eventually(lambda: has_ended(pid)), "the signal comes some time after the call"
     masks = masks_of(tokenizer, doomed, other, twin)
     assert set(masks.errors) == {doomed, twin}
-    assert all("SIGSEGV" in text for text in masks.errors.values())
+    assert all("SIGSEGV" in error.message for error in masks.errors.values())
     assert allowed(masks, 1, tokenizer.vocab_size), "the other goes on"
     again = sequence(own, regex("a+"))
     assert not masks_of(tokenizer, again).errors, "the next request gets a new process"
@@ -87,7 +87,7 @@ def test_a_stopped_process_is_ended_after_its_time(
     os.kill(stuck.matcher.process().pid, signal.SIGSTOP)  # type: ignore[union-attr]
     masks = masks_of(tokenizer, stuck, other)
     assert list(masks.errors) == [stuck]
-    assert "longer than 0.5 s" in masks.errors[stuck]
+    assert "longer than 0.5 s" in masks.errors[stuck].message
     assert eventually(lambda: len(children_of(own)) == 1)
 
 
@@ -196,7 +196,7 @@ from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.grammars.grammars import Grammars
 from tests.grammars.hostile import slow_gbnf
 tokenizer = Tokenizer.from_path("moe_serve/demo/model")
-grammars = Grammars(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
+grammars = Grammars.of(tokenizer, tokenizer.vocab_size, frozenset(tokenizer.eos_token_ids))
 grammars.check(GrammarSpec(GrammarKind.REGEX, "a+"))
 waiting = grammars.begin_check(slow_gbnf(1))
 print(grammars.zygote.pid, flush=True)

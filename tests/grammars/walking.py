@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 
 import numpy as np
+import psutil
 
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.grammars.masks import Masks, compute_masks
 from moe_serve.scheduling.sequence import GrammarSpec, Request, SamplingParams, Sequence
 from moe_serve.text.tokenizer import Tokenizer
+from tests.patience import PATIENCE_S
 
 
 def sequence(grammars: Grammars, spec: GrammarSpec) -> Sequence:
@@ -20,6 +25,15 @@ def sequence(grammars: Grammars, spec: GrammarSpec) -> Sequence:
 
 
 def masks_of(tokenizer: Tokenizer, *seqs: Sequence) -> Masks:
+    """Of all of them, however long the machine takes."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while (masks := masks_now(tokenizer, *seqs)).late:
+        assert time.monotonic() < deadline_s
+    return masks
+
+
+def masks_now(tokenizer: Tokenizer, *seqs: Sequence) -> Masks:
+    """As a step gets them."""
     return compute_masks(seqs, list(range(len(seqs))), -(-tokenizer.vocab_size // 32))
 
 
@@ -44,3 +58,12 @@ def walk(grammars: Grammars, tokenizer: Tokenizer, spec: GrammarSpec, seed: int,
     finally:
         assert seq.matcher is not None
         seq.matcher.close()
+
+
+def hold_up(pid: int) -> None:
+    """Stop a process; it goes on with SIGCONT."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:  # the signal comes some time after the call
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)

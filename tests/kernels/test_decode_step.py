@@ -24,7 +24,7 @@ from tests.support.decode_reference import decode_step_reference, in_float64
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
 SILU = Activation("silu")
-LAYERS, EXPERTS, VOCAB, PAGE_SIZE, PAGES = 3, 8, 83, 4, 40
+LAYERS, EXPERTS, VOCAB, PAGE_SIZE, PAGES = 3, 8, 83, 4, 160
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -68,8 +69,8 @@ def test_a_layer_of_experts(dtype: torch.dtype) -> None:
         assert alike(layer.run(x[:count], ids[:count], weights[:count], SILU)[0], whole[:count])
 
 
-LENGTHS = (9, 1, 14)
-"""Of three sequences; all of their tokens are in one step of LayerParts."""
+LENGTHS = (9, 1, 150, 14)
+"""Of some sequences; all of their tokens are in one step of LayerParts."""
 
 
 def tokens_of(model: Tiny) -> DecodeInputs:
@@ -82,7 +83,8 @@ def tokens_of(model: Tiny) -> DecodeInputs:
     slots = pages[seqs, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
     angles = torch.outer(positions.float(), torch.rand(model.case.shape.rotary_dim // 2))
     x = torch.randn(len(seqs), model.case.hidden)
-    return DecodeInputs(x, angles.cos(), angles.sin(), slots, pages[seqs].contiguous(), positions + 1)
+    starts = torch.tensor([*accumulate(LENGTHS, initial=0)])
+    return DecodeInputs(x, angles.cos(), angles.sin(), slots, pages, positions + 1, starts)
 
 
 def run_layers(model: Tiny, inputs: DecodeInputs) -> torch.Tensor:
@@ -97,21 +99,60 @@ def run_layers(model: Tiny, inputs: DecodeInputs) -> torch.Tensor:
     return parts.head(inputs.x)
 
 
-def rows_of(inputs: DecodeInputs, rows: slice) -> DecodeInputs:
-    fields = ("x", "cos", "sin", "kv_slots", "page_table", "lengths")
-    return replace(inputs, **{name: getattr(inputs, name)[rows].clone() for name in fields})
+PER_TOKEN = ("x", "cos", "sin", "kv_slots", "lengths")
+
+
+def one_of(inputs: DecodeInputs, row: int) -> DecodeInputs:
+    """One token's step."""
+    assert inputs.starts is not None
+    sequence = int(torch.searchsorted(inputs.starts, row, right=True)) - 1
+    own = {name: getattr(inputs, name)[row : row + 1].clone() for name in PER_TOKEN}
+    return replace(inputs, **own, page_table=inputs.page_table[sequence : sequence + 1].clone(), starts=None)
+
+
+def chunk_of(inputs: DecodeInputs, begin: int, end: int) -> tuple[DecodeInputs, torch.Tensor]:
+    """Tokens `begin` to `end` - 1 of every sequence that has them, and their rows."""
+    assert inputs.starts is not None
+    spans = [range(first, last)[begin:end] for first, last in pairwise(inputs.starts.tolist())]
+    kept = [i for i, span in enumerate(spans) if span]
+    rows = torch.tensor([row for span in spans for row in span])
+    own = {name: getattr(inputs, name)[rows] for name in PER_TOKEN}
+    starts = torch.tensor([*accumulate((len(spans[i]) for i in kept), initial=0)])
+    return replace(inputs, **own, page_table=inputs.page_table[kept].contiguous(), starts=starts), rows
+
+
+def copy_of(inputs: DecodeInputs) -> DecodeInputs:
+    return replace(inputs, x=inputs.x.clone())
+
+
+def take_keys(model: Tiny, inputs: DecodeInputs) -> list[torch.Tensor]:
+    """What a step has written into the cache, which is empty then."""
+    kept = [block.keys[:, inputs.kv_slots] for block in model.blocks]
+    for block in model.blocks:
+        block.keys.zero_()
+    return kept
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_of_many_tokens_is_as_many_steps_of_one(name: str) -> None:
     model = tiny(CASES[name])
     inputs = tokens_of(model)
-    several = run_layers(model, rows_of(inputs, slice(None)))
-    kept = [block.keys[:, inputs.kv_slots] for block in model.blocks]
-    for block in model.blocks:
-        block.keys.zero_()
+    several = run_layers(model, copy_of(inputs))
+    kept = take_keys(model, inputs)
     step = model.step()
-    one_by_one = [step.run(rows_of(inputs, slice(i, i + 1)))[0].clone() for i in range(len(inputs.x))]
+    one_by_one = [step.run(one_of(inputs, i))[0].clone() for i in range(len(inputs.x))]
     assert len(model.blocks) == LAYERS
     assert alike(torch.cat(one_by_one), several)
-    assert all(alike(block.keys[:, inputs.kv_slots], keys) for block, keys in zip(model.blocks, kept, strict=True))
+    assert all(alike(keys, before) for keys, before in zip(take_keys(model, inputs), kept, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk", [7, 64, 130])
+def test_chunks_change_no_bit(name: str, chunk: int) -> None:
+    model = tiny(CASES[name])
+    inputs = tokens_of(model)
+    whole = run_layers(model, copy_of(inputs))
+    take_keys(model, inputs)
+    for begin in range(0, max(LENGTHS), chunk):
+        part, rows = chunk_of(inputs, begin, begin + chunk)
+        assert alike(run_layers(model, part), whole[rows])

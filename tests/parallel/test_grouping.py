@@ -10,18 +10,20 @@ from moe_serve.errors import ConfigError
 from moe_serve.parallel.modes.grouping import GroupRunner
 from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.wire.messages import RoutePiece
-from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepError
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
+
+LOST = StepError("lost")
 
 
 class Echo:
-    """Samples each item's home, and fails the second item."""
+    """Samples each item's home, fails the second item, and is late with the first."""
 
     def run(self, step: RankStep) -> Outcome:
-        errors = {1: "lost"} if len(step.homes) > 1 else {}
+        errors = {1: LOST} if len(step.homes) > 1 else {}
         last_tokens = np.array([span.stop - 1 for span in step.plan.spans()], np.int32)
         piece = RoutePiece(last_tokens, np.zeros((len(last_tokens), 1, 1), np.uint8))
-        return Outcome({i: (home, None) for i, home in enumerate(step.homes)}, errors, piece)
+        return Outcome({i: (home, None) for i, home in enumerate(step.homes)}, errors, piece, (0,))
 
 
 def step_of(homes: list[int]) -> RankStep:
@@ -35,10 +37,11 @@ def step_of(homes: list[int]) -> RankStep:
 def test_a_group_runs_its_part() -> None:
     step = step_of([2, 0, 3, 1])
     first, second = (GroupRunner(Echo(), rank, 2).run(step) for rank in (0, 2))
-    assert first[:2] == ({1: (0, None), 3: (1, None)}, {3: "lost"})
-    assert second[:2] == ({0: (0, None), 2: (1, None)}, {2: "lost"})
+    assert first[:2] == ({1: (0, None), 3: (1, None)}, {3: LOST})
+    assert second[:2] == ({0: (0, None), 2: (1, None)}, {2: LOST})
+    assert (first.late, second.late) == ((1,), (0,))
     assert [numbers(outcome) for outcome in (first, second)] == [[5, 11], [2, 8]]  # of the whole step's tokens
-    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {}, None)
+    assert GroupRunner(Echo(), 2, 2).run(step_of([0, 1])) == ({}, {}, None, ())
 
 
 def numbers(outcome: Outcome) -> list[int]:

@@ -15,7 +15,7 @@ from expert_cache.report import ExpertTotals
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError
 from moe_serve.parallel.front.step_writer import StepWriter, merge
-from moe_serve.parallel.ranks.step_reader import StepReader
+from moe_serve.parallel.ranks.step_reader import Startable, StepReader
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
 from moe_serve.parallel.wire.environment import FRONT, front_address, read_place
 from moe_serve.parallel.wire.messages import (
@@ -34,10 +34,9 @@ from moe_serve.parallel.wire.messages import (
     read_front,
     read_rank,
 )
-from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
+from moe_serve.scheduling.batch_plan import BatchPlan, Blame, ScheduledSequence, StepError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import (
-    Closeable,
     GrammarKind,
     GrammarSpec,
     Request,
@@ -61,7 +60,7 @@ def heard_by_the_front(outcome: Outcome) -> Any:
     return message.outcome
 
 
-def no_grammar(spec: GrammarSpec) -> Closeable:
+def no_grammar(spec: GrammarSpec) -> Startable:
     raise AssertionError("no sequence has a grammar")
 
 
@@ -120,6 +119,9 @@ class Matcher:
     def close(self) -> None:
         """Nothing to give back."""
 
+    def begin(self) -> bool:
+        return True
+
 
 def test_a_mirror_has_a_matcher_of_its_own() -> None:
     grammar = GrammarSpec(GrammarKind.REGEX, "a")
@@ -136,15 +138,16 @@ def test_results_of_several_ranks_merge_in_plan_order() -> None:
     logprob = TokenLogprob(8, -0.25, ((8, -0.25), (2, -3.0)))
     counted = Counted({"trips": 1}, [2], ExpertTotals(hits=3))
     answers = [
-        StepDone({2: (7, None)}, {}, None, counted),
-        StepDone({0: (8, logprob), 1: (6, None)}, {1: "lost"}, None, counted),
+        StepDone({2: (7, None)}, {}, None, (2,), counted),
+        StepDone({0: (8, logprob), 1: (6, None)}, {1: StepError("lost", Blame.GRAMMAR)}, None, (), counted),
     ]
     heard = [heard_by_the_front(answer) for answer in answers]
     assert heard == answers
     result = merge(plan, heard, RouterShape((0,), 4, 2))
     assert result.token_ids == (8, 6, 7)
     assert result.logprobs == (logprob, None, None)
-    assert result.errors == {seqs[1]: "lost"}
+    assert result.errors == {seqs[1]: StepError("lost", Blame.GRAMMAR)}
+    assert result.late == {seqs[2]}
 
 
 def test_channel_ends_when_the_other_side_does() -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.expert_plans import contiguous, read_hosts
+from moe_serve.parallel.expert_plans import read_hosts
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.token_uses import TokenUses, count_uses, load_uses
 from moe_serve.parallel.modes.ownership import Ownership
-from placement.cost import Layout
+from placement.cost import Hosts, Layout
 from placement.plan import make_plan, save_plan
 from placement.problem import PlacementProblem
 from placement.topology import Topology
@@ -60,6 +60,11 @@ def test_damaged_plan(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match=r"--expert-plan: .*cannot read"):
         read_hosts(str(tmp_path / "bad.json"), LAYERS, 4, 2)
+
+
+def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Hosts:
+    """Where experts are without a plan."""
+    return read_hosts(None, range(num_layers), num_experts, num_ranks)
 
 
 def test_contiguous_is_uneven_where_it_must_be() -> None:

@@ -26,7 +26,7 @@ from expert_cache.report import ExpertReport, ExpertTotals, Residency
 from moe_serve.config import EngineConfig
 from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.engine.trouble import Trouble
-from moe_serve.errors import ContextTooLongError, InvalidRequestError
+from moe_serve.errors import ContextTooLongError, InvalidRequestError, MoEServeError
 from moe_serve.expert_routes.route_recorder import RouteObserver
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
@@ -90,6 +90,8 @@ class FakeEngine:
     page_size: int = 16
     delay_s: float = 0.0
     failing_steps: int = 0
+    breaks_after: tuple[int, MoEServeError] | None = None
+    """Each sample ends with this error after so many tokens."""
     """So many of the next steps with work raise."""
     refuse_add: bool = False
     refuse_abort: bool = False
@@ -109,7 +111,7 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.ids = self.tokenizer.encode(SENTENCE)
         self.gate.set()
-        self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size, frozenset(self.tokenizer.eos_token_ids))
+        self.grammars = Grammars.of(self.tokenizer, self.tokenizer.vocab_size, frozenset(self.tokenizer.eos_token_ids))
 
     def check_request(self, request: Request) -> None:
         if (compiling := self.begin_check(request)) is not None:
@@ -173,7 +175,7 @@ class FakeEngine:
 
     def fail_running(self, message: str) -> list[SampleOutput]:
         failed, self.running = self.running, []
-        return [self._output(s, "", (), FinishReason.ERROR, None, message) for s in failed]
+        return [self._output(s, "", (), FinishReason.ERROR, None, MoEServeError(message)) for s in failed]
 
     def step(self) -> list[SampleOutput]:
         self.gate.wait()
@@ -192,6 +194,9 @@ class FakeEngine:
 
     def _advance(self, sample: Sample) -> SampleOutput:
         params = sample.request.params
+        if self.breaks_after is not None and sample.generated >= self.breaks_after[0]:
+            sample.done = True
+            return self._output(sample, "", (), FinishReason.ERROR, None, self.breaks_after[1])
         token_id = self.ids[(sample.generated + sample.index) % len(self.ids)]
         sample.generated += 1
         text, stop = sample.detokenizer.push([token_id])
@@ -214,7 +219,7 @@ class FakeEngine:
         token_ids: tuple[int, ...],
         reason: FinishReason | None,
         stop: str | None,
-        error: str | None = None,
+        error: MoEServeError | None = None,
     ) -> SampleOutput:
         count = sample.request.params.logprobs
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -234,6 +239,7 @@ class FakeEngine:
             num_prompt // 2,
             sample.generated,
             error,
+            text_starts=(sample.detokenizer.token_start,) * len(logprobs),
         )
 
     def _report(self, admitted: list[Sample]) -> None:

@@ -69,6 +69,7 @@ class DecodeStep:
     def _step(self, inputs: DecodeInputs) -> tuple[_Outputs, int]:
         count, hidden = inputs.x.shape
         assert 0 < count <= len(self._outputs)
+        assert len(inputs.page_table) == count
         assert hidden == self._model.shape.hidden
         assert inputs.x.dtype == inputs.cos.dtype == inputs.sin.dtype == torch.float32
         tensors = (inputs.x, inputs.cos, inputs.sin, inputs.kv_slots, inputs.page_table, inputs.lengths)
@@ -92,8 +93,10 @@ class _Outputs:
         self.weights = torch.empty(num_routes, num_tokens, top_k)
         self.logits = torch.empty(num_tokens, model.head.num_rows)
         outputs = {name: getattr(self, name).data_ptr() for name in ("normed", "ids", "weights", "logits")}
-        inputs = dict.fromkeys(("cos", "sin", "kv_slots", "page_table", "lengths", "x"))
-        self.step = native().new("Step", num_tokens=num_tokens, table_width=0, **inputs, **outputs)
+        inputs = dict.fromkeys(("cos", "sin", "kv_slots", "starts", "page_table", "lengths", "x"))
+        self.step = native().new(
+            "Step", num_tokens=num_tokens, num_sequences=num_tokens, table_width=0, **inputs, **outputs
+        )
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:

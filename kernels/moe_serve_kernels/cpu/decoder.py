@@ -4,7 +4,7 @@ RMSNorm, rotary attention over paged keys and values with or without biases, nor
 RMSNorm, then a router and experts, an MLP for all tokens, or both; all added to the residual stream. Knows no model by
 name and runs nothing.
 
-Shape alphabet: T tokens (one per sequence), H hidden, Hq query and Hk key/value heads of D (values of Dv), R rotary
+Shape alphabet: T tokens of S sequences, H hidden, Hq query and Hk key/value heads of D (values of Dv), R rotary
 values of a head, E experts, P * B tokens that the pages hold.
 """
 
@@ -111,6 +111,9 @@ class DecodeInputs:
     kv_slots: torch.Tensor
     """[T] int64: page * B + offset of each token's own key and value."""
     page_table: torch.Tensor
-    """[T, pages] int64."""
+    """[S, pages] int64."""
     lengths: torch.Tensor
     """[T] int64: tokens that each one sees, itself included."""
+    starts: torch.Tensor | None = None
+    """[S + 1] int64: each sequence's first row, and T; those of a sequence see one token more from row to row. None:
+    every token is a sequence, S = T."""

@@ -129,6 +129,8 @@ def _step(inputs: DecodeInputs) -> Any:
         cos=inputs.cos.data_ptr(),
         sin=inputs.sin.data_ptr(),
         kv_slots=inputs.kv_slots.data_ptr(),
+        starts=None if inputs.starts is None else inputs.starts.data_ptr(),
+        num_sequences=len(inputs.page_table),
         page_table=inputs.page_table.data_ptr(),
         table_width=inputs.page_table.shape[1],
         lengths=inputs.lengths.data_ptr(),

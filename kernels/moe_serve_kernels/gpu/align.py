@@ -142,7 +142,7 @@ def _load_ids(ids_ptr, at, num_pairs, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _nobody_last(ids, BLOCK_E: tl.constexpr):
+def _padding_last(ids, BLOCK_E: tl.constexpr):
     """Ids with padding (negative) replaced by BLOCK_E, which sorts last."""
     return tl.where(ids < 0, BLOCK_E, ids)
 
@@ -190,13 +190,13 @@ def align_one_block(
     """A pair's row is the number of pairs that come before it."""
     p = tl.arange(0, BLOCK_P)
     expert = tl.arange(0, BLOCK_E)
-    own = _nobody_last(_load_ids(ids_ptr, p, num_pairs, BLOCK_E), BLOCK_E)
+    own = _padding_last(_load_ids(ids_ptr, p, num_pairs, BLOCK_E), BLOCK_E)
     row = tl.zeros([BLOCK_P], tl.int32)
     ends = tl.zeros([BLOCK_E], tl.int32)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, BLOCK_P, CHUNK):
         q = first + tl.arange(0, CHUNK)
-        other = _nobody_last(_load_ids(ids_ptr, q, num_pairs, BLOCK_E), BLOCK_E)
+        other = _padding_last(_load_ids(ids_ptr, q, num_pairs, BLOCK_E), BLOCK_E)
         before = (other[None, :] < own[:, None]) | ((other[None, :] == own[:, None]) & (q[None, :] < p[:, None]))
         row += tl.sum(before.to(tl.int32), axis=1)
         ends += tl.sum((other[None, :] <= expert[:, None]).to(tl.int32), axis=1)

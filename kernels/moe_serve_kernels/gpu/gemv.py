@@ -21,22 +21,9 @@ import triton.language as tl
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.configs import Gemv
-from moe_serve_kernels.gpu.grouped import bank_arguments
+from moe_serve_kernels.gpu.grouped import bank_arguments, loop_arguments
 from moe_serve_kernels.gpu.operands import load_int4, load_rows, scales_of_slot, slot_of_choice
 from moe_serve_kernels.gpu.pool import Bank
-
-
-def _arguments(bank: Bank, gemv: Gemv) -> dict[str, object]:
-    block_c = bank.group_size if bank.format == "int4" else gemv.block_c
-    return {
-        **bank_arguments(bank),
-        "BLOCK_F": gemv.block_f,
-        "BLOCK_C": block_c,
-        "EVEN": bank.num_inputs % block_c == 0,
-        "num_warps": gemv.num_warps,
-        "num_stages": gemv.num_stages,
-        "enable_fp_fusion": True,
-    }
 
 
 def gemv_gate_up(
@@ -62,7 +49,8 @@ def gemv_gate_up(
             alpha=activation.alpha,
             limit=activation.limit,
             KIND=activation.kind,
-            **_arguments(bank, gemv),
+            **bank_arguments(bank),
+            **loop_arguments(gemv, bank),
         )
     return act
 
@@ -89,7 +77,8 @@ def gemv_down(
             hidden=out.shape[1],
             inner=act.shape[1],
             TOP_K=ids.shape[1],
-            **_arguments(bank, gemv),
+            **bank_arguments(bank),
+            **loop_arguments(gemv, bank),
         )
 
 

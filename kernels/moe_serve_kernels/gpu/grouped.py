@@ -27,7 +27,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import is_interpreted
 from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.align import Aligned
-from moe_serve_kernels.gpu.configs import Tile
+from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.operands import (
     load_input_group,
     load_inputs,
@@ -41,7 +41,7 @@ from moe_serve_kernels.gpu.pool import Bank
 
 
 def bank_arguments(bank: Bank) -> dict[str, Any]:
-    """What both kernels get to know of a bank; absent tensors are stood in for by one that is never read."""
+    """What a kernel gets to know of a bank; absent tensors are stood in for by one that is never read."""
     data = bank.data.view(torch.uint8) if bank.format == "fp8" else bank.data
     none = data
     return {
@@ -56,20 +56,22 @@ def bank_arguments(bank: Bank) -> dict[str, Any]:
     }
 
 
-def tile_arguments(tile: Tile, bank: Bank) -> dict[str, Any]:
-    """The tile's shape as the kernels' constants; int4 steps by groups."""
-    block_c = bank.group_size if bank.format == "int4" else tile.block_c
+def loop_arguments(loop: Tile | Gemv, bank: Bank) -> dict[str, Any]:
+    """The shape of a program's loop as the kernels' constants; int4 steps by groups."""
+    block_c = bank.group_size if bank.format == "int4" else loop.block_c
     return {
-        "BLOCK_T": tile.block_t,
-        "BLOCK_F": tile.block_f,
+        "BLOCK_F": loop.block_f,
         "BLOCK_C": block_c,
         "EVEN": bank.num_inputs % block_c == 0,
-        "SWAP": tile.swap,
-        "UPCAST": is_interpreted(),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "num_warps": loop.num_warps,
+        "num_stages": loop.num_stages,
         "enable_fp_fusion": True,
     }
+
+
+def _arguments(bank: Bank, tile: Tile) -> dict[str, Any]:
+    constants = {"BLOCK_T": tile.block_t, "SWAP": tile.swap, "UPCAST": is_interpreted()}
+    return {**bank_arguments(bank), **loop_arguments(tile, bank), **constants}
 
 
 def gate_up(
@@ -100,8 +102,7 @@ def gate_up(
             alpha=activation.alpha,
             limit=activation.limit,
             KIND=activation.kind,
-            **bank_arguments(bank),
-            **tile_arguments(tile, bank),
+            **_arguments(bank, tile),
         )
     return act
 
@@ -121,8 +122,7 @@ def down(act: torch.Tensor, bank: Bank, slot_of: torch.Tensor, aligned: Aligned,
             aligned.tile_start,
             hidden=out.shape[1],
             inner=act.shape[1],
-            **bank_arguments(bank),
-            **tile_arguments(tile, bank),
+            **_arguments(bank, tile),
         )
 
 

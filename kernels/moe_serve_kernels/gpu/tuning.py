@@ -48,7 +48,7 @@ def random_layers(shape: Shape, dtype: torch.dtype, device: torch.device) -> tup
 
 
 def _fill(tensor: torch.Tensor) -> None:
-    """Small numbers, whatever the type; in place and in a slot's portions, because a pool can fill the memory."""
+    """Small numbers of any type; in place and slot by slot, because a pool can fill the memory."""
     for slot in tensor:
         if tensor.dtype in (torch.int8, torch.uint8):
             slot.random_(0, 127)

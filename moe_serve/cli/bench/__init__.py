@@ -1,18 +1,3 @@
 """`moe-serve bench ...`: measurements, one file of this folder each."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-
-from moe_serve.cli.commands import add_commands
-
 HELP = "Measure a running system."
-
-
-def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    add_commands(parser, __name__, __path__, argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    raise AssertionError("a sub-command is required, so its own `run` is called")

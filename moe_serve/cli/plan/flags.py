@@ -34,7 +34,11 @@ def add_seconds_flag(group: argparse._ActionsContainer, name: str, old: str, def
 
 
 def add_problem_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("devices")
+    _add_device_flags(parser.add_argument_group("devices"))
+    _add_objective_flags(parser.add_argument_group("objective"))
+
+
+def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpus", type=positive, default=8, metavar="G", help="Number of GPUs. Default: 8.")
     group.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs of one node. Default: all.")
     group.add_argument(
@@ -50,7 +54,9 @@ def add_problem_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--expert-mib", type=number, default=1.0, metavar="X", help="Size of one expert, in MiB. Default: 1."
     )
-    group = parser.add_argument_group("objective")
+
+
+def _add_objective_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--choices",
         choices=("all", "top1"),

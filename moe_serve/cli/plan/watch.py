@@ -114,18 +114,15 @@ def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
 
 def _decide(args: argparse.Namespace, plan: PlacementPlan, window: RoutingTrace) -> tuple[Migration, PlacementPlan]:
     from moe_serve.planning import problems
+    from moe_serve.planning.replanning import find_candidate, halves
     from placement.drift import judge
-    from placement.solve import find_plan
 
-    order = list(range(window.num_sequences))
-    problem = problems.problem_of_plan(plan, window.select(order[::2]))
-    live = problems.problem_of_plan(plan, window.select(order[1::2]))
-    # Among equally good layouts the one nearest to the plan in force: a move costs what it costs in hop bytes.
+    problem, live = (problems.problem_of_plan(plan, half) for half in halves(window))
+    # A move costs what it costs in hop bytes.
     stakes = _stakes(args, window, plan)
     hop_bytes = stakes.horizon_tokens * (live.num_layers - 1) * stakes.choices_per_hop * stakes.hidden_bytes
     price = problem.load.size * problem.expert_bytes * stakes.migration_weight / max(hop_bytes, 1.0)
-    priced = problem.with_(current=plan.layout.device_of, migration_price=price)
-    candidate = find_plan(priced, "auto", seed=args.seed, time_limit_s=args.time_limit_s, effort=4)
+    candidate = find_candidate(plan, problem, price, args.seed, args.time_limit_s)
     candidate = replace(candidate, provenance=problems.provenance(window))
     return judge(live, plan, candidate, stakes), candidate
 

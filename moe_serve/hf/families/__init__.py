@@ -5,6 +5,9 @@ A package from outside offers one as an entry point of the group "moe_serve.fami
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from moe_serve_base.extensions import Extensions
 
 FAMILIES = Extensions(
@@ -15,6 +18,24 @@ FAMILIES = Extensions(
     group="moe_serve.families",
     attributes=("experts_class", "match", "activation", "routing"),
 )
+
+
+TEXT_MODEL = "_text"
+"""What transformers puts behind the name of a family with other towers, for its text model alone."""
+
+
+def family_name(model_type: str) -> str | None:
+    """The family of a model_type, its text model's included; None: not supported."""
+    names = (model_type, model_type.removesuffix(TEXT_MODEL))
+    return next((name for name in names if name in family_names()), None)
+
+
+def family_in(fields: Mapping[str, Any]) -> str | None:
+    """The family of config.json's fields: of the whole checkpoint, else of the text model in it."""
+    text = fields.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    names = (family_name(str(name)) for name in (fields.get("model_type"), inner))
+    return next((name for name in names if name is not None), None)
 
 
 def family_names() -> list[str]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.trouble import Trouble
-from moe_serve.errors import CheckpointChangedError, EngineDeadError, InvalidRequestError
+from moe_serve.errors import CheckpointChangedError, EngineDeadError, InvalidRequestError, MoEServeError
 from moe_serve.grammars.matcher import Place
 from moe_serve.parallel.front.links import RankLostError
 from moe_serve.parallel.front.team import TeamState
@@ -98,7 +98,7 @@ class ParallelEngine(Engine):
         except CheckpointChangedError:
             raise
         except EngineDeadError as error:
-            return [self._fail(seq, error.message) for seq in list(self.scheduler.live())]
+            return [self._fail(seq, error) for seq in list(self.scheduler.live())]
         except RankLostError as error:
             return self._count_loss(error)
 
@@ -114,4 +114,4 @@ class ParallelEngine(Engine):
         losses = {seq: self._losses.get(seq, 0) + 1 for seq in self.scheduler.running}
         self._losses = {seq: count for seq, count in losses.items() if count < MAX_LOSSES}
         message = f"ranks were lost {MAX_LOSSES} times while this request ran; the last time: {error.message}"
-        return [self._fail(seq, message) for seq, count in losses.items() if count >= MAX_LOSSES]
+        return [self._fail(seq, MoEServeError(message)) for seq, count in losses.items() if count >= MAX_LOSSES]

@@ -59,7 +59,7 @@ class LivePlacement:
         return self._engine.plan
 
     async def adopt(self, plan: PlacementPlan) -> Decision:
-        """Bring a plan that fits into force, whatever it is worth. RankLostError: the one before stays."""
+        """Bring a plan that fits into force, without judging it. RankLostError: the one before stays."""
         async with self._turn:
             return await self._adopt(plan, "as asked", None)
 

@@ -23,7 +23,7 @@ from moe_serve.parallel.wire.messages import (
     Step,
     StepDone,
 )
-from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult, StepRoutes
+from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepError, StepResult, StepRoutes
 from moe_serve.scheduling.sequence import Sequence
 from predictors.predictor import RouterShape
 
@@ -74,14 +74,17 @@ class StepWriter:
 def merge(plan: BatchPlan, answers: Items[StepDone], shape: RouterShape, routes: int = NO_ROUTES) -> StepResult:
     """The StepResult that all ranks' answers make together. `routes`: what was wanted of them."""
     sampled: dict[int, Sampled] = {}
-    errors: dict[Sequence, str] = {}
+    errors: dict[Sequence, StepError] = {}
+    late: set[Sequence] = set()
     for answer in answers:
         sampled.update(answer.sampled)
-        errors.update({plan.scheduled[i].seq: text for i, text in answer.errors.items()})
+        errors.update({plan.scheduled[i].seq: error for i, error in answer.errors.items()})
+        late.update(plan.scheduled[i].seq for i in answer.late)
     wanted = [i for i, item in enumerate(plan.scheduled) if item.needs_sample]
     missing = [i for i in wanted if i not in sampled]
     assert not missing, f"no rank sampled items {missing}"
-    result = StepResult(tuple(sampled[i][0] for i in wanted), tuple(sampled[i][1] for i in wanted), errors)
+    tokens, logprobs = tuple(sampled[i][0] for i in wanted), tuple(sampled[i][1] for i in wanted)
+    result = StepResult(tokens, logprobs, errors, late=frozenset(late))
     if routes == NO_ROUTES:
         return result
     pieces = [answer.routes for answer in answers if answer.routes is not None]

@@ -9,17 +9,18 @@ Shape alphabet: T tokens, V visiting tokens of other ranks, K choices, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from expert_cache.running.experts import nothing
+from expert_cache.running.experts import Work, nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf.experts import connect
 from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, SharedExperts, share_of
-from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.route_pieces import begin_step, piece
 from moe_serve.parallel.modes.runner import Outcome, RankStep
+from moe_serve.parallel.wire.messages import NO_ROUTES
 from moe_serve.scheduling.batch_plan import BatchPlan
 from predictors.shape import MoELayer
 
@@ -32,14 +33,10 @@ class ConventionalExperts(SharedExperts):
         self.run(layer, *self.shared.no_tokens())
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts."""
+        self.routes.add(ids, weights)
         meanwhile()
         shared, exchange = self.shared, self.shared.exchange
         weights = weights.to(torch.float32)
@@ -92,19 +89,20 @@ class ConventionalRunner:
         self._runner = runner
         self._experts = runner.experts = ConventionalExperts(shared)
         self._rank = shared.exchange.rank
-        self._noter = RouteNoter(self._experts, shared.local.store.num_experts)
-        connect(runner.model, self._noter)
+        connect(runner.model, self._experts)
 
     def run(self, step: RankStep) -> Outcome:
         own = step.part_of(self._rank)
+        begin_step(self._experts.routes, step.routes if own else NO_ROUTES)
         if not own:
             for layer in self._experts.shared.local.store.layers:
                 self._experts.join(layer)
             return Outcome({}, {}, None)
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in own))
-        self._noter.begin(step.routes)
         result = self._runner.run(plan)
         sampled = [i for i in own if step.plan.scheduled[i].needs_sample]
         tokens = dict(zip(sampled, zip(result.token_ids, result.logprobs, strict=True), strict=True))
         errors = {i: result.errors[s.seq] for i in own if (s := step.plan.scheduled[i]).seq in result.errors}
-        return Outcome(tokens, errors, self._noter.take(step, own))
+        late = tuple(i for i in own if step.plan.scheduled[i].seq in result.late)
+        routes = None if result.routes is None else piece(step.plan, own, result.routes.ids, result.routes.weights)
+        return Outcome(tokens, errors, routes, late)

@@ -6,7 +6,7 @@ Within a group, ranks count from 0. Knows steps; knows no model.
 
 from __future__ import annotations
 
-from moe_serve.parallel.modes.route_noter import renumbered
+from moe_serve.parallel.modes.route_pieces import renumbered
 from moe_serve.parallel.modes.runner import Outcome, RankRunner, RankStep
 from moe_serve.scheduling.batch_plan import BatchPlan
 
@@ -27,9 +27,10 @@ class GroupRunner:
             return Outcome({}, {}, None)
         plan = BatchPlan(tuple(step.plan.scheduled[i] for i in chosen))
         homes = tuple(step.homes[i] - self._first_rank for i in chosen)
-        sampled, errors, piece = self._inner.run(RankStep(plan, homes, step.routes))
+        sampled, errors, piece, late = self._inner.run(RankStep(plan, homes, step.routes))
         return Outcome(
             {chosen[i]: s for i, s in sampled.items()},
             {chosen[i]: error for i, error in errors.items()},
             renumbered(piece, step.plan, chosen),
+            tuple(chosen[i] for i in late),
         )

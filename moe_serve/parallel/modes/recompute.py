@@ -14,12 +14,11 @@ Shape alphabet: T tokens of the step, K choices, H hidden, G ranks.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from expert_cache.running.experts import nothing
+from expert_cache.running.experts import Work, nothing
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.execution.forward_batch import GroupLimits
@@ -27,9 +26,10 @@ from moe_serve.hf.experts import connect, moe_layers
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
 from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, SharedExperts, share_of
-from moe_serve.parallel.modes.route_noter import RouteNoter
+from moe_serve.parallel.modes.route_pieces import begin_step, piece
 from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_rows
+from moe_serve.parallel.wire.messages import RoutePiece
 from predictors.shape import MoELayer
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -79,15 +79,11 @@ class RecomputingExperts(SharedExperts):
         self._sampled[sampled.cpu().numpy()] = True
 
     def run(
-        self,
-        layer: MoELayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Callable[[], None] = nothing,
+        self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, meanwhile: Work = nothing
     ) -> torch.Tensor:
         """See Experts. After the last decoder layer only the homes of sampled tokens need the sums, and only those
         rows are computed."""
+        self.routes.add(ids, weights)
         meanwhile()
         shared, me = self.shared, self.shared.exchange.rank
         is_last = layer == self._last_layer
@@ -163,8 +159,7 @@ class RecomputingRunner:
         self._rank = shared.exchange.rank
         last_layer = moe_layers(runner.model).get(max(runner.kv_cache.layers))
         self._experts = runner.experts = RecomputingExperts(shared, last_layer)
-        self._noter = RouteNoter(self._experts, shared.local.store.num_experts)
-        connect(runner.model, self._noter)
+        connect(runner.model, self._experts)
 
     def run(self, step: RankStep) -> Outcome:
         self._experts.between_steps()
@@ -172,7 +167,7 @@ class RecomputingRunner:
         batch = forward_batch.make(step.plan, config.kv.page_size, device, GroupLimits())
         homes = home_ranks(step, device)
         self._experts.begin(homes, batch.sample_rows)
-        self._noter.begin(step.routes, (homes == self._rank).nonzero()[:, 0])
+        begin_step(self._experts.routes, step.routes)
         rows = batch.sample_rows[homes[batch.sample_rows] == self._rank]
         logits: torch.Tensor = self._runner.model(
             input_ids=batch.input_ids,
@@ -182,8 +177,16 @@ class RecomputingRunner:
             forward_batch=batch,
             kv_cache=self._runner.kv_cache,
         ).logits[0]
-        sampled, lost = sample_rows(self._runner, step, batch, rows, logits)
-        return Outcome(sampled, errors_of(step, self._experts.losses) | lost, self._noter.take(step))
+        sampled, stuck, late = sample_rows(self._runner, step, batch, rows, logits)
+        errors = errors_of(step, self._experts.losses) | stuck
+        return Outcome(sampled, errors, self._piece(step, homes.cpu().numpy() == self._rank), late)
+
+    def _piece(self, step: RankStep, is_here: Bools) -> RoutePiece | None:
+        """Routes of the tokens at home here; `is_here` [T]."""
+        if not self._experts.routes.is_on:
+            return None
+        ids, weights = self._experts.routes.take()
+        return piece(step.plan, range(len(step.homes)), ids, weights, is_here.nonzero()[0])
 
 
 def _check_of(routes: Ints) -> torch.Tensor:

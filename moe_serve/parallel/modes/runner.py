@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from moe_serve.parallel.wire.messages import NO_ROUTES, RoutePiece, Sampled
-from moe_serve.scheduling.batch_plan import BatchPlan
+from moe_serve.scheduling.batch_plan import BatchPlan, StepError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,12 @@ class Outcome(NamedTuple):
 
     sampled: dict[int, Sampled]
     """By index of the step's items."""
-    errors: dict[int, str]
+    errors: dict[int, StepError]
     """By index of the step's items."""
     routes: RoutePiece | None
     """Of this rank's tokens, if the front wants them and there are any."""
+    late: tuple[int, ...] = ()
+    """Indices of items whose mask did not come in time; see StepResult."""
 
 
 class RankRunner(Protocol):

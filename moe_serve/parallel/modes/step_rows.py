@@ -15,6 +15,7 @@ from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.parallel.modes.expert_share import LossNotes
 from moe_serve.parallel.modes.runner import RankStep
 from moe_serve.parallel.wire.messages import Sampled
+from moe_serve.scheduling.batch_plan import StepError
 
 
 def home_ranks(step: RankStep, device: torch.device) -> torch.Tensor:
@@ -26,14 +27,14 @@ def home_ranks(step: RankStep, device: torch.device) -> torch.Tensor:
 
 def sample_rows(
     runner: ModelRunner, step: RankStep, batch: ForwardBatch, rows: torch.Tensor, logits: torch.Tensor
-) -> tuple[dict[int, Sampled], dict[int, str]]:
-    """Tokens, and errors of those whose grammar gave up, by index of the step's items.
+) -> tuple[dict[int, Sampled], dict[int, StepError], tuple[int, ...]]:
+    """Tokens, errors of those whose grammar gave up, and those whose mask is late, by index of the step's items.
 
     Logits [n, V] are those of `rows` [n], which the batch wants sampled. Which rank samples what is known only after
     the forward pass, so masks are not computed beside it.
     """
     if not len(logits):
-        return {}, {}
+        return {}, {}, ()
     wanted = [i for i, item in enumerate(step.plan.scheduled) if item.needs_sample]
     of_row = dict(zip(batch.sample_rows.tolist(), batch.sample_order, strict=True))
     items = [wanted[of_row[row]] for row in rows.tolist()]
@@ -41,12 +42,14 @@ def sample_rows(
     pending = runner.masks.start(seqs)
     masks = pending.result() if pending is not None else None
     tokens, logprobs = sampler.sample(logits, seqs, runner.config.seed, runner.eos_token_ids, masks)
-    errors = {} if masks is None else masks.errors
-    lost = {i: errors[seq] for i, seq in zip(items, seqs, strict=True) if seq in errors}
-    return dict(zip(items, zip(tokens, logprobs, strict=True), strict=True)), lost
+    of_item = dict(zip(items, zip(tokens, logprobs, strict=True), strict=True))
+    if masks is None:
+        return of_item, {}, ()
+    stuck = {i: masks.errors[seq] for i, seq in zip(items, seqs, strict=True) if seq in masks.errors}
+    return of_item, stuck, tuple(i for i, seq in zip(items, seqs, strict=True) if seq in masks.late)
 
 
-def errors_of(step: RankStep, losses: LossNotes) -> dict[int, str]:
+def errors_of(step: RankStep, losses: LossNotes) -> dict[int, StepError]:
     """What went wrong with the step's items, by index."""
     failed = forward_batch.by_sequence(step.plan, losses.take())
-    return {i: failed[item.seq].message for i, item in enumerate(step.plan.scheduled) if item.seq in failed}
+    return {i: StepError(failed[item.seq].message) for i, item in enumerate(step.plan.scheduled) if item.seq in failed}

@@ -63,6 +63,10 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
     device = _device_of(config.device, place)
     config, loaded, spec = load_model(config.replace(device=device, enforce_eager=True))
+    if loaded.state_shapes:
+        raise ConfigError(
+            f"--devices: ranks do not carry the states of {spec.model_type}'s recurrent layers; use one device"
+        )
     local = build.regrouped_experts(config, loaded, spec)
     runner = ModelRunner(config, loaded, spec, frozenset(eos_token_ids(config.model)), local)
     nothing = torch.empty(0, dtype=getattr(torch, config.dtype), device=runner.device)
@@ -85,7 +89,7 @@ def _share(
     hosts = read_hosts(parallel.expert_plan, store.decoder_layers, store.num_experts, size)
     wire = connect_all(place, parallel.rank_step_s) if like.device.type == "cpu" else GroupWire(like.device)
     exchange = Exchange(place.rank - first_rank, size, len(store.layers), wire, first_rank)
-    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.hidden_size))
+    return ExpertShare(local, hosts, exchange, spec.top_k, like.new_empty(spec.expert_hidden_size))
 
 
 def _device_of(device: str, place: RankAddress) -> str:

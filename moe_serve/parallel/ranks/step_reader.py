@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from moe_serve.parallel.modes.runner import RankStep
 from moe_serve.parallel.wire.messages import NewSequence, Step
@@ -11,11 +12,17 @@ from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Closeable, GrammarSpec, Request, Sequence
 
 
+class Startable(Closeable, Protocol):
+    """What follows a grammar for a sequence."""
+
+    def begin(self) -> bool: ...
+
+
 @dataclass
 class StepReader:
     """Keeps a mirror of every live sequence."""
 
-    start_grammar: Callable[[GrammarSpec], Closeable]
+    start_grammar: Callable[[GrammarSpec], Startable]
     """Makes the matcher of a sequence with a grammar."""
     _sequences: dict[int, Sequence] = field(default_factory=dict)
 
@@ -27,7 +34,8 @@ class StepReader:
         for entry in message.new:
             seq = self._sequences[entry.key] = _mirror(entry)
             if seq.params.grammar is not None:
-                seq.matcher = self.start_grammar(seq.params.grammar)
+                matcher = seq.matcher = self.start_grammar(seq.params.grammar)
+                matcher.begin()  # it may be compiled while the prompt is computed
         scheduled = []
         for item in message.items:
             seq = self._sequences[item.key]

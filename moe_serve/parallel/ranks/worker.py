@@ -6,7 +6,7 @@ import torch
 
 from expert_cache.report import ExpertReport
 from expert_cache.running.experts import ResizeError
-from moe_serve.parallel.ranks.late_grammars import LateGrammars
+from moe_serve.parallel.ranks.late_grammars import late_grammars
 from moe_serve.parallel.ranks.rank_model import RankModel
 from moe_serve.parallel.ranks.step_reader import StepReader
 from moe_serve.parallel.wire.messages import Counted, Order, Outcome, Place, Placed, Resize, Resized, Step, StepDone
@@ -22,7 +22,7 @@ class Worker:
         self._share = model.share
         self._mode = model.mode
         self._files = model.files
-        self._reader = StepReader(LateGrammars(self.config).start)
+        self._reader = StepReader(late_grammars(self.config).start)
 
     def answer(self, order: Order) -> Outcome:
         """Do it, and say what came of it."""

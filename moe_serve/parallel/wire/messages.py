@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from expert_cache.report import ExpertReport, ExpertTotals
 from moe_serve.config import EngineConfig, ParallelConfig
+from moe_serve.scheduling.batch_plan import StepError
 from moe_serve.scheduling.sequence import SamplingParams, TokenLogprob
 from placement.cost import Layout
 
@@ -124,8 +125,10 @@ class StepDone(Struct, frozen=True, tag=True):
     """What a rank has to say about a step. Keys are indices of the step's items."""
 
     sampled: dict[int, Sampled]
-    errors: dict[int, str]
+    errors: dict[int, StepError]
     routes: RoutePiece | None
+    late: tuple[int, ...]
+    """Items whose mask did not come in time; see StepResult."""
     counted: Counted
 
 

@@ -22,6 +22,7 @@ from moe_serve.server.endpoints.bodies.given import TheService, parsed, prepared
 from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
+from moe_serve.text.detokenizer import token_starts
 from moe_serve.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
@@ -95,14 +96,16 @@ class CompletionShapes:
         self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._merger = merger
-        self._offsets: dict[int, int] = {}
+        self._echoes: dict[int, str] = {}
+        """Texts of prompts, by their position."""
         self._begun: set[int] = set()
         """Choices with text already sent."""
 
     def whole(self, choices: Sequence[Completion]) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
         shaped = [
-            self._choice(c.index, c.text, c.token_ids, c.logprobs, c.finish_reason, c.stop_reason) for c in choices
+            self._choice(c.index, c.text, c.token_ids, c.logprobs, c.text_starts, c.finish_reason, c.stop_reason)
+            for c in choices
         ]
         return {**self._head, "choices": shaped, "usage": self._merger.usage.as_json()}
 
@@ -114,7 +117,13 @@ class CompletionShapes:
         if not output.text and output.finish_reason is None and not output.logprobs and not self._body.return_token_ids:
             return None
         choice = self._choice(
-            index, output.text, output.token_ids, output.logprobs, output.finish_reason, output.stop_reason
+            index,
+            output.text,
+            output.token_ids,
+            output.logprobs,
+            output.text_starts,
+            output.finish_reason,
+            output.stop_reason,
         )
         return {**self._head, "choices": [choice]}
 
@@ -127,6 +136,7 @@ class CompletionShapes:
         text: str,
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprob],
+        text_starts: Sequence[int],
         finish_reason: Any,
         stop_reason: int | str | None,
     ) -> dict[str, Any]:
@@ -135,7 +145,9 @@ class CompletionShapes:
         choice = {
             "index": index,
             "text": self._echo(index) + text if is_first else text,
-            "logprobs": self._logprobs(index, logprobs, is_first) if self._body.logprobs is not None else None,
+            "logprobs": self._logprobs(index, logprobs, text_starts, is_first)
+            if self._body.logprobs is not None
+            else None,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
@@ -149,7 +161,12 @@ class CompletionShapes:
 
     def _echo(self, index: int) -> str:
         """The prompt's text, when the request asked for it."""
-        return self._tokenizer.decode(self._prompt(index)) if self._body.echo else ""
+        if not self._body.echo:
+            return ""
+        position = index // self._merger.requests[0].params.n
+        if position not in self._echoes:
+            self._echoes[position] = self._tokenizer.decode(self._prompt(index))
+        return self._echoes[position]
 
     def _request(self, index: int) -> Request:
         return self._merger.requests[index // self._merger.requests[0].params.n]
@@ -161,23 +178,22 @@ class CompletionShapes:
         """Of the choice's prompt but its first token."""
         return self._merger.scores_of(self._request(index).request_id)
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob], is_first: bool) -> dict[str, Any]:
+    def _logprobs(
+        self, index: int, logprobs: Sequence[TokenLogprob], text_starts: Sequence[int], is_first: bool
+    ) -> dict[str, Any]:
         """OpenAI's legacy shape: parallel lists over tokens, those of an echoed prompt first."""
         ids = [p.token_id for p in logprobs]
         known: list[TokenLogprob | None] = list(logprobs)
         if is_first and self._body.echo:
             ids = [*self._prompt(index), *ids]
             known = [None, *self._scores(index), *known]
-        texts = [self._tokenizer.token_text(i) for i in ids]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
+        echoed = token_starts(self._tokenizer, self._prompt(index)) if is_first and self._body.echo else []
+        start = len(self._echo(index))
         return {
             "tokens": [self._shown(i) for i in ids],
             "token_logprobs": [None if p is None else json_logprob(p.logprob) for p in known],
             "top_logprobs": [None if p is None else self._top(p) for p in known] if self._body.logprobs else None,
-            "text_offset": offsets,
+            "text_offset": [*echoed, *(start + own for own in text_starts)],
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:

@@ -28,8 +28,10 @@ from moe_serve.server.endpoints.bodies.given import TheService, parsed, prepared
 from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList, at_most
 from moe_serve.server.endpoints.bodies.parsing import Body
 from moe_serve.server.endpoints.bodies.responses_fields import (
-    FunctionTool,
+    AllowedFunctions,
+    Included,
     NamedFunction,
+    OnlyFunctions,
     Reasoning,
     TextSettings,
     our_names,
@@ -55,22 +57,24 @@ class ResponsesBody(Body, CommonFields):
     """A system message before the input."""
     max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
     """Default: to the end of the context."""
-    tools: JsonList[FunctionTool] | None = None
+    tools: JsonList[OnlyFunctions] | None = None
     """Functions; the chat template must show them."""
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
-    """none, auto (needs a response template), required, or a function by name."""
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions | None = None
+    """none, auto (needs a response template), required, a function by name, or allowed_tools."""
     parallel_tool_calls: Flag | None = None
     """false: at most one call."""
     text: TextSettings | None = None
     """format: text, json_object or json_schema."""
     reasoning: Reasoning | None = None
     """effort is given to the chat template, which must use it; summary is accepted and unused."""
-    include: JsonList[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
-    """message.output_text.logprobs; reasoning.encrypted_content is accepted and unused: reasoning comes as text."""
+    include: JsonList[Included] | None = None
+    """message.output_text.logprobs; others are accepted and unused: reasoning comes as text."""
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     """0 to 20 alternatives; needs message.output_text.logprobs in include."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further variables of the chat template."""
+    client_metadata: dict[str, Any] | None = None
+    """Accepted and unused."""
     metadata: Annotated[dict[str, str], at_most(MAX_TAGS)] | None = None
     """Comes back in the answer."""
 
@@ -93,7 +97,7 @@ class ResponsesBody(Body, CommonFields):
             "top_logprobs": self.top_logprobs,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "tools": [tool.as_chat() for tool in self.tools or ()] or None,
-            "tool_choice": choice.as_chat() if isinstance(choice, NamedFunction) else choice,
+            "tool_choice": choice if choice is None or isinstance(choice, str) else choice.as_chat(),
         }
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = self.text.format.as_chat()
@@ -123,7 +127,7 @@ async def _events(service: TheService, merger: AnswerMerger, shape: ResponseShap
         async with aclosing(stream(service.engine, merger)) as outputs:
             async for _, output in outputs:
                 if output.error is not None:
-                    raise MoEServeError(output.error)
+                    raise output.error
                 head = [] if started else list(shape.begin())
                 started = True
                 if events := [*head, *shape.feed(output)]:

@@ -12,7 +12,7 @@ import resource
 from typing import Any
 
 from moe_serve.errors import ConfigError
-from moe_serve.server.transport.request_head import BoundedHead
+from moe_serve.server.transport.exchanges import Exchanges
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def connection_class(read_timeout_s: float, write_timeout_s: float, max_connecti
     return Connection
 
 
-class _Connection(BoundedHead):
+class _Connection(Exchanges):
     """An HTTP/1.1 connection that ends when its client neither sends nor takes."""
 
     limits: tuple[float, float, int]
@@ -81,8 +81,8 @@ class _Connection(BoundedHead):
             return
         self._watch_headers()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+    def _parse(self, data: bytes) -> None:
+        super()._parse(data)
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:

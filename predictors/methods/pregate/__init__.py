@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from predictors.context import RATES, Context
+from predictors.context import RATES, ByContext
 from predictors.methods.pregate.layout import NAMES, SHORT, WIDTH
-from predictors.predictor import Floats, Ints, Probabilities, RouterShape, Training
+from predictors.predictor import Ints, Probabilities, RouterShape, Training
 from predictors.streams import UNKNOWN, Rows
 
 
-class Pregate:
+class Pregate(ByContext):
     """The trained router; one small network in numpy."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -34,9 +34,8 @@ class Pregate:
     def __init__(self, shape: RouterShape, weights: Mapping[str, npt.NDArray[Any]]) -> None:
         """`weights`: routes [L E + 1, R], averages [L E, R], out [R, L E], bias [L E], habit [len(RATES), L E];
         token and last_token [V + 1, R], V = 0 where the trace held no token ids."""
-        self._shape = shape
+        super().__init__(shape)
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in NAMES}
-        self._context = Context(shape)
         # UNKNOWN is -1: in this and in the tables of tokens it picks the last row, which adds nothing.
         by_layer = self._weights["routes"][:-1].reshape(shape.num_layers, shape.num_experts, WIDTH)
         self._routes = np.pad(by_layer, ((0, 0), (0, 1), (0, 0)))
@@ -62,20 +61,15 @@ class Pregate:
         return {name: array.astype(np.float16) for name, array in self._weights.items()}
 
     def begin(self, streams: Ints) -> None:
-        self._context.begin(streams)
+        super().begin(streams)
         self._tokens.reset(streams)
         self._likely.reset(streams)
 
     def step(self, streams: Ints, token_ids: Ints | None = None) -> None:
-        self._context.step(streams)
+        super().step(streams, token_ids)
         self._tokens.data[streams, 1] = self._tokens.data[streams, 0]
         self._tokens.data[streams, 0] = UNKNOWN if token_ids is None else token_ids
         self._likely.data[streams] = self._predict(streams)
-
-    def observe(
-        self, layer: int, streams: Ints, ids: Ints, weights: Floats | None = None, hidden: Any | None = None
-    ) -> None:
-        self._context.observe(layer, streams, ids)
 
     def probabilities(self, layer: int, streams: Ints) -> Probabilities:
         likely: Probabilities = self._likely.data[streams, layer]

@@ -152,6 +152,6 @@ async def collect(engine: AsyncEngine, merger: AnswerMerger) -> list[Completion]
     async with aclosing(stream(engine, merger)) as outputs:
         async for index, output in outputs:
             if output.error is not None:
-                raise MoEServeError(output.error)
+                raise output.error
             choices[index].add(output)
     return choices

@@ -84,7 +84,7 @@ async def chunks(
         async with aclosing(stream(service.engine, merger)) as outputs:
             async for index, output in outputs:
                 if output.error is not None:
-                    raise MoEServeError(output.error)
+                    raise output.error
                 head = [] if started else shapes.first_chunks()
                 started = True
                 chunk = shapes.chunk(index, output)

@@ -54,6 +54,10 @@ class CommonFields(BaseModel):
     """Accepted and unused, as user."""
     prompt_cache_key: str | None = None
     """Accepted and unused: every equal prefix is shared."""
+    prompt_cache_retention: Any = None
+    """Accepted and unused: prefixes are kept as long as there is room."""
+    prompt_cache_options: Any = None
+    """Accepted and unused, as prompt_cache_retention."""
 
 
 class TemplateFields(BaseModel):

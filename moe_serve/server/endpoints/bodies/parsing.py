@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,6 +18,11 @@ MAX_ELEMENTS = 500_000
 """Reading these holds the interpreter, and so every stream, for less than a tenth of a second."""
 MAX_FIELDS = 300
 JSON_TYPE = "application/json"
+MAX_PROBLEMS = 20
+"""Of one field that are looked at."""
+KIND = re.compile(r"(str|int|float|bool|[A-Z]\w*)$|(literal|list|dict|constrained|function)[\[-]")
+"""What pydantic puts into a place to name one of the kinds that a field takes."""
+OBJECT = re.compile(r"a valid dictionary or instance of \w+")
 MAX_SHOWN = 100
 """Characters of a client's own name in an error."""
 
@@ -78,13 +84,29 @@ def _load(raw: bytes, max_elements: int) -> dict[str, Any]:
 
 
 def _as_invalid_request(error: ValidationError, body_class: type[BaseModel]) -> InvalidRequestError:
-    """The first problem pydantic found, in a sentence that names the field."""
-    problem = error.errors(include_url=False, include_context=False)[0]
-    field = str(problem["loc"][0])[:MAX_SHOWN] if problem["loc"] else "body"
-    path = ".".join(str(part)[:MAX_SHOWN] for part in problem["loc"]) or "body"
-    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+    """The first field that pydantic found fault with, in a sentence that names it."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    field = str(first["loc"][0])[:MAX_SHOWN] if first["loc"] else "body"
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return InvalidRequestError(field, f"unknown field {field!r}{_near(field, body_class)}")
-    return InvalidRequestError(field, f"{path}: {problem['msg']}")
+    same = [e for e in others[:MAX_PROBLEMS] if e["loc"] and e["loc"][:1] == first["loc"][:1]]
+    return InvalidRequestError(field, wrong_value([first, *same]))
+
+
+def wrong_value(problems: Sequence[Mapping[str, Any]]) -> str:
+    """What pydantic says of one field, in a sentence that names the place.
+
+    Where a field takes one of several kinds, there is a problem for each. The one that got furthest into the value says
+    what is wrong with it; where none got in, all together say what the field takes.
+    """
+    depth = max(len(p["loc"]) for p in problems)
+    deepest = [p for p in problems if len(p["loc"]) == depth]
+    furthest = max(deepest, key=lambda p: p["loc"][-1] if p["loc"] and isinstance(p["loc"][-1], int) else -1)
+    is_inside = bool(furthest["loc"]) and isinstance(furthest["loc"][-1], int)
+    told = [furthest] if is_inside or depth < 2 else deepest
+    path = ".".join(str(part)[:MAX_SHOWN] for part in furthest["loc"] if not KIND.match(str(part))) or "body"
+    first, *more = dict.fromkeys(OBJECT.sub("an object", p["msg"]).removeprefix("Value error, ") for p in told)
+    return " or ".join([f"{path}: {first}", *(text.removeprefix("Input should be ") for text in more)])
 
 
 def _near(field: str, body_class: type[BaseModel]) -> str:

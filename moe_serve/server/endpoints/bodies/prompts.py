@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.server.endpoints.bodies.chat_messages import Message
+from moe_serve.server.endpoints.bodies.chat_messages import ROLES, Message
 from moe_serve.server.endpoints.bodies.common_fields import TemplateFields
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.text.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ def _render(
     kwargs: dict[str, Any],
     max_tokens: int | None,
 ) -> list[int]:
+    _check_roles(messages, tokenizer)
     return tokenizer.render_chat(
         [m.as_template_input(i) for i, m in enumerate(messages)],
         tools=tools,
@@ -58,6 +59,16 @@ def _render(
         chat_template_kwargs=kwargs,
         max_tokens=max_tokens,
     )
+
+
+def _check_roles(messages: Sequence[Message], tokenizer: Tokenizer) -> None:
+    """A role that nothing treats in its own way would come out as a word of the prompt."""
+    template = str(tokenizer.hf.chat_template)
+    for index, message in enumerate(messages):
+        role = message.role
+        if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
+            known = ", ".join(ROLES)
+            raise InvalidRequestError("messages", f"messages[{index}].role: {role[:100]!r} is none of {known}")
 
 
 def most_tokens(body: SamplingBody, max_model_len: int) -> int:

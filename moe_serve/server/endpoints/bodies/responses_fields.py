@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moe_serve.errors import InvalidRequestError
-from moe_serve.server.endpoints.bodies.json_types import Flag
+from moe_serve.server.endpoints.bodies.json_types import Flag, JsonList
 from moe_serve.server.endpoints.bodies.structured import JsonSchema
 from moe_serve.server.endpoints.bodies.tools import Function
 
@@ -31,6 +31,19 @@ OUR_NAMES = MappingProxyType(
 """What an error about a chat body's field is about here."""
 
 
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+"""Values of `include`."""
+
+
 class FunctionTool(Function):
     """A function that the model may call; other tools do not exist here."""
 
@@ -39,6 +52,17 @@ class FunctionTool(Function):
     def as_chat(self) -> dict[str, Any]:
         """As chat completions write it."""
         return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_unset=True)}
+
+
+def _functions_only(value: Any) -> Any:
+    """Tools that OpenAI's servers run, and those of another form, do not exist here."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        raise ValueError(f"tools of type {kind[:100]!r} are not supported, only functions")
+    return value
+
+
+OnlyFunctions = Annotated[FunctionTool, BeforeValidator(_functions_only)]
 
 
 class NamedFunction(BaseModel):
@@ -52,6 +76,20 @@ class NamedFunction(BaseModel):
     def as_chat(self) -> dict[str, Any]:
         """As chat completions write it."""
         return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedFunctions(BaseModel):
+    """`tool_choice` naming the functions out of `tools` that may be called."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[JsonList[NamedFunction], Field(min_length=1)]
+
+    def as_chat(self) -> dict[str, Any]:
+        """As chat completions write it."""
+        return {"type": self.type, "allowed_tools": {"mode": self.mode, "tools": [t.as_chat() for t in self.tools]}}
 
 
 class TextFormat(BaseModel):
@@ -80,6 +118,8 @@ class TextSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+    """Answers have the length that they have; ask for another in a message."""
 
 
 class Reasoning(BaseModel):

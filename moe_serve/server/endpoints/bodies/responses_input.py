@@ -5,6 +5,7 @@ A turn of the assistant comes as several items (reasoning, text, calls) and is o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def _add(messages: list[Message], item: Mapping[str, Any], index: int) -> None:
     if kind == "message":
         _add_message(messages, item, index)
     elif kind == "function_call":
-        call = {"name": _text(item, "name", index), "arguments": _text(item, "arguments", index)}
+        call = {"name": _text(item, "name", index), "arguments": _arguments(item, index)}
         entry = {"id": _text(item, "call_id", index), "type": "function", "function": call}
         _assistant(messages).setdefault("tool_calls", []).append(entry)
     elif kind == "function_call_output":
@@ -88,6 +89,15 @@ def _content(given: Any, index: int) -> str:
             raise UnsupportedFieldError("input", f"input[{index}]: {kind!r} parts are not supported, only text")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _arguments(item: Mapping[str, Any], index: int) -> str:
+    text = _text(item, "arguments", index)
+    try:
+        json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise InvalidRequestError("input", f"input[{index}].arguments must be a string of JSON") from None
+    return text
 
 
 def _text(item: Mapping[str, Any], name: str, index: int) -> str:

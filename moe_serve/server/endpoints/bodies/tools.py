@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_serve.errors import InvalidRequestError
 from moe_serve.grammars.whitespace import JSON_WHITESPACE
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
-from moe_serve.server.endpoints.bodies.json_types import Flag
+from moe_serve.server.endpoints.bodies.json_types import Flag, JsonList
 from moe_serve.server.endpoints.bodies.structured import schema_grammar
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -42,6 +42,8 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: Function
+    cache_control: Any = Field(default=None, exclude=True)
+    """Accepted and unused: every equal prefix is shared."""
 
 
 class FunctionName(BaseModel):
@@ -61,7 +63,25 @@ class NamedChoice(BaseModel):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+class AllowedTools(BaseModel):
+    """The functions out of `tools` that may be called."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[JsonList[NamedChoice], Field(min_length=1)]
+
+
+class AllowedChoice(BaseModel):
+    """`tool_choice` naming several functions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 Mode = Literal["none", "auto", "required", "named"]
 
 
@@ -83,6 +103,8 @@ class ToolPlan:
 
 def plan_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolPlan:
     """Resolve the three fields; InvalidRequestError names the one that does not fit."""
+    if isinstance(choice, AllowedChoice):
+        tools, choice = _allowed(tools or (), choice.allowed_tools), choice.allowed_tools.mode
     functions = {tool.function.name: tool.function for tool in tools or ()}
     if len(functions) < len(tools or ()):
         raise InvalidRequestError("tools", "tools: two functions have the same name")
@@ -99,6 +121,13 @@ def plan_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel
     if choice == "required":
         return ToolPlan("required", shown, is_parallel, grammar=_list_of_calls(functions, is_parallel))
     return ToolPlan("auto", shown, is_parallel, functions=functions)
+
+
+def _allowed(tools: Sequence[Tool], allowed: AllowedTools) -> list[Tool]:
+    names = {choice.function.name for choice in allowed.tools}
+    if missing := names - {tool.function.name for tool in tools}:
+        raise InvalidRequestError("tool_choice", f"tool_choice names {min(missing)!r}, which is not among tools")
+    return [tool for tool in tools if tool.function.name in names]
 
 
 def _named(name: str, functions: Mapping[str, Function], shown: tuple[Mapping[str, Any], ...]) -> ToolPlan:

@@ -46,7 +46,8 @@ CHAT = MappingProxyType(
         "prediction": Refusal("no predicted outputs"),
         "store": Refusal("answers are not kept", (None, False)),
         "web_search_options": Refusal("no web search"),
-        "verbosity": Refusal("ask for it in a message"),
+        "verbosity": Refusal("ask for it in a message", (None, "medium")),
+        "moderation": Refusal("nothing is moderated"),
         "echo": Refusal("no echo of a conversation", (None, False)),
         "chat_template": Refusal("a client must not bring code; start with --chat-template"),
         "documents": Refusal("put them into a message", (None, [])),
@@ -62,7 +63,8 @@ RESPONSES = MappingProxyType(
         "truncation": Refusal("a conversation that is too long is an error", (None, "disabled")),
         "max_tool_calls": Refusal("no built-in tools"),
         "context_management": Refusal("nothing is compacted"),
-        "stream_options": Refusal("no obfuscation of events", (None, {}, {"include_obfuscation": False})),
+        "stream_options": Refusal("events have no options", (None, {}, *({"include_obfuscation": b} for b in (0, 1)))),
+        "moderation": Refusal("nothing is moderated"),
         "service_tier": BOTH["service_tier"],
     }
 )

@@ -1,58 +1,72 @@
-// Paged attention for decoding, float32: one query token per sequence, keys and values read in place.
+// Paged attention, float32: keys and values are read straight from their pages, nothing is gathered first.
 //
-//   for each sequence n and key/value head h:                    (a task, or some where G is large; they run in parallel)
-//     for each token t of the context, page by page:
-//       score[g][t] = scale * query[n][h*G + g] . key[h][t]      (G query heads share a KV head)
-//     weight = softmax(score, with the head's sink logit where there is one)
-//     out[n][h*G + g] = sum_t weight[g][t] * value[h][t]
+//   for each sequence, KV head and block of its queries:                 (a task; they run in parallel)
+//     for each part of the context:
+//       score[r][t] = scale * query[r] . key[t]                          r: a token and one of its G heads
+//       weight, total = softmax so far, with the head's sink at last where there is one
+//       sum[r] += weight[r][t] * value[t]
+//     out[r] = sum[r] / total[r]
 //
-// Keys and values are read straight from their pages; nothing is gathered first. The tokens of one head in one page are
-// contiguous, [B, D]. With latents (DeepSeek-V2) there is one KV head, and a token's value is the beginning of its key.
-// Plain C ABI, no libtorch: fits any torch version.
+// The tokens of one head in one page are contiguous, [B, D]. With latents (DeepSeek-V2) there is one KV head, and a
+// token's value is the beginning of its key. Plain C ABI, no libtorch: fits any torch version.
+
+#include "attention/paged_attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
-#include "attention/paged_attention.h"
 #include "contract/api.h"
+#include "experts/segments.h"
 #include "simd/vectors.h"
 
 using namespace moe_serve;
 
+namespace {
+
+constexpr int64_t PART =
+    128;  // tokens of the context at a time: a head's keys and values stay in the second-level cache
+
+int64_t round_up(int64_t columns) { return moe_serve::round_up(columns, 16); }
+
+}  // namespace
+
 #define ARITHMETIC "attention/paged_attention.inc"
 #include "simd/per_isa.inc"
 
-Attend moe_serve::choose_attend(int64_t key_dim, int64_t value_dim) { return FOR_THIS_CPU(choose)(key_dim, value_dim); }
+Attend moe_serve::choose_attend() { return FOR_THIS_CPU(attend); }
+
+int64_t moe_serve::attend_memory(const Shape& shape) {
+    return MOST_ROWS * (PART + ::round_up(shape.value_dim)) + 16 * ::round_up(shape.key_dim);
+}
 
 namespace {
 
-void for_each_task(Attend attend, const Shape& shape, const float* query, const float* keys, const float* values,
-                   const int64_t* page_table, const int64_t* lengths, const float* sinks, float* out, int64_t num_seqs,
-                   int64_t kv_heads, int64_t tokens, int64_t table_width, float scale, int64_t window,
-                   int32_t num_threads) {
-    const int64_t parts = (shape.groups + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
-#pragma omp parallel num_threads(num_threads)
-    {
-        std::vector<float> score;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < num_seqs * kv_heads * parts; ++task) {
-            const int64_t n = task / (kv_heads * parts), h = task / parts % kv_heads;
-            const int64_t head = h * shape.groups + task % parts * HEADS_AT_ONCE;
-            Shape part = shape;
-            part.groups = std::min((h + 1) * shape.groups - head, HEADS_AT_ONCE);
-            const int64_t row = n * kv_heads * shape.groups + head;
-            const int64_t length = lengths[n];
-            const int64_t first = window > 0 && length > window ? length - window : 0;
-            score.resize(static_cast<size_t>((length - first) * part.groups));
-            attend(query + row * shape.key_dim, keys + h * tokens * shape.key_dim,
-                   values + h * tokens * shape.value_stride, page_table + n * table_width, first, length, scale,
-                   sinks ? sinks + head : nullptr, out + row * shape.value_dim, part, score.data());
+struct Batch {
+    const float* query;
+    Context context;  // of all KV heads and sequences
+    const int64_t* lengths;
+    const float* sinks;
+    float* out;
+    int64_t kv_heads, tokens, table_width;
+
+    // Heads `first` to `first` + G - 1 of sequence n, which share KV head h; `memory` also has their queries.
+    void attend(int64_t n, int64_t h, int64_t first, const Shape& shape, int64_t heads, float* memory) const {
+        const int64_t row = n * heads + first, stride = ::round_up(shape.key_dim);
+        float* rows = memory + attend_memory(shape);
+        std::fill_n(rows, shape.groups * stride, 0.0f);
+        for (int64_t g = 0; g < shape.groups; ++g) {
+            std::copy_n(query + (row + g) * shape.key_dim, shape.key_dim, rows + g * stride);
         }
+        const Queries queries{
+            rows, stride,         1, lengths[n], sinks ? sinks + first : nullptr, out + row * shape.value_dim,
+            0,    shape.value_dim};
+        const Context own{context.keys + h * tokens * shape.key_dim, context.values + h * tokens * shape.value_stride,
+                          context.pages + n * table_width};
+        choose_attend()(queries, own, shape, memory);
     }
-}
+};
 
 }  // namespace
 
@@ -64,7 +78,19 @@ extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys
                                            int64_t key_dim, int64_t value_dim, int64_t value_stride, int64_t tokens,
                                            int64_t page_size, int64_t table_width, float scale, int64_t window,
                                            int32_t num_threads) {
-    const Shape shape{groups, key_dim, value_dim, value_stride, page_size};
-    for_each_task(choose_attend(key_dim, value_dim), shape, query, keys, values, page_table, lengths, sinks, out,
-                  num_seqs, kv_heads, tokens, table_width, scale, window, num_threads);
+    const Batch batch{query, {keys, values, page_table}, lengths, sinks, out, kv_heads, tokens, table_width};
+    const Shape shape{groups, key_dim, value_dim, value_stride, page_size, window, scale};
+    const int64_t parts = (groups + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
+#pragma omp parallel num_threads(num_threads)
+    {
+        const auto memory = allocate(attend_memory(shape) + HEADS_AT_ONCE * ::round_up(key_dim));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < num_seqs * kv_heads * parts; ++task) {
+            const int64_t n = task / (kv_heads * parts), h = task / parts % kv_heads;
+            const int64_t first = h * groups + task % parts * HEADS_AT_ONCE;
+            Shape part = shape;
+            part.groups = std::min((h + 1) * groups - first, HEADS_AT_ONCE);
+            batch.attend(n, h, first, part, kv_heads * groups, memory.get());
+        }
+    }
 }

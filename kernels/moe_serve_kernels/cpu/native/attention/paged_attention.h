@@ -1,4 +1,4 @@
-// What attends for one sequence and key/value head (paged_attention.cpp), for decode_step.cpp.
+// What attends for queries that read the same keys (paged_attention.cpp), for decode_step.cpp.
 
 #pragma once
 
@@ -7,23 +7,40 @@
 namespace moe_serve {
 
 struct Shape {
-    int64_t groups;        // G, query heads per KV head, or some of them
+    int64_t groups;        // G, query heads of a token that share a KV head, or some of them
     int64_t key_dim;       // D
     int64_t value_dim;     // Dv
     int64_t value_stride;  // Dv, or D where values are the beginnings of keys
     int64_t page_size;     // B
+    int64_t window;        // tokens that a query sees, its own included; 0: all before it
+    float scale;
 };
 
-// Heads that share a KV head and read its keys together; more are work for another thread.
-constexpr int64_t HEADS_AT_ONCE = 8;
+// G heads each of one or more tokens that follow each other in a sequence. The first token sees `length` tokens, itself
+// included, and each one sees one more than the one before it.
+struct Queries {
+    const float* rows;  // [count * G, `stride`] token by token; zeros follow D up to a multiple of 16
+    int64_t stride, count, length;
+    const float* sinks;  // [G] or null
+    float* out;          // what head g of token i gets: Dv from i * token_stride + g * head_stride on
+    int64_t token_stride, head_stride;
+};
 
-// query [G, D]; keys [tokens, D], values [tokens, Dv] of the KV head; pages [ceil(length / B)]; tokens `first` to
-// `length`-1 are visible; sinks [G] or null; out [G, Dv]; score: room for G * (length - first). What a head gets does
-// not depend on how many there are.
-using Attend = void (*)(const float* query, const float* keys, const float* values, const int64_t* pages, int64_t first,
-                        int64_t length, float scale, const float* sinks, float* out, const Shape& shape, float* score);
+// Where a KV head's keys [tokens, D] and values [tokens, Dv] lie, and the pages of a sequence.
+struct Context {
+    const float *keys, *values;
+    const int64_t* pages;
+};
 
-// The fastest on this processor for such heads.
-Attend choose_attend(int64_t key_dim, int64_t value_dim);
+constexpr int64_t MOST_ROWS = 128;    // count * G of one call
+constexpr int64_t HEADS_AT_ONCE = 8;  // of one token; more are work for another thread
+
+// What a row gets does not depend on how many there are. `memory`: floats for attend_memory(shape), 64-byte aligned.
+using Attend = void (*)(const Queries&, const Context&, const Shape&, float* memory);
+
+// The fastest on this processor.
+Attend choose_attend();
+
+int64_t attend_memory(const Shape& shape);
 
 }  // namespace moe_serve

@@ -110,10 +110,11 @@ constexpr Field MODEL[] = {FIELD(Model, blocks),
                            FIELD(Model, routing_scale),
                            FIELD(Model, residual_scale),
                            FIELD(Model, sizes)};
-constexpr Field STEP[] = {FIELD(Step, num_tokens),  FIELD(Step, cos),        FIELD(Step, sin),
-                          FIELD(Step, kv_slots),    FIELD(Step, page_table), FIELD(Step, lengths),
-                          FIELD(Step, table_width), FIELD(Step, x),          FIELD(Step, normed),
-                          FIELD(Step, ids),         FIELD(Step, weights),    FIELD(Step, logits)};
+constexpr Field STEP[] = {FIELD(Step, num_tokens), FIELD(Step, cos),           FIELD(Step, sin),
+                          FIELD(Step, kv_slots),   FIELD(Step, starts),        FIELD(Step, page_table),
+                          FIELD(Step, lengths),    FIELD(Step, num_sequences), FIELD(Step, table_width),
+                          FIELD(Step, x),          FIELD(Step, normed),        FIELD(Step, ids),
+                          FIELD(Step, weights),    FIELD(Step, logits)};
 
 // Each field begins where the one before it ends, and the last one ends the struct: none is left out above.
 template <typename Struct, std::size_t N>

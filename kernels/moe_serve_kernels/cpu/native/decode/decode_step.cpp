@@ -64,14 +64,21 @@ struct Memory {
         shared_inners = take(num_tokens * round_up(sizes.shared_intermediate, MOST_GRAIN));
         threads = next;
         thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
-                        round_up(heads_size(model, num_tokens), 16) +
+                        heads_size(model, num_tokens) + attend_size(model) +
                         round_up(model.num_experts + model.num_groups, 16);
     }
 
     // Queries of heads that share keys; with latents those of all tokens, and what they attend to.
     static int64_t heads_size(const Model& model, int64_t num_tokens) {
-        const int64_t latents = 2 * HEADS_AT_ONCE * num_tokens * model.sizes.kv_latent;
-        return std::max(latents, model.heads / model.kv_heads * model.head_dim);
+        const int64_t latents = 2 * HEADS_AT_ONCE * num_tokens * round_up(model.sizes.kv_latent, 16);
+        return std::max(latents, std::min(model.heads / model.kv_heads, MOST_ROWS) * round_up(model.head_dim, 16));
+    }
+
+    static int64_t attend_size(const Model& model) {
+        Shape widest{};
+        widest.key_dim = std::max(model.head_dim, model.sizes.kv_latent);
+        widest.value_dim = std::max(model.value_dim, model.sizes.kv_latent);
+        return round_up(attend_memory(widest), 16);
     }
 
     int64_t size(int64_t num_threads, const float* base) const { return threads - base + num_threads * thread_stride; }

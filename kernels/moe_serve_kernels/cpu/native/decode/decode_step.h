@@ -62,9 +62,10 @@ struct Step {
     int64_t num_tokens;
     const float *cos, *sin;     // [T, rotary_dim / 2]
     const int64_t* kv_slots;    // [T] where in keys and values the token's own belong
-    const int64_t* page_table;  // [T, table_width]
+    const int64_t* starts;      // [S + 1] where each sequence's tokens begin, and T; null: each token is a sequence
+    const int64_t* page_table;  // [S, table_width]
     const int64_t* lengths;     // [T], own token included
-    int64_t table_width;
+    int64_t num_sequences, table_width;
     float* x;        // [T, H], in and out
     float* normed;   // [T, H] what the last block's experts are given
     int64_t* ids;    // [blocks with a router, T, K]

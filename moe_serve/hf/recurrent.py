@@ -1,0 +1,133 @@
+"""Recurrent layers: transformers' own mixers, called once per sequence's state instead of once per batch.
+
+A mixer (gated delta net, Mamba, short convolution) continues a state that transformers' cache would hold. Here the
+flattened tokens of a step belong to many sequences, and the states lie in a StateCache. A family says which class mixes
+and under which argument it takes the cache; the arithmetic stays transformers'.
+
+Knows what transformers asks of a cache; knows no batches and no family by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from moe_serve.execution.state_cache import Mix, StateKey, States, StateShape
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """Which modules of a family keep a state per sequence."""
+
+    mixer: str
+    """Name of their class in transformers."""
+    cache_argument: str = "cache_params"
+    """The parameter of `forward` that takes the cache."""
+    continues_runs: bool = True
+    """Given a state and several tokens, it goes on from the state. Otherwise later chunks of a prompt are computed a
+    token at a time."""
+
+
+class RunsMixers(Protocol):
+    """What gives a mixer its sequences' states, one after the other."""
+
+    def run(self, layer: int, mix: Mix, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class Mixer:
+    """Stands in the place of one module's `forward`."""
+
+    def __init__(self, module: Any, recurrence: Recurrence) -> None:
+        self.layer = int(module.layer_idx)
+        self.states: RunsMixers | None = None
+        self._forward = module.forward
+        self._recurrence = recurrence
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[1, T, H] -> [1, T, H]. Masks and caches that the model hands over are for padded batches: left out."""
+        assert self.states is not None, "states are connected before the first step"
+        return self.states.run(self.layer, self._mix, hidden_states)
+
+    def _mix(self, hidden: torch.Tensor, states: States, begins: bool) -> torch.Tensor:
+        held = {self._recurrence.cache_argument: HeldStates(states)}
+        if begins or self._recurrence.continues_runs:
+            mixed: torch.Tensor = self._forward(hidden, **held)
+            return mixed
+        return torch.cat([self._forward(token, **held) for token in hidden.split(1, dim=1)], dim=1)
+
+
+class HeldStates:
+    """What transformers' mixers ask of a cache, over one call's states."""
+
+    def __init__(self, states: States) -> None:
+        self._states = states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """[N, C, W], or None: the layer keeps no such state yet."""
+        return self._states.get(("conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """[N, ...], or None: the layer keeps no such state yet."""
+        return self._states.get(("recurrent", state_idx))
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
+    ) -> torch.Tensor:
+        """conv_states [N, C, T] behind the last W -> [N, C, W + T]; the last W of these are kept."""
+        width = conv_kernel_size or conv_states.shape[-1]
+        kept = self._kept(("conv", state_idx), conv_states.new_zeros(*conv_states.shape[:-1], width))
+        full = torch.cat([kept, conv_states], dim=-1)
+        kept.copy_(full[..., -kept.shape[-1] :])
+        return full
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """The new state in the place of the old one."""
+        kept = self._kept(("recurrent", state_idx), recurrent_states)
+        return kept.copy_(recurrent_states)
+
+    def _kept(self, key: StateKey, at_first: torch.Tensor) -> torch.Tensor:
+        """In a probe the layer's first write says what it keeps."""
+        return self._states.setdefault(key, at_first)
+
+
+class StateProbe:
+    """Stands in for the StateCache in one forward pass, to learn what each layer would keep."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, dict[StateKey, StateShape]] = {}
+
+    def run(self, layer: int, mix: Mix, hidden: torch.Tensor) -> torch.Tensor:
+        states: States = {}
+        mixed = mix(hidden, states, True)
+        self.shapes[layer] = {key: StateShape(tuple(t.shape[1:]), t.dtype) for key, t in states.items()}
+        return mixed
+
+
+def install(model: nn.Module, recurrence: Recurrence | None) -> None:
+    """Have every mixer of `model` take its states from what `connect` names; None: the family has no mixers."""
+    if recurrence is None:
+        return
+    for module in model.modules():
+        if type(module).__name__ == recurrence.mixer:
+            mixing: Any = module
+            mixing.mixer = Mixer(mixing, recurrence)
+            mixing.forward = mixing.mixer.forward
+
+
+def connect(model: nn.Module, states: RunsMixers) -> None:
+    """Tell every mixer of `model` where its states are."""
+    for module in model.modules():
+        mixer: Any = getattr(module, "mixer", None)
+        if isinstance(mixer, Mixer):
+            mixer.states = states
