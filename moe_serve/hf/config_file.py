@@ -52,7 +52,7 @@ def read_config(folder: str) -> Any:
     fields = read_config_json(folder)
     with naming(f"{folder}/config.json"):
         config = _config_of(folder, fields)
-        _refuse_contradictions(config, f"{folder}/config.json")
+        _refuse_contradictions(ModelSpec.from_hf(config), fields, f"{folder}/config.json")
         scheme_in(folder, config)
     return config
 
@@ -105,12 +105,11 @@ def refuse_wrong_fields(fields: Mapping[str, Any], where: str) -> None:
         _refuse_wrong_rope(fields.get(name) or {}, f"{where}: {name}")
 
 
-def _refuse_contradictions(config: Any, where: str) -> None:
-    spec = ModelSpec.from_hf(config)
+def _refuse_contradictions(spec: ModelSpec, fields: Mapping[str, Any], where: str) -> None:
     if spec.top_k > spec.num_experts:
         raise CheckpointError(f"{where}: num_experts_per_tok is {spec.top_k}, but there are {spec.num_experts} experts")
-    heads = getattr(config, "num_attention_heads", 1)
-    if getattr(config, "head_dim", None) is None and isinstance(heads, int) and heads > spec.hidden_size:
+    heads = fields.get("num_attention_heads")
+    if fields.get("head_dim") is None and isinstance(heads, int) and heads > spec.hidden_size:
         raise CheckpointError(f"{where}: num_attention_heads is {heads}, more than hidden_size {spec.hidden_size}")
 
 
