@@ -19,13 +19,13 @@ from typing import Literal
 
 import torch
 
-from moe_serve_kernels.quantized import BITS, Kind, QuantizedRows
+from moe_serve_kernels.quantized import BITS, BlockRows, Kind, QuantizedRows
 
 Layout = Literal["rows", "packed", "blocks", "gptq", "awq"]
 ROLES = ("codes", "scale", "zero", "order")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of eight, of each nibble of a word from the low bits on."""
-Matrix = torch.Tensor | QuantizedRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
     weight[n, k] = (code[n, k] - zero[n, k // group]) * scale[n // rows_per_scale, k // group]
 
 What checkpoints in compressed-tensors, block-scaled fp8 and MXFP4 formats store, as views of it: nothing is
-converted. Knows no checkpoint format by name.
+converted. BlockRows is the same for what GGUF files store: ggml's blocks, each with the codes of 32 or 256 columns
+and their scales side by side. What a block stands for is ggml's definition, for which the `gguf` package is the
+reference. Knows no checkpoint format.
 
 Shape alphabet: N rows (outputs), K columns (inputs), G groups of columns.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 Kind = Literal["int8", "uint8", "fp8", "int4", "fp4"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -22,6 +25,11 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 """uint8: e8m0, 2^(byte - 127)."""
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """e2m1, by code (OCP Microscaling formats, 2023)."""
+READABLE_BLOCKS = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
+"""Types that the CPU's kernels read where they lie."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +90,48 @@ class QuantizedRows:
         zeros = self.zero if self.zeros is None else self.zeros[:, group_of].to(wide)
         scales = scale_values(self.scales).to(wide).repeat_interleave(self.rows_per_scale, 0)[: codes.shape[0]]
         return ((codes - zeros) * scales[:, group_of]).to(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockRows:
+    """[N, K] weights."""
+
+    type: str
+    """ggml's name of the blocks, such as Q4_K."""
+    blocks: torch.Tensor
+    """uint8 [N, bytes of a row]; rows contiguous, any row stride."""
+    columns: int
+
+    def __post_init__(self) -> None:
+        assert self.blocks.dtype == torch.uint8
+        assert self.blocks.shape[1] == row_bytes(self.type, self.columns), "rows are no whole number of blocks"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.blocks.shape[0], self.columns
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is stored."""
+        return (self.blocks,)
+
+    def rows(self, which: slice) -> BlockRows:
+        """Some of the rows, e.g. every other one."""
+        return BlockRows(self.type, self.blocks[which], self.columns)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[N, K] in `dtype`: ggml's float32 values, rounded where `dtype` is narrower."""
+        values = dequantize(self.blocks.cpu().contiguous().numpy(), GGMLQuantizationType[self.type])
+        return torch.from_numpy(values).to(device=self.blocks.device, dtype=dtype)
+
+
+def row_bytes(block_type: str, columns: int) -> int:
+    """Bytes of a row of `columns` weights. ValueError: they are no whole number of blocks."""
+    block_columns, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
+    if columns % block_columns:
+        raise ValueError(f"{columns} columns are no whole number of {block_type} blocks of {block_columns}")
+    return columns // block_columns * block_bytes
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:

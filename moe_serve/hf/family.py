@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
-from moe_serve.hf.families import FAMILIES, family_name, family_names
+from moe_serve.hf.families import FAMILIES, refuse_unknown_family
 from moe_serve.hf.recurrent import Recurrence
 from moe_serve.hf.routings import RoutingOf, unknown
 from moe_serve_base.extensions import ExtensionError
@@ -106,12 +106,7 @@ def family_of(config: Any) -> Family:
 def find(model_type: str) -> Family:
     """The Family of config.json's `model_type`, or of the text model's in it; UnsupportedModelError lists the supported
     ones."""
-    name = family_name(model_type)
-    if name is None:
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(family_names())}"
-        )
+    name = refuse_unknown_family({"model_type": model_type})
     try:
         family: Family = FAMILIES.find(name)
     except ExtensionError as error:

@@ -14,7 +14,7 @@ from expert_cache.storage.encoding import Encoding, Layout
 from expert_cache.storage.store import StoredTensor
 from moe_serve.errors import CheckpointError
 from moe_serve.hf.quantization_scheme import Scheme
-from moe_serve_kernels.quantized import BITS, QuantizedRows
+from moe_serve_kernels.quantized import BITS
 
 TRANSPOSED: tuple[Layout, ...] = ("gptq", "awq")
 
@@ -50,7 +50,7 @@ def _dequantized(encoding: Encoding, parts: dict[str, StoredTensor], dtype: torc
     if problem:
         raise CheckpointError(problem)
     matrix = encoding.matrix(tensors, columns)
-    return matrix.dequantized(dtype) if isinstance(matrix, QuantizedRows) else matrix.to(dtype)
+    return matrix.to(dtype) if isinstance(matrix, torch.Tensor) else matrix.dequantized(dtype)
 
 
 def _codes_per_entry(encoding: Encoding) -> int:

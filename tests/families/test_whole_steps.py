@@ -50,6 +50,7 @@ class Calls:
         return counting
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", CASES)
 def test_plain_families_take_them(case: str, checkpoint: Checkpoint) -> None:
     assert (whole_steps_of(load(checkpoint(case))) is not None) == (case in PLAIN)
@@ -66,6 +67,7 @@ def test_they_can_be_turned_off(settings: dict[str, Any], checkpoint: Checkpoint
     assert whole_steps_of(load(checkpoint("mixtral"), **settings)) is None
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", sorted(PLAIN))
 def test_counts_and_routes_are_those_of_the_modules(
     case: str, checkpoint: Checkpoint, reference: References, monkeypatch: pytest.MonkeyPatch

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
-Matrix = torch.Tensor | QuantizedRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows
 
 
 class ExpertRecord:
@@ -54,13 +54,16 @@ def _matrix(matrix: Matrix | None) -> Any:
     if isinstance(matrix, QuantizedRows):
         return _quantized(matrix)
     plain = {"scales": None, "scale_kind": 0, "scale_stride": 0, "rows_per_scale": 1}
-    plain |= {"zeros": None, "zero_stride": 0, "zero": 0}
+    plain |= {"zeros": None, "zero_stride": 0, "zero": 0, "block_type": 0}
     if matrix is None:
         return native().new("Matrix", data=None, stride=0, rows=0, columns=0, group=0, **plain)
     rows, columns = matrix.shape
-    stride = matrix.stride(0) * matrix.itemsize
+    data = matrix.blocks if isinstance(matrix, BlockRows) else matrix
+    if isinstance(matrix, BlockRows):
+        plain["block_type"] = native().value(f"BlockType.BLOCK_{matrix.type}")
+    stride = data.stride(0) * data.itemsize
     return native().new(
-        "Matrix", data=matrix.data_ptr(), stride=stride, rows=rows, columns=columns, group=columns, **plain
+        "Matrix", data=data.data_ptr(), stride=stride, rows=rows, columns=columns, group=columns, **plain
     )
 
 
@@ -81,6 +84,7 @@ def _quantized(matrix: QuantizedRows) -> Any:
         zeros=None if zeros is None else zeros.data_ptr(),
         zero_stride=0 if zeros is None else zeros.stride(0),
         zero=(matrix.zero if zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
+        block_type=0,
     )
 
 
