@@ -71,10 +71,15 @@ def _further_layers(names: Iterable[str], hf_config: Any) -> set[int]:
     return {*named, *(layer for layer in marked if layer >= own)}
 
 
+def layer_of(name: str, otherwise: int) -> int:
+    """The layer in a tensor's name; `otherwise` for a tensor of none."""
+    layer = LAYER.search(name)
+    return otherwise if layer is None else int(layer[1])
+
+
 def is_further(name: str, layers: Container[int]) -> bool:
     """A tensor of a layer that predicts several tokens at once. `layers`: numbers of such layers."""
-    layer = LAYER.search(name)
-    return bool(FURTHER.search(name)) or (layer is not None and int(layer[1]) in layers)
+    return bool(FURTHER.search(name)) or layer_of(name, -1) in layers
 
 
 def _all_zero(files: Iterable[Path], names: set[str]) -> Iterator[str]:
