@@ -211,7 +211,7 @@ def test_the_doctor_counts_no_layers_behind_the_model(with_mtp: Path, tmp_path: 
 
 def test_layers_behind_the_model_are_named_unless_they_predict(with_mtp: Path) -> None:
     """A config.json with a layer too few; without the count, only such a layer's own tensors tell what it is."""
-    edit(with_mtp, lambda config: config.pop("num_nextn_predict_layers"))
+    edit(with_mtp, lambda config: config.update(num_nextn_predict_layers=0))
     assert "tensors have no place in the model: model.layers.3." in refusal(with_mtp)
     add(with_mtp, lambda tensors: {"model.layers.3.eh_proj.weight": torch.ones(2, 2)})
     assert load(with_mtp)
