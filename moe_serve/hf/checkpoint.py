@@ -85,7 +85,8 @@ def open_experts(
         for expert in range(spec.num_experts):
             check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
-    encoding = scheme.encoding if scheme is not None and scaled else None
+    codes = next(stored.tensor.dtype for (part, _), stored in tensors[layers[0]].items() if part == "down")
+    encoding = scheme.encoding_of(codes) if scheme is not None and scaled else None
     # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats; so do GGUF files.
     transposed = encoding is None and listing is None and is_transposed(family, tensors[layers[0]], spec)
     fused = FusedLayout(transposed=transposed, interleaved=family.interleaved and listing is None)

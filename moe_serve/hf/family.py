@@ -9,9 +9,11 @@ matrix products. Knows no tensors and loads nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
@@ -48,6 +50,7 @@ FUSED = re.compile(
 )
 """One 3-D tensor per layer and matrix, [E, out, in] (or [E, in, out] where Family.transposed)."""
 
+Adapt = Callable[[nn.Module, Any], None]
 FAMILY_NAME = "moe_serve_family"
 """Attribute of a config whose checkpoint names another model_type than transformers does."""
 
@@ -88,6 +91,9 @@ class Family:
     """Which layers keep a state of fixed size per sequence, beside or instead of keys and values."""
     model_class: str | None = None
     """Name of the text model's causal class in transformers, where AutoModelForCausalLM does not know it."""
+    adapt: Adapt | None = None
+    """Called with the loaded model and its config, where modules take for granted what is not so here: that a batch's
+    tokens are one sequence, or that experts lie in the block. UnsupportedModelError."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 

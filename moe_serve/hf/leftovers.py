@@ -32,6 +32,15 @@ NO_NOTE = (
 MOST_NAMES = 5
 
 
+def refuse_gaps(folder: str, info: Any) -> None:
+    """transformers fills gaps with random numbers and a warning; here they are errors."""
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise CheckpointError(f"{folder}: {len(info['missing_keys'])} tensors are missing, among them {names}")
+    for name, found, wanted in sorted(info["mismatched_keys"], key=str):
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}")
+
+
 def refuse_leftovers(folder: str, files: Iterable[Path], names: Collection[str], hf_config: Any) -> None:
     """`names`: what the model has no place for. CheckpointError names those that would have changed its answers.
 

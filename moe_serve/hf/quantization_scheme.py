@@ -1,14 +1,14 @@
 """Scheme: how config.json's `quantization_config` says a checkpoint's matrices are stored.
 
 One function per method. What the matrices look like is Encoding's business; here are the field names of
-compressed-tensors, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3), ModelOpt's fp8 and MXFP4
-(GPT-OSS). Reads no tensors.
+compressed-tensors, ModelOpt, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3) and MXFP4 (GPT-OSS). Reads no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +18,9 @@ from moe_serve_kernels.quantized import Kind
 
 SCALED_WEIGHT = {".weight": "codes", ".weight_scale": "scale"}
 PACKED_WEIGHT = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_zero_point": "zero"}
+NVFP4_GROUP = 16
+FOUR_BIT_FLOATS = {"nvfp4-pack-quantized": NVFP4_GROUP, "mxfp4-pack-quantized": 32}
+"""compressed-tensors' format -> columns of a group."""
 COLUMN_WORDS = {".qweight": "codes", ".scales": "scale", ".qzeros": "zero"}
 
 
@@ -32,8 +35,14 @@ class Scheme:
     """Ends of names of what we do without."""
     stem: str = ".weight"
     """What the matrix's name would end in, were it not quantised."""
+    by_dtype: Mapping[torch.dtype, Encoding] = field(default_factory=dict)
+    """Encodings of matrices whose codes have another type than most, in checkpoints of several formats."""
     rounds_activations: bool = False
     """Made for engines that quantise activations too; we do not."""
+
+    def encoding_of(self, dtype: torch.dtype) -> Encoding:
+        """Of a matrix, by the type of its codes."""
+        return self.by_dtype.get(dtype, self.encoding)
 
     def split(self, name: str) -> tuple[str, str] | None:
         """(name the matrix would have unquantised, role), or None for a tensor of no quantised matrix."""
@@ -55,24 +64,10 @@ def scheme_of(values: object, dtype: torch.dtype, where: str) -> Scheme:
 
 
 def modelopt_scheme(note: object, dtype: torch.dtype, where: str) -> Scheme:
-    """The Scheme of ModelOpt's hf_quant_config.json: fp8 with one scale per matrix. Arguments as in `scheme_of`."""
-    values = note.get("quantization") if isinstance(note, Mapping) else note
-    fields = Fields(values, where, "quantization")
-    fields.refuse_unknown(KNOWN["modelopt"])
+    """The Scheme of ModelOpt's hf_quant_config.json. Arguments as in `scheme_of`."""
+    fields = Fields(note.get("quantization") if isinstance(note, Mapping) else note, where, "quantization")
+    fields.refuse_unknown(MODELOPT_NOTE)
     return _modelopt(fields, dtype if dtype == torch.bfloat16 else torch.float32)
-
-
-def _modelopt(fields: Fields, float_dtype: torch.dtype) -> Scheme:
-    """Also as config.json has it since ModelOpt 0.29: beside the algorithm, groups in compressed-tensors' words."""
-    if fields.has("quantization"):
-        fields = fields.object("quantization")
-        fields.refuse_unknown(KNOWN["modelopt"])
-    fields.choice("quant_algo", ("FP8",))
-    if fields.has("config_groups"):
-        weights = _only_group(fields).object("weights")
-        weights.choice("num_bits", (8,))
-        weights.choice("type", ("float",))
-    return Scheme(_per_matrix_fp8(float_dtype), SCALED_WEIGHT, rounds_activations=True)
 
 
 def _only_group(fields: Fields) -> Fields:
@@ -87,9 +82,12 @@ def _only_group(fields: Fields) -> Fields:
 
 def _compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     fields.object("sparsity_config").choice("format", ("dense",), "dense")
-    layout = fields.choice("format", ("pack-quantized", "int-quantized", "float-quantized"))
+    known = ("pack-quantized", "int-quantized", "float-quantized", *FOUR_BIT_FLOATS)
+    layout = fields.choice("format", known)
     group = _only_group(fields)
     weights = group.object("weights")
+    if layout in FOUR_BIT_FLOATS:
+        return _four_bit_floats(weights, group.has("input_activations"), FOUR_BIT_FLOATS[layout])
     if layout == "pack-quantized":
         weights.choice("type", ("int",))
         bits = weights.choice("num_bits", (4, 8))
@@ -110,7 +108,17 @@ def _compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     )
 
 
-def _strategy(weights: Fields) -> dict[str, int]:
+def _four_bit_floats(weights: Fields, rounds_activations: bool, size: int) -> Scheme:
+    """compressed-tensors' NVFP4 (e4m3 scales, divided by one factor per matrix) and MXFP4 (e8m0 scales)."""
+    weights.choice("num_bits", (4,))
+    weights.choice("type", ("float",))
+    weights.choice("group_size", (size,))
+    encoding = Encoding("rows", "fp4", group=size, divides=True)
+    suffixes = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_global_scale": "factor"}
+    return Scheme(encoding, suffixes, rounds_activations=rounds_activations)
+
+
+def _strategy(weights: Fields) -> dict[str, Any]:
     strategy = weights.choice("strategy", ("channel", "group", "tensor", "block"))
     if strategy == "group":
         return {"group": weights.integer("group_size", 1)}
@@ -168,6 +176,27 @@ def _per_matrix_fp8(float_dtype: torch.dtype) -> Encoding:
     return Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
 
 
+def _modelopt(fields: Fields, float_dtype: torch.dtype) -> Scheme:
+    """ModelOpt's NVFP4 in groups of 16, fp8 with one scale per matrix, or both, told apart by the codes' type."""
+    if fields.has("quantization"):
+        fields = fields.object("quantization")
+        fields.refuse_unknown(MODELOPT_NOTE)
+    algorithm = fields.choice("quant_algo", ("NVFP4", "FP8", "MIXED_PRECISION"))
+    if algorithm == "MIXED_PRECISION":
+        layers = fields.object("quantized_layers")
+        if not layers.names():
+            raise fields.unsupported("quantized_layers", "an algorithm for each layer")
+        for name in layers.names():
+            layers.object(name).choice("quant_algo", ("NVFP4", "FP8"))
+    fields.choice("group_size", (NVFP4_GROUP,), NVFP4_GROUP)
+    eight_bits = _per_matrix_fp8(float_dtype)
+    if algorithm == "FP8":
+        return Scheme(eight_bits, SCALED_WEIGHT, rounds_activations=True)
+    four_bits = Encoding("rows", "fp4", group=NVFP4_GROUP, float_dtype=float_dtype)
+    suffixes = {**SCALED_WEIGHT, ".weight_scale_2": "factor"}
+    return Scheme(four_bits, suffixes, by_dtype={torch.float8_e4m3fn: eight_bits}, rounds_activations=True)
+
+
 def _mxfp4(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     encoding = Encoding("blocks", "fp4", group=32, float_dtype=float_dtype)
     return Scheme(encoding, {"_blocks": "codes", "_scales": "scale"}, stem="")
@@ -183,6 +212,8 @@ METHODS: Mapping[str, Callable[[Fields, torch.dtype], Scheme]] = {
 }
 """By quant_method."""
 
+MODELOPT_NOTE = {"quant_algo", "kv_cache_quant_algo", "exclude_modules", "group_size", "quantized_layers"}
+"""Of hf_quant_config.json; caches stay floats here."""
 COMMON = {"quant_method", "modules_to_not_convert", "ignored_layers", "ignore", "backend", "version", "meta"}
 """Fields of several methods: which modules stay floats is seen from their tensors."""
 GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
@@ -216,8 +247,8 @@ KNOWN: Mapping[str, Collection[str]] = {
     "mxfp4": {*COMMON, "dequantize"},
     "modelopt": {
         *COMMON,
-        *("quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "exclude_modules", "producer", "config_groups"),
-        "quantization",
+        *("quant_algo", "group_size", "config_groups", "quantized_layers", "kv_cache_scheme", "kv_cache_quant_algo"),
+        *("producer", "exclude_modules", "quantization"),
     },
 }
 """By quant_method: what is read here, and what tools write down of how the codes were found."""

@@ -1,0 +1,28 @@
+"""The bar that transformers draws while it loads. Knows no models."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+
+@contextmanager
+def bar_only_on_terminals() -> Iterator[None]:
+    """transformers draws a progress bar on stderr; in a log file it would be one long line."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with redirect_stderr(io.StringIO()):
+            yield
+
+
+def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
+    """Have the model's modules take a step's flattened tokens, of many sequences."""
+    _set_windows(model, hf_config, family)
+    chunked_attention.install(model, hf_config)
+    latent_attention.install(model)
+    recurrent.install(model, family.recurrence)
+    if family.adapt is not None:
+        family.adapt(model, hf_config)
