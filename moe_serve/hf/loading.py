@@ -244,6 +244,16 @@ def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
         model_class._keys_to_ignore_on_load_unexpected = before
 
 
+def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
+    """Have the model's modules take a step's flattened tokens, of many sequences."""
+    _set_windows(model, hf_config, family)
+    chunked_attention.install(model, hf_config)
+    latent_attention.install(model)
+    recurrent.install(model, family.recurrence)
+    if family.adapt is not None:
+        family.adapt(model, hf_config)
+
+
 def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
     """Give attention modules the sliding window that transformers applies through masks alone."""
     window = getattr(hf_config, "sliding_window", None)

@@ -16,13 +16,3 @@ def bar_only_on_terminals() -> Iterator[None]:
     else:
         with redirect_stderr(io.StringIO()):
             yield
-
-
-def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
-    """Have the model's modules take a step's flattened tokens, of many sequences."""
-    _set_windows(model, hf_config, family)
-    chunked_attention.install(model, hf_config)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
-    if family.adapt is not None:
-        family.adapt(model, hf_config)
