@@ -26,7 +26,7 @@ from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
 from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf import attention, dense, gguf_tensors, recurrent
+from moe_serve.hf import attention, chunked_attention, dense, gguf_tensors, latent_attention, recurrent
 from moe_serve.hf.checkpoint import (
     dense_dtypes,
     dense_tensors,
