@@ -30,11 +30,14 @@ from predictors.shape import Key
 
 FORMAT = "moe-serve-experts-1"
 NAME = re.compile(
-    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero)?)$"
+    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero|_factor)?)$"
 )
 MATRICES = ("gate", "up", "down")
 PADDING = "padding"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"},
+}
 """safetensors' names."""
 NO_CHECKSUM = "0" * 16
 Tensors = dict[int, dict[tuple[str, int | None], StoredTensor]]
@@ -123,7 +126,8 @@ def _present(weights: ExpertWeights) -> Iterator[tuple[str, torch.Tensor]]:
         yield part, matrix if isinstance(matrix, torch.Tensor) else matrix.tensors[0]
     for part, matrix in matrices.items():
         if isinstance(matrix, QuantizedRows):
-            yield from zip((f"{part}_scale", f"{part}_zero"), matrix.tensors[1:], strict=False)
+            small = {"scale": matrix.scales, "zero": matrix.zeros, "factor": matrix.factor}
+            yield from ((f"{part}_{role}", tensor) for role, tensor in small.items() if tensor is not None)
     for part in MATRICES:
         bias = getattr(weights, f"{part}_bias")
         if bias is not None:
@@ -135,7 +139,7 @@ def _encoding_of(store: ExpertStore) -> str:
     encoding = store.encoding
     if encoding is None or not isinstance(store.weights(store.layers[0], 0).gate, QuantizedRows):
         return "null"
-    names = ("kind", "group", "rows_per_scale", "zero")
+    names = ("kind", "group", "rows_per_scale", "zero", "divides")
     return json.dumps({**{name: getattr(encoding, name) for name in names}, "shape": store.shape})
 
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shape(model: str, format: str) -> Shape:
-    from moe_serve.hf.checkpoint import read_config
+    from moe_serve.hf.config_file import read_config
     from moe_serve.spec import ModelSpec
     from moe_serve_kernels.gpu.pool import FORMATS as KNOWN
     from moe_serve_kernels.gpu.tuned import Shape

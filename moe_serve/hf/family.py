@@ -9,9 +9,11 @@ matrix products. Knows no tensors and loads nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
@@ -48,8 +50,14 @@ FUSED = re.compile(
 )
 """One 3-D tensor per layer and matrix, [E, out, in] (or [E, in, out] where Family.transposed)."""
 
+Adapt = Callable[[nn.Module, Any], None]
 FAMILY_NAME = "moe_serve_family"
 """Attribute of a config whose checkpoint names another model_type than transformers does."""
+
+
+FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")
+"""In the names of layers that predict several tokens at once, where these have a count of their own (`mtp.layers.0`).
+Only their owners' engines run them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +91,16 @@ class Family:
     """Which layers keep a state of fixed size per sequence, beside or instead of keys and values."""
     model_class: str | None = None
     """Name of the text model's causal class in transformers, where AutoModelForCausalLM does not know it."""
+    adapt: Adapt | None = None
+    """Called with the loaded model and its config, where modules take for granted what is not so here: that a batch's
+    tokens are one sequence, or that experts lie in the block. UnsupportedModelError."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 
     def match(self, tensor_name: str) -> re.Match[str] | None:
         """The match of an expert tensor's name, or None for a dense one."""
+        if FURTHER.search(tensor_name):
+            return None
         return next((m for p in self.patterns if (m := p.search(tensor_name))), None)
 
 

@@ -419,4 +419,19 @@ CASES: dict[str, TinyCase] = {
         "glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, is_brief=True, tower=TOWER
     ),
     "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}, is_brief=True),
+    # Chunks end within the prompts; the last layer has no positions and scales its queries every 32 tokens.
+    "llama4": TinyCase(
+        "llama4_text",
+        {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 8,
+            "moe_layers": [1, 2],
+            "no_rope_layers": [1, 1, 0],
+            "attention_chunk_size": WINDOW,
+            "floor_scale": 32,
+        },
+        is_brief=True,
+    ),
 }

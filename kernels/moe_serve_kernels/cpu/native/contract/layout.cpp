@@ -48,7 +48,7 @@ constexpr Field MATRIX[] = {FIELD(Matrix, data),         FIELD(Matrix, stride), 
                             FIELD(Matrix, columns),      FIELD(Matrix, scales),         FIELD(Matrix, scale_kind),
                             FIELD(Matrix, scale_stride), FIELD(Matrix, rows_per_scale), FIELD(Matrix, group),
                             FIELD(Matrix, zeros),        FIELD(Matrix, zero_stride),    FIELD(Matrix, zero),
-                            FIELD(Matrix, block_type)};
+                            FIELD(Matrix, block_type),   FIELD(Matrix, scale_table)};
 constexpr Field BIAS[] = {FIELD(Bias, data), FIELD(Bias, stride), FIELD(Bias, bf16)};
 constexpr Field EXPERT[] = {FIELD(Expert, gate),      FIELD(Expert, up),      FIELD(Expert, down),
                             FIELD(Expert, gate_bias), FIELD(Expert, up_bias), FIELD(Expert, down_bias),
@@ -191,6 +191,7 @@ void tell_values(std::ostream& text) {
     TELL_ENUM(ScaleKind, SCALE_BFLOAT16);
     TELL_ENUM(ScaleKind, SCALE_FLOAT16);
     TELL_ENUM(ScaleKind, SCALE_UINT8);
+    TELL_ENUM(ScaleKind, SCALE_TABLE);
     TELL_ENUM(ScoreKind, SOFTMAX);
     TELL_ENUM(ScoreKind, SIGMOID);
     TELL_ENUM(ScoreKind, SOFTMAX_OF_CHOSEN);

@@ -25,7 +25,8 @@ struct Activation {
 };
 
 enum WeightKind { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, FP8, INT4, FP4, BLOCKS };
-enum ScaleKind { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_UINT8 };  // UINT8: e8m0, 2^(byte - 127)
+// UINT8: e8m0, 2^(byte - 127). TABLE: bytes that name a matrix's entries of a table.
+enum ScaleKind { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_UINT8, SCALE_TABLE };
 
 // ggml's types of blocks, whose codes and scales lie side by side (experts/blocks.inc).
 enum BlockType {
@@ -56,6 +57,7 @@ struct Matrix {
     int64_t scale_kind, scale_stride, rows_per_scale, group;  // strides in elements from here on
     const uint8_t* zeros;
     int64_t zero_stride, zero, block_type;
+    const float* scale_table;  // [256], with SCALE_TABLE
 
     const char* row(int64_t r) const { return data + (r < rows ? r : rows - 1) * stride; }
 };
