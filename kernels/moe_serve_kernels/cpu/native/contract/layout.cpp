@@ -74,7 +74,7 @@ constexpr Field BLOCK[] = {FIELD(Block, q),
                            FIELD(Block, sinks),
                            FIELD(Block, window),
                            FIELD(Block, keys),
-                           FIELD(Block, values),
+                           FIELD(Block, values), FIELD(Block, kv_bf16),
                            FIELD(Block, experts),
                            FIELD(Block, route)};
 constexpr Field SIZES[] = {
@@ -171,6 +171,7 @@ void tell_values(std::ostream& text) {
     TELL_ENUM(WeightKind, FP8);
     TELL_ENUM(WeightKind, INT4);
     TELL_ENUM(WeightKind, FP4);
+    TELL_ENUM(WeightKind, ROUNDED_BFLOAT16);
     TELL_ENUM(ScaleKind, SCALE_FLOAT32);
     TELL_ENUM(ScaleKind, SCALE_BFLOAT16);
     TELL_ENUM(ScaleKind, SCALE_FLOAT16);

@@ -17,12 +17,14 @@
 #include <cstddef>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
 
 #include "contract/api.h"
 #include "experts/segments.h"
+#include "simd/amx.h"
 
 using namespace moe_serve;
 
