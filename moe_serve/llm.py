@@ -15,10 +15,10 @@ from typing import Any, Self, overload
 from tqdm import tqdm
 
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.config.model_folder import find_model
 from moe_serve.config.settings import refuse_no_effect, sort_out
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
+from moe_serve.hub.find import find_model
 from moe_serve.parallel.front.start import engine_over_ranks
 from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
@@ -65,7 +65,7 @@ class LLM:
         engine, ranks = sort_out("LLM", {"model": model, **settings}, EngineConfig, ParallelConfig)
         config, parallel = EngineConfig.from_dict(engine), ParallelConfig.from_dict(ranks)
         refuse_no_effect(config, parallel)
-        config = config.replace(model=find_model(config.model))
+        config = config.replace(model=find_model(config.model, config.revision, config.offline))
         self.ranks = engine_over_ranks(config, parallel)
         """The engine over ranks; None on one device."""
         self.engine = self.ranks or Engine.from_config(config)

@@ -133,7 +133,7 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
             f"--max-model-len {config.max_model_len} exceeds the model's {limit} positions"
-            " (max_position_embeddings, yarn's factor and attention_chunk_size in config.json)"
+            " (max_position_embeddings and yarn's factor in config.json)"
         )
     return config.max_model_len or limit
 

@@ -59,13 +59,12 @@ def _first(config: Any, *names: str) -> int:
 
 
 def _positions(config: Any) -> int:
-    """The longest sequence the config allows: yarn stretches what the model was trained on by its factor, and layers
-    that attend within chunks end with the first chunk."""
+    """The longest sequence the config allows: yarn stretches what the model was trained on by its factor."""
     limit = int(config.max_position_embeddings)
     for rope in _rules(config):
         if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("factor"):
             limit = round(rope["factor"] * rope.get("original_max_position_embeddings", limit))
-    return min(limit, getattr(config, "attention_chunk_size", None) or limit)
+    return limit
 
 
 def _rules(config: Any) -> Iterator[Mapping[str, Any]]:

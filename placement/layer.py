@@ -16,6 +16,7 @@ from placement.topology import Floats, Ints
 
 FORBIDDEN = 1e6
 """Cost of a device a pinned expert may not be on; any real cost is a share, so at most of order 1."""
+PRICE_ROUNDS = 12
 
 
 def one_hot(devices: Ints, num_devices: int) -> Floats:
@@ -83,13 +84,13 @@ def place_layer(problem: PlacementProblem, cost: Floats, layer: int, load: Float
     return min(candidates, key=lambda devices: settle(cost, view, devices))
 
 
-def priced_assignment(cost: Floats, slots: Ints, view: LayerLoad, rounds: int = 12) -> Ints:
+def priced_assignment(cost: Floats, slots: Ints, view: LayerLoad) -> Ints:
     """Assignments under rising prices on overloaded devices, each made feasible by swaps; the best of them."""
     prices = np.zeros(slots.size)
     scale = float(np.ptp(cost[cost < FORBIDDEN / 2])) or 1.0
     best = improve_by_swaps(cost, view, assign(cost, slots))
     limit = view.limit if np.isfinite(view.limit) else 1.0
-    for step in range(rounds):
+    for step in range(PRICE_ROUNDS):
         devices = assign(cost + view.load[:, None] * prices, slots)
         over = view.busy(devices) - limit
         best = min(best, improve_by_swaps(cost, view, devices), key=lambda d: settle(cost, view, d))

@@ -22,6 +22,7 @@ from placement.topology import Floats
 
 ROUNDING = 1e-9
 """Added to every bound for the errors of eigenvalues in float64."""
+MOST_ITERATIONS = 3000
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,22 @@ class PairTraffic:
         return int(self.weights.shape[1] // self.groups)
 
 
-def kept_at_most(traffic: PairTraffic, time_limit_s: float, enough: float = -np.inf, iterations: int = 3000) -> float:
-    """Share of all traffic that stays on its device in any layout, at most. Ends early once below `enough`."""
+def kept_at_most(traffic: PairTraffic, time_limit_s: float) -> float:
+    """Share of all traffic that stays on its device in any layout, at most."""
     state = _Admm(traffic)
     start = time.monotonic()
     best = np.inf
     since_better = 0
-    for iteration in range(1, iterations + 1):
+    for iteration in range(1, MOST_ITERATIONS + 1):
         state.step()
         # A step or a bound of large problems takes seconds: stop while there is time for one more of each.
         used_s = time.monotonic() - start
-        last = used_s * (1 + 2 / iteration) > time_limit_s or iteration == iterations
+        last = used_s * (1 + 2 / iteration) > time_limit_s or iteration == MOST_ITERATIONS
         if last or iteration % 20 == 0:
             value = state.multipliers.bound(traffic)
             since_better = 0 if value < best - 1e-6 else since_better + 1
             best = min(best, value)
-            if last or best <= enough or since_better >= 10:
+            if last or since_better >= 10:
                 break
             state.rebalance()
     return best + ROUNDING

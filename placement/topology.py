@@ -61,8 +61,7 @@ class Topology:
         cls,
         num_devices: int,
         gpus_per_node: int | None = None,
-        gpu_hop_cost: float = 1.0,
-        node_hop_cost: float | None = None,
+        node_hop_cost: float = 1.0,
         memory_bytes: int | None = None,
     ) -> Topology:
         """Alike devices, `gpus_per_node` to a node (all on one node where None)."""
@@ -73,8 +72,7 @@ class Topology:
             raise PlacementError("gpus_per_node", f"must divide the {num_devices} devices, got {per_node}")
         return cls(
             node_of=np.arange(num_devices) // per_node,
-            gpu_hop_cost=gpu_hop_cost,
-            node_hop_cost=gpu_hop_cost if node_hop_cost is None else node_hop_cost,
+            node_hop_cost=node_hop_cost,
             memory_bytes=np.full(0 if memory_bytes is None else num_devices, memory_bytes or 0),
         )
 

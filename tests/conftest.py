@@ -9,7 +9,11 @@ LONGEST = ("test_gpu_interpreted.py", "test_parallel.py")
 """One long test alone in its file: begun last, it would leave all processes but one without work."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("spanning") and not _spans(item):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in LONGEST)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
@@ -23,6 +27,14 @@ def pytest_configure() -> None:
         "beside other work", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     hypothesis.settings.load_profile("beside other work")
+
+
+def _spans(item: pytest.Item) -> bool:
+    """Its `case`, a tiny model, is one of the few that have all features between them."""
+    from tests.families.tiny_configs import SPANNING
+
+    assert isinstance(item, pytest.Function)
+    return item.callspec.params["case"] in SPANNING
 
 
 def _has_gpu() -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ HEAVY = {"torch", "transformers", "triton", "fastapi", "pydantic"}
 
 
 Rule = Callable[[list[Import]], Iterable[str]]
+
+
+@cache
+def our_imports() -> list[Import]:
+    return read_imports(ROOT)
 
 
 def top(name: str) -> str:
@@ -156,12 +162,12 @@ def prints(root: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.__name__))
 def test_imports_keep_the_rule(rule: Rule) -> None:
-    assert sorted(set(rule(read_imports(ROOT)))) == []
+    assert sorted(set(rule(our_imports()))) == []
 
 
 @pytest.fixture(scope="module")
 def graph() -> Graph:
-    return file_graph(read_imports(ROOT), module_files(ROOT))
+    return file_graph(our_imports(), module_files(ROOT))
 
 
 def test_no_file_imports_itself_through_others(graph: Graph) -> None:
@@ -210,7 +216,7 @@ def _normal(distribution: str) -> str:
 
 
 def test_every_imported_library_is_declared() -> None:
-    outside = {top(i.target) for i in read_imports(ROOT)} - set(sys.stdlib_module_names) - set(FOLDER_OF)
+    outside = {top(i.target) for i in our_imports()} - set(sys.stdlib_module_names) - set(FOLDER_OF)
     owner = importlib.metadata.packages_distributions()
     missing = {name for name in outside if not {_normal(d) for d in owner.get(name, [name])} & _declared()}
     # starlette and anyio come with fastapi, which re-exports the one and runs on the other.

@@ -93,14 +93,14 @@ def test_help_imports_no_extension(tmp_path: Path) -> None:
     assert "loud" in done.stdout
 
 
-BROKEN = {
+BROKEN: dict[str, str] = {
     "raise ImportError('no such\\nlibrary')": "cannot be imported: ImportError: no such library",
     "POLICY = object()": "has no needs, record, keep_values, keep_values_all",
     "": "cannot be imported: AttributeError: ",
 }
 
 
-@pytest.mark.parametrize("code", BROKEN)
+@pytest.mark.parametrize("code", [pytest.param(c, marks=[pytest.mark.slow] * bool(i)) for i, c in enumerate(BROKEN)])
 def test_a_broken_one_is_one_line_that_names_the_package(tmp_path: Path, code: str) -> None:
     install(tmp_path, "bad", {"policies": "bad = bad:POLICY"}, code)
     done = moe_serve("generate --prompt a --moe-cache-mib 4 --moe-cache-manager host --moe-cache-policy bad", tmp_path)

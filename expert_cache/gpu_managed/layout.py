@@ -18,7 +18,7 @@ from expert_cache.storage import ExpertStore, ExpertWeights, Matrix
 from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from moe_serve_kernels.gpu.pool import GROUP_SIZE, Bank, ExpertPool, Format, empty_bank, pack_int4
-from moe_serve_kernels.quantized import QuantizedRows, scale_values
+from moe_serve_kernels.quantized import QuantizedRows
 
 GROUP_SIZES = (32, 64, 128)
 ROW_FORMATS: dict[tuple[str, int], Format] = {("int8", 0): "int8", ("uint8", 128): "int8", ("fp8", 0): "fp8"}
@@ -118,7 +118,7 @@ def _write_rows(matrix: Matrix, target: Parts) -> None:
     assert isinstance(matrix, QuantizedRows)
     codes = matrix.codes[:, : matrix.columns]
     data.view(torch.uint8).copy_(codes ^ 128 if matrix.kind == "uint8" else codes, non_blocking=True)
-    target["scale"].copy_(scale_values(matrix.scales)[:, 0].expand(matrix.shape[0]), non_blocking=True)
+    target["scale"].copy_(matrix.scale_values()[:, 0].expand(matrix.shape[0]), non_blocking=True)
 
 
 def _write_groups(matrices: list[Matrix], group_size: int, target: Parts) -> None:
@@ -133,6 +133,6 @@ def _groups_of(matrix: Matrix, group_size: int) -> tuple[torch.Tensor, torch.Ten
     """Nibbles uint8 [outputs, G, g], scales and zeros float32 [outputs, G]."""
     assert isinstance(matrix, QuantizedRows)
     codes = torch.stack((matrix.codes & 15, matrix.codes >> 4), dim=2).flatten(1)[:, : matrix.columns]
-    scales = scale_values(matrix.scales)
+    scales = matrix.scale_values()
     zeros = torch.full_like(scales, matrix.zero) if matrix.zeros is None else matrix.zeros.float()
     return codes.reshape(len(codes), -1, group_size), scales, zeros

@@ -16,7 +16,6 @@ import torch
 
 from expert_cache.gpu_managed.layout import SlotLayout, slot_of_bank, write_slot
 from expert_cache.storage import ExpertWeights
-from moe_serve_kernels import gpu
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -24,11 +23,6 @@ class PooledExpert(ExpertWeights):
     """One slot, whose weights are in the pool's own layout. The slot belongs to this object until it is gone."""
 
     slot: int = -1
-
-
-def is_available(device: torch.device) -> bool:
-    """True when the GPU kernels can run on a pool of `device`."""
-    return gpu.is_available(device)
 
 
 class SlotPool:

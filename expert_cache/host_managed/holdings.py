@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from expert_cache.host_managed.claims import SlotClaims
 from expert_cache.host_managed.in_flight import InFlight
@@ -12,7 +13,6 @@ from expert_cache.host_managed.slot_table import SlotTable
 from expert_cache.report import CacheCounters
 from expert_cache.running import PreparedWeights
 from expert_cache.storage import ExpertReadError, ExpertStore, ExpertWeights, Fetcher, SlotArena
-from moe_serve_kernels.quantized import QuantizedRows
 from predictors.shape import Key
 
 
@@ -65,6 +65,6 @@ class Holdings:
         assert set(self.weights) == ready, "weights and slots disagree"
         for key, weights in self.weights.items():
             start = self.arena.tensor(int(self.table.slot_of[key])).data_ptr()
-            down = weights.down.codes if isinstance(weights.down, QuantizedRows) else weights.down
+            down = weights.down if isinstance(weights.down, torch.Tensor) else weights.down.tensors[0]
             inside = start <= down.data_ptr() < start + self.arena.slot_bytes
             assert inside or self.store.is_copied, "weights lie outside their slot"

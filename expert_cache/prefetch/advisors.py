@@ -37,20 +37,20 @@ class Advisor(Protocol):
         ...
 
 
+LAYERS_AHEAD = 2
+"""Of FromNextGate: the next layer's experts are often resident, and the disk would be idle meanwhile."""
+
+
 class FromNextGate:
-    """Expects in the next layers as many experts as this one used: those their gates would choose now.
+    """Expects in the next layers as many experts as this one used: those their gates would choose now. Nearer layers
+    are more urgent."""
 
-    Two layers ahead, because what the next one needs is often resident, and the disk would be idle meanwhile.
-    """
-
-    def __init__(self, routers: Sequence[Router], lookahead: int = 2) -> None:
-        """`lookahead`: how many layers ahead; nearer ones are more urgent."""
+    def __init__(self, routers: Sequence[Router]) -> None:
         self._gate = NextGate(routers)
         self._num_layers = len(routers)
-        self._lookahead = lookahead
 
     def advise(self, layer: MoELayer, experts: Sequence[int], hidden: torch.Tensor) -> Sequence[Advice]:
-        ahead = range(layer + 1, min(layer + 1 + self._lookahead, self._num_layers))
+        ahead = range(layer + 1, min(layer + 1 + LAYERS_AHEAD, self._num_layers))
         return [self._expect(later, later - layer, len(experts), hidden) for later in map(MoELayer, ahead)]
 
     def _expect(self, layer: MoELayer, distance: int, count: int, hidden: torch.Tensor) -> Advice:

@@ -14,18 +14,19 @@ Knows no tensor names and no files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from moe_serve_kernels.quantized import BITS, Kind, QuantizedRows
+from moe_serve_kernels.quantized import BITS, SCALE_DTYPES, BlockRows, Kind, QuantizedRows
 
 Layout = Literal["rows", "packed", "blocks", "gptq", "awq"]
-ROLES = ("codes", "scale", "zero", "order")
+ROLES = ("codes", "scale", "zero", "order", "factor")
+"""Of a quantised matrix's tensors. factor: one number for all scales."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of eight, of each nibble of a word from the low bits on."""
-Matrix = torch.Tensor | QuantizedRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Encoding:
     """Zero point where none is stored."""
     zero_step: int = 0
     """Stored zero points are smaller by this (1 in GPTQ's first format)."""
+    divides: bool = False
+    """Scales are divided by the matrix's factor; else they are multiplied by it."""
     float_dtype: torch.dtype = torch.float32
     """Of matrices that must be dequantised."""
 
@@ -65,7 +68,7 @@ class Encoding:
             return {"codes": (columns, packed_rows), "scale": (groups, rows), "zero": (groups, packed_rows)}
         scale = (-(-rows // (self.rows_per_scale or rows)), groups)
         codes = (rows, -(-columns // 32), 16) if self.layout == "blocks" else (rows, -(-columns * bits // 8))
-        return {"codes": codes, "scale": scale, "zero": (rows, groups)}
+        return {"codes": codes, "scale": scale, "zero": (rows, groups), "factor": (1,)}
 
     def matrix(self, tensors: Mapping[str, torch.Tensor], columns: int) -> Matrix:
         """[N, K] from a matrix's tensors by role: views, unless `is_copied` or there is an order of columns."""
@@ -77,12 +80,15 @@ class Encoding:
 
     def _rows(self, tensors: Mapping[str, torch.Tensor], columns: int) -> QuantizedRows:
         codes, scales, zeros = self._parts(tensors)
-        if scales.dtype not in (torch.uint8, torch.float16, torch.bfloat16):
+        if scales.dtype not in SCALE_DTYPES:
             scales = scales.to(torch.float32)
         group = self.group or columns
         rows_per_scale = self.rows_per_scale or codes.shape[0]
         zero = 0 if zeros is not None else self.zero
-        return QuantizedRows(self.kind, codes, scales, columns, group, rows_per_scale, zeros, zero)
+        factor = tensors.get("factor")
+        factor = None if factor is None else factor.to(torch.float32)
+        rows = QuantizedRows(self.kind, codes, scales, columns, group, rows_per_scale, zeros, zero)
+        return rows if factor is None else replace(rows, factor=factor, divides=self.divides)
 
     def _parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes [N, bytes], scales [.., G] and zero points [N, G], row by row."""

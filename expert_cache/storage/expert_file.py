@@ -8,6 +8,7 @@ the fingerprint of the checkpoint it was made from.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -24,18 +25,23 @@ from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
 from moe_serve_base.safetensors_header import LENGTH_BYTES, read_header
 from moe_serve_base.whole_files import whole_file
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 from predictors.shape import Key
 
 FORMAT = "moe-serve-experts-1"
 NAME = re.compile(
-    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero)?)$"
+    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero|_factor)?)$"
 )
 MATRICES = ("gate", "up", "down")
 PADDING = "padding"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"},
+}
 """safetensors' names."""
 NO_CHECKSUM = "0" * 16
+Tensors = dict[int, dict[tuple[str, int | None], StoredTensor]]
+"""By decoder layer, then by (part, expert)."""
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -67,7 +73,7 @@ def read(path: Path) -> tuple[ExpertStore, str]:
     metadata = header.get("__metadata__", {})
     if metadata.get("format") != FORMAT:
         raise ValueError(f"not an expert file of format {FORMAT}; make it with `moe-serve pack`")
-    tensors: dict[int, dict[tuple[str, int | None], StoredTensor]] = {}
+    tensors: Tensors = {}
     for stored in stored_tensors(path, lambda name: NAME.match(name) is not None):
         match = NAME.match(stored.name)
         assert match
@@ -76,7 +82,34 @@ def read(path: Path) -> tuple[ExpertStore, str]:
     sums = {tuple(map(int, key.split("."))): value for key, value in json.loads(metadata["checksums"]).items()}
     checksums = {(k[0], k[1]): v for k, v in sums.items()}
     encoding, shape = _encoding_from(metadata.get("encoding", "null"))
+    if "blocks" in metadata:
+        tensors, shape = _in_blocks(tensors, json.loads(metadata["blocks"]))
     return ExpertStore(tensors, num_experts, None, checksums, encoding, shape), metadata["source"]
+
+
+def _blocks_of(store: ExpertStore) -> dict[str, Any]:
+    """How matrices in ggml's blocks are written: an expert's (I, H), and the type by decoder layer and part."""
+    types: dict[str, str] = {}
+    for layer in store.layers:
+        weights = store.weights(layer, 0)
+        for part in MATRICES:
+            matrix = getattr(weights, part)
+            if isinstance(matrix, BlockRows):
+                types[f"{store.decoder_layer(layer)}.{part}"] = matrix.type
+    return {"shape": store.shape, "types": types}
+
+
+def _in_blocks(tensors: Tensors, blocks: dict[str, Any]) -> tuple[Tensors, tuple[int, int]]:
+    """`tensors` with their types as `_blocks_of` noted them, and an expert's (I, H)."""
+    typed = {
+        layer: {
+            (part, expert): dataclasses.replace(stored, block_type=blocks["types"].get(f"{layer}.{part}"))
+            for (part, expert), stored in parts.items()
+        }
+        for layer, parts in tensors.items()
+    }
+    inner, hidden = blocks["shape"]
+    return typed, (inner, hidden)
 
 
 def _keys(store: ExpertStore, on_expert: Callable[[], None]) -> Iterator[Key]:
@@ -90,10 +123,11 @@ def _present(weights: ExpertWeights) -> Iterator[tuple[str, torch.Tensor]]:
     """What is written of an expert, in file order: the matrices, and then what is small."""
     matrices = {part: getattr(weights, part) for part in MATRICES}
     for part, matrix in matrices.items():
-        yield part, matrix.codes if isinstance(matrix, QuantizedRows) else matrix
+        yield part, matrix if isinstance(matrix, torch.Tensor) else matrix.tensors[0]
     for part, matrix in matrices.items():
         if isinstance(matrix, QuantizedRows):
-            yield from zip((f"{part}_scale", f"{part}_zero"), matrix.tensors[1:], strict=False)
+            small = {"scale": matrix.scales, "zero": matrix.zeros, "factor": matrix.factor}
+            yield from ((f"{part}_{role}", tensor) for role, tensor in small.items() if tensor is not None)
     for part in MATRICES:
         bias = getattr(weights, f"{part}_bias")
         if bias is not None:
@@ -105,7 +139,7 @@ def _encoding_of(store: ExpertStore) -> str:
     encoding = store.encoding
     if encoding is None or not isinstance(store.weights(store.layers[0], 0).gate, QuantizedRows):
         return "null"
-    names = ("kind", "group", "rows_per_scale", "zero")
+    names = ("kind", "group", "rows_per_scale", "zero", "divides")
     return json.dumps({**{name: getattr(encoding, name) for name in names}, "shape": store.shape})
 
 
@@ -150,6 +184,8 @@ def _header_bytes(store: ExpertStore, source: str, checksums: dict[Key, str]) ->
     header["__metadata__"] = {"format": FORMAT, "source": source, "checksums": json.dumps(sums)}
     if (encoding := _encoding_of(store)) != "null":
         header["__metadata__"]["encoding"] = encoding
+    if (blocks := _blocks_of(store))["types"]:
+        header["__metadata__"]["blocks"] = json.dumps(blocks)
     text = json.dumps(header).encode()
     text += b" " * _padding(LENGTH_BYTES + len(text))
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

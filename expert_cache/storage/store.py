@@ -20,7 +20,7 @@ import torch
 
 from expert_cache.storage.direct_io import BLOCK_BYTES, aligned_span
 from expert_cache.storage.encoding import ROLES, Encoding, Matrix
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows
 from predictors.shape import Key, MoELayer
 
 
@@ -61,11 +61,14 @@ class StoredTensor:
     file: Path
     offset: int
     """Bytes from the start of the file; the tensor's bytes are contiguous."""
+    block_type: str | None = None
+    """Of a tensor in ggml's blocks, whose rows are bytes: their type (moe_serve_kernels.quantized)."""
 
     def expert(self, index: int) -> StoredTensor:
         """One expert of a tensor whose first dimension counts experts."""
         part = self.tensor[index]
-        return StoredTensor(f"{self.name}[{index}]", part, self.file, self.offset + index * part.nbytes)
+        offset = self.offset + index * part.nbytes
+        return StoredTensor(f"{self.name}[{index}]", part, self.file, offset, self.block_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +126,9 @@ class ExpertStore:
         encoding: Encoding | None = None,
         shape: tuple[int, int] = (0, 0),
     ) -> None:
-        """`tensors` and `checksums`: by decoder layer. `encoding`: of matrices that have scales; needed with it:
-        `shape`, an expert's (I, H). `checksums`: xxh3-64 of an expert's bytes in file order, in hexadecimal; only
-        expert files carry them."""
+        """`tensors` and `checksums`: by decoder layer. `encoding`: of matrices that have scales. `shape`: an expert's
+        (I, H); needed with an encoding, and for matrices in blocks. `checksums`: xxh3-64 of an expert's bytes in file
+        order, in hexadecimal; only expert files carry them."""
         self.decoder_layers = tuple(sorted(tensors))
         """Those with experts, in order: each MoE layer's index in the checkpoint."""
         self.layers = tuple(MoELayer(i) for i in range(len(self.decoder_layers)))
@@ -151,7 +154,7 @@ class ExpertStore:
 
     def weights(self, layer: MoELayer, expert: int) -> ExpertWeights:
         """Views of one expert's weights in the mapped file; touching them reads it."""
-        return self.assemble({part: t.tensor for part, t in self._parts[layer][expert].items()})
+        return self.assemble((layer, expert), {part: t.tensor for part, t in self._parts[layer][expert].items()})
 
     def reads(self, layer: MoELayer, expert: int) -> tuple[Read, ...]:
         """The runs of bytes that hold an expert, longest possible, in file order."""
@@ -181,36 +184,43 @@ class ExpertStore:
     def _has_order(self) -> bool:
         return any(part.endswith("_order") for part in self._parts[0][0])
 
-    def assemble(self, parts: Mapping[str, torch.Tensor]) -> ExpertWeights:
+    def assemble(self, key: Key, parts: Mapping[str, torch.Tensor]) -> ExpertWeights:
         """The weights made of one expert's tensors, wherever those lie."""
-        down = self._matrix(parts, "down")
+        down = self._matrix(key, parts, "down")
         if "gate" in parts:
-            gate, up = self._matrix(parts, "gate"), self._matrix(parts, "up")
+            gate, up = self._matrix(key, parts, "gate"), self._matrix(key, parts, "up")
             biases = parts.get("gate_bias"), parts.get("up_bias")
         else:
-            gate, up = (self._half(self._matrix(parts, "gate_up"), i) for i in (0, 1))
+            gate, up = (self._half(self._matrix(key, parts, "gate_up"), i) for i in (0, 1))
             bias = parts.get("gate_up_bias")
             biases = (None, None) if bias is None else (self._half(bias, 0), self._half(bias, 1))
         return ExpertWeights(gate, up, down, *biases, parts.get("down_bias"))
 
-    def _matrix(self, parts: Mapping[str, torch.Tensor], part: str) -> Matrix:
+    def _matrix(self, key: Key, parts: Mapping[str, torch.Tensor], part: str) -> Matrix:
         """[out, in] view of a stored matrix."""
+        columns = self.shape[0] if part == "down" else self.shape[1]
+        block_type = self._parts[key[0]][key[1]][part].block_type
+        if block_type is not None:
+            return BlockRows(block_type, parts[part], columns)
         if f"{part}_scale" not in parts:
             return parts[part].t() if self._fused.transposed else parts[part]
         assert self.encoding is not None
         tensors = {role: parts[name] for role in ROLES if (name := part_name(part, role)) in parts}
-        return self.encoding.matrix(tensors, self.shape[0] if part == "down" else self.shape[1])
+        return self.encoding.matrix(tensors, columns)
 
     def _half(self, gate_up: AnyMatrix, which: int) -> AnyMatrix:
         """Gate (0) or up (1) of a fused tensor, which has both in its output dimension, the first."""
         half = gate_up.shape[0] // 2
         rows = slice(which, None, 2) if self._fused.interleaved else slice(which * half, (which + 1) * half)
-        return gate_up.rows(rows) if isinstance(gate_up, QuantizedRows) else gate_up[rows]
+        return gate_up[rows] if isinstance(gate_up, torch.Tensor) else gate_up.rows(rows)
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of one expert as stored; all experts of a model have the same shape."""
-        return sum(t.tensor.nbytes for t in self._parts[0][0].values())
+        """Bytes of one expert as stored; the mean where layers differ, as those of a GGUF file do."""
+        return -(-sum(self._bytes_of(layer, 0) for layer in self.layers) // len(self.layers))
+
+    def _bytes_of(self, layer: MoELayer, expert: int) -> int:
+        return sum(stored.tensor.nbytes for stored in self._parts[layer][expert].values())
 
     @cached_property
     def slot_bytes(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli import preflight
-from moe_serve.cli.flags import add_model_argument, default_model
+from moe_serve.cli.flags import add_hub_flags, add_model_argument, default_model
 
 if TYPE_CHECKING:
     from moe_serve.doctor.findings import Finding, Hardware
@@ -23,18 +23,19 @@ HELP = "Measure this machine and say what of a model fits, what is missing, and 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
+    add_hub_flags(parser)
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if something was found with which serving would fail."""
-    args.model = preflight.check_model(args.model)
+    args.model = preflight.model_of(args)
     import torch
 
     from moe_serve import resolve
     from moe_serve.config import EngineConfig
     from moe_serve.doctor import findings, fit, rates
-    from moe_serve.hf.checkpoint import read_config, safetensors_files
+    from moe_serve.hf.checkpoint import read_config, weight_files
     from moe_serve.memory import free_bytes
     from moe_serve.spec import ModelSpec
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = resolve.dtype_of(config, ModelSpec.from_hf(read_config(args.model)), device)
     machine, problems = findings.hardware(), findings.findings()
     sizes = fit.sizes_of(args.model, dtype, device)
-    files = [Path(file) for file in safetensors_files(args.model)]
+    files = [Path(file) for file in weight_files(args.model)]
     measured = rates.measure(files, resolve.num_threads_of(config), device)
     found = fit.fit(sizes, measured, free_bytes(torch.device(device)), device.type == "cpu")
     if not found.dense_fits:

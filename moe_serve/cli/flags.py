@@ -13,6 +13,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
+from moe_serve.config.engine import EngineConfig
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.settings import Setting, Settings, flag_name, kind_of, settings_of
 from moe_serve.demo import MODEL
@@ -26,6 +27,7 @@ def names_of(*configs: type[Settings]) -> list[str]:
     return [setting.name for config in configs for setting in settings_of(config)]
 
 
+OF_HUB = ("revision", "offline")
 OF_SERVER = ("model", *names_of(QueueConfig))
 """Settings without a flag in commands that load a model for themselves: MODEL is an argument, and nothing waits."""
 
@@ -41,10 +43,18 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         default=default_model(),
-        help="Folder of a Hugging Face checkpoint, or a model id in the local Hugging Face cache (org/name)."
+        help="Folder of a Hugging Face checkpoint, a GGUF file, or a model id of the Hugging Face Hub (org/name, or"
+        " org/name:Q4_K_M for one of its GGUF files), downloaded where the local cache lacks it."
         f" {len(family_names())} values of its model_type are supported; another one is answered with their list."
         " Default: the small demo model in this package.",
     )
+
+
+def add_hub_flags(parser: argparse.ArgumentParser) -> None:
+    """What EngineConfig has for model ids, in commands without its flags."""
+    for setting in settings_of(EngineConfig):
+        if setting.name in OF_HUB:
+            add_flag(parser, setting.name, setting.kind, _help_of(setting))
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *configs: type[Settings], skip: Collection[str] = ()) -> None:

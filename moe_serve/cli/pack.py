@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_serve.cli import preflight
-from moe_serve.cli.flags import add_model_argument
+from moe_serve.cli.flags import add_hub_flags, add_model_argument
 from moe_serve.cli.outputs import add_force_flag
 from moe_serve.errors import ConfigError
 from moe_serve_base.whole_files import refusal
@@ -19,12 +19,13 @@ HELP = "Write the experts into one aligned file with checksums, for --moe-expert
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
+    add_hub_flags(parser)
     parser.add_argument("file", metavar="FILE", type=Path, help="Where to write.")
     add_force_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    args.model = preflight.check_model(args.model)
+    args.model = preflight.model_of(args)
     from tqdm import tqdm
 
     from expert_cache.storage import expert_file

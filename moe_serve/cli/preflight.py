@@ -5,6 +5,7 @@ Each check repeats one that the engine makes with full knowledge; here it only c
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections import Counter
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
-from moe_serve.config.model_folder import find_model, read_config_json
+from moe_serve.config.model_folder import read_config_json
 from moe_serve.config.settings import Settings, settings_of
 from moe_serve.config.units import MIB
-from moe_serve.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moe_serve.hf.families import family_in, family_names
+from moe_serve.errors import CheckpointError, ConfigError
+from moe_serve.hf.families import refuse_unknown_family
+from moe_serve.hub.find import find_model
 from moe_serve.server.transport.listening import bind
 from moe_serve_base.safetensors_header import read_header
 
@@ -26,22 +28,23 @@ NARROWING = 2
 """A slot takes at least half of the stored bytes: float32 weights may be kept in 16 bits."""
 
 
-def check_model(name: str) -> str:
-    """The checkpoint folder for MODEL, of a supported family and with weights. ConfigError and its subclasses."""
-    folder = find_model(name)
-    fields = read_config_json(folder)
-    if family_in(fields) is None:
-        raise UnsupportedModelError(
-            f"model_type {fields.get('model_type')!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(family_names())}"
-        )
+def check_model(name: str, revision: str | None = None, offline: bool = False) -> str:
+    """The checkpoint folder for MODEL, of a supported family and with weights, downloaded if it is a model id that is
+    not here. ConfigError and its subclasses."""
+    folder = find_model(name, revision, offline)
+    refuse_unknown_family(read_config_json(folder))
     return folder
+
+
+def model_of(args: argparse.Namespace) -> str:
+    """`check_model` of a command's MODEL, --revision and --offline."""
+    return check_model(args.model, getattr(args, "revision", None), getattr(args, "offline", False))
 
 
 def check_engine(config: EngineConfig) -> EngineConfig:
     """`config` with its model as a folder. ConfigError and its subclasses say what is missing."""
     check_files(config)
-    config = config.replace(model=check_model(config.model))
+    config = config.replace(model=check_model(config.model, config.revision, config.offline))
     budget = config.experts.cache_mib
     if budget:
         least = _least_expert_bytes(Path(config.model))

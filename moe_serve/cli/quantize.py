@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_serve.cli import preflight
-from moe_serve.cli.flags import add_model_argument
+from moe_serve.cli.flags import add_hub_flags, add_model_argument
 from moe_serve.cli.outputs import check_outputs
 from moe_serve.errors import ConfigError
 from moe_serve_base.whole_files import whole_folder
@@ -18,6 +18,7 @@ HELP = "Quantise a checkpoint's experts to 4 or 8 bits, in compressed-tensors fo
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
+    add_hub_flags(parser)
     parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="It must not exist yet.")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="Per weight. Default: 4.")
     parser.add_argument(
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.model = preflight.check_model(args.model)
+    args.model = preflight.model_of(args)
     from tqdm import tqdm
 
     from moe_serve.quantization.writing import num_matrices, write_quantized

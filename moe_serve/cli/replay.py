@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from expert_cache.policies import policy_names
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.table import number, table
-from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError, TraceFileError
+from moe_serve.planning import KINDS
 from moe_serve_base.whole_files import whole_file, write_text
 
 if TYPE_CHECKING:
@@ -81,8 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    from moe_serve.planning.recordings import read_routes
+
     trace = _load(args)
-    profile = read_traces(args.profile, args.num_experts) if args.profile else None
+    profile = read_routes(args.profile, args.num_experts) if args.profile else None
     tables = list(_compare(args, trace, profile))
     if args.json:
         write_text(args.json, json.dumps(_as_json(args, trace, tables), indent=1) + "\n")
@@ -120,7 +122,9 @@ def require_matplotlib() -> None:
 
 
 def _load(args: argparse.Namespace) -> RoutingTrace:
-    trace = read_traces(args.traces, args.num_experts)
+    from moe_serve.planning.recordings import read_routes
+
+    trace = read_routes(args.traces, args.num_experts)
     return trace if args.limit_tokens is None else trace.head(args.limit_tokens)
 
 

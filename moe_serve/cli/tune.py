@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moe_serve.cli import preflight
-from moe_serve.cli.flags import add_model_argument
+from moe_serve.cli.flags import add_hub_flags, add_model_argument
 from moe_serve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ FORMATS = ("plain", "int8", "fp8", "int4")
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
+    add_hub_flags(parser)
     parser.add_argument(
         "--format", choices=FORMATS, default="plain", help="How weights are kept; plain: as bf16. Default: plain."
     )
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.model = preflight.check_model(args.model)
+    args.model = preflight.model_of(args)
     import torch
 
     from moe_serve_kernels import gpu

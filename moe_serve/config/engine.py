@@ -20,9 +20,12 @@ class EngineConfig(Settings):
     HEADING: ClassVar[str] = "Model and device"
 
     model: str = option(
-        "", "Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json), or a model id in the"
-        " local Hugging Face cache."
-    )  # fmt: skip
+        "",
+        "Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json), a GGUF file, or a model id"
+        " of the Hugging Face Hub.",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model id. Default: main.")
+    offline: bool = option(False, "Take a model id from the local Hugging Face cache only, as HF_HUB_OFFLINE=1 does.")
     tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's folder.", metavar="FOLDER")
     dtype: str = option(
         "auto",

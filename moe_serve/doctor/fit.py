@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+from expert_cache.storage.store import ExpertStore
 from moe_serve.config.units import MIB
 from moe_serve.doctor.rates import Rates
 from moe_serve.execution.kv_cache import bytes_per_token
 from moe_serve.execution.state_cache import bytes_per_sequence
-from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
+from moe_serve.gguf_files.folder import listing_in
+from moe_serve.hf.checkpoint import open_all_experts, read_config, weight_files
 from moe_serve.hf.dense import is_available
+from moe_serve.hf.gguf_tensors import dense_values
 from moe_serve.hf.loading import shapes_of
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE
 from moe_serve.spec import ModelSpec
@@ -72,12 +75,9 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
     hf_config = read_config(folder)
     spec = ModelSpec.from_hf(hf_config)
     store = open_all_experts(folder)
-    stored = sum(Path(file).stat().st_size for file in safetensors_files(folder))
-    dense = max(0, stored - store.expert_bytes * store.num_total)
     kv_shapes, state_shapes = shapes_of(hf_config)
-    stays_bf16 = spec.dtype == torch.bfloat16 and is_available(device, dtype)
     return Sizes(
-        dense_bytes=dense if stays_bf16 else dense * dtype.itemsize // spec.dtype.itemsize,
+        dense_bytes=_dense_bytes(folder, store, spec, dtype, device),
         expert_bytes=store.expert_bytes,
         num_layers=len(store.layers),
         num_experts=store.num_experts,
@@ -86,6 +86,17 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
         context=spec.max_position_embeddings,
         state_bytes_per_sequence=bytes_per_sequence(state_shapes),
     )
+
+
+def _dense_bytes(folder: str, store: ExpertStore, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """All but the experts in memory. What a GGUF file has in blocks becomes values of `dtype`."""
+    listing = listing_in(folder)
+    if listing is not None:
+        return dense_values(listing) * dtype.itemsize
+    stored = sum(Path(file).stat().st_size for file in weight_files(folder))
+    dense = max(0, stored - store.expert_bytes * store.num_total)
+    stays_bf16 = spec.dtype == torch.bfloat16 and is_available(device, dtype)
+    return dense if stays_bf16 else dense * dtype.itemsize // spec.dtype.itemsize
 
 
 def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:

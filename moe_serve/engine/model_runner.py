@@ -24,7 +24,7 @@ from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.execution.state_cache import StateCache
 from moe_serve.grammars.masks import MaskThread
 from moe_serve.hf import attend, dense, device_routers, loading, recurrent, rope, whole_steps
-from moe_serve.hf.checkpoint import read_config, safetensors_files
+from moe_serve.hf.checkpoint import read_config, weight_files
 from moe_serve.hf.experts import connect
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
@@ -231,7 +231,7 @@ def mapped_files(config: EngineConfig) -> MappedFiles:
     if torch.device(config.device).type != "cpu" or config.experts.cache_mib:
         return MappedFiles()
     expert_file = config.experts.expert_file
-    return MappedFiles(safetensors_files(config.model) + ([Path(expert_file)] if expert_file else []))
+    return MappedFiles(weight_files(config.model) + ([Path(expert_file)] if expert_file else []))
 
 
 def _capture(runner: ModelRunner) -> None:
@@ -258,5 +258,5 @@ def _why_no_graphs(runner: ModelRunner) -> str | None:
 
 def _leave_the_page_cache(folder: str) -> None:
     """Where experts have a budget, nothing of the checkpoint's files stays in memory beside it."""
-    for file in safetensors_files(folder):
+    for file in weight_files(folder):
         drop_cached_pages(file)

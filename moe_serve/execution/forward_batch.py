@@ -6,7 +6,7 @@ Shape alphabet: T tokens in the step, N sequences in a group, P pages, B page si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -50,8 +50,8 @@ class DecodeGroup:
     """True when all lengths are equal, so that no mask is needed."""
     single_run: int | None
     """First page, when N = 1 and its pages are consecutive: keys and values can be read in place."""
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """Additive masks [N, 1, 1, max_length], made once per step and window, shared by layers."""
+    masks: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [N, 1, 1, max_length], made once per step and window or chunk, shared by layers."""
 
     @property
     def num_seqs(self) -> int:
@@ -67,8 +67,8 @@ class PrefillRun:
     end: int
     pages: torch.Tensor
     """[pages of the context] int64."""
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """Additive masks [count, end], made once per step and window, shared by layers."""
+    masks: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [count, end], made once per step and window or chunk, shared by layers."""
 
     @property
     def count(self) -> int:

@@ -136,7 +136,7 @@ def _decode_mask(group: DecodeGroup, window: int | None, dtype: torch.dtype) -> 
         hidden = key_pos >= group.lengths[:, None]
         if window is not None:
             hidden |= key_pos < group.lengths[:, None] - window
-        group.masks[window] = _additive(hidden, dtype)[:, None, None]
+        group.masks[window] = additive(hidden, dtype)[:, None, None]
     return group.masks[window]
 
 
@@ -148,9 +148,10 @@ def _prefill_mask(run: PrefillRun, window: int | None, dtype: torch.dtype) -> to
         hidden = key_pos > query_pos
         if window is not None:
             hidden |= key_pos <= query_pos - window
-        run.masks[window] = _additive(hidden, dtype)
+        run.masks[window] = additive(hidden, dtype)
     return run.masks[window]
 
 
-def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask that keeps `hidden` keys from being seen."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))

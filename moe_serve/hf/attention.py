@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.hf.attend import Attend
+from moe_serve.hf.chunked_attention import AttendToChunk
 from moe_serve.hf.latent_attention import AttendToLatents
 
 NAME = "moe_serve_paged"
@@ -78,10 +79,13 @@ def paged_attention(
         return out.zero_()[None], None
     layer = kv_cache.layers[layer_idx]
     layer.write(forward_batch.kv_slots, key[0], value[0])
+    if (scales := getattr(module, "query_scales", None)) is not None:
+        query = (query * scales(forward_batch.positions)).to(query.dtype)
     # Some families pass their window, None included; some only keep it; some leave it to the mask (hf/loading.py).
     kept: Any = getattr(module, "sliding_window", None)
     window = kept if sliding_window is NOT_PASSED else sliding_window
-    plain = Attend(scaling, window, s_aux)
+    chunk: Any = getattr(module, "attention_chunk", None)
+    plain = Attend(scaling, window, s_aux) if chunk is None else AttendToChunk(scaling, chunk, s_aux)
     attend = plain if latents is None else AttendToLatents(plain, latents)
     for group in forward_batch.decode_groups:
         rows = slice(group.first_row, group.first_row + group.num_seqs)

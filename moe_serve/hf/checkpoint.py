@@ -6,7 +6,7 @@ Errors name the file and the tensor. Knows no model code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from expert_cache.storage import expert_file
-from expert_cache.storage.encoding import ROLES
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
 from moe_serve.errors import CheckpointError, ConfigError
+from moe_serve.gguf_files.folder import listing_in
 from moe_serve.hf.composites import OTHER_TOWERS, text_config_of
+from moe_serve.hf.expert_checks import Parts, check_present, check_shapes, is_transposed
 from moe_serve.hf.families import family_in
 from moe_serve.hf.family import FAMILY_NAME, PART_OF, Family, family_of, find
+from moe_serve.hf.gguf_tensors import expert_tensors
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
 from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
-from moe_serve.hf.quantized_dense import mismatch
 from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +35,6 @@ MODELOPT_NOTE = "hf_quant_config.json"
 """Where older ModelOpt exports say what config.json does not."""
 BESIDE = ("consolidated", "adapter_")
 """Files of other layouts, which some folders hold beside the checkpoint."""
-Parts = dict[tuple[str, int | None], StoredTensor]
 
 
 def read_config(folder: str) -> Any:
@@ -88,6 +88,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def weight_files(folder: str) -> list[Path]:
+    """The files that hold the checkpoint's tensors, all present; CheckpointError names a missing one."""
+    listing = listing_in(folder)
+    return safetensors_files(folder) if listing is None else list(listing.files)
+
+
 def safetensors_files(folder: str) -> list[Path]:
     """The checkpoint's files, all present; CheckpointError names a missing shard."""
     path = Path(folder)
@@ -120,36 +126,28 @@ def open_experts(
     `layers`: the decoder layers that must have experts. CheckpointError names what is missing.
     """
     tensors: dict[int, Parts] = {layer: {} for layer in layers}
-    # disable=None: no bar where stderr is no terminal
-    for file in tqdm(safetensors_files(folder), desc="Mapping experts", unit="file", disable=None):
-        for layer, part, expert, tensor in _expert_tensors(file, family, scheme):
-            tensors.setdefault(layer, {})[part, expert] = tensor
-            if scheme is None and layer in layers:
-                refuse_codes(file, [(tensor.name, DTYPE_NAMES.get(tensor.tensor.dtype, str(tensor.tensor.dtype)))])
+    listing = listing_in(folder)
+    found = _all_expert_tensors(folder, family, scheme) if listing is None else expert_tensors(listing)
+    for layer, part, expert, tensor in found:
+        tensors.setdefault(layer, {})[part, expert] = tensor
+        if scheme is None and listing is None and layer in layers:
+            dtype = DTYPE_NAMES.get(tensor.tensor.dtype, str(tensor.tensor.dtype))
+            refuse_codes(tensor.file, [(tensor.name, dtype)])
     tensors = {layer: tensors[layer] for layer in layers}
     for layer, parts in tensors.items():
         refuse_unused_experts(folder, layer, (expert for _, expert in parts), spec.num_experts)
         for expert in range(spec.num_experts):
-            _check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
+            check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
-    encoding = scheme.encoding if scheme is not None and scaled else None
-    # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats.
-    transposed = encoding is None and _is_transposed(family, tensors[layers[0]], spec)
-    fused = FusedLayout(transposed=transposed, interleaved=family.interleaved)
+    codes = next(stored.tensor.dtype for (part, _), stored in tensors[layers[0]].items() if part == "down")
+    encoding = scheme.encoding_of(codes) if scheme is not None and scaled else None
+    # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats; so do GGUF files.
+    transposed = encoding is None and listing is None and is_transposed(family, tensors[layers[0]], spec)
+    fused = FusedLayout(transposed=transposed, interleaved=family.interleaved and listing is None)
     shape = (spec.expert_intermediate_size, spec.expert_hidden_size)
     store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
-    _check_shapes(folder, store, spec)
+    check_shapes(folder, store, spec)
     return store
-
-
-def _is_transposed(family: Family, parts: Parts, spec: ModelSpec) -> bool:
-    """Whether matrices are stored [in, out]: as the family says, else by the shape of one that is not square."""
-    if family.transposed is not None:
-        return family.transposed
-    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
-    wanted = {"down": (hidden, inner), "gate_up": (2 * inner, hidden)}
-    shapes = [(tuple(t.tensor.shape[-2:]), wanted[part]) for (part, _), t in parts.items() if part in wanted]
-    return any(found != shape and found == shape[::-1] for found, shape in shapes)
 
 
 def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[str]:
@@ -175,6 +173,8 @@ def _is_dense(name: str, family: Family) -> bool:
 
 def tensor_names(folder: str) -> list[str]:
     """Every tensor of the checkpoint, as its files name it."""
+    if (listing := listing_in(folder)) is not None:
+        return list(listing.tensors)
     names: list[str] = []
     for file in safetensors_files(folder):
         with _opened(file) as handle:
@@ -193,6 +193,14 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file}: truncated or not a safetensors file ({error})")
+
+
+def _all_expert_tensors(
+    folder: str, family: Family, scheme: Scheme | None
+) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
+    # disable=None: no bar where stderr is no terminal
+    for file in tqdm(safetensors_files(folder), desc="Mapping experts", unit="file", disable=None):
+        yield from _expert_tensors(file, family, scheme)
 
 
 def _expert_tensors(
@@ -253,14 +261,21 @@ def open_all_experts(folder: str) -> ExpertStore:
     config = read_config(folder)
     spec = ModelSpec.from_hf(config)
     family, scheme = family_of(config), scheme_in(folder, config)
-    found: set[int] = set()
-    for file in safetensors_files(folder):
-        with _opened(file) as handle:
-            found |= {part[0] for name in handle.keys() if (part := _expert_part(name, family, scheme))}  # noqa: SIM118
+    found = _layers_with_experts(folder, family, scheme)
     if not found:
         raise CheckpointError(f"{folder}: no expert tensor in the *.safetensors files")
     layers = sorted(layer for layer in found if layer < spec.num_layers)
     return open_experts(folder, family, layers, spec, scheme)
+
+
+def _layers_with_experts(folder: str, family: Family, scheme: Scheme | None) -> set[int]:
+    if (listing := listing_in(folder)) is not None:
+        return {layer for layer, *_ in expert_tensors(listing)}
+    found: set[int] = set()
+    for file in safetensors_files(folder):
+        with _opened(file) as handle:
+            found |= {part[0] for name in handle.keys() if (part := _expert_part(name, family, scheme))}  # noqa: SIM118
+    return found
 
 
 def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec) -> ExpertStore:
@@ -276,52 +291,11 @@ def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec)
         )
     if store.decoder_layers != tuple(layers) or store.num_experts != spec.num_experts:
         raise CheckpointError(f"--moe-expert-file {path} does not hold the experts that {folder}/config.json asks for")
-    _check_shapes(path, store, spec)
+    check_shapes(path, store, spec)
     return store
 
 
 def checkpoint_fingerprint(folder: str) -> str:
     """Identifies the checkpoint in expert files made from it."""
-    return expert_file.fingerprint(safetensors_files(folder))
-
-
-def _check_present(where: str, expert: int, parts: Parts) -> None:
-    def has(part: str) -> bool:
-        return (part, expert) in parts or ((part, None) in parts and expert < parts[part, None].tensor.shape[0])
-
-    wanted = ("gate", "up", "down") if any(p == "gate" for p, _ in parts) else ("gate_up", "down")
-    missing = [part for part in wanted if not has(part)]
-    if missing:
-        raise CheckpointError(f"{where}: no {' and no '.join(missing)} projection in the *.safetensors files")
-
-
-def _check_shapes(folder: str, store: ExpertStore, spec: ModelSpec) -> None:
-    """Every expert must have the shape config.json gives it, or a request would find out."""
-    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
-    for layer in store.layers:
-        for expert in range(store.num_experts):
-            where = f"{folder}: {store.name(layer, expert)}"
-            if store.encoding is not None:
-                _check_quantized(where, store, store.parts(layer, expert), spec)
-                continue
-            weights = store.weights(layer, expert)
-            for part, wanted in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-                found = tuple(getattr(weights, part).shape)
-                if found != wanted:
-                    raise CheckpointError(
-                        f"{where}: the {part} projection has shape {found}, but config.json asks for {wanted}"
-                    )
-
-
-def _check_quantized(where: str, store: ExpertStore, tensors: Mapping[str, StoredTensor], spec: ModelSpec) -> None:
-    """Without decoding: that can mean copying."""
-    inner, hidden = spec.expert_intermediate_size, spec.expert_hidden_size
-    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
-    assert store.encoding is not None
-    for part, shape in shapes.items():
-        parts = {role: tensors[name] for role in ROLES if (name := part_name(part, role)) in tensors}
-        if parts and "scale" not in parts:
-            raise CheckpointError(f"{where}: no scales for {parts['codes'].name} in the *.safetensors files")
-        problem = mismatch(store.encoding, parts, *shape)
-        if problem:
-            raise CheckpointError(f"{where}: {problem}")
+    listing = listing_in(folder)
+    return expert_file.fingerprint(safetensors_files(folder)) if listing is None else listing.fingerprint

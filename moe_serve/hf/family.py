@@ -9,13 +9,15 @@ matrix products. Knows no tensors and loads nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.activations import ActivationOf, gated
-from moe_serve.hf.families import FAMILIES, family_name, family_names
+from moe_serve.hf.families import FAMILIES, refuse_unknown_family
 from moe_serve.hf.recurrent import Recurrence
 from moe_serve.hf.routings import RoutingOf, unknown
 from moe_serve_base.extensions import ExtensionError
@@ -48,6 +50,7 @@ FUSED = re.compile(
 )
 """One 3-D tensor per layer and matrix, [E, out, in] (or [E, in, out] where Family.transposed)."""
 
+Adapt = Callable[[nn.Module, Any], None]
 FAMILY_NAME = "moe_serve_family"
 """Attribute of a config whose checkpoint names another model_type than transformers does."""
 
@@ -83,6 +86,9 @@ class Family:
     """Which layers keep a state of fixed size per sequence, beside or instead of keys and values."""
     model_class: str | None = None
     """Name of the text model's causal class in transformers, where AutoModelForCausalLM does not know it."""
+    adapt: Adapt | None = None
+    """Called with the loaded model and its config, where modules take for granted what is not so here: that a batch's
+    tokens are one sequence, or that experts lie in the block. UnsupportedModelError."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 
@@ -99,12 +105,7 @@ def family_of(config: Any) -> Family:
 def find(model_type: str) -> Family:
     """The Family of config.json's `model_type`, or of the text model's in it; UnsupportedModelError lists the supported
     ones."""
-    name = family_name(model_type)
-    if name is None:
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(family_names())}"
-        )
+    name = refuse_unknown_family({"model_type": model_type})
     try:
         family: Family = FAMILIES.find(name)
     except ExtensionError as error:

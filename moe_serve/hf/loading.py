@@ -27,16 +27,17 @@ from expert_cache.storage.store import ExpertStore, matrices_of
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
-from moe_serve.hf import attention, dense, latent_attention, recurrent
+from moe_serve.gguf_files.folder import listing_in
+from moe_serve.hf import attention, chunked_attention, dense, gguf_tensors, latent_attention, recurrent
 from moe_serve.hf.checkpoint import (
     dense_dtypes,
     dense_tensors,
     has_usual_names,
     open_expert_file,
     open_experts,
-    safetensors_files,
     scheme_in,
     tensor_names,
+    weight_files,
 )
 from moe_serve.hf.composites import OTHER_TOWERS, key_mapping, towers_in
 from moe_serve.hf.experts import find_experts, replacing
@@ -46,9 +47,12 @@ from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import dense_state
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import are_readable
+from moe_serve_kernels.quantized import BlockRows
 
 log = logging.getLogger(__name__)
 
+Shapes = tuple[dict[int, LayerKVShape], StateShapes]
+"""What each layer keeps: per token, and per sequence."""
 WITHOUT_MEMORY = ("moe", "mlp")
 """Kinds of layers that see one token at a time."""
 
@@ -79,10 +83,7 @@ def load(
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
     family, scheme = family_of(hf_config), scheme_in(folder, hf_config)
-    stored = dense_dtypes(folder, family, scheme is not None)
-    if scheme is not None:
-        stored = {DTYPE_NAMES.get(t.tensor.dtype, "") for t in dense_tensors(folder, family, scheme)}
-    keeps_bf16 = stored == {"BF16"} and dense.is_available(device, dtype)
+    keeps_bf16 = _dense_types(folder, family, scheme) == {"BF16"} and dense.is_available(device, dtype)
     model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype, scheme).to(device)
     if keeps_bf16:
         dense.compute_in_float32(model)
@@ -94,9 +95,7 @@ def load(
     else:
         store = open_expert_file(expert_file, folder, layers, spec)
     _say_how_experts_run(store, scheme)
-    _set_windows(model, hf_config, family)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
+    _adapt(model, hf_config, family)
     kv_shapes, state_shapes = _probe_shapes(model, device)
     _refuse_unknown_layers(folder, hf_config, kv_shapes.keys() | state_shapes.keys())
     return LoadedModel(model, hf_config, family, store, kv_shapes, state_shapes)
@@ -113,6 +112,16 @@ def _refuse_unknown_layers(folder: str, hf_config: Any, known: set[int]) -> None
         )
 
 
+def _dense_types(folder: str, family: Family, scheme: Scheme | None) -> set[str]:
+    """safetensors' names of the types in which everything but experts is stored; none for blocks, which are decoded."""
+    if listing_in(folder) is not None:
+        return set()
+    stored = dense_dtypes(folder, family, scheme is not None)
+    if scheme is None:
+        return stored
+    return {DTYPE_NAMES.get(tensor.tensor.dtype, "") for tensor in dense_tensors(folder, family, scheme)}
+
+
 def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
     if scheme is not None and scheme.rounds_activations:
         log.info("the checkpoint was made for quantised activations; this server computes activations as floats")
@@ -121,12 +130,22 @@ def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
             "the kernels cannot read this checkpoint's order of columns: each expert is copied when it is read, which"
             " takes memory beside its slot. `moe-serve pack` makes a file in the right order"
         )
-    elif store.encoding is not None and not are_readable(matrices_of(store.weights(store.layers[0], 0))):
+    elif (unreadable := _unreadable(store)) is not None:
         log.warning(
-            "the kernels cannot read experts quantised in groups of %d columns: each is dequantised on every use, which"
-            " is slow",
-            store.encoding.group,
+            "the kernels cannot read experts %s: each is dequantised on every use, which is slow; it takes %d MiB then",
+            unreadable,
+            3 * store.shape[0] * store.shape[1] * torch.float32.itemsize >> 20,
         )
+
+
+def _unreadable(store: ExpertStore) -> str | None:
+    """What of a quantised checkpoint's experts no kernel reads; None where all are read."""
+    if store.encoding is not None:
+        is_read = are_readable(matrices_of(store.weights(store.layers[0], 0)))
+        return None if is_read else f"quantised in groups of {store.encoding.group} columns"
+    matrices = [matrix for layer in store.layers for matrix in matrices_of(store.weights(layer, 0))]
+    types = {matrix.type for matrix in matrices if isinstance(matrix, BlockRows) and not are_readable([matrix])}
+    return f"in blocks of type {', '.join(sorted(types))}" if types else None
 
 
 def _load_dense(
@@ -137,7 +156,7 @@ def _load_dense(
     try:
         with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _bar_only_on_terminals():
             loaded: Any = model_class.from_pretrained(
-                **_source(folder, hf_config, family, dtype, scheme),
+                **_source(folder, hf_config, family, dtype, scheme, model_class),
                 dtype=dtype,
                 key_mapping=key_mapping(names),
                 attn_implementation=attention.NAME,
@@ -149,7 +168,7 @@ def _load_dense(
         raise CheckpointError(f"{folder}: {error}") from error
     _check_loading_info(folder, info)
     _say_what_is_left_out(names)
-    refuse_leftovers(folder, safetensors_files(folder), info["unexpected_keys"], hf_config.num_hidden_layers)
+    refuse_leftovers(folder, weight_files(folder), info["unexpected_keys"], hf_config.num_hidden_layers)
     loaded_model: nn.Module = model.eval()
     return loaded_model
 
@@ -167,19 +186,33 @@ def _say_what_is_left_out(names: Iterable[str]) -> None:
         log.info("only the text model is served; not read: %s", towers)
 
 
-def _source(folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, Any]:
+def _source(
+    folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None, model_class: Any
+) -> dict[str, Any]:
     """Where transformers takes the dense part from: the folder or, if that is quantised or its files have names that
     transformers does not look for, the tensors themselves."""
+    if (listing := listing_in(folder)) is not None:
+        with torch.device("meta"):
+            empty = model_class._from_config(hf_config, attn_implementation=attention.NAME)
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        state = gguf_tensors.dense_state(listing, shapes, hf_config)
+        wide = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
+        log.info("all but the experts of a GGUF file is kept as %s: %d MiB", str(dtype)[6:], wide >> 20)
+        return _given(hf_config, state)
     if scheme is None and has_usual_names(folder):
         return {"pretrained_model_name_or_path": folder, "config": hf_config}
     if scheme is None:
         tensors = {stored.name: stored.tensor for stored in dense_tensors(folder, family, None)}
-        return {"pretrained_model_name_or_path": None, "config": hf_config, "state_dict": tensors}
+        return _given(hf_config, tensors)
     plain = copy.deepcopy(hf_config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     state = dense_state(dense_tensors(folder, family, scheme), scheme, dtype)
-    return {"pretrained_model_name_or_path": None, "config": plain, "state_dict": state}
+    return _given(plain, state)
+
+
+def _given(config: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
 
 
 def _check_loading_info(folder: str, info: Any) -> None:
@@ -214,6 +247,16 @@ def _bar_only_on_terminals() -> Iterator[None]:
             yield
 
 
+def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
+    """Have the model's modules take a step's flattened tokens, of many sequences."""
+    _set_windows(model, hf_config, family)
+    chunked_attention.install(model, hf_config)
+    latent_attention.install(model)
+    recurrent.install(model, family.recurrence)
+    if family.adapt is not None:
+        family.adapt(model, hf_config)
+
+
 def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
     """Give attention modules the sliding window that transformers applies through masks alone."""
     window = getattr(hf_config, "sliding_window", None)
@@ -224,20 +267,20 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
             module.sliding_window = window
 
 
-def shapes_of(hf_config: Any) -> tuple[dict[int, LayerKVShape], StateShapes]:
+def shapes_of(hf_config: Any) -> Shapes:
     """What each layer would keep per token and per sequence, asked of a model without weights."""
     family, meta = family_of(hf_config), torch.device("meta")
     attention.register()
     model_class = _model_class(hf_config, family)
     with replacing(family.experts_class), meta:
         model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
-    latent_attention.install(model)
-    recurrent.install(model, family.recurrence)
-    return _probe_shapes(model, meta)
+    _adapt(model, hf_config, family)
+    shapes: Shapes = _probe_shapes(model, meta)
+    return shapes
 
 
 @torch.inference_mode()
-def _probe_shapes(model: nn.Module, device: torch.device) -> tuple[dict[int, LayerKVShape], StateShapes]:
+def _probe_shapes(model: nn.Module, device: torch.device) -> Shapes:
     """Run one token through the dense part to see what each layer would keep."""
     probe, states = attention.KVShapeProbe(), recurrent.StateProbe()
     recurrent.connect(model, states)

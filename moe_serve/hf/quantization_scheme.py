@@ -1,13 +1,13 @@
 """Scheme: how config.json's `quantization_config` says a checkpoint's matrices are stored.
 
 One function per method. What the matrices look like is Encoding's business; here are the field names of
-compressed-tensors, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3) and MXFP4 (GPT-OSS). Reads no tensors.
+compressed-tensors, ModelOpt, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3) and MXFP4 (GPT-OSS). Reads no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ Fields = Mapping[str, Any]
 
 SCALED_WEIGHT = {".weight": "codes", ".weight_scale": "scale"}
 PACKED_WEIGHT = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_zero_point": "zero"}
+NVFP4_GROUP = 16
+FOUR_BIT_FLOATS = {"nvfp4-pack-quantized": NVFP4_GROUP, "mxfp4-pack-quantized": 32}
+"""compressed-tensors' format -> columns of a group."""
 COLUMN_WORDS = {".qweight": "codes", ".scales": "scale", ".qzeros": "zero"}
 
 
@@ -34,8 +37,14 @@ class Scheme:
     """Ends of names of what we do without."""
     stem: str = ".weight"
     """What the matrix's name would end in, were it not quantised."""
+    by_dtype: Mapping[torch.dtype, Encoding] = field(default_factory=dict)
+    """Encodings of matrices whose codes have another type than most, in checkpoints of several formats."""
     rounds_activations: bool = False
     """Made for engines that quantise activations too; we do not."""
+
+    def encoding_of(self, dtype: torch.dtype) -> Encoding:
+        """Of a matrix, by the type of its codes."""
+        return self.by_dtype.get(dtype, self.encoding)
 
     def split(self, name: str) -> tuple[str, str] | None:
         """(name the matrix would have unquantised, role), or None for a tensor of no quantised matrix."""
@@ -58,21 +67,20 @@ def scheme_of(fields: Fields, dtype: torch.dtype, where: str) -> Scheme:
 
 
 def modelopt_scheme(note: Fields, dtype: torch.dtype, where: str) -> Scheme:
-    """The Scheme of ModelOpt's hf_quant_config.json: fp8 with one scale per matrix. Arguments as in `scheme_of`."""
+    """The Scheme of ModelOpt's hf_quant_config.json. Arguments as in `scheme_of`."""
     fields = note.get("quantization")
-    if not isinstance(fields, Mapping) or fields.get("quant_algo") != "FP8":
-        algorithm = fields.get("quant_algo") if isinstance(fields, Mapping) else fields
-        raise UnsupportedModelError(f"{where}: quantization.quant_algo is {algorithm!r}; moe-serve reads 'FP8'")
-    refuse_unknown(fields, {"quant_algo", "kv_cache_quant_algo", "exclude_modules"}, where)
-    return _fp8({}, dtype if dtype == torch.bfloat16 else torch.float32, where)
+    if not isinstance(fields, Mapping):
+        raise UnsupportedModelError(f"{where}: quantization is {fields!r}; needs an object")
+    refuse_unknown(fields, MODELOPT_NOTE, where)
+    return _modelopt(fields, dtype if dtype == torch.bfloat16 else torch.float32, where, "quantization")
 
 
 def refuse_unknown(fields: Fields, known: Collection[str], where: str) -> None:
     """UnsupportedModelError names a field that is set and might change the arithmetic."""
-    for field, value in fields.items():
-        if field not in known and value:
+    for name, value in fields.items():
+        if name not in known and value:
             raise UnsupportedModelError(
-                f"{where}: the quantisation's {field} is {value!r}, which moe-serve does not follow; use a checkpoint"
+                f"{where}: the quantisation's {name} is {value!r}, which moe-serve does not follow; use a checkpoint"
                 " without it"
             )
 
@@ -101,8 +109,11 @@ def _compressed_tensors(fields: Fields, float_dtype: torch.dtype, where: str) ->
     weights = group.get("weights") or {}
     refuse_unknown(group, GROUP, f"{where}: {at}")
     refuse_unknown(weights, WEIGHTS, f"{where}: {at}.weights")
-    layout = _expect(where, "format", fields.get("format"), ("pack-quantized", "int-quantized", "float-quantized"))
+    known = ("pack-quantized", "int-quantized", "float-quantized", *FOUR_BIT_FLOATS)
+    layout = _expect(where, "format", fields.get("format"), known)
     bits = weights.get("num_bits")
+    if layout in FOUR_BIT_FLOATS:
+        return _four_bit_floats(weights, group.get("input_activations") is not None, FOUR_BIT_FLOATS[layout], where, at)
     if layout == "pack-quantized":
         _expect(where, f"{at}.weights.type", weights.get("type"), ("int",))
         bits = _expect(where, f"{at}.weights.num_bits", bits, (4, 8))
@@ -123,7 +134,17 @@ def _compressed_tensors(fields: Fields, float_dtype: torch.dtype, where: str) ->
     )
 
 
-def _strategy(weights: Fields, where: str, at: str) -> dict[str, int]:
+def _four_bit_floats(weights: Fields, rounds_activations: bool, size: int, where: str, at: str) -> Scheme:
+    """compressed-tensors' NVFP4 (e4m3 scales, divided by one factor per matrix) and MXFP4 (e8m0 scales)."""
+    _expect(where, f"{at}.weights.num_bits", weights.get("num_bits"), (4,))
+    _expect(where, f"{at}.weights.type", weights.get("type"), ("float",))
+    _expect(where, f"{at}.weights.group_size", weights.get("group_size"), (size,))
+    encoding = Encoding("rows", "fp4", group=size, divides=True)
+    suffixes = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_global_scale": "factor"}
+    return Scheme(encoding, suffixes, rounds_activations=rounds_activations)
+
+
+def _strategy(weights: Fields, where: str, at: str) -> dict[str, Any]:
     strategy = _expect(
         where, f"{at}.weights.strategy", weights.get("strategy"), ("channel", "group", "tensor", "block")
     )
@@ -173,6 +194,30 @@ def _fp8(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
     return Scheme(encoding, {".weight": "codes", ".weight_scale_inv": "scale"}, rounds_activations=True)
 
 
+def _list_of(names: Collection[object]) -> str:
+    return f" of {', '.join(sorted(map(str, names)))}" if names else ""
+
+
+def _modelopt(fields: Fields, float_dtype: torch.dtype, where: str, at: str = "quantization_config") -> Scheme:
+    """ModelOpt's NVFP4 in groups of 16, fp8 with one scale per matrix, or both, told apart by the codes' type."""
+    algorithm, layers = fields.get("quant_algo"), fields.get("quantized_layers") or {}
+    of_layers = (
+        {layer.get("quant_algo") for layer in layers.values()} if algorithm == "MIXED_PRECISION" else {algorithm}
+    )
+    if not of_layers or not of_layers <= {"NVFP4", "FP8"}:
+        raise UnsupportedModelError(
+            f"{where}: {at}.quant_algo is {algorithm!r}{_list_of(of_layers - {algorithm})}; moe-serve reads 'NVFP4' and"
+            " 'FP8', and MIXED_PRECISION of both"
+        )
+    _expect(where, "group_size", fields.get("group_size") or NVFP4_GROUP, (NVFP4_GROUP,))
+    eight_bits = Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
+    if algorithm == "FP8":
+        return Scheme(eight_bits, SCALED_WEIGHT, rounds_activations=True)
+    four_bits = Encoding("rows", "fp4", group=NVFP4_GROUP, float_dtype=float_dtype)
+    suffixes = {**SCALED_WEIGHT, ".weight_scale_2": "factor"}
+    return Scheme(four_bits, suffixes, by_dtype={torch.float8_e4m3fn: eight_bits}, rounds_activations=True)
+
+
 def _mxfp4(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
     encoding = Encoding("blocks", "fp4", group=32, float_dtype=float_dtype)
     return Scheme(encoding, {"_blocks": "codes", "_scales": "scale"}, stem="")
@@ -184,9 +229,12 @@ METHODS: Mapping[str, Callable[[Fields, torch.dtype, str], Scheme]] = {
     "awq": _awq,
     "fp8": _fp8,
     "mxfp4": _mxfp4,
+    "modelopt": _modelopt,
 }
 """By quant_method."""
 
+MODELOPT_NOTE = {"quant_algo", "kv_cache_quant_algo", "exclude_modules", "group_size", "quantized_layers"}
+"""Of hf_quant_config.json; caches stay floats here."""
 COMMON = {"quant_method", "modules_to_not_convert", "ignored_layers", "ignore", "backend", "version", "meta"}
 """Fields of several methods: which modules stay floats is seen from their tensors."""
 GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
@@ -218,5 +266,10 @@ KNOWN: Mapping[str, Collection[str]] = {
     },
     "fp8": {*COMMON, "fmt", "weight_block_size", "activation_scheme", "scale_fmt", "kv_cache_scheme"},
     "mxfp4": {*COMMON, "dequantize"},
+    "modelopt": {
+        *COMMON,
+        *("quant_algo", "group_size", "config_groups", "quantized_layers", "kv_cache_scheme", "kv_cache_quant_algo"),
+        *("producer", "exclude_modules"),
+    },
 }
 """By quant_method: what is read here, and what tools write down of how the codes were found."""

@@ -14,7 +14,7 @@ from expert_cache.storage.encoding import Encoding, Layout
 from expert_cache.storage.store import StoredTensor
 from moe_serve.errors import CheckpointError
 from moe_serve.hf.quantization_scheme import Scheme
-from moe_serve_kernels.quantized import BITS, QuantizedRows
+from moe_serve_kernels.quantized import BITS
 
 TRANSPOSED: tuple[Layout, ...] = ("gptq", "awq")
 
@@ -34,7 +34,7 @@ def dense_state(tensors: Iterable[StoredTensor], scheme: Scheme, dtype: torch.dt
             raise CheckpointError(f"{parts.popitem()[1].name}: scales without a matrix in the *.safetensors files")
         codes = parts["codes"]
         if "scale" in parts:
-            state[name] = _dequantized(scheme.encoding, parts, dtype)
+            state[name] = _dequantized(scheme.encoding_of(codes.tensor.dtype), parts, dtype)
         elif codes.name == name and codes.tensor.is_floating_point():
             state[name] = codes.tensor  # not quantised: what the config's `ignore` means
         else:
@@ -50,13 +50,15 @@ def _dequantized(encoding: Encoding, parts: dict[str, StoredTensor], dtype: torc
     if problem:
         raise CheckpointError(problem)
     matrix = encoding.matrix(tensors, columns)
-    return matrix.dequantized(dtype) if isinstance(matrix, QuantizedRows) else matrix.to(dtype)
+    return matrix.to(dtype) if isinstance(matrix, torch.Tensor) else matrix.dequantized(dtype)
 
 
 def _codes_per_entry(encoding: Encoding) -> int:
     """Columns in one entry of the dimension that runs along them."""
     if encoding.layout in ("packed", "gptq"):
         return 32 // BITS[encoding.kind]
+    if encoding.layout == "rows":
+        return 8 // BITS[encoding.kind]
     return 32 if encoding.layout == "blocks" else 1
 
 
@@ -72,7 +74,7 @@ def mismatch(encoding: Encoding, parts: dict[str, StoredTensor], rows: int, colu
         if role not in parts:
             continue
         shape = tuple(parts[role].tensor.shape)
-        one_scale = role == "scale" and torch.Size(wanted).numel() == parts[role].tensor.numel()
+        one_scale = role in ("scale", "factor") and torch.Size(wanted).numel() == parts[role].tensor.numel()
         if shape != wanted and not one_scale:
             return f"{parts[role].name} has shape {shape}, but config.json asks for {wanted}"
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 
 VARIABLES = ("MOE_SERVE_API_KEY", "OPENAI_API_KEY")
 
@@ -18,7 +17,7 @@ def add_key_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def headers_of(key: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def headers_of(key: str | None) -> dict[str, str]:
     """The Authorization header for `key`, else for the first variable that is set; empty without a key."""
-    found = key or next((environment[name] for name in VARIABLES if environment.get(name)), None)
+    found = key or next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     return {"Authorization": f"Bearer {found}"} if found else {}

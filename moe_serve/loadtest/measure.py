@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 from moe_serve.errors import MoEServeError
 from moe_serve.loadtest.api_key import headers_of
-from moe_serve.loadtest.arrivals import arrival_times
 from moe_serve.loadtest.client import Clients, Outcome, Target, send, send_all, wait_until_ready
 from moe_serve.loadtest.datasets import PlannedRequest
 from moe_serve.loadtest.flags import endpoint, request_settings
@@ -45,6 +45,19 @@ def _arrivals(args: argparse.Namespace, requests: Sequence[ReadyRequest]) -> lis
     if args.self_timed is not False and len(recorded) == len(requests):
         return recorded
     return arrival_times(len(requests), args.request_rate, args.burstiness, random.Random(args.seed))
+
+
+def arrival_times(count: int, rate: float, burstiness: float, rng: random.Random) -> list[float]:
+    """Arrival times at a mean rate of `rate` per second, the first at 0; rate inf: all at 0.
+
+    Gaps follow a gamma distribution of shape `burstiness` and mean 1 / rate: 1 is a Poisson
+    process, below 1 comes in bursts, above 1 is more even. Example: rate 2, four requests of a
+    very even process: about 0, 0.5, 1, 1.5.
+    """
+    if math.isinf(rate):
+        return [0.0] * count
+    gaps = (rng.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(count - 1))
+    return list(itertools.accumulate(gaps, initial=0.0))[:count]
 
 
 def _header(args: argparse.Namespace, target: Target, num_prompts: int) -> dict[str, Any]:

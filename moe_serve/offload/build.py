@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from expert_cache.gpu_managed import pool as gpu_pool
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.experts import ResidentExperts
 from expert_cache.gpu_managed.layout import device_bytes, layout_of
+from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.host_managed.cache import SLOTS_PER_TRANSIT, ExpertCache
 from expert_cache.host_managed.experts import HostManagedExperts
 from expert_cache.host_managed.memory_guard import MemoryGuard
@@ -49,6 +49,7 @@ from moe_serve.offload.host_side import host_side
 from moe_serve.scheduling.batch_plan import BatchPlan
 from moe_serve.spec import ModelSpec
 from moe_serve_base.extensions import ExtensionError
+from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from predictors import files as predictor_files
 from predictors.predictor import RouterShape
@@ -229,13 +230,13 @@ def _compute(config: EngineConfig, loaded: LoadedModel) -> ExpertCompute:
     """On a GPU with triton: our kernels over a pool that takes the whole budget."""
     store, dtype, device = loaded.store, getattr(torch, config.dtype), torch.device(config.device)
     activation = _activation(config, loaded)
-    if not gpu_pool.is_available(device):
+    if not gpu.is_available(device):
         on_cpu = device.type == "cpu"
         return cpu_compute(activation, dtype) if on_cpu else ExpertCompute(activation, dtype, device, matrix_tokens=0)
     budget, most = config.experts.cache_mib, store.num_total
     slots = slots_in(budget, slot_bytes_of(config, store), most) if budget else most
     layout = layout_of(store.weights(store.layers[0], 0), dtype)
-    return GpuCompute(activation, dtype, device, gpu_pool.SlotPool(layout, slots, device))
+    return GpuCompute(activation, dtype, device, SlotPool(layout, slots, device))
 
 
 def _activation(config: EngineConfig, loaded: LoadedModel) -> Activation:

@@ -2,3 +2,6 @@
 
 The solvers are in placement/. Knows no models and no ranks, and prints nothing.
 """
+
+KINDS = "a trace of ours (.npz), an SGLang per-token recording (.pt), or vLLM routed_experts (.npy, .npz)"
+"""Files that `recordings.read_routes` reads, for help texts."""

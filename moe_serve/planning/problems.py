@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
-from moe_serve.planning.recordings import Loads, read_recording
+from moe_serve.planning.recordings import Loads
 from moe_serve_base.whole_files import whole_file, write_text
 from placement.errors import PlacementError
 from placement.formats import to_eplb, to_sglang
@@ -36,14 +36,6 @@ def user_errors() -> Iterator[None]:
         yield
     except (PlacementError, TraceError) as error:
         raise ConfigError(str(error)) from error
-
-
-def read_trace(paths: Sequence[str], num_experts: int | None = None) -> RoutingTrace:
-    """The traces in these files, one after another. ConfigError where there are loads but no routes."""
-    recording = read_recording(paths, num_experts)
-    if isinstance(recording, Loads):
-        raise ConfigError(f"{recording.source}: holds loads without routes; traffic needs a trace")
-    return recording
 
 
 def split_sequences(

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_serve.errors import ConfigError
+from moe_serve.errors import ConfigError, TraceFileError
 from placement.formats import read_load
 from predictors import formats, trace
-from predictors.trace import RoutingTrace
+from predictors.trace import RoutingTrace, TraceError
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ def read_recording(paths: Sequence[str], num_experts: int | None) -> RoutingTrac
     if len(recordings) > 1:
         raise ConfigError(f"{paths[0]}: loads cannot be taken together with other files; give one file")
     return recordings[0]
+
+
+def read_routes(paths: Sequence[str], num_experts: int | None = None) -> RoutingTrace:
+    """As `read_recording`, where loads do not suffice. TraceFileError."""
+    try:
+        recording = read_recording(paths, num_experts)
+    except (TraceError, ConfigError) as error:
+        raise TraceFileError(str(error)) from None
+    if isinstance(recording, Loads):
+        raise TraceFileError(f"{recording.source}: holds loads only; give a recording with every token's experts")
+    return recording
 
 
 def _read(path: str, num_experts: int | None) -> RoutingTrace | Loads:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError
+from moe_serve.gguf_files.folder import NO_TOKENIZER
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 Messages = Sequence[Mapping[str, Any]]
@@ -42,6 +43,8 @@ class Tokenizer:
         """Load from a checkpoint folder; `chat_template_file` replaces its chat template."""
         if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
             # transformers would make up an empty one
+            if (note := Path(folder) / NO_TOKENIZER).is_file():
+                raise ConfigError(note.read_text(encoding="utf-8"))
             raise ConfigError(f"{folder}: no tokenizer here ({', '.join(TOKENIZER_FILES)}); see --tokenizer")
         try:
             hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

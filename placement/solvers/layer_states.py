@@ -22,6 +22,8 @@ from placement.swaps import LayerLoad
 from placement.topology import Floats, Ints
 
 MOST_STATES = 3000
+BLOCK_STATES = 512
+"""States whose costs from all states before them are in memory at a time."""
 
 
 def applies(problem: PlacementProblem) -> bool:
@@ -89,16 +91,17 @@ def _layer_costs(costs: LayerCosts, states: Ints, layer: int) -> Floats:
     return np.asarray(costs.own[layer][np.arange(states.shape[1]), states].sum(1) + view.cost(busy))
 
 
-def _cheapest_way(costs: LayerCosts, states: Ints, layer: int, best: Floats, block: int = 512) -> tuple[Floats, Ints]:
+def _cheapest_way(costs: LayerCosts, states: Ints, layer: int, best: Floats) -> tuple[Floats, Ints]:
     """[S] cheapest cost of each state of `layer` so far and the state before it."""
     size, devices = states.shape[1], costs.problem.num_devices
     spread = np.stack([one_hot(row, devices) for row in states]).reshape(len(states), -1)
     pull = (costs.backward[layer - 1] @ one_hot_all(states, devices) @ costs.hops).reshape(len(states), size * devices)
     reached, before = np.empty(len(states)), np.empty(len(states), np.int64)
-    for start in range(0, len(states), block):
-        total = best[:, None] + pull @ spread[start : start + block].T
-        before[start : start + block] = total.argmin(0)
-        reached[start : start + block] = total.min(0)
+    for start in range(0, len(states), BLOCK_STATES):
+        block = slice(start, start + BLOCK_STATES)
+        total = best[:, None] + pull @ spread[block].T
+        before[block] = total.argmin(0)
+        reached[block] = total.min(0)
     return reached, before
 
 

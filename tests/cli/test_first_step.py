@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from moe_serve.cli.flags import default_model
-from moe_serve.config.model_folder import find_model, model_id_of
+from moe_serve.config.model_folder import model_id_of
 from moe_serve.errors import CheckpointError, ConfigError
+from moe_serve.hub.find import find_model
 
 HEAVY = {"torch", "transformers", "tokenizers", "fastapi", "uvicorn"}
 CPU_S = 1.0
@@ -62,7 +63,7 @@ def taken_port() -> Iterator[int]:
     ("argv", "words"),
     [
         ("serve /nowhere", "/nowhere: no such folder; give the path of a Hugging Face checkpoint folder"),
-        ("serve org/name", "download it with `hf download org/name`"),
+        ("serve org/name --offline", "does not hold all of such a model"),
         ("doctor /nowhere", "no such folder"),
         ("quantize /nowhere -o out", "no such folder"),
         ("generate a --prompt b", "a: no such folder"),
@@ -115,10 +116,10 @@ def test_a_broken_config(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("model.gguf", "GGUF"),
         ("consolidated.00.pth", "Mistral's own format"),
         ("pytorch_model.bin", "save_pretrained"),
         ("notes.txt", "config.json is missing"),
+        ("empty.gguf", "empty.gguf: cut off, or not a GGUF file"),
     ],
 )
 def test_what_people_have_instead(tmp_path: Path, file: str, words: str) -> None:
@@ -127,10 +128,10 @@ def test_what_people_have_instead(tmp_path: Path, file: str, words: str) -> None
         find_model(str(tmp_path))
 
 
-def test_a_gguf_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ConfigError, match="GGUF"):
-        find_model(str(tmp_path / "model.gguf"))
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ConfigError, match=r"model.bin is a file; .* or a .gguf file"):
+        find_model(str(tmp_path / "model.bin"))
 
 
 @pytest.fixture
@@ -140,6 +141,7 @@ def cached(tmp_path: Path) -> Path:
     for number, name in enumerate(("old", "new")):
         (folder / "snapshots" / name).mkdir(parents=True)
         (folder / "snapshots" / name / "config.json").touch()
+        (folder / "snapshots" / name / "model.safetensors").touch()
         os.utime(folder / "snapshots" / name, (number, number))
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("old")
@@ -148,18 +150,18 @@ def cached(tmp_path: Path) -> Path:
 
 def test_a_model_id_is_found_in_the_cache(cached: Path) -> None:
     old = str(cached / "snapshots" / "old")
-    assert find_model("org/name", {"HF_HUB_CACHE": str(cached.parent)}) == old
-    assert find_model("org/name", {"HF_HOME": str(cached.parents[1])}) == old
-    assert find_model(str(cached), {}) == old
-    assert find_model(str(cached / "snapshots"), {}) == old
+    assert find_model("org/name", environment={"HF_HUB_CACHE": str(cached.parent)}) == old
+    assert find_model("org/name", environment={"HF_HOME": str(cached.parents[1])}) == old
+    assert find_model(str(cached)) == old
+    assert find_model(str(cached / "snapshots")) == old
     assert model_id_of(old) == "org/name"
     (cached / "refs" / "main").unlink()
-    assert find_model("org/name", {"HF_HUB_CACHE": str(cached.parent)}) == str(cached / "snapshots" / "new")
+    assert find_model("org/name", environment={"HF_HUB_CACHE": str(cached.parent)}) == str(cached / "snapshots" / "new")
 
 
 def test_a_folder_wins_over_the_cache(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "org" / "name" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
-    assert find_model("org/name", {"HF_HUB_CACHE": str(cached.parent)}) == "org/name"
+    assert find_model("org/name", environment={"HF_HUB_CACHE": str(cached.parent)}) == "org/name"
     assert model_id_of("org/name") is None

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from expert_cache.storage.encoding import Matrix
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
-from moe_serve_kernels.quantized import QuantizedRows
 from predictors.shape import MoELayer
 
 E, H, INNER = 5, 48, 40
@@ -32,7 +32,7 @@ Part = tuple[str, int | None]
 """What a tensor is, and of which expert; None: of all."""
 
 
-def plain(matrix: torch.Tensor | QuantizedRows) -> torch.Tensor:
+def plain(matrix: Matrix) -> torch.Tensor:
     """A matrix that is not quantised."""
     assert isinstance(matrix, torch.Tensor)
     return matrix

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import four_bit_floats
 from .relayout import WEIGHTS, Tensors
 
 GROUP = 32
@@ -126,10 +127,9 @@ def ct_fp8(per_tensor: bool) -> Format:
 
 def block_fp8(rows: int, columns: int) -> Format:
     def quantize(w: torch.Tensor) -> Quantized:
-        tall = -(-w.shape[0] // rows) * rows
-        padded = torch.cat([w, w.new_zeros(tall - w.shape[0], w.shape[1])])
-        scale = padded.view(tall // rows, rows, -1, columns).abs().amax((1, 3)) / 448
-        wide = scale.repeat_interleave(rows, 0)[: w.shape[0]].repeat_interleave(columns, 1)
+        padded = torch.nn.functional.pad(w, (0, -w.shape[1] % columns, 0, -w.shape[0] % rows))
+        scale = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax((1, 3)) / 448
+        wide = scale.repeat_interleave(rows, 0)[: w.shape[0]].repeat_interleave(columns, 1)[:, : w.shape[1]]
         codes, matrix = fp8(wide, w)
         return {"weight": codes, "weight_scale_inv": scale}, matrix
 
@@ -181,6 +181,41 @@ def awq() -> Format:
     return Format(config, quantize)
 
 
+def nvfp4(producer: str) -> Format:
+    """Groups of 16 with e4m3 scales under one float32 factor per matrix, which differs from matrix to matrix."""
+    is_modelopt = producer == "modelopt"
+
+    def quantize(w: torch.Tensor) -> Quantized:
+        packed, scale, factor, matrix = four_bit_floats.nvfp4(w, divides=not is_modelopt)
+        if is_modelopt:
+            tensors = {"weight": packed, "weight_scale_2": factor, "input_scale": torch.tensor(0.1)}
+            return {**tensors, "weight_scale": scale}, matrix
+        return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": factor.view(1)}, matrix
+
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    if is_modelopt:
+        return Format({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, quantize)
+    return Format(compressed("nvfp4-pack-quantized", weights), quantize)
+
+
+def ct_mxfp4() -> Format:
+    def quantize(w: torch.Tensor) -> Quantized:
+        blocks, scales, values = four_bit_floats.mxfp4(w)
+        return {"weight_packed": blocks.flatten(1), "weight_scale": scales}, values
+
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    return Format(compressed("mxfp4-pack-quantized", weights), quantize)
+
+
+def modelopt_fp8() -> Format:
+    def quantize(w: torch.Tensor) -> Quantized:
+        scale = w.abs().amax() / 448
+        codes, matrix = fp8(scale, w)
+        return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.1)}, matrix
+
+    return Format({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, quantize)
+
+
 def strategy(group: int) -> dict[str, Any]:
     return {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
 
@@ -211,42 +246,34 @@ FORMATS: dict[str, Format] = {
     "gptq-8": gptq(True, "gptq", bits=8),
     "gptq-ordered": gptq(True, "gptq", act_order=True),
     "awq": awq(),
+    "ct-nvfp4": nvfp4("compressed-tensors"),
+    "ct-mxfp4": ct_mxfp4(),
+    "modelopt-nvfp4": nvfp4("modelopt"),
+    "modelopt-fp8": modelopt_fp8(),
 }
 
 
-def write_pair(source: Path, folder: Path, form: Format) -> tuple[Path, Path]:
-    """(quantised checkpoint, its float twin) of the single-file checkpoint `source`."""
+def write_pair(
+    source: Path, folder: Path, form: Format, form_of: Callable[[str], Format | None] | None = None
+) -> tuple[Path, Path]:
+    """(quantised checkpoint, its float twin) of the single-file checkpoint `source`. `form_of`: a matrix's format by
+    its name, where that is not always `form`; None: it stays as it is."""
     coded, floats = folder / "quantized", folder / "twin"
     shutil.copytree(source, coded)
     shutil.copytree(source, floats)
     tensors, matrices = {}, {}
     for name, tensor in load_file(source / WEIGHTS).items():
-        if not LINEAR.search(name):
+        chosen = form_of(name) if form_of else form
+        if not LINEAR.search(name) or chosen is None:
             tensors[name] = matrices[name] = tensor
             continue
-        parts, matrices[name] = form.quantize(tensor)
+        parts, matrices[name] = chosen.quantize(tensor)
         tensors |= {f"{name.removesuffix('weight')}{end}": part for end, part in parts.items()}
     save_file(tensors, coded / WEIGHTS, metadata={"format": "pt"})
     save_file(matrices, floats / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (coded / "config.json").write_text(json.dumps({**config, "quantization_config": form.config}))
     return coded, floats
-
-
-FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-
-
-def mxfp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[.., K] -> blocks uint8 [.., K / 32, 16], scales uint8 [.., K / 32], and the values."""
-    parts = w.unflatten(-1, (-1, 32))
-    exponent = (parts.abs().amax(-1) / 6).log2().ceil()
-    codes = (parts / exponent.exp2()[..., None])[..., None].sub(FP4).abs().argmin(-1)
-    values = FP4[codes] * exponent.exp2()[..., None]
-    return (
-        (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8),
-        (exponent + 127).to(torch.uint8),
-        values.flatten(-2),
-    )
 
 
 def write_mxfp4_pair(source: Path, folder: Path) -> tuple[Path, Path]:
@@ -258,7 +285,7 @@ def write_mxfp4_pair(source: Path, folder: Path) -> tuple[Path, Path]:
     for name, tensor in load_file(source / WEIGHTS).items():
         tensors[name] = matrices[name] = tensor
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            blocks, scales, values = mxfp4(tensors.pop(name).transpose(1, 2).contiguous())
+            blocks, scales, values = four_bit_floats.mxfp4(tensors.pop(name).transpose(1, 2).contiguous())
             tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
             matrices[name] = values.transpose(1, 2).contiguous()
     save_file(tensors, coded / WEIGHTS, metadata={"format": "pt"})

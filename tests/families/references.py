@@ -73,7 +73,7 @@ def record_routes(model: Any, prompt: tuple[int, ...]) -> tuple[torch.Tensor, ..
     """The experts each MoE layer chose for each token of a prompt."""
     routes: list[torch.Tensor] = []
     hooks = [
-        module.register_forward_pre_hook(lambda _module, args: routes.append(args[1]))
+        module.register_forward_pre_hook(lambda module, args: routes.append(_chosen(module, *args[:2])))
         for name, module in model.named_modules()
         if name.endswith(".experts")
     ]
@@ -82,3 +82,11 @@ def record_routes(model: Any, prompt: tuple[int, ...]) -> tuple[torch.Tensor, ..
     for hook in hooks:
         hook.remove()
     return tuple(routes)
+
+
+def _chosen(experts: Any, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, K]. Llama 4 names none: each expert gets a copy of every token, [E * T, H], zeros where not chosen."""
+    if ids is not None:
+        return ids
+    copies = hidden.view(experts.num_experts, -1, hidden.shape[-1])
+    return copies.abs().sum(dim=-1).argmax(dim=0)[:, None]

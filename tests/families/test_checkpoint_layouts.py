@@ -31,6 +31,7 @@ SAVED_STACKED = (
     "granitemoe_swa",
     "granitemoehybrid",
     "granitemoeshared",
+    "llama4",
     "mistral4",
 )
 NATIVE = [name for name in family_names() if find(name).same_as is None]

@@ -26,6 +26,7 @@ References = Callable[[str], Reference]
 COMPOSITES = {
     "gemma4": ("gemma4", "model.language_model."),
     "kimi_k25": ("deepseek_v3", "language_model."),
+    "llama4": ("llama4", "language_model."),
     "mistral3": ("mistral4", "language_model."),
     "qwen3_5_moe": ("qwen3_5_moe", "model.language_model."),
 }

@@ -16,6 +16,7 @@ from .tiny_configs import CASES
 Checkpoint = Callable[[str], Path]
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", CASES)
 def test_a_token_takes_as_much_of_the_kv_cache_as_the_doctor_says(case: str, checkpoint: Checkpoint) -> None:
     said = sizes_of(str(checkpoint(case)), torch.float32).kv_bytes_per_token

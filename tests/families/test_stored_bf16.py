@@ -31,6 +31,7 @@ def bf16_checkpoint(case: str, checkpoint: Callable[[str], Path], tmp_path: Path
     return tmp_path
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_the_widened_model(case: str, bf16_checkpoint: Path) -> None:
     ref = compute_reference(bf16_checkpoint)

@@ -31,12 +31,15 @@ def test_one_prompt_at_a_time(case: str, checkpoint: Checkpoint, reference: Refe
 WHOLE_PROMPTS: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": POSITIONS}
 
 
+spanning = pytest.mark.spanning
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({**WHOLE_PROMPTS, "enable_prefix_caching": False}, id="whole_prompts"),
-        pytest.param({**WHOLE_PROMPTS, "block_size": 4}, id="whole_prompts-pages_of_4"),
-        pytest.param({"max_num_batched_tokens": 16, "enable_prefix_caching": False}, id="chunks_of_16"),
+        pytest.param({**WHOLE_PROMPTS, "enable_prefix_caching": False}, id="whole_prompts", marks=spanning),
+        pytest.param({**WHOLE_PROMPTS, "block_size": 4}, id="whole_prompts-pages_of_4", marks=spanning),
+        pytest.param({"max_num_batched_tokens": 16, "enable_prefix_caching": False}, id="chunks_of_16", marks=spanning),
         pytest.param({"max_num_batched_tokens": 13, "block_size": 4}, id="chunks_of_13-pages_of_4"),
     ],
 )
@@ -50,7 +53,7 @@ def test_mixed_batch(case: str, settings: dict[str, Any], checkpoint: Checkpoint
     assert log.num_preemptions == 0
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("page_size", [4, pytest.param(16, marks=spanning)])
 def test_prefix_cache(case: str, page_size: int, checkpoint: Checkpoint, reference: References) -> None:
     """First prompts that share a prefix with one that came before, then the same prompts again."""
     ref = reference(case)
@@ -65,7 +68,9 @@ def test_prefix_cache(case: str, page_size: int, checkpoint: Checkpoint, referen
     assert [r.num_cached_tokens for r in again] == [n * is_cached for n in whole_pages]
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True], ids=["recomputed", "prefix_cache"])
+@pytest.mark.parametrize(
+    "prefix_caching", [pytest.param(False, id="recomputed", marks=spanning), pytest.param(True, id="prefix_cache")]
+)
 def test_preemption(case: str, prefix_caching: bool, checkpoint: Checkpoint, reference: References) -> None:
     """24 pages of 4 hold the longest sequence (82 tokens) but not the six together (251)."""
     ref = reference(case)
@@ -75,7 +80,9 @@ def test_preemption(case: str, prefix_caching: bool, checkpoint: Checkpoint, ref
     assert log.num_preemptions > 0
 
 
-@pytest.mark.parametrize("room", ["mapped", "for_half", "for_all"])
+@pytest.mark.parametrize(
+    "room", [pytest.param("mapped", marks=spanning), "for_half", pytest.param("for_all", marks=spanning)]
+)
 def test_room_for_experts(case: str, room: str, checkpoint: Checkpoint, reference: References) -> None:
     """Run twice: with room for all, the second run finds every expert ready; with room for half, it does not."""
     ref = reference(case)

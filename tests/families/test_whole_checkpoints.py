@@ -96,8 +96,8 @@ def test_modelopts_own_note_is_read(tmp_path: Path) -> None:
     edit(coded, lambda config: config.pop("quantization_config"))
     (coded / "hf_quant_config.json").write_text(json.dumps(NOTE))
     assert same_tokens(coded, twin)
-    (coded / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    assert "hf_quant_config.json: quantization.quant_algo is 'NVFP4'" in refusal(coded)
+    (coded / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    assert "hf_quant_config.json: quantization.quant_algo is 'W4A8_AWQ'" in refusal(coded)
 
 
 HADAMARD = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": ["re:.*down_proj$"]}]}}}

@@ -50,6 +50,7 @@ class Calls:
         return counting
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", CASES)
 def test_plain_families_take_them(case: str, checkpoint: Checkpoint) -> None:
     assert (whole_steps_of(load(checkpoint(case))) is not None) == (case in PLAIN)
@@ -66,6 +67,7 @@ def test_they_can_be_turned_off(settings: dict[str, Any], checkpoint: Checkpoint
     assert whole_steps_of(load(checkpoint("mixtral"), **settings)) is None
 
 
+@pytest.mark.spanning
 @pytest.mark.parametrize("case", sorted(PLAIN))
 def test_counts_and_routes_are_those_of_the_modules(
     case: str, checkpoint: Checkpoint, reference: References, monkeypatch: pytest.MonkeyPatch
@@ -123,9 +125,11 @@ def test_a_cache_that_fills_and_is_resized(
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
-def test_bfloat16_is_as_near_to_float32_as_the_modules(case: str, checkpoint: Checkpoint, reference: References) -> None:
-    """Log-probabilities of prompts, which spread over 1.5 to 1.8. Whole steps keep the residual stream in float32, which
-    the modules round; either may choose another expert where two are close."""
+def test_bfloat16_is_as_near_to_float32_as_modules_are(
+    case: str, checkpoint: Checkpoint, reference: References
+) -> None:
+    """Log-probabilities of prompts, whose spread is 1.5 to 1.8. Whole steps keep the residual stream in float32, the
+    modules round it; either may choose another expert where two are close."""
 
     def scores(**settings: Any) -> Any:
         llm = load(checkpoint(case), **settings)

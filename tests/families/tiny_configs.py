@@ -133,6 +133,8 @@ class TinyCase:
         return AutoConfig.for_model(self.model_type, **outer)
 
 
+SPANNING = ("mixtral", "qwen2_moe_window", "olmoe_clipped", "deepseek_v3", "glm4_moe", "gpt_oss", "phimoe")
+"""What the others have, these have between them: windows, latents, groups, shared and biased experts, odd layers."""
 CASES: dict[str, TinyCase] = {
     "mixtral": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8}),
     "mixtral_window": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8, "sliding_window": WINDOW}),
@@ -417,4 +419,19 @@ CASES: dict[str, TinyCase] = {
         "glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, is_brief=True, tower=TOWER
     ),
     "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}, is_brief=True),
+    # Chunks end within the prompts; the last layer has no positions and scales its queries every 32 tokens.
+    "llama4": TinyCase(
+        "llama4_text",
+        {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 8,
+            "moe_layers": [1, 2],
+            "no_rope_layers": [1, 1, 0],
+            "attention_chunk_size": WINDOW,
+            "floor_scale": 32,
+        },
+        is_brief=True,
+    ),
 }

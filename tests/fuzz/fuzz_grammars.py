@@ -1,6 +1,7 @@
 """Fuzz grammars: any schema, Lark text, GBNF text or pattern is followed, or refused by its field. Nothing dies.
 
     python tests/fuzz/fuzz_grammars.py --minutes 10
+    python tests/fuzz/fuzz_grammars.py --minutes 10 --server      end to end, as watched_server.py watches it
 
 Schemas use every keyword, with likely and extreme values, references in circles, and chains. What compiles is walked
 with random tokens; complete JSON is judged by jsonschema. A process that dies, or passes a limit, fails the run.
@@ -8,6 +9,7 @@ with random tokens; complete JSON is judged by jsonschema. A process that dies, 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import jsonschema
 from hypothesis import HealthCheck, Phase, given
@@ -25,7 +28,8 @@ from moe_serve.errors import InvalidRequestError
 from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.text.tokenizer import Tokenizer
-from tests.fuzz.harness import demo_tokenizer, fuzz_for_minutes
+from tests.fuzz.harness import arguments, demo_tokenizer, fuzz_for_minutes
+from tests.fuzz.watched_server import watched_server
 from tests.grammars.walking import walk
 
 EXTREME = [
@@ -169,6 +173,11 @@ def judge(schema: Any, produced: str) -> None:
 
 
 def run(grammars: Grammars, tokenizer: Tokenizer, kind: GrammarKind, seed: int, examples: int) -> int:
+    return run_examples(lambda text: check(grammars, tokenizer, kind, text), kind, seed, examples)
+
+
+def run_examples(judged: Callable[[str], None], kind: GrammarKind, seed: int, examples: int) -> int:
+    """Give texts of a kind to `judged`; how many it got."""
     count = 0
 
     @hypothesis.seed(seed)
@@ -183,10 +192,52 @@ def run(grammars: Grammars, tokenizer: Tokenizer, kind: GrammarKind, seed: int, 
     def example(text: str) -> None:
         nonlocal count
         count += 1
-        check(grammars, tokenizer, kind, text)
+        judged(text)
 
     example()
     return count
+
+
+FIELDS = {
+    GrammarKind.JSON_SCHEMA: "guided_json",
+    GrammarKind.LARK: "guided_grammar",
+    GrammarKind.GBNF: "guided_grammar",
+    GrammarKind.REGEX: "guided_regex",
+}
+SERVER_EXAMPLES = 25
+
+
+def check_over_http(url: str, kind: GrammarKind, text: str) -> None:
+    """As `check`, with a server's own model: an answer that fits as far as it goes, or a 400 that names the field."""
+    field = FIELDS[kind]
+    body = {"prompt": "Once", "max_tokens": 20, "temperature": 1, "seed": 1, field: text}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code in (200, 400, 503), answer.text
+    if answer.status_code == 400:
+        error = answer.json()["error"]
+        assert error["param"] == field, error
+        assert not any(name in error["message"] for name in SIGNALS), error
+    elif answer.status_code == 200:
+        choice = answer.json()["choices"][0]
+        if choice["finish_reason"] == "stop" and kind is GrammarKind.JSON_SCHEMA:
+            judge(json.loads(text), choice["text"])
+
+
+@contextmanager
+def served() -> Iterator[tuple[dict[str, Callable[[int, int], int]], Callable[[], dict[str, Any]]]]:
+    """What fuzzes each kind of grammar over HTTP, and what is known of the server afterwards."""
+    with watched_server() as watched:
+
+        def of(kind: GrammarKind) -> Callable[[int, int], int]:
+            def run(seed: int, examples: int) -> int:
+                check = functools.partial(check_over_http, watched.url, kind)
+                count = run_examples(check, kind, seed, min(examples, SERVER_EXAMPLES))
+                watched.check()
+                return count
+
+            return run
+
+        yield {kind.value: of(kind) for kind in TEXTS}, watched.report
 
 
 @contextmanager
@@ -205,5 +256,11 @@ def opened() -> Iterator[dict[str, Callable[[int, int], int]]]:
 
 
 if __name__ == "__main__":
-    with opened() as properties:
-        fuzz_for_minutes(properties)
+    parser = arguments()
+    parser.add_argument("--server", action="store_true", help="against a server process, over HTTP")
+    if parser.parse_args().server:
+        with served() as (properties, report):
+            fuzz_for_minutes(properties, report, parser)
+    else:
+        with opened() as properties:
+            fuzz_for_minutes(properties, parser=parser)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -55,20 +57,32 @@ def served(app: FastAPI) -> Iterator[str]:
             thread.join()
 
 
-def fuzz_for_minutes(properties: dict[str, Callable[[int, int], int]]) -> None:
-    """Command line of a fuzzer. A property takes a seed and a number of examples, and returns how many it ran.
-
-    A failure ends it with Hypothesis' smallest example; the last line of output is JSON.
-    """
+def arguments() -> argparse.ArgumentParser:
+    """The command line of a fuzzer."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser
+
+
+def fuzz_for_minutes(
+    properties: dict[str, Callable[[int, int], int]],
+    report: Callable[[], dict[str, Any]] = dict,
+    parser: argparse.ArgumentParser | None = None,
+) -> None:
+    """Run a fuzzer as its command line says. A property takes a seed and a number of examples, and returns how many it
+    ran; `report` adds to what is printed.
+
+    A failure ends it with Hypothesis' smallest example, or the seed; the last line of output is JSON.
+    """
+    args = (parser or arguments()).parse_args()
     counts = dict.fromkeys(properties, 0)
     start, seed = time.monotonic(), args.seed
     while time.monotonic() - start < args.minutes * 60:
+        print(f"seed {seed}", file=sys.stderr, flush=True)
         for name, run in properties.items():
             counts[name] += run(seed, CHUNK)
         seed += 1
     minutes = round((time.monotonic() - start) / 60, 2)
-    print(json.dumps({"minutes": minutes, "seeds": seed - args.seed, "examples": counts, "failures": 0}))
+    seeds = [args.seed, seed - 1]
+    print(json.dumps({"minutes": minutes, "seeds": seeds, "examples": counts, "failures": 0, **report()}))

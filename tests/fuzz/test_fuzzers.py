@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fuzz import fuzz_detokenizer, fuzz_grammars, fuzz_protocol
+from tests.fuzz import fuzz_detokenizer, fuzz_grammars, fuzz_http, fuzz_protocol
+from tests.fuzz.watched_server import MAY_GROW_MIB
 
 EXAMPLES = 60
+LATE_S = 5.0
+"""For /live while other tests run beside this one."""
 Properties = fuzz_protocol.Properties
 
 
@@ -31,6 +34,28 @@ def grammars() -> Iterator[Properties]:
 @pytest.mark.parametrize("kind", [kind.value for kind in fuzz_grammars.TEXTS])
 def test_grammars(grammars: Properties, kind: str) -> None:
     assert grammars[kind](0, EXAMPLES) >= EXAMPLES
+
+
+@pytest.mark.slow
+def test_http() -> None:
+    """As long as a few hundred connections take; LATE_S is far above what /live takes on a quiet machine."""
+    with fuzz_http.opened() as fuzzer:
+        assert fuzzer.run(0, 5 * EXAMPLES) >= 5 * EXAMPLES
+        found = fuzzer.report()
+    assert found["live"]["asked"]
+    assert not found["live"]["failed"]
+    assert found["live"]["max_s"] < LATE_S
+    assert found["grown_mib"] < MAY_GROW_MIB
+
+
+@pytest.mark.slow
+def test_grammars_over_http() -> None:
+    with fuzz_grammars.served() as (properties, report):
+        for run in properties.values():
+            assert run(0, EXAMPLES // 3)
+        found = report()
+    assert not found["live"]["failed"]
+    assert found["live"]["max_s"] < LATE_S
 
 
 @pytest.mark.parametrize("vocabulary", ["byte_level", "byte_fallback"])

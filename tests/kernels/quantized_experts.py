@@ -42,6 +42,7 @@ FORMS = [
     Form("int4", 64, zeros=True),
     Form("fp4", 32, torch.uint8),
     Form("fp4", 128),
+    Form("fp4", 16, torch.float8_e4m3fn),
 ]
 
 
@@ -58,12 +59,14 @@ def make_matrix(form: Form, rows: int, columns: int, generator: torch.Generator)
     rows_per_scale = min(form.rows_per_scale, rows)
     shape = (-(-rows // rows_per_scale), -(-columns // group))
     spread = {"int4": 4.6, "fp4": 2.7, "fp8": 120.0}.get(form.kind, 74.0) * columns**0.5
+    factor = torch.tensor([1 / (100 * spread)]) if form.scale_dtype == torch.float8_e4m3fn else None
     if form.scale_dtype == torch.uint8:
         scales = draw(118, 124, *shape)
     else:
-        scales = ((torch.rand(shape, generator=generator) + 0.5) / spread).to(form.scale_dtype)
+        wide = (torch.rand(shape, generator=generator) + 0.5) * (100 if factor is not None else 1 / spread)
+        scales = wide.to(form.scale_dtype)
     zeros = draw(0, 2 ** BITS[form.kind], rows, shape[1]) if form.zeros else None
-    return QuantizedRows(form.kind, codes, scales, columns, group, rows_per_scale, zeros, form.zero)
+    return QuantizedRows(form.kind, codes, scales, columns, group, rows_per_scale, zeros, form.zero, factor)
 
 
 def make_expert(form: Form, hidden: int, inner: int, seed: int = 0, biases: bool = False) -> MLPWeights:

@@ -212,7 +212,8 @@ def test_is_offered_for_float32_activations_on_cpu_only() -> None:
     assert is_available(cpu, "bfloat16", torch.float32)
     assert is_available(cpu, "float32", torch.float32)
     assert not is_available(cpu, "bfloat16", torch.bfloat16)
-    assert not is_available(cpu, "float16", torch.float32)
+    assert is_available(cpu, "float16", torch.float32)
+    assert not is_available(cpu, "float64", torch.float32)
     assert not is_available(torch.device("meta"), "float32", torch.float32)
 
 

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are 
 NAMES = ("decode_step", "expert_layer", "expert_mlp", "linear", "paged_attention", "quantized_mlp", "row_bits")
 
 
-@pytest.mark.parametrize("isa", ["avx2", pytest.param("generic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
 def test_all_kernels(isa: str) -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]

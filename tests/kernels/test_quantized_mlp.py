@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -110,8 +111,8 @@ def misaligned(rows: Matrix) -> QuantizedRows:
     codes = torch.empty(rows.codes.shape[0] * (size + 3) + 1, dtype=torch.uint8)[1:].view(-1, size + 3)[:, :size]
     codes.copy_(rows.codes)
     zeros = None if rows.zeros is None else torch.cat([rows.zeros, rows.zeros], 1)[:, : rows.num_groups]
-    scales = torch.cat([rows.scales, rows.scales], 1)[:, : rows.num_groups]
-    return QuantizedRows(rows.kind, codes, scales, rows.columns, rows.group, rows.rows_per_scale, zeros, rows.zero)
+    scales = rows.scales.repeat(1, 2)[:, : rows.num_groups]
+    return replace(rows, codes=codes, scales=scales, zeros=zeros)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

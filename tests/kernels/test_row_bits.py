@@ -59,9 +59,10 @@ def test_rounded_linear(rows: int, columns: int) -> None:
 @pytest.mark.parametrize(("inner", "hidden"), [(96, 64), (160, 320), (48, 40)])
 def test_a_rounded_expert(inner: int, hidden: int) -> None:
     torch.manual_seed(inner)
-    matrices = [torch.randn(size).bfloat16() / 8 for size in ((inner, hidden), (inner, hidden), (hidden, inner))]
+    sizes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    matrices = tuple(torch.randn(size).bfloat16() / 8 for size in sizes)
     gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
-    expert = MLPWeights(*matrices, gate_bias, up_bias, down_bias, rounds=True)
+    expert = MLPWeights(matrices[0], matrices[1], matrices[2], gate_bias, up_bias, down_bias, rounds=True)
     x = torch.randn(40, hidden)
     whole = run_expert(x, expert)
     gate, up, down = (matrix.double() for matrix in matrices)

@@ -7,8 +7,8 @@ import pytest
 
 from moe_serve.config import ParallelConfig
 from moe_serve.errors import ConfigError
-from moe_serve.parallel.modes.grouping import GroupRunner
 from moe_serve.parallel.modes.runner import Outcome, RankStep
+from moe_serve.parallel.modes.table import GroupRunner
 from moe_serve.parallel.wire.messages import RoutePiece
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepError
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_serve.parallel.front.links import Listener
+from moe_serve.parallel.front.links import next_link
 from moe_serve.parallel.wire import door
 from moe_serve.parallel.wire.door import HELLO, MAX_CALLERS, WORD_BYTES, Door, knock, word_of
 
@@ -121,14 +121,14 @@ def test_nobody_builds_up_while_nobody_is_expected() -> None:
 
 @pytest.mark.parametrize("secret", ["word", "é \udcff", "x" * 100_000])
 def test_any_secret_will_do(secret: str) -> None:
-    listener = Listener("127.0.0.1", 0)
+    door = Door(("127.0.0.1", 0))
     try:
-        listener.open(secret)
+        door.open(word_of(secret))
         for said, is_let_in in (("wrong", False), (secret, True)):
-            with knock(listener.address, word_of(said), 1, 5):
-                link = listener.accept(5.0 if is_let_in else 0.2)
+            with knock(door.address, word_of(said), 1, 5):
+                link = next_link(door, 5.0 if is_let_in else 0.2)
                 assert (link is not None) == is_let_in
                 if link is not None:
                     link.channel.close()
     finally:
-        listener.close()
+        door.close()

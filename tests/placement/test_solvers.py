@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,13 @@ def brute_force(problem: PlacementProblem) -> PlanCost:
     return min(costs, key=lambda cost: cost.rank)
 
 
+@cache
+def three_layers() -> tuple[PlacementProblem, PlanCost]:
+    """A problem, and its best cost."""
+    problem = random_problem(5, 3, 6, 2)
+    return problem, brute_force(problem)
+
+
 def applies(problem: PlacementProblem, name: str) -> bool:
     """What the solver's module says; a solver that says nothing is for every problem."""
     module = sys.modules[inspect.unwrap(find_solver(name)).__module__]
@@ -149,7 +157,11 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("features", TINY, ids=lambda features: "+".join(features) or "plain")
+@pytest.mark.parametrize(
+    "features",
+    [TINY[0], *(pytest.param(f, marks=pytest.mark.slow) for f in TINY[1:])],
+    ids=lambda features: "+".join(features) or "plain",
+)
 def test_exact_methods_agree_with_brute_force(features: dict[str, Any]) -> None:
     problem = random_problem(3, 2, 6, 3, **features)
     best = brute_force(problem)
@@ -162,14 +174,14 @@ def test_exact_methods_agree_with_brute_force(features: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["layer_states", "ilp"])
 def test_what_is_called_optimal_is(name: str) -> None:
-    problem = random_problem(5, 3, 6, 2)
+    problem, best = three_layers()
     plan = find_plan(problem, name)
     assert plan.optimal
     assert plan.gap == 0.0
-    assert plan.cost.total == pytest.approx(brute_force(problem).total, abs=1e-9)
+    assert plan.cost.total == pytest.approx(best.total, abs=1e-9)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_local_search_finds_the_optimum_of_a_mixtral_sized_chain(devices: int) -> None:
     problem = random_problem(7, 8, 8, devices)
     exact = find_plan(problem, "layer_states")
@@ -204,12 +216,12 @@ def test_what_is_found_is_offered(name: str) -> None:
 @pytest.mark.parametrize("name", solver_names())
 @law(4)
 def test_only_an_optimum_is_called_one(name: str) -> None:
-    problem = random_problem(5, 3, 6, 2)
+    problem, best = three_layers()
     run = Run(problem, effort=2)
     find_solver(name)(problem, run)
     if run.optimal:
         assert run.best_cost is not None
-        assert run.best_cost.total == pytest.approx(brute_force(problem).total, abs=1e-9)
+        assert run.best_cost.total == pytest.approx(best.total, abs=1e-9)
         assert run.optimal_by
 
 
@@ -289,6 +301,7 @@ def test_an_unknown_solver_is_named() -> None:
 Bounded = Callable[[PlacementProblem], float]
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 1000), limit=st.sampled_from([None, 1.3]), cost=st.sampled_from([1.0, 4.0]))
 def test_no_layout_is_below_the_bound(seed: int, limit: float | None, cost: float) -> None:
@@ -300,6 +313,7 @@ def test_no_layout_is_below_the_bound(seed: int, limit: float | None, cost: floa
         assert bound.value <= exact.cost.total + NEAR
 
 
+@pytest.mark.slow
 def test_the_semidefinite_bound_is_tight_on_planted_groups() -> None:
     """Experts in 4 groups that mostly talk among themselves, with noise that misleads the row-top bound."""
     groups = np.arange(16) // 4

@@ -72,6 +72,7 @@ def test_changed_while_a_request_runs(start: Callable[..., Serve], file: Path) -
     assert str(file) in json.loads(reader.events[-2])["error"]["message"]
 
 
+@pytest.mark.slow
 def test_replaced_by_a_rename_does_no_harm(start: Callable[..., Serve], file: Path) -> None:
     server = start(str(file.parent))
     server.wait_until(lambda: server.health() == "ready")

@@ -148,3 +148,22 @@ def test_many_requests_sent_ahead_are_parsed_a_few_at_a_time(
     assert talk(address, count * small, closes=True).count(b"HTTP/1.1 200") == count
     assert len(waiting) == count
     assert max(waiting) <= 2 * exchanges.PIECE_BYTES // len(small)
+
+
+def test_what_came_before_the_bytes_that_are_no_http_is_answered_first(address: tuple[str, int]) -> None:
+    heard = talk(address, POST + POST + b"\x00\x01\r\n\r\n", closes=False)
+    assert heard.count(b"hello") == 2
+    assert heard.index(b"HTTP/1.1 400") > heard.rindex(b"hello")
+
+
+BAD_CHUNK = b"POST /echo HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", POST])
+def test_a_request_whose_body_is_no_http_ends(
+    address: tuple[str, int], before: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = talk(address, before + BAD_CHUNK, closes=False)
+    assert heard.count(b"hello") == bool(before)
+    assert heard.count(b"HTTP/1.1 400") == 1
+    assert "Traceback" not in caplog.text

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from moe_serve.config import EngineConfig
-from moe_serve.server.monitoring import expert_metrics
+from moe_serve.config import EngineConfig, ServerConfig
+from moe_serve.parallel.front.team import TeamState
+from moe_serve.server.endpoints.expert_plan import DecisionCollector
+from moe_serve.server.endpoints.ranks import TeamCollector
+from moe_serve.server.monitoring import expert_metrics, http_counts
+from moe_serve.server.monitoring.http_counts import HttpCounts
+from moe_serve.server.monitoring.scrape import Scrape
+from moe_serve.server.transport.guard import guard
 
 ROOT = Path(__file__).resolve().parents[2]
 
 COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions"),
-    *("request_success", "admission_rejections"),
+    *("request_success", "admission_rejections", "http_requests"),
     *expert_metrics.COUNTERS,
 )
 GAUGES = (
@@ -34,11 +46,16 @@ HISTOGRAMS = (
 GOOD = ("/v1/completions", {"prompt": [5, 6, 7, 8], "max_tokens": 5})
 
 
+def ours(text: str) -> list[Metric]:
+    """The families but those of the process, whose names and lack of labels are Prometheus' own."""
+    return [f for f in text_string_to_metric_families(text) if not f.name.startswith("process_")]
+
+
 def scrape(served: Any, *posts: Any) -> dict[str, float]:
     """Values by name after these posts, summed over layers; other labels than these, and the reason, left out."""
     text = served.talk(*posts, ("/metrics", None))[-1].text
     values: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
+    for family in ours(text):
         for sample in family.samples:
             assert sample.labels["model_name"] == "fake-model"
             assert sample.labels["engine"] == "0"
@@ -50,7 +67,7 @@ def scrape(served: Any, *posts: Any) -> dict[str, float]:
 
 def test_vllms_names_are_all_there_from_the_start(served: Any) -> None:
     text = served.talk(("/metrics", None))[0].text
-    kinds = {f.name.removeprefix("moe_serve:"): f.type for f in text_string_to_metric_families(text)}
+    kinds = {f.name.removeprefix("moe_serve:"): f.type for f in ours(text)}
     kinds = {name: kind for name, kind in kinds.items() if not name.endswith("_created")}
     expected = {n: "counter" for n in COUNTERS} | {n: "gauge" for n in GAUGES} | {n: "histogram" for n in HISTOGRAMS}
     assert kinds == expected
@@ -82,7 +99,7 @@ def test_two_apps_share_nothing(make: Any) -> None:
 def layered(served: Any, name: str) -> dict[tuple[str, ...], float]:
     """Samples of a metric after two requests of five steps each, by its labels other than model and engine."""
     text = served.talk(GOOD, GOOD, ("/metrics", None))[-1].text
-    samples = (s for f in text_string_to_metric_families(text) for s in f.samples)
+    samples = (s for f in ours(text) for s in f.samples)
     return {
         tuple(v for k, v in sorted(s.labels.items()) if k not in ("model_name", "engine")): s.value
         for s in samples
@@ -119,22 +136,103 @@ def test_an_engine_without_experts_has_no_samples_of_them(make: Any) -> None:
     assert scrape(make(experts=lambda _: None), GOOD)["prompt_tokens_total"] == 4
 
 
-def docs_table(served: Any) -> str:
-    """The table of docs/metrics.md, from what a server says of itself."""
-    families = {**expert_metrics.COUNTERS, **expert_metrics.GAUGES}
-    labels = {name: ", ".join(family.labels) for name, family in families.items()}
+def docs_table(families: Iterable[Metric]) -> str:
+    """A table of docs/metrics.md, from what a server says of itself."""
+    own = {**expert_metrics.COUNTERS, **expert_metrics.GAUGES}
+    labels = {name: ", ".join(family.labels) for name, family in own.items()}
     labels |= {"request_success": "finished_reason", "admission_rejections": "reason"}
+    labels |= {"http_requests": ", ".join(http_counts.LABELS)}
+    labels |= {name: ", ".join(names) for name, names in RANK_LABELS.items()}
     rows = ["| name | type | labels | meaning |", "|---|---|---|---|"]
-    for family in text_string_to_metric_families(served.talk(("/metrics", None))[0].text):
+    for family in families:
         name = family.name.removeprefix("moe_serve:")
         if not name.endswith("_created"):
             rows.append(f"| `{name}` | {family.type} | {labels.get(name, '')} | {family.documentation} |")
     return "\n".join(rows)
 
 
-def test_every_metric_is_in_the_docs(served: Any) -> None:
-    table = docs_table(served)
-    assert table in (ROOT / "docs" / "metrics.md").read_text(), f"docs/metrics.md is stale; its table is:\n{table}"
+RANK_LABELS = {
+    "ep_sent_bytes": ("rank", "kind"),
+    "ep_expert_rows": ("rank", "place"),
+    "ep_trips": ("rank",),
+    "ep_layer_sent_bytes": ("rank", "layer"),
+    "ep_expert_tokens": ("rank",),
+    "ep_expert_plan_decisions": ("outcome",),
+}
+TEAM: Any = SimpleNamespace(state=TeamState.READY, generation=1, counted={}, layers=())
+REPORTS: Any = SimpleNamespace(by_rank=dict)
+PLACEMENT: Any = SimpleNamespace(counts={})
+
+
+def all_tables(served: Any) -> list[str]:
+    """One device, the process, and what ranks add."""
+    text = served.talk(("/metrics", None))[0].text
+    process = [f for f in text_string_to_metric_families(text) if f.name.startswith("process_")]
+    ranks = [*TeamCollector(TEAM, REPORTS).collect(), *DecisionCollector(PLACEMENT).collect()]
+    return [docs_table(ours(text)), docs_table(process), docs_table(ranks)]
+
+
+def test_every_metric_is_in_the_docs_and_no_other(served: Any) -> None:
+    docs = (ROOT / "docs" / "metrics.md").read_text()
+    tables = all_tables(served)
+    for table in tables:
+        assert table in docs, f"docs/metrics.md is stale; its table is:\n{table}"
+    rows = {line for table in tables for line in table.splitlines()}
+    assert {line for line in docs.splitlines() if line.startswith("| `")} <= rows
+
+
+def test_which_metrics_have_a_time_of_creation(served: Any) -> None:
+    """As docs/metrics.md says: every counter and histogram but those of experts, HTTP and refusals."""
+    names = {f.name.removeprefix("moe_serve:") for f in ours(served.talk(("/metrics", None))[0].text)}
+    counted = {*COUNTERS, *HISTOGRAMS} - {*expert_metrics.COUNTERS, "http_requests", "admission_rejections"}
+    assert {n for n in names if n.endswith("_created")} == {f"{name}_created" for name in counted}
+
+
+def test_the_process_is_told_of(served: Any) -> None:
+    text = served.talk(("/metrics", None))[0].text
+    values = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    assert values["process_resident_memory_bytes"] > 1e7
+    assert values["process_open_fds"] > 2
+    assert values["process_cpu_seconds_total"] > 0
+
+
+def test_answers_are_counted_by_endpoint_method_and_status(make: Any) -> None:
+    counts = HttpCounts()
+    served = make(app_http_counts=counts)
+    app = guard(served.app, ServerConfig(), frozenset({"k"}), counts)
+
+    async def ask() -> str:
+        transport = httpx.ASGITransport(app=app)
+        async with served.running(), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            key = {"Authorization": "Bearer k"}
+            for method, path in (("GET", "/live"), ("GET", "/live"), ("HEAD", "/live"), ("GET", "/v1/models/x/y")):
+                await client.request(method, path, headers=key)
+            await client.get("/no_such/" + "x" * 50, headers=key)
+            await client.request("BREW", "/live", headers=key)
+            await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+            return (await client.get("/metrics", headers=key)).text
+
+    found = {
+        (s.labels["handler"], s.labels["method"], s.labels["status"]): s.value
+        for f in ours(asyncio.run(ask()))
+        for s in f.samples
+        if f.name == "moe_serve:http_requests"
+    }
+    assert found["/live", "GET", "200"] == 2
+    assert found["/live", "HEAD", "200"] == 1
+    assert found["/live", "other", "405"] == 1
+    assert found["other", "GET", "404"] == 1
+    assert found["/v1/completions", "POST", "401"] == 1
+    assert all(handler.startswith("/v1/models") for handler, *_ in set(found) - {*KNOWN} if handler != "other")
+
+
+KNOWN = [
+    ("/live", "GET", "200"),
+    ("/live", "HEAD", "200"),
+    ("/live", "other", "405"),
+    ("other", "GET", "404"),
+    ("/v1/completions", "POST", "401"),
+]
 
 
 def test_requests_whose_clients_leave_are_counted(served: Any) -> None:
@@ -143,3 +241,20 @@ def test_requests_whose_clients_leave_are_counted(served: Any) -> None:
     assert f"{name} 0.0" in metrics.render().decode()
     metrics.on_aborted(2)
     assert f"{name} 2.0" in metrics.render().decode()
+
+
+def test_a_crowd_of_scrapes_shares_one_rendering() -> None:
+    rendered: list[int] = []
+
+    def render() -> bytes:
+        rendered.append(1)
+        time.sleep(0.2)
+        return b"x"
+
+    async def ask() -> None:
+        scrape = Scrape(render)
+        assert await asyncio.gather(*(scrape.text() for _ in range(50))) == [b"x"] * 50
+        assert await scrape.text() == b"x"
+
+    asyncio.run(ask())
+    assert len(rendered) == 2

@@ -104,6 +104,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(start: Callable[..., Serv
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_a_signal_while_loading_ends_it(start: Callable[..., Serve]) -> None:
     server = start()
     server.wait_until(lambda: server.health() == "loading")

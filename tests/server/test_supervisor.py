@@ -47,6 +47,7 @@ def test_a_death_is_named_and_serving_goes_on(start: Callable[..., Serve], numbe
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_the_parent_is_small_and_leaves_no_orphan(start: Callable[..., Serve]) -> None:
     server = start()
     server.wait_until(lambda: server.health() == "ready")
@@ -105,6 +106,7 @@ def test_an_order_during_a_pause_ends_it(start: Callable[..., Serve]) -> None:
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_without_a_supervisor_the_server_is_the_process(start: Callable[..., Serve]) -> None:
     server = start("--no-supervisor")
     server.wait_until(lambda: server.health() == "ready")

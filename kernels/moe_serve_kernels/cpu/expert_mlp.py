@@ -2,11 +2,11 @@
 
     out[p] = down @ act(gate @ x[tokens[p]] + gate_bias, up @ x[tokens[p]] + up_bias) + down_bias
 
-Float32 activations, rounded only where the weights ask for it (MLPWeights.rounds); weights in float32, in bf16 or
-quantised to eight or four bits (QuantizedRows), read where they lie, at any address. The bits of a row depend on its
-token and its weights: not on the other rows and segments of the call, the weights' address or
-the number of threads. (One call per layer instead of one matrix product at a time: the fused MoE
-kernels of vLLM and SGLang.)
+Float32 activations, rounded only where the weights ask for it (MLPWeights.rounds); weights in float32, bf16, float16,
+quantised to eight or four bits (QuantizedRows) or in ggml's blocks (BlockRows), read where they lie, at any address.
+The bits of a row depend on its token and its weights: not on the other rows and segments of the call, the weights'
+address or the number of threads. (One call per layer instead of one matrix product at a time: the fused MoE kernels of
+vLLM and SGLang.)
 
 Shape alphabet: T tokens, P (token, expert) pairs sorted by expert, H hidden, I intermediate.
 """
@@ -25,11 +25,11 @@ from moe_serve_kernels import quantized
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
-Matrix = torch.Tensor | QuantizedRows
-WEIGHT_KINDS = ("float32", "bfloat16", "int8", "uint8", "fp8", "int4", "fp4")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Matrix = torch.Tensor | QuantizedRows | BlockRows
+WEIGHT_KINDS = ("float32", "bfloat16", "float16", "int8", "uint8", "fp8", "int4", "fp4", "blocks")
 Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
@@ -49,7 +49,8 @@ class Activation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPWeights:
-    """One expert: gate, up [I, H], down [H, I], all float32, all bf16 or all of one quantised kind that `is_readable`.
+    """One expert: gate, up [I, H], down [H, I], all of one float type or one quantised kind that `are_readable` allows.
+    Blocks may be of different types.
 
     Rows contiguous, any row stride. Biases [I], [I], [H] of one dtype, float32 or bf16, or None. Nothing is copied:
     the tensors must not move in memory while this object is in use.
@@ -81,6 +82,8 @@ class MLPWeights:
 
 def weight_kind(matrix: Matrix) -> str:
     """One of WEIGHT_KINDS, or the name of a dtype that is none of them."""
+    if isinstance(matrix, BlockRows):
+        return "blocks"
     return matrix.kind if isinstance(matrix, QuantizedRows) else str(matrix.dtype).removeprefix("torch.")
 
 
@@ -97,6 +100,8 @@ def are_readable(matrices: Sequence[Matrix]) -> bool:
 
 
 def _is_readable(matrix: Matrix) -> bool:
+    if isinstance(matrix, BlockRows):
+        return matrix.type in quantized.READABLE_BLOCKS and matrix.blocks.device.type == "cpu"
     if not isinstance(matrix, QuantizedRows):
         return matrix.dtype in WEIGHT_DTYPES and matrix.stride(1) == 1
     # Scales change between 64-byte runs of a row, for four-bit codes between 32-bit words.
@@ -210,7 +215,7 @@ def finish_expert_mlp(started: StartedMLP, out: torch.Tensor) -> None:
 
 def as_tensor(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] in `dtype`."""
-    return matrix.dequantized(dtype) if isinstance(matrix, QuantizedRows) else matrix.to(dtype)
+    return matrix.to(dtype) if isinstance(matrix, torch.Tensor) else matrix.dequantized(dtype)
 
 
 def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

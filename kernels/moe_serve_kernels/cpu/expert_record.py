@@ -7,23 +7,24 @@ record is in use.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.quantized import QuantizedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
-Matrix = torch.Tensor | QuantizedRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows
 
 
 class ExpertRecord:
     """One struct Expert in memory of its own."""
 
-    __slots__ = ("_memory", "address")
+    __slots__ = ("_memory", "_tables", "address")
 
-    def __init__(self, memory: Any) -> None:
-        self._memory = memory
+    def __init__(self, memory: Any, tables: Sequence[torch.Tensor | None]) -> None:
+        self._memory, self._tables = memory, tables
         self.address = ctypes.addressof(memory)
 
     @staticmethod
@@ -37,36 +38,49 @@ class ExpertRecord:
         down_bias: torch.Tensor | None,
     ) -> ExpertRecord:
         """`kind`: that of all three matrices, a WeightKind in any case. Biases float32 or bf16, any stride."""
+        tables = [_table_of(matrix) for matrix in (gate, up, down)]
         memory = native().new(
             "Expert",
-            gate=_matrix(gate),
-            up=_matrix(up),
-            down=_matrix(down),
+            gate=_matrix(gate, tables[0]),
+            up=_matrix(up, tables[1]),
+            down=_matrix(down, tables[2]),
             gate_bias=_bias(gate_bias),
             up_bias=_bias(up_bias),
             down_bias=_bias(down_bias),
             kind=native().value(f"WeightKind.{kind}"),
         )
-        return ExpertRecord(memory)
+        return ExpertRecord(memory, tables)
 
 
-def _matrix(matrix: Matrix | None) -> Any:
+def _table_of(matrix: Matrix | None) -> torch.Tensor | None:
+    """float32 [256]: what each e4m3 scale of the matrix stands for, by its byte."""
+    if not isinstance(matrix, QuantizedRows) or matrix.scales.dtype != torch.float8_e4m3fn:
+        return None
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    return matrix.with_factor(scales).contiguous()
+
+
+def _matrix(matrix: Matrix | None, table: torch.Tensor | None) -> Any:
     if isinstance(matrix, QuantizedRows):
-        return _quantized(matrix)
+        return _quantized(matrix, table)
     plain = {"scales": None, "scale_kind": 0, "scale_stride": 0, "rows_per_scale": 1}
-    plain |= {"zeros": None, "zero_stride": 0, "zero": 0}
+    plain |= {"zeros": None, "zero_stride": 0, "zero": 0, "block_type": 0, "scale_table": None}
     if matrix is None:
         return native().new("Matrix", data=None, stride=0, rows=0, columns=0, group=0, **plain)
     rows, columns = matrix.shape
-    stride = matrix.stride(0) * matrix.itemsize
+    data = matrix.blocks if isinstance(matrix, BlockRows) else matrix
+    if isinstance(matrix, BlockRows):
+        plain["block_type"] = native().value(f"BlockType.BLOCK_{matrix.type}")
+    stride = data.stride(0) * data.itemsize
     return native().new(
-        "Matrix", data=matrix.data_ptr(), stride=stride, rows=rows, columns=columns, group=columns, **plain
+        "Matrix", data=data.data_ptr(), stride=stride, rows=rows, columns=columns, group=columns, **plain
     )
 
 
-def _quantized(matrix: QuantizedRows) -> Any:
+def _quantized(matrix: QuantizedRows, table: torch.Tensor | None) -> Any:
     rows, columns = matrix.shape
     zeros = matrix.zeros
+    scale_kind = "table" if table is not None else str(matrix.scales.dtype).removeprefix("torch.")
     return native().new(
         "Matrix",
         data=matrix.codes.data_ptr(),
@@ -74,13 +88,15 @@ def _quantized(matrix: QuantizedRows) -> Any:
         rows=rows,
         columns=columns,
         scales=matrix.scales.data_ptr(),
-        scale_kind=native().value(f"ScaleKind.SCALE_{str(matrix.scales.dtype).removeprefix('torch.')}"),
+        scale_kind=native().value(f"ScaleKind.SCALE_{scale_kind}"),
         scale_stride=matrix.scales.stride(0),
         rows_per_scale=matrix.rows_per_scale,
         group=matrix.group,
         zeros=None if zeros is None else zeros.data_ptr(),
         zero_stride=0 if zeros is None else zeros.stride(0),
         zero=(matrix.zero if zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
+        block_type=0,
+        scale_table=None if table is None else table.data_ptr(),
     )
 
 

@@ -72,15 +72,35 @@ def paged_decode(
     assert latent or values.is_contiguous()
     assert page_table.stride(1) == 1
     assert query.dtype == keys.dtype == values.dtype
-    num_seqs, heads, key_dim = query.shape
-    kv_heads, num_slots, value_dim = values.shape
+    num_seqs, heads, _ = query.shape
+    value_dim = values.shape[2]
     splits = max(1, triton.cdiv(page_table.shape[1] * page_size, SPLIT_TOKENS))
     partial = torch.empty(num_seqs, heads, splits, value_dim, dtype=torch.float32, device=query.device)
     state = torch.empty(2, num_seqs, heads, splits, dtype=torch.float32, device=query.device)
     out = query.new_empty(num_seqs, heads, value_dim)
-    if num_seqs == 0:
-        return out
-    groups = heads // kv_heads
+    if num_seqs:
+        _attend(query, keys, values, page_table, lengths, partial, state, page_size, scale, window, latent)
+        _join(partial, state, lengths, window, sinks, out)
+    return out
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    partial: torch.Tensor,
+    state: torch.Tensor,
+    page_size: int,
+    scale: float,
+    window: int | None,
+    latent: bool,
+) -> None:
+    """Every split by itself: `partial` [N, heads, splits, Dv], and its largest score and sum in `state`."""
+    num_seqs, heads, splits, value_dim = partial.shape
+    kv_heads, num_slots, _ = values.shape
+    groups, key_dim = heads // kv_heads, query.shape[2]
     tile = _latent_tile(query.dtype) if latent else _tile(groups, max(key_dim, value_dim), query.dtype)
     attend_split[(kv_heads * triton.cdiv(groups, tile.block_m), num_seqs, splits)](
         query,
@@ -110,6 +130,18 @@ def paged_decode(
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
     )
+
+
+def _join(
+    partial: torch.Tensor,
+    state: torch.Tensor,
+    lengths: torch.Tensor,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """The splits of each sequence and head as one: `out` [N, heads, Dv]."""
+    num_seqs, heads, splits, value_dim = partial.shape
     join_splits[(num_seqs, heads)](
         partial,
         state,
@@ -126,7 +158,6 @@ def paged_decode(
         num_warps=1,
         enable_fp_fusion=True,
     )
-    return out
 
 
 def _begin_the_rows(values: torch.Tensor, keys: torch.Tensor) -> bool:

@@ -30,9 +30,9 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def seconds_per_call(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
+def seconds_per_call(calls: Sequence[Callable[[], object]]) -> float:
     """Median over graph replays of the time of all `calls`, divided by their number."""
-    return seconds_of(capture(calls).replay, replays) / len(calls)
+    return seconds_of(capture(calls).replay) / len(calls)
 
 
 def seconds_of(work: Callable[[], object], replays: int = REPLAYS) -> float:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     use_one_thread()
     from moe_serve.planning import problems
+    from moe_serve.planning.recordings import read_routes
     from placement.cost import evaluate
     from placement.plan import load_plan
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         plans = [load_plan(path) for path in args.plan]
         costs = [plan.cost for plan in plans]
         if args.trace:
-            trace = problems.read_trace(args.trace, args.num_experts)
+            trace = read_routes(args.trace, args.num_experts)
             costs = [evaluate(problems.problem_of_plan(plan, trace), plan.layout) for plan in plans]
     shown = [["plan", *COLUMNS, "gap %"]]
     for path, plan, cost in zip(args.plan, plans, costs, strict=True):

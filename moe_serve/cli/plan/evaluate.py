@@ -24,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     use_one_thread()
     from moe_serve.planning import problems
+    from moe_serve.planning.recordings import read_routes
     from placement.cost import evaluate
     from placement.plan import load_plan
 
     with problems.user_errors():
         plan = load_plan(args.plan)
-        problem = problems.problem_of_plan(plan, problems.read_trace(args.trace, args.num_experts))
+        problem = problems.problem_of_plan(plan, read_routes(args.trace, args.num_experts))
         cost = evaluate(problem, plan.layout)
     rows = [[name, *(number(getattr(c, name), 4) for c in (plan.cost, cost))] for name in COLUMNS]
     print(table([["", "planned", "here"], *rows]))

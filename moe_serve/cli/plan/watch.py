@@ -94,11 +94,11 @@ def _sentence(window_number: int, window: RoutingTrace, verdict: Migration) -> s
 
 def _windows(args: argparse.Namespace) -> Iterator[RoutingTrace]:
     """Whole sequences, about --window tokens at a time; what is left over waits for more."""
-    from moe_serve.planning import problems
+    from moe_serve.planning.recordings import read_routes
 
     done = 0
     while True:
-        trace = problems.read_trace(args.trace, args.num_experts)
+        trace = read_routes(args.trace, args.num_experts)
         window: list[int] = []
         tokens = 0
         for sequence in range(done, trace.num_sequences):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
 from moe_serve.cli.table import line, number, table
-from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
+from moe_serve.planning import KINDS
 from moe_serve_base.whole_files import whole_file, write_text
 from predictors.methods import method_names
 
@@ -101,7 +101,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read(path: str, args: argparse.Namespace) -> RoutingTrace:
-    trace = read_traces([path], args.num_experts)
+    from moe_serve.planning.recordings import read_routes
+
+    trace = read_routes([path], args.num_experts)
     return trace if args.limit_tokens is None else trace.head(args.limit_tokens)
 
 

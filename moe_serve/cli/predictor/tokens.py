@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
-from moe_serve.cli.trace_files import read_traces
 from moe_serve.config.units import MIB
 
 HELP = "Count which experts each token id used in a recorded trace, for serve --ep-predictor."
@@ -30,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     check_outputs(args, output=args.output)
     from moe_serve.parallel.front.token_uses import count_uses
+    from moe_serve.planning.recordings import read_routes
 
-    uses = count_uses(read_traces(args.traces, None))
+    uses = count_uses(read_routes(args.traces))
     uses.save(args.output)
     num_ids, num_layers, num_experts = uses.counts.shape
     mib = args.output.stat().st_size / MIB

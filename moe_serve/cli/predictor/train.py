@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_serve.cli.outputs import add_force_flag, check_outputs
-from moe_serve.cli.trace_files import KINDS, read_traces
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
+from moe_serve.planning import KINDS
 from predictors.methods import method_names
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_outputs(args, output=args.output)
+    from moe_serve.planning.recordings import read_routes
     from predictors import files
     from predictors.methods import find_method
     from predictors.predictor import Training
 
-    trace = read_traces(args.traces, args.num_experts)
+    trace = read_routes(args.traces, args.num_experts)
     fingerprint = _fingerprint(args.model, trace)
     print(f"learning {args.method} from {trace.num_tokens} tokens ...", file=sys.stderr)
     training, start = Training(trace, seed=args.seed), time.perf_counter()

@@ -51,7 +51,7 @@ def _serve(channel: socket.socket, tokenizer: LLTokenizer) -> int:
     """Exit status."""
     base_kib = limits.peak_kib()
     try:
-        matcher = _compile(channel, tokenizer, base_kib)
+        matcher = limits.at_low_priority(lambda: _compile(channel, tokenizer, base_kib))
         if matcher is not None:
             limits.lift_cpu_limit()
             follower = Follower(matcher, base_kib)

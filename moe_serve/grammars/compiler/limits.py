@@ -8,12 +8,17 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 STACK_BYTES = 256 << 20
 """Address space for the thread that compiles: some 30 times the usual 8 MiB; only what is used takes memory."""
+LOW_PRIORITY = 10
+"""As of nice: beside a thread at 0 it gets a tenth of a core."""
 PR_SET_PDEATHSIG = 1
+T = TypeVar("T")
 
 
 def no_core_dumps() -> None:
@@ -42,6 +47,24 @@ def with_deep_stack(function: Callable[[], None]) -> None:
     thread = threading.Thread(target=function)
     thread.start()
     thread.join()
+
+
+def at_low_priority(work: Callable[[], T]) -> T:
+    """What `work` returns or raises. It gives way to everything else on the machine: compiling can wait, steps cannot.
+
+    Runs on a thread of its own, since a thread's priority can be lowered and not raised again.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    with_deep_stack(run)
+    return outcome.result()
 
 
 def limit_memory(more_bytes: int) -> None:

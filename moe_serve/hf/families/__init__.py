@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_serve.errors import UnsupportedModelError
 from moe_serve_base.extensions import Extensions
 
 FAMILIES = Extensions(
@@ -41,3 +42,14 @@ def family_in(fields: Mapping[str, Any]) -> str | None:
 def family_names() -> list[str]:
     """Every model_type that is supported, in alphabetical order. Imports no torch: help must answer at once."""
     return FAMILIES.names()
+
+
+def refuse_unknown_family(fields: Mapping[str, Any]) -> str:
+    """The name of the family of config.json's fields. UnsupportedModelError lists the supported ones for another."""
+    name = family_in(fields)
+    if name is None:
+        raise UnsupportedModelError(
+            f"model_type {fields.get('model_type')!r} is not a Mixture-of-Experts family moe-serve supports;"
+            f" supported: {', '.join(family_names())}"
+        )
+    return name

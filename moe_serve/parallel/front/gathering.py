@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError, EngineDeadError, MoEServeError
-from moe_serve.parallel.front.links import Link, Listener, RankLostError
+from moe_serve.parallel.front.links import Link, RankLostError, next_link
 from moe_serve.parallel.front.spawner import Spawner
+from moe_serve.parallel.wire.door import Door, word_of
 from moe_serve.parallel.wire.messages import Failed, Ready, Start, encode
 
 WAIT_S = 0.2
@@ -38,14 +39,14 @@ class Gathering:
         self,
         config: EngineConfig,
         parallel: ParallelConfig,
-        listener: Listener,
+        door: Door,
         spawner: Spawner | None,
         secret: str = "",
     ) -> None:
         """`secret`: what a launcher's ranks know; ranks of a spawner get a new one for each group."""
         self._config = config
         self._parallel = parallel
-        self._listener = listener
+        self._door = door
         self._spawner = spawner
         self._secret = secret
 
@@ -76,19 +77,19 @@ class Gathering:
     def _meet(self, links: dict[int, Link], check: Callable[[], None]) -> None:
         """Fill `links` with every rank that says hello."""
         secret = secrets.token_hex(16) if self._spawner is not None else self._secret
-        self._listener.open(secret)
+        self._door.open(word_of(secret))
         try:
             if self._spawner is not None:
-                self._spawner.start(self._listener.address, secret)
+                self._spawner.start(self._door.address, secret)
             while len(links) < self._parallel.devices:
-                newcomer = self._listener.accept(WAIT_S)
+                newcomer = next_link(self._door, WAIT_S)
                 if newcomer is not None and newcomer.rank < self._parallel.devices and newcomer.rank not in links:
                     links[newcomer.rank] = newcomer
                 elif newcomer is not None:  # a rank of another server with the same secret
                     newcomer.channel.close()
                 check()
         finally:
-            self._listener.shut()
+            self._door.shut()
 
     def _wait_ready(self, links: dict[int, Link], check: Callable[[], None]) -> Group:
         """All are asked in turn: one that fails may leave the others waiting for it."""

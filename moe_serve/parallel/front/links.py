@@ -15,7 +15,7 @@ import msgspec
 from expert_cache.report import ExpertReport
 from moe_serve.errors import MoEServeError
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
-from moe_serve.parallel.wire.door import Door, word_of
+from moe_serve.parallel.wire.door import Door
 from moe_serve.parallel.wire.messages import Alive, Answer, Failed, Ready, read_rank
 
 LAST_WORD_S = 2.0
@@ -75,32 +75,11 @@ class Link:
             return None
 
 
-class Listener:
-    """Where ranks find the front."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._door = Door((host, port))
-
-    @property
-    def address(self) -> tuple[str, int]:
-        return self._door.address
-
-    def open(self, secret: str) -> None:
-        """Let in ranks that know the secret."""
-        self._door.open(word_of(secret))
-
-    def shut(self) -> None:
-        """Let no rank in."""
-        self._door.shut()
-
-    def accept(self, timeout_s: float) -> Link | None:
-        """The next rank, or None if none came in time."""
-        caller = self._door.next(timeout_s)
-        if caller is None:
-            return None
-        link = Link(caller.rank, caller.pid, Channel(caller.connected))
-        threading.Thread(target=link.read_forever, name=f"rank-{link.rank}", daemon=True).start()
-        return link
-
-    def close(self) -> None:
-        self._door.close()
+def next_link(door: Door, timeout_s: float) -> Link | None:
+    """The next rank that `door` lets in, or None if none came in time."""
+    caller = door.next(timeout_s)
+    if caller is None:
+        return None
+    link = Link(caller.rank, caller.pid, Channel(caller.connected))
+    threading.Thread(target=link.read_forever, name=f"rank-{link.rank}", daemon=True).start()
+    return link

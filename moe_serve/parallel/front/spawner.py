@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from moe_serve.parallel.wire.environment import FRONT, SECRET, STORE, RankAddress
@@ -15,9 +14,9 @@ from moe_serve.parallel.wire.environment import FRONT, SECRET, STORE, RankAddres
 class Spawner:
     """The processes of one group; `start` replaces the group before it."""
 
-    def __init__(self, num_ranks: int, threads_per_rank: int, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, num_ranks: int, threads_per_rank: int) -> None:
         self._num_ranks = num_ranks
-        self._environ = {**environ, "OMP_NUM_THREADS": str(threads_per_rank)}
+        self._environ = {**os.environ, "OMP_NUM_THREADS": str(threads_per_rank)}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 

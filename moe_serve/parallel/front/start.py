@@ -12,13 +12,13 @@ from moe_serve.errors import ConfigError
 from moe_serve.hf.checkpoint import read_config
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
-from moe_serve.parallel.front.links import Listener
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.front.team import Team
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.parallel.front.token_uses import load_uses
 from moe_serve.parallel.wire import environment
+from moe_serve.parallel.wire.door import Door
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
@@ -53,8 +53,8 @@ def _team(config: EngineConfig, parallel: ParallelConfig) -> Team:
         return _launched_team(config, parallel)
     threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // parallel.devices)
     config = dataclasses.replace(config, num_threads=threads)
-    listener = Listener("127.0.0.1", parallel.rank_port)
-    return Team(config, parallel, listener, Spawner(parallel.devices, threads))
+    door = Door(("127.0.0.1", parallel.rank_port))
+    return Team(config, parallel, door, Spawner(parallel.devices, threads))
 
 
 def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
@@ -64,9 +64,9 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
         raise ConfigError(f"--devices {parallel.devices}: the launcher started {place.world_size} ranks")
     secret = os.environ.get(environment.SECRET, "")
     host, port = environment.front_address(place)
-    listener = Listener(host, parallel.rank_port or port)
-    if not secret and not listener.address[0].startswith("127."):
-        listener.close()
+    door = Door((host, parallel.rank_port or port))
+    if not secret and not door.address[0].startswith("127."):
+        door.close()
         raise ConfigError(
             f"ranks on other machines can be reached by strangers: set {environment.SECRET} to the same secret word for"
             " the front and for every rank"
@@ -75,4 +75,4 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
     if config.num_threads is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or place.world_size)
         config = dataclasses.replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) // local))
-    return Team(config, parallel, listener, None, secret)
+    return Team(config, parallel, door, None, secret)

@@ -20,9 +20,10 @@ from expert_cache.report import ExpertReport
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import CheckpointChangedError, EngineDeadError, MoEServeError
 from moe_serve.parallel.front.gathering import Gathering
-from moe_serve.parallel.front.links import Link, Listener, RankLostError
+from moe_serve.parallel.front.links import Link, RankLostError
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.wire.channel import ChannelClosed
+from moe_serve.parallel.wire.door import Door
 from moe_serve.parallel.wire.messages import (
     Answer,
     Ask,
@@ -61,7 +62,7 @@ class Team:
         self,
         config: EngineConfig,
         parallel: ParallelConfig,
-        listener: Listener,
+        door: Door,
         spawner: Spawner | None,
         secret: str = "",
     ) -> None:
@@ -86,8 +87,8 @@ class Team:
         """The model's decoder layers with experts."""
         self.counted: dict[int, Counted] = {}
         """By rank, as of the last step."""
-        self._gathering = Gathering(config, parallel, listener, spawner, secret)
-        self._listener = listener
+        self._gathering = Gathering(config, parallel, door, spawner, secret)
+        self._door = door
         self._spawner = spawner
         self._links: dict[int, Link] = {}
         self._changed = threading.Condition()
@@ -280,7 +281,7 @@ class Team:
             link.channel.close()
         if self._spawner is not None:
             self._spawner.stop()
-        self._listener.close()
+        self._door.close()
 
     def reports(self) -> tuple[int, dict[int, ExpertReport]]:
         """The generation, and what each rank's experts have done; nothing while ranks are lost. Any thread may ask."""

@@ -1,18 +1,53 @@
 """Exchange: messages between ranks and their booking. A message says how long it is, so no sizes are exchanged first.
 
-What a rank has for itself never travels. Knows wires and bytes; knows no tokens.
+What a rank has for itself never travels. Bytes are counted where our code hands them over: messages with their lengths,
+without the transport's own headers. Knows wires and bytes; knows no tokens.
 
-Shape alphabet: W bytes in a row.
+Shape alphabet: W bytes in a row, L MoE layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from moe_serve.parallel.modes.traffic import Traffic
 from moe_serve.parallel.wire.sockets import LENGTH, Wire
+
+KINDS = ("dispatch", "combine", "control")
+"""Tokens to experts; results to tokens; lengths and checks."""
+
+
+class Traffic:
+    """What this rank has sent to others, by layer and kind. Monotone; readers take differences."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.sent_bytes: dict[str, npt.NDArray[np.int64]] = {kind: np.zeros(num_layers, np.int64) for kind in KINDS}
+        self.unmerged_bytes = np.zeros(num_layers, np.int64)
+        """Bytes of dispatch and combine if each choice on another rank sent a row of its own there and back, as in
+        GShard and DeepSpeed-MoE."""
+        self.trips = np.zeros(num_layers, np.int64)
+        """How often this rank waited for messages that were sent when its own were: a link's delay each."""
+        self.local_rows = 0
+        """(token, choice) pairs that ran on the rank where the token was."""
+        self.remote_rows = 0
+
+    def totals(self) -> dict[str, int]:
+        """Sums over layers, by name."""
+        return {
+            **{f"{kind}_bytes": int(counts.sum()) for kind, counts in self.sent_bytes.items()},
+            "unmerged_bytes": int(self.unmerged_bytes.sum()),
+            "trips": int(self.trips.sum()),
+            "local_rows": self.local_rows,
+            "remote_rows": self.remote_rows,
+        }
+
+    def by_layer(self) -> list[int]:
+        """Bytes sent per MoE layer, all kinds."""
+        layers: list[int] = sum(self.sent_bytes.values(), np.zeros_like(self.trips)).tolist()
+        return layers
 
 
 class Exchange:

@@ -37,9 +37,9 @@ class RankAddress:
         return dict(zip(NAMES, map(str, values), strict=True))
 
 
-def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
+def is_launched() -> bool:
     """Whether a launcher started this process as one rank of several."""
-    return all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def read_place(environ: Mapping[str, str] = os.environ) -> RankAddress:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import MutableMapping
 from datetime import timedelta
 
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -47,12 +46,12 @@ def _listen(place: RankAddress) -> socket.socket:
         return socket.create_server((address_towards(place), place.master_port))
 
 
-def bind_narrowly(place: RankAddress, environ: MutableMapping[str, str] = os.environ) -> None:
+def bind_narrowly(place: RankAddress) -> None:
     """Let gloo listen at the interface that leads to the master, and NCCL at loopback if that is where the master is,
     unless the user has chosen others. Before the process group is made."""
     name = interface_of(address_towards(place))
     if name is None:
         return
-    environ.setdefault(INTERFACE, name)
+    os.environ.setdefault(INTERFACE, name)
     if address_towards(place).startswith("127."):
-        environ.setdefault(NCCL_INTERFACE, f"={name}")
+        os.environ.setdefault(NCCL_INTERFACE, f"={name}")

@@ -42,4 +42,4 @@ async def load(service: TheService) -> dict[str, Any]:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: TheService) -> Response:
     """Prometheus metrics; docs/metrics.md lists them."""
-    return Response(service.metrics.render(), media_type=service.metrics.content_type)
+    return Response(await service.scrape.text(), media_type=service.metrics.content_type)

@@ -14,20 +14,24 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moe_serve.server.monitoring.http_counts import HttpCounts
 from moe_serve.server.monitoring.logs import FIELDS
 
 log = logging.getLogger(__name__)
 
+CLIENT_CLOSED = 499
+"""As nginx: no answer was begun when the client left."""
 ID_HEADER = "X-Request-Id"
 QUIET_PATHS = frozenset({"/health", "/live", "/ping", "/metrics", "/load"})
 """Asked every few seconds by machines."""
 
 
 class AccessLog:
-    """Middleware: gives every answer a request id and writes a line when it has ended."""
+    """Middleware: gives every answer a request id, and counts it and writes a line when it has ended."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, counts: HttpCounts) -> None:
         self._app = app
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,6 +41,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, line.send)
         finally:
+            self._counts.note(scope, line.status or CLIENT_CLOSED)
             line.write()
 
 
@@ -47,12 +52,12 @@ class _Line:
         self._scope = scope
         self._send = send
         self._start_s = time.monotonic()
-        self._status = 0
+        self.status = 0
         self._request_id = ""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._status = message["status"]
+            self.status = message["status"]
             headers = MutableHeaders(scope=message)
             self._request_id = headers.setdefault(ID_HEADER, given_id(Headers(scope=self._scope)) or uuid.uuid4().hex)
         await self._send(message)
@@ -66,7 +71,7 @@ class _Line:
             "client": (self._scope.get("client") or ("-",))[0],
             "method": self._scope["method"],
             "path": path,
-            "status": self._status,
+            "status": self.status,
             "duration_s": round(time.monotonic() - self._start_s, 4),
             **self._more(),
         }

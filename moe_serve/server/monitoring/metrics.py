@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from expert_cache.report import ExpertReport
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
+from moe_serve.server.monitoring.http_counts import HttpCounts
 from moe_serve.server.monitoring.last_minute import LastMinute
 
 PREFIX = "moe_serve:"
@@ -88,9 +97,11 @@ class Metrics:
         expert_report: Callable[[], ExpertReport | None],
         predictor: str = "off",
         computing: Mapping[str, str] | None = None,
+        http_counts: HttpCounts | None = None,
     ) -> None:
         """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: the expert cache's
         advisor, or "off"."""
+        http_counts = http_counts or HttpCounts()
         self.live = LastMinute(expert_report)
         """The last minute, for the dashboard."""
         self.registry = CollectorRegistry()
@@ -124,6 +135,8 @@ class Metrics:
         help = "Device, type of activations, instruction set of the C++ kernels and threads."
         Gauge(PREFIX + "compute_info", help, list(compute), registry=self.registry).labels(**compute).set(1)
         self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
+        self.registry.register(http_counts.collector(PREFIX, labels))
+        ProcessCollector(registry=self.registry)
 
     def render(self) -> bytes:
         """The text exposition format."""

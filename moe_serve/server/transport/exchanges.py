@@ -8,6 +8,7 @@ same until something is sent to it, so an interim answer is. Knows uvicorn's pro
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from moe_serve.server.transport.request_head import BoundedHead
@@ -33,6 +34,7 @@ class Exchanges(BoundedHead):
         """The request that is being answered; uvicorn's `cycle` is the one parsed last."""
         self._unparsed = b""
         self._is_half_closed = False
+        self._is_refusal_due = False
         self._num_probes = 0
         self._probe_timer: asyncio.TimerHandle | None = None
 
@@ -61,8 +63,24 @@ class Exchanges(BoundedHead):
         super().on_response_complete()
         if self._unparsed and not self.transport.is_closing():
             self._parse(self._unparsed)
-        if self._is_half_closed and not self.is_answering:
+        if self.is_answering:
+            return
+        if self._is_refusal_due:
+            super().send_400_response("")
+        elif self._is_half_closed:
             self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came before the bytes that are no HTTP is answered first; the request that they belong to ends."""
+        broken = self.cycle if self.cycle is not None and self.cycle.more_body else None
+        if broken is not None and not broken.response_complete:
+            broken.disconnected = True
+            broken.message_event.set()
+            self.pipeline = deque(entry for entry in self.pipeline if entry[0] is not broken)
+        if self.is_answering and self._running is not broken:
+            self._is_deaf = self._is_refusal_due = True
+        else:
+            super().send_400_response(msg)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """True keeps the connection for the answer. A request that is not complete never will be."""

@@ -17,9 +17,9 @@ import pytest
 from moe_serve.cli import parse
 from moe_serve.errors import ConfigError
 from moe_serve.loadtest.arrival_traces import TraceEntry, read_trace
-from moe_serve.loadtest.arrivals import arrival_times
 from moe_serve.loadtest.datasets import DatasetOptions, Pieces, PlannedRequest, plan_requests
 from moe_serve.loadtest.flags import dataset_options
+from moe_serve.loadtest.measure import arrival_times
 from moe_serve.loadtest.vocabulary import Vocabulary
 
 REAL_TRACES = Path(__file__).resolve().parents[4] / "shared" / "data" / "arrivals"

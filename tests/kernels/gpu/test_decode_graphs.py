@@ -128,7 +128,7 @@ def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("family", "room"),
     [
-        ("mixtral", "for some"),
+        pytest.param("mixtral", "for some", marks=pytest.mark.slow),
         pytest.param("mixtral", "for all", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "for some", marks=pytest.mark.slow),
     ],
@@ -149,6 +149,7 @@ def test_captured_steps_give_the_tokens_of_launched_ones(
     captured.close()
 
 
+@pytest.mark.slow
 def test_padding_touches_no_expert(device: torch.device, small: Callable[[str], Path], one_size: None) -> None:
     """A sequence alone in a graph for four: the same hits, copies and evictions, and the same slots."""
     launched, captured = (load(small("mixtral"), device, moe_cache_mib=KIB) for _ in range(2))

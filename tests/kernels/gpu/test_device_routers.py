@@ -14,13 +14,13 @@ from ...families.tiny_checkpoints import random_model
 from ...families.tiny_configs import CASES
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.spanning
+@pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
-def test_chooses_as_the_family_does(device: torch.device, name: str) -> None:
-    case = CASES[name]
-    config = case.config()
+def test_chooses_as_the_family_does(device: torch.device, case: str) -> None:
+    config = CASES[case].config()
     found = family.find(config.model_type)
-    model = random_model(case).to(device)
+    model = random_model(CASES[case]).to(device)
     for block in list(model.modules()):
         if type(getattr(block, "experts", None)).__name__ == found.experts_class:
             block.experts = ExpertsProxy(config)

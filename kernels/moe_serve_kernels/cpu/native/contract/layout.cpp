@@ -47,7 +47,8 @@ struct Field {
 constexpr Field MATRIX[] = {FIELD(Matrix, data),         FIELD(Matrix, stride),         FIELD(Matrix, rows),
                             FIELD(Matrix, columns),      FIELD(Matrix, scales),         FIELD(Matrix, scale_kind),
                             FIELD(Matrix, scale_stride), FIELD(Matrix, rows_per_scale), FIELD(Matrix, group),
-                            FIELD(Matrix, zeros),        FIELD(Matrix, zero_stride),    FIELD(Matrix, zero)};
+                            FIELD(Matrix, zeros),        FIELD(Matrix, zero_stride),    FIELD(Matrix, zero),
+                            FIELD(Matrix, block_type),   FIELD(Matrix, scale_table)};
 constexpr Field BIAS[] = {FIELD(Bias, data), FIELD(Bias, stride), FIELD(Bias, bf16)};
 constexpr Field EXPERT[] = {FIELD(Expert, gate),      FIELD(Expert, up),      FIELD(Expert, down),
                             FIELD(Expert, gate_bias), FIELD(Expert, up_bias), FIELD(Expert, down_bias),
@@ -74,7 +75,8 @@ constexpr Field BLOCK[] = {FIELD(Block, q),
                            FIELD(Block, sinks),
                            FIELD(Block, window),
                            FIELD(Block, keys),
-                           FIELD(Block, values), FIELD(Block, kv_bf16),
+                           FIELD(Block, values),
+                           FIELD(Block, kv_bf16),
                            FIELD(Block, experts),
                            FIELD(Block, route)};
 constexpr Field SIZES[] = {
@@ -166,16 +168,32 @@ void tell_values(std::ostream& text) {
     TELL_ENUM(ActivationKind, CLAMPED_SWIGLU);
     TELL_ENUM(WeightKind, FLOAT32);
     TELL_ENUM(WeightKind, BFLOAT16);
+    TELL_ENUM(WeightKind, FLOAT16);
     TELL_ENUM(WeightKind, INT8);
     TELL_ENUM(WeightKind, UINT8);
     TELL_ENUM(WeightKind, FP8);
     TELL_ENUM(WeightKind, INT4);
     TELL_ENUM(WeightKind, FP4);
     TELL_ENUM(WeightKind, ROUNDED_BFLOAT16);
+    TELL_ENUM(WeightKind, BLOCKS);
+    TELL_ENUM(BlockType, BLOCK_Q4_0);
+    TELL_ENUM(BlockType, BLOCK_Q4_1);
+    TELL_ENUM(BlockType, BLOCK_Q5_0);
+    TELL_ENUM(BlockType, BLOCK_Q5_1);
+    TELL_ENUM(BlockType, BLOCK_Q8_0);
+    TELL_ENUM(BlockType, BLOCK_Q2_K);
+    TELL_ENUM(BlockType, BLOCK_Q3_K);
+    TELL_ENUM(BlockType, BLOCK_Q4_K);
+    TELL_ENUM(BlockType, BLOCK_Q5_K);
+    TELL_ENUM(BlockType, BLOCK_Q6_K);
+    TELL_ENUM(BlockType, BLOCK_IQ4_NL);
+    TELL_ENUM(BlockType, BLOCK_IQ4_XS);
+    TELL_ENUM(BlockType, BLOCK_MXFP4);
     TELL_ENUM(ScaleKind, SCALE_FLOAT32);
     TELL_ENUM(ScaleKind, SCALE_BFLOAT16);
     TELL_ENUM(ScaleKind, SCALE_FLOAT16);
     TELL_ENUM(ScaleKind, SCALE_UINT8);
+    TELL_ENUM(ScaleKind, SCALE_TABLE);
     TELL_ENUM(ScoreKind, SOFTMAX);
     TELL_ENUM(ScoreKind, SIGMOID);
     TELL_ENUM(ScoreKind, SOFTMAX_OF_CHOSEN);

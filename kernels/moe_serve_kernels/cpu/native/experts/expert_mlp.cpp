@@ -1,5 +1,5 @@
-// The experts of one MoE layer, float32 activations on weights read where they lie: float32, bf16 or
-// quantised to eight or four bits (experts/weights.inc). Activations are never rounded.
+// The experts of one MoE layer, float32 activations on weights read where they lie: float32, bf16, float16, quantised
+// to eight or four bits (experts/weights.inc), or ggml's blocks (experts/blocks.inc). Activations are never rounded.
 //
 //   for each segment (an expert and its tokens), rows of all experts split over threads:
 //     inner[t] = activation(gate @ x[t] + gate_bias, up @ x[t] + up_bias)
@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <type_traits>

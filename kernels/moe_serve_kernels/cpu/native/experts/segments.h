@@ -25,21 +25,40 @@ struct Activation {
 };
 
 // ROUNDED_BFLOAT16: bf16 weights that meet tokens rounded to bf16.
-enum WeightKind { FLOAT32, BFLOAT16, INT8, UINT8, FP8, INT4, FP4, ROUNDED_BFLOAT16 };
-enum ScaleKind { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_UINT8 };  // UINT8: e8m0, 2^(byte - 127)
+enum WeightKind { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, FP8, INT4, FP4, BLOCKS, ROUNDED_BFLOAT16 };
+// UINT8: e8m0, 2^(byte - 127). TABLE: bytes that name a matrix's entries of a table.
+enum ScaleKind { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_UINT8, SCALE_TABLE };
+
+// ggml's types of blocks, whose codes and scales lie side by side (experts/blocks.inc).
+enum BlockType {
+    BLOCK_Q4_0,
+    BLOCK_Q4_1,
+    BLOCK_Q5_0,
+    BLOCK_Q5_1,
+    BLOCK_Q8_0,
+    BLOCK_Q2_K,
+    BLOCK_Q3_K,
+    BLOCK_Q4_K,
+    BLOCK_Q5_K,
+    BLOCK_Q6_K,
+    BLOCK_IQ4_NL,
+    BLOCK_IQ4_XS,
+    BLOCK_MXFP4
+};
 
 // Where one expert's weights lie: expert_mlp.py fills these in by name (contract/layout.cpp), all 64-bit.
 //
 // Quantised: the weight in row r, column k is (code - zero) * scale, with the scale at
 // [r / rows_per_scale][k / group], the zero point the sum of `zero` and, unless null, zeros[r][k / group].
-// UINT8 codes are read as if 128 less.
+// UINT8 codes are read as if 128 less. Of BLOCKS there is `block_type`, which may differ between an expert's matrices.
 struct Matrix {
     const char* data;
     int64_t stride, rows, columns;  // stride in bytes
     const void* scales;
     int64_t scale_kind, scale_stride, rows_per_scale, group;  // strides in elements from here on
     const uint8_t* zeros;
-    int64_t zero_stride, zero;
+    int64_t zero_stride, zero, block_type;
+    const float* scale_table;  // [256], with SCALE_TABLE
 
     const char* row(int64_t r) const { return data + (r < rows ? r : rows - 1) * stride; }
 };

@@ -12,13 +12,12 @@
 #include <unistd.h>
 
 #define TILE_LOAD(tile, from, stride) \
-    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
 #define TILE_STORE(tile, to, stride) \
     asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(static_cast<int64_t>(stride)) : "memory")
-#define TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::)
+#define TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::)
 // sums [16, n] += left [16, 32] @ right, whose [32, n] values lie in pairs of rows: [16, n, 2].
-#define TILE_MULTIPLY(sums, left, right) \
-    asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sums ::)
+#define TILE_MULTIPLY(sums, left, right) asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sums::)
 #define TILE_RELEASE() asm volatile("tilerelease" ::: "memory")
 
 namespace moe_serve {

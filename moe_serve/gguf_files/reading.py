@@ -1,0 +1,63 @@
+"""Reading a GGUF file's metadata and table of tensors, by the `gguf` package's reader. Reads no tensor's contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader, ReaderTensor
+
+from moe_serve.errors import CheckpointError
+
+ARCHITECTURE = "general.architecture"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor's place."""
+
+    name: str
+    type: str
+    """ggml's name, such as F32 or Q4_K."""
+    shape: tuple[int, ...]
+    """In values, as torch orders dimensions: columns last."""
+    file: int
+    """Index among the checkpoint's files."""
+    offset: int
+    """Bytes from the start of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gguf:
+    """What a GGUF checkpoint says of itself."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    """By name."""
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the model's architecture."""
+        return str(self.metadata.get(ARCHITECTURE))
+
+
+def read(files: Sequence[Path]) -> Gguf:
+    """Metadata is that of the first file. CheckpointError names a file that is no GGUF file or is cut off."""
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, GgufTensor] = {}
+    for number, file in enumerate(files):
+        try:
+            reader = GGUFReader(file)
+            if number == 0:
+                metadata = {name: field.contents() for name, field in reader.fields.items()}
+            tensors |= {tensor.name: _place(tensor, number) for tensor in reader.tensors}
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise CheckpointError(f"{file}: cut off, or not a GGUF file ({error})") from error
+    return Gguf(metadata, tensors)
+
+
+def _place(tensor: ReaderTensor, file: int) -> GgufTensor:
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    return GgufTensor(tensor.name, tensor.tensor_type.name, shape, file, int(tensor.data_offset))

@@ -1,0 +1,188 @@
+"""A GGUF checkpoint's tensors under the names of the transformers model: experts where they lie, the rest as floats.
+
+The `gguf` package knows which of llama.cpp's names each of a model's parameters has. What llama.cpp's converter does
+to some tensors, such as an order of rows, is undone here.
+
+Shape alphabet: E experts of a layer, N rows, K columns, D values of a head.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, dequantize, get_tensor_name_map
+
+from expert_cache.storage.store import StoredTensor
+from moe_serve.errors import CheckpointError
+from moe_serve.gguf_files.folder import Listing
+from moe_serve.gguf_files.reading import GgufTensor
+from moe_serve_kernels.quantized import row_bytes
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EXPERT = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>weight|bias)$")
+PERMUTED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)$")
+PERMUTED_ARCHITECTURES = ("llama", "granitemoe")
+"""Whose queries and keys llama.cpp keeps with each head's halves interleaved."""
+RENAMED = (
+    (re.compile(r"\.block_sparse_moe\.router\.weight$"), ".block_sparse_moe.gate.weight"),
+    (re.compile(r"\.gate\.moe_statics\.e_score_correction_bias$"), ".gate.e_score_correction_bias"),
+)
+"""Parameters that the package knows under another model's name."""
+UNUSED = re.compile(r"^rope_freqs\.weight$|\.nextn\.")
+"""Tables that are computed here, and layers for predicting several tokens at once."""
+
+
+def expert_tensors(listing: Listing) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
+    """(decoder layer, part, None, tensor [E, ..]) of all experts; nothing is read."""
+    maps = _Maps(listing)
+    for name, tensor in listing.tensors.items():
+        match = EXPERT.match(name)
+        if match:
+            part = match["part"] if match["kind"] == "weight" else f"{match['part']}_bias"
+            yield int(match["layer"]), part, None, maps.stored(tensor)
+
+
+def dense_values(listing: Listing) -> int:
+    """How many values the file has that are no expert's."""
+    return sum(math.prod(tensor.shape) for name, tensor in listing.tensors.items() if not EXPERT.match(name))
+
+
+def dense_state(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> dict[str, torch.Tensor]:
+    """float32 tensors for the parameters in `shapes`, without experts. What the file lacks is left out.
+
+    CheckpointError names a tensor of the file that the model has no place for, or one of a wrong size.
+    """
+    named = _names(listing, shapes, hf_config)
+    sources = _Sources(listing, hf_config)
+    state = {name: sources.values(source).reshape(shapes[name]) for name, source in named.items()}
+    _refuse_leftovers(listing, sources.read, hf_config.num_hidden_layers)
+    return state
+
+
+def _names(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> dict[str, str]:
+    """Parameter -> the file's name of it; parameters that are tied to others have none."""
+    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == listing.architecture)
+    known = get_tensor_name_map(architecture, hf_config.num_hidden_layers)
+    found = {}
+    for name, shape in shapes.items():
+        for candidate in _candidates(known.get_name, name):
+            if candidate in listing.tensors or _halves_of(candidate, listing):
+                _check_size(listing, candidate, shape)
+                found[name] = candidate
+                break
+    return found
+
+
+def _candidates(name_of: Callable[..., str | None], parameter: str) -> Iterator[str]:
+    for pattern, replacement in RENAMED:
+        parameter = pattern.sub(replacement, parameter)
+    name = name_of(parameter, (".weight", ".bias"))
+    if name is not None:
+        yield name
+        yield f"{name}.weight"
+    if parameter.endswith("_bias") and (name := name_of(parameter.removesuffix("_bias"))) is not None:
+        yield f"{name}.bias"
+
+
+def _check_size(listing: Listing, name: str, shape: tuple[int, ...]) -> None:
+    tensor = listing.tensors.get(name)
+    if tensor is not None and math.prod(tensor.shape) != math.prod(shape):
+        file = listing.files[tensor.file]
+        raise CheckpointError(f"{file}: {name} has shape {tensor.shape}, but the metadata asks for {shape}")
+
+
+def _halves_of(name: str, listing: Listing) -> bool:
+    """Whether latent attention's matrix from the latents is stored as one for keys and one for values."""
+    return name.endswith("attn_kv_b.weight") and name.replace("kv_b", "k_b") in listing.tensors
+
+
+def _refuse_leftovers(listing: Listing, read: set[str], num_layers: int) -> None:
+    rest = sorted(
+        name
+        for name in listing.tensors.keys() - read
+        if not EXPERT.match(name) and not UNUSED.search(name) and not _is_behind(name, num_layers)
+    )
+    if rest:
+        raise CheckpointError(
+            f"{listing.files[0]}: {len(rest)} tensors have no place in the model: {', '.join(rest[:5])}"
+        )
+
+
+def _is_behind(name: str, num_layers: int) -> bool:
+    layer = re.match(r"blk\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= num_layers
+
+
+class _Maps:
+    """The files, mapped, and tensors as views of them."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._files = listing.files
+        self._maps = [torch.from_numpy(np.memmap(file, mode="c")) for file in listing.files]
+
+    def stored(self, tensor: GgufTensor) -> StoredTensor:
+        """Floats as such; blocks as bytes, a row of them where a row of values would be."""
+        file, dtype = self._files[tensor.file], FLOATS.get(tensor.type)
+        if dtype is None:
+            shape = (*tensor.shape[:-1], self._row_bytes(tensor))
+            blocks = self._bytes(tensor, math.prod(shape)).view(shape)
+            return StoredTensor(tensor.name, blocks, file, tensor.offset, tensor.type)
+        count = math.prod(tensor.shape) * dtype.itemsize
+        return StoredTensor(tensor.name, self._bytes(tensor, count).view(dtype).view(tensor.shape), file, tensor.offset)
+
+    def _row_bytes(self, tensor: GgufTensor) -> int:
+        try:
+            return row_bytes(tensor.type, tensor.shape[-1])
+        except ValueError as error:
+            raise CheckpointError(f"{self._files[tensor.file]}: {tensor.name}: {error}") from error
+
+    def _bytes(self, tensor: GgufTensor, count: int) -> torch.Tensor:
+        found = self._maps[tensor.file][tensor.offset : tensor.offset + count]
+        if len(found) < count:
+            raise CheckpointError(f"{self._files[tensor.file]}: cut off within {tensor.name}; download it again")
+        return found
+
+
+class _Sources:
+    """A file's dense tensors as a transformers model has them, in float32."""
+
+    def __init__(self, listing: Listing, hf_config: Any) -> None:
+        self._listing, self._config = listing, hf_config
+        self._maps = _Maps(listing)
+        self.read: set[str] = set()
+        """Names of tensors that were asked for."""
+
+    def values(self, name: str) -> torch.Tensor:
+        """Under llama.cpp's name, with what its converter did undone."""
+        if name not in self._listing.tensors:
+            return self._joined(name)
+        values = self._stored(name)
+        match = PERMUTED.match(name)
+        if match is None or self._listing.architecture not in PERMUTED_ARCHITECTURES:
+            return values
+        return _halves_apart(
+            values, self._config.num_attention_heads if match["which"] == "q" else self._config.num_key_value_heads
+        )
+
+    def _stored(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        stored = self._maps.stored(self._listing.tensors[name])
+        if stored.block_type is None:
+            return stored.tensor.to(torch.float32)
+        return torch.from_numpy(dequantize(stored.tensor.numpy(), GGMLQuantizationType[stored.block_type]))
+
+    def _joined(self, name: str) -> torch.Tensor:
+        """Keys' [heads, latents, D] and values' [heads, D, latents] as DeepSeek's one matrix [heads * 2 D, latents]."""
+        keys, values = (self._stored(name.replace("kv_b", half)) for half in ("k_b", "v_b"))
+        return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
+
+
+def _halves_apart(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """[heads * D, ..] with rotary pairs side by side -> with each head's first values before its second ones."""
+    apart: torch.Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return apart

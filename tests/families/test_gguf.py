@@ -1,0 +1,145 @@
+"""GGUF files through the whole engine: the tokens of transformers on the weights that the files stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+
+from expert_cache.storage import expert_file
+from moe_serve.cli import main
+from moe_serve.errors import CheckpointError, UnsupportedModelError
+from moe_serve.hf.checkpoint import checkpoint_fingerprint, open_all_experts
+from moe_serve.hub.find import find_model
+from moe_serve.text.tokenizer import Tokenizer
+from moe_serve_kernels.cpu.expert_mlp import MLPWeights
+from moe_serve_kernels.quantized import BlockRows
+
+from .gguf_checkpoints import Types, write_pair
+from .references import compute_reference
+from .serving import experts_of, greedy, load, tokens
+from .tiny_checkpoints import write_checkpoint
+from .tiny_configs import CASES
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+"""Blocks of K-quants hold 256 columns."""
+EIGHT_BITS = Types(gate=T.Q8_0, up=T.Q8_0, down=T.Q8_0)
+ALL_EIGHT_BITS = Types(T.Q8_0, T.Q8_0, T.Q8_0, T.Q8_0)
+Q4_K_M = Types(T.Q8_0, T.Q4_K, T.Q4_K, T.Q4_K, later={"down": T.Q6_K})
+FILES: dict[str, tuple[str, dict[str, Any], Types]] = {
+    "mixtral-q8_0": ("mixtral", {}, ALL_EIGHT_BITS),
+    "qwen3_moe-q4_k_m": ("qwen3_moe", {**WIDE, "moe_intermediate_size": 256}, Q4_K_M),
+    "deepseek_v3-f16": ("deepseek_v3", {}, Types(T.F32, T.F16, T.F16, T.F16, splits_latents=True)),
+    "gpt_oss-mxfp4": ("gpt_oss", {}, Types(T.F32, T.MXFP4, T.MXFP4, T.MXFP4)),
+}
+MORE: dict[str, tuple[str, dict[str, Any], Types]] = {
+    "mixtral-small": ("mixtral", {**WIDE, "intermediate_size": 256}, Types(T.Q5_0, T.Q2_K, T.Q3_K, T.Q5_K)),
+    "mixtral-iq4": ("mixtral", {**WIDE, "intermediate_size": 256}, Types(T.Q8_0, T.IQ4_XS, T.IQ4_XS, T.Q5_1)),
+    "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}, Types(T.BF16, T.BF16, T.BF16, T.BF16)),
+    "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 64}, Types(T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_1)),
+    "olmoe": ("olmoe", {}, Types(T.Q8_0, T.Q5_0, T.Q5_0, T.Q8_0)),
+    "deepseek_v2": ("deepseek_v2", {}, EIGHT_BITS),
+    "deepseek_v2_lite": ("deepseek_v2_lite", {"n_group": 1, "topk_group": 1}, EIGHT_BITS),
+    "glm4_moe": ("glm4_moe", {}, ALL_EIGHT_BITS),
+    "dots1": ("dots1", {"layer_types": ["full_attention"] * 3}, ALL_EIGHT_BITS),
+    "minimax_m2": ("minimax_m2", {}, ALL_EIGHT_BITS),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {}, ALL_EIGHT_BITS),
+    "ernie4_5_moe": ("ernie4_5_moe", {}, ALL_EIGHT_BITS),
+    "granitemoe": ("granitemoe", {}, ALL_EIGHT_BITS),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pair_of(name: str, folder: Path) -> tuple[Path, Path]:
+    """(GGUF file, float twin)."""
+    case, fields, types = {**FILES, **MORE}[name]
+    tiny = dataclasses.replace(CASES[case], fields={**CASES[case].fields, **fields})
+    return write_pair(write_checkpoint(tiny, folder / "source"), folder / "pair", types)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return pair_of("mixtral-q8_0", tmp_path_factory.mktemp("mixtral"))
+
+
+def check_tokens(file: Path, twin: Path, **settings: Any) -> None:
+    reference = compute_reference(twin)
+    llm = load(Path(find_model(str(file))), **settings)
+    assert tokens(greedy(llm, reference.prompts)) == reference.outputs
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_tokens_are_those_of_the_weights_the_file_stands_for(name: str, tmp_path: Path) -> None:
+    check_tokens(*pair_of(name, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_every_architecture_and_type(name: str, tmp_path: Path) -> None:
+    check_tokens(*pair_of(name, tmp_path))
+
+
+def test_the_kernel_reads_blocks_where_they_lie(mixtral: tuple[Path, Path]) -> None:
+    experts = experts_of(load(Path(find_model(str(mixtral[0])))))
+    weights = experts.compute.prepare(experts.store.weights(experts.store.layers[0], 0))
+    assert isinstance(weights, MLPWeights)
+    assert isinstance(weights.gate, BlockRows)
+    assert not experts.store.is_copied
+    assert experts.store.expert_bytes == 3 * 64 * 64 * 34 // 32
+
+
+def test_a_cache_smaller_than_the_model_and_an_expert_file(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    """Blocks of different types and sizes in the layers."""
+    file, twin = pair_of("qwen3_moe-q4_k_m", tmp_path)
+    check_tokens(file, twin, moe_cache_mib=1)
+    assert main(["pack", str(file), str(tmp_path / "packed")]) == 0
+    packed, source = expert_file.read(tmp_path / "packed")
+    assert source == checkpoint_fingerprint(find_model(str(file)))
+    store = open_all_experts(find_model(str(file)))
+    for layer in store.layers:
+        found, wanted = packed.weights(layer, 3), store.weights(layer, 3)
+        for part in ("gate", "up", "down"):
+            assert getattr(found, part).type == getattr(wanted, part).type
+            assert torch.equal(getattr(found, part).dequantized(), getattr(wanted, part).dequantized())
+
+
+def test_a_split_file_and_a_folder_with_one(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    first = Path(shutil.copy(mixtral[0], folder / "m-00001-of-00002.gguf"))
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00002.gguf: this part of m-00001-of-00002.gguf is missing"):
+        find_model(str(first))
+    first.rename(folder / "m.gguf")
+    assert Path(find_model(str(folder))).name == "m"
+    shutil.copy(mixtral[0], folder / "n.gguf")
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF models; give the path of one of them: m.gguf, n.gguf"):
+        find_model(str(folder))
+
+
+def test_the_tokenizer_and_the_chat_template(mixtral: tuple[Path, Path]) -> None:
+    tokenizer = Tokenizer.from_path(find_model(str(mixtral[0])))
+    wanted = Tokenizer.from_path(str(mixtral[1]))
+    for text in ("Hello, wörld!", "a  b\n", "<|endoftext|>x"):
+        assert tokenizer.encode(text) == wanted.encode(text)
+    assert tokenizer.eos_token_ids == wanted.eos_token_ids
+    assert tokenizer.render_chat([{"role": "user", "content": "hey"}]) == wanted.encode("hey")
+
+
+def test_what_is_no_file_of_ours_is_refused(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(mixtral[0].read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"cut.gguf: cut off, or not a GGUF file"):
+        find_model(str(cut))
+    other = tmp_path / "other.gguf"
+    other.write_bytes(mixtral[0].read_bytes().replace(b"llama", b"bloom", 1))
+    with pytest.raises(UnsupportedModelError, match=r"GGUF architecture 'bloom'; moe-serve reads deepseek2, "):
+        find_model(str(other))
