@@ -29,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if something was found with which serving would fail."""
-    args.model = preflight.model_of(args)
+    given, args.model = args.model, preflight.model_of(args)
     import torch
 
     from moe_serve import resolve
     from moe_serve.config import EngineConfig
     from moe_serve.doctor import findings, fit, rates
-    from moe_serve.hf.checkpoint import read_config, weight_files
+    from moe_serve.hf.checkpoint import weight_files
+    from moe_serve.hf.config_file import read_config
     from moe_serve.memory import free_bytes
     from moe_serve.spec import ModelSpec
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not found.dense_fits:
         what = f"the dense weights alone take {_gb(sizes.dense_bytes)}, more than is free"
         problems.append(findings.Finding(what, "a machine or a container with more memory", is_error=True))
-    command = command_line(args.model, found)
+    command = command_line(given, found)
     if args.json:
         parts: dict[str, Any] = {"hardware": machine, "rates": measured, "sizes": sizes, "fit": found}
         shown = {name: dataclasses.asdict(part) for name, part in parts.items()}

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.model = preflight.model_of(args)
+    given, args.model = args.model, preflight.model_of(args)
     from tqdm import tqdm
 
     from expert_cache.storage import expert_file
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=store.num_total, desc="Packing experts", disable=None) as bar:
         expert_file.write(store, args.file, checkpoint.checkpoint_fingerprint(args.model), lambda: bar.update())
     print(f"{args.file}: {store.num_total} experts of {store.expert_bytes} bytes", file=sys.stderr)
-    print(f"moe-serve serve {args.model} --moe-expert-file {args.file} --moe-cache-mib N")
+    print(f"moe-serve serve {given} --moe-expert-file {args.file} --moe-cache-mib N")
     return 0
 
 

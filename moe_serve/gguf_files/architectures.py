@@ -40,10 +40,16 @@ def _common(f: Fields) -> Config:
         "rope_parameters": _rope(f),
         "tie_word_embeddings": "output.weight" not in f.gguf.tensors,
         "bos_token_id": f.token("bos"),
-        "eos_token_id": f.token("eos"),
+        "eos_token_id": _ends(f),
         "pad_token_id": f.token("padding"),
         "dtype": "bfloat16",  # of what a GPU computes in; the tensors have types of their own
     }
+
+
+def _ends(f: Fields) -> int | list[int] | None:
+    """The tokens that end a text or a turn."""
+    ends = sorted({number for name in ("eos", "eot", "eom") if (number := f.token(name)) is not None})
+    return ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def _rope(f: Fields) -> Config:
@@ -68,6 +74,8 @@ def _head_dim(f: Fields) -> Config:
 
 def _experts(f: Fields, count: str, width: str) -> Config:
     """Number and width of the experts under the family's names."""
+    if f.has("ffn_down.0.weight"):  # before llama.cpp joined a layer's experts in one tensor (2024)
+        return {count: f.need("expert_count"), width: f.shape("ffn_down.0.weight")[1]}
     experts, _, inner = f.shape("ffn_down_exps.weight")
     return {count: experts, width: inner}
 

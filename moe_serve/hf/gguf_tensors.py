@@ -24,7 +24,10 @@ from moe_serve.gguf_files.reading import GgufTensor
 from moe_serve_kernels.quantized import row_bytes
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EXPERT = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)_exps\.(?P<kind>weight|bias)$")
+EXPERT = re.compile(
+    r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down|gate_up)(_exps|\.(?P<expert>\d+))\.(?P<kind>weight|bias)$"
+)
+"""All experts of a layer, or one of them in files of 2023."""
 PERMUTED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)$")
 PERMUTED_ARCHITECTURES = ("llama", "granitemoe")
 """Whose queries and keys llama.cpp keeps with each head's halves interleaved."""
@@ -38,13 +41,14 @@ UNUSED = re.compile(r"^rope_freqs\.weight$|\.nextn\.")
 
 
 def expert_tensors(listing: Listing) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
-    """(decoder layer, part, None, tensor [E, ..]) of all experts; nothing is read."""
+    """(decoder layer, part, expert, tensor), or None and [E, ..] where a tensor has all; nothing is read."""
     maps = _Maps(listing)
     for name, tensor in listing.tensors.items():
         match = EXPERT.match(name)
         if match:
             part = match["part"] if match["kind"] == "weight" else f"{match['part']}_bias"
-            yield int(match["layer"]), part, None, maps.stored(tensor)
+            expert = None if match["expert"] is None else int(match["expert"])
+            yield int(match["layer"]), part, expert, maps.stored(tensor)
 
 
 def dense_values(listing: Listing) -> int:

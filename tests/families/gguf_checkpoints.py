@@ -55,6 +55,8 @@ class Types:
     """Of the parts of the experts in the last layer, where they differ."""
     splits_latents: bool = False
     """DeepSeek's kv_b as one matrix for keys and one for values."""
+    one_by_one: bool = False
+    """A tensor per expert, as in 2023."""
 
     def of_experts(self, part: str, is_last: bool) -> T:
         """Of gate, up or down."""
@@ -82,11 +84,11 @@ def random_blocks(shape: tuple[int, ...], kind: T, largest: float) -> Array:
     return blocks.reshape(*shape[:-1], -1)
 
 
-def write_pair(source: Path, folder: Path, types: Types, name: str = "tiny.gguf") -> tuple[Path, Path]:
-    """(GGUF file, float twin) of the checkpoint `source`."""
+def write_pair(source: Path, folder: Path, types: Types, split: int = 0) -> tuple[Path, Path]:
+    """(GGUF file, float twin) of the checkpoint `source`. `split`: tensors of a part; 0: there is one file."""
     folder.mkdir(exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    writer = gguf.GGUFWriter(folder / name, ARCHITECTURES[model.config.model_type])
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", ARCHITECTURES[model.config.model_type], split_max_tensors=split)
     _write_metadata(writer, model.config, types)
     _write_tokenizer(writer)
     state = {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()}
@@ -100,7 +102,7 @@ def write_pair(source: Path, folder: Path, types: Types, name: str = "tiny.gguf"
     model.load_state_dict({key: torch.from_numpy(values) for key, values in state.items()}, strict=False)
     model.save_pretrained(folder / "twin")
     tiny_tokenizer().save_pretrained(folder / "twin")
-    return folder / name, folder / "twin"
+    return next(file for file in sorted(folder.iterdir()) if file.suffix == ".gguf"), folder / "twin"
 
 
 class _Tensors:
@@ -166,9 +168,13 @@ class _Tensors:
         is_last = layer == self._config.num_hidden_layers - 1
         kind = T.F32 if is_bias else self._types.of_experts(part, is_last)
         blocks, decoded = encode(np.ascontiguousarray(rows), kind)
+        rows[...] = decoded
+        if self._types.one_by_one:
+            for expert, matrix in enumerate(blocks):
+                self._writer.add_tensor(f"blk.{layer}.ffn_{part}.{expert}.weight", matrix, raw_dtype=kind)
+            return
         name = f"blk.{layer}.ffn_{part}_exps.{'bias' if is_bias else 'weight'}"
         self._writer.add_tensor(name, blocks, raw_dtype=kind)
-        rows[...] = decoded
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Any, types: Types) -> None:

@@ -41,6 +41,7 @@ MORE: dict[str, tuple[str, dict[str, Any], Types]] = {
     "mixtral-small": ("mixtral", {**WIDE, "intermediate_size": 256}, Types(T.Q5_0, T.Q2_K, T.Q3_K, T.Q5_K)),
     "mixtral-iq4": ("mixtral", {**WIDE, "intermediate_size": 256}, Types(T.Q8_0, T.IQ4_XS, T.IQ4_XS, T.Q5_1)),
     "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}, Types(T.BF16, T.BF16, T.BF16, T.BF16)),
+    "mixtral-2023": ("mixtral", {}, Types(T.Q8_0, T.Q4_0, T.Q4_0, T.Q5_0, one_by_one=True)),
     "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 64}, Types(T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_1)),
     "olmoe": ("olmoe", {}, Types(T.Q8_0, T.Q5_0, T.Q5_0, T.Q8_0)),
     "deepseek_v2": ("deepseek_v2", {}, EIGHT_BITS),
@@ -59,11 +60,11 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def pair_of(name: str, folder: Path) -> tuple[Path, Path]:
+def pair_of(name: str, folder: Path, split: int = 0) -> tuple[Path, Path]:
     """(GGUF file, float twin)."""
     case, fields, types = {**FILES, **MORE}[name]
     tiny = dataclasses.replace(CASES[case], fields={**CASES[case].fields, **fields})
-    return write_pair(write_checkpoint(tiny, folder / "source"), folder / "pair", types)
+    return write_pair(write_checkpoint(tiny, folder / "source"), folder / "pair", types, split)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,9 @@ def test_the_kernel_reads_blocks_where_they_lie(mixtral: tuple[Path, Path]) -> N
 
 
 def test_a_cache_smaller_than_the_model_and_an_expert_file(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
-    """Blocks of different types and sizes in the layers."""
-    file, twin = pair_of("qwen3_moe-q4_k_m", tmp_path)
+    """Blocks of different types and sizes in the layers, in a file of three parts."""
+    file, twin = pair_of("qwen3_moe-q4_k_m", tmp_path, split=10)
+    assert file.name == "tiny-00001-of-00003.gguf"
     check_tokens(file, twin, moe_cache_mib=1)
     assert main(["pack", str(file), str(tmp_path / "packed")]) == 0
     packed, source = expert_file.read(tmp_path / "packed")
