@@ -91,7 +91,8 @@ def read_rate() -> float:
 
 def token_bytes(model: str) -> int:
     """Bytes of bf16 weights that one token reads: its experts, and all that is no expert but the embedding."""
-    from moe_serve.hf.checkpoint import open_all_experts, read_config, safetensors_files
+    from moe_serve.hf.checkpoint import open_all_experts, safetensors_files
+    from moe_serve.hf.config_file import read_config
     from moe_serve.spec import ModelSpec
 
     store, spec = open_all_experts(model), ModelSpec.from_hf(read_config(model))

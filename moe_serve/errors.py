@@ -26,6 +26,15 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
 
 from __future__ import annotations
 
+MOST_CHARS = 400
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, in one line; with the kind of error where the words alone are none."""
+    text = " ".join(str(error).split())
+    text = text if " " in text else f"{type(error).__name__}: {text}"
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}..."
+
 
 class MoEServeError(Exception):
     """Root of the tree. `message` is safe to show to a client."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,16 @@ def test_nothing_runs_what_it_reads() -> None:
     assert len(files) > 300
     found = {str(path.relative_to(ROOT)): list(faults(path.read_text())) for path in files}
     assert not {name: why for name, why in found.items() if why and not name.startswith(TRAINING)}
+
+
+TABLE = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("| ")][1:]
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)`, `(test_\w+)`")
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[2:40])
+def test_what_applies_is_held_by_a_test_that_exists(row: str) -> None:
+    kind, here, held_by = (cell.strip() for cell in row.strip("|").split("|"))
+    named = NAMED_TEST.findall(held_by)
+    assert named or here.startswith("no"), f"{kind}: no test is named"
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from moe_serve import resolve
     from moe_serve.config import EngineConfig
     from moe_serve.doctor import findings, fit, rates
-    from moe_serve.hf.checkpoint import read_config, weight_files
+    from moe_serve.hf.checkpoint import weight_files
+    from moe_serve.hf.config_file import read_config
     from moe_serve.memory import free_bytes
     from moe_serve.spec import ModelSpec
 

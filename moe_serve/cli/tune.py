@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shape(model: str, format: str) -> Shape:
-    from moe_serve.hf.checkpoint import read_config
+    from moe_serve.hf.config_file import read_config
     from moe_serve.spec import ModelSpec
     from moe_serve_kernels.gpu.pool import FORMATS as KNOWN
     from moe_serve_kernels.gpu.tuned import Shape
@@ -70,12 +70,12 @@ def _tune(shape: Shape, device: torch.device, tokens: Sequence[int] | None) -> d
     import torch
 
     from moe_serve_kernels.gpu import tuning
-    from moe_serve_kernels.gpu.moe_layer import capability_of
+    from moe_serve_kernels.gpu.gpu_model import model_of
 
     pool, tables = tuning.random_layers(shape, torch.bfloat16, device)
     best = {}
     for num_tokens in sorted(tokens or tuning.TOKENS):
         measure = tuning.measure_on(pool, tables, shape, num_tokens, torch.bfloat16)
-        best[num_tokens], seconds = tuning.tune(capability_of(device), shape, num_tokens, measure)
+        best[num_tokens], seconds = tuning.tune(model_of(device), shape, num_tokens, measure)
         print(f"{num_tokens:>6} tokens {seconds * 1e6:>9.1f} us  {best[num_tokens]}")
     return best

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_serve.errors import CheckpointError
+from moe_serve.errors import CheckpointError, one_line
 
 CACHE_PREFIX = "models--"
 CONFIG = "config.json"
@@ -39,11 +39,15 @@ def model_id_of(folder: str) -> str | None:
 
 def read_config_json(folder: str) -> dict[str, Any]:
     """The fields of config.json. CheckpointError if it is no JSON object."""
-    path = Path(folder) / CONFIG
+    return read_object(Path(folder) / CONFIG)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in one of a checkpoint's files. CheckpointError."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({one_line(error)})") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: no JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object")
     return fields

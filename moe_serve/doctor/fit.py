@@ -6,19 +6,21 @@ Arithmetic over sizes and measured rates (docs/offload.md); loads no weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from expert_cache.storage.store import ExpertStore
 from moe_serve.config.units import MIB
 from moe_serve.doctor.rates import Rates
 from moe_serve.execution.kv_cache import bytes_per_token
 from moe_serve.execution.state_cache import bytes_per_sequence
 from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf.checkpoint import open_all_experts, read_config, weight_files
+from moe_serve.hf.checkpoint import dense_tensors, open_all_experts
+from moe_serve.hf.config_file import read_config, scheme_in
 from moe_serve.hf.dense import is_available
+from moe_serve.hf.family import family_of
 from moe_serve.hf.gguf_tensors import dense_values
+from moe_serve.hf.leftovers import layer_of
 from moe_serve.hf.loading import shapes_of
 from moe_serve.resolve import EXPERT_SHARE_OF_FREE, KV_SHARE_OF_FREE
 from moe_serve.spec import ModelSpec
@@ -77,7 +79,7 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
     store = open_all_experts(folder)
     kv_shapes, state_shapes = shapes_of(hf_config)
     return Sizes(
-        dense_bytes=_dense_bytes(folder, store, spec, dtype, device),
+        dense_bytes=_dense_bytes(folder, hf_config, spec, dtype, device),
         expert_bytes=store.expert_bytes,
         num_layers=len(store.layers),
         num_experts=store.num_experts,
@@ -88,13 +90,13 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Siz
     )
 
 
-def _dense_bytes(folder: str, store: ExpertStore, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """All but the experts in memory. What a GGUF file has in blocks becomes values of `dtype`."""
+def _dense_bytes(folder: str, hf_config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """All of the model but the experts in memory. What a GGUF file has in blocks becomes values of `dtype`."""
     listing = listing_in(folder)
     if listing is not None:
         return dense_values(listing) * dtype.itemsize
-    stored = sum(Path(file).stat().st_size for file in weight_files(folder))
-    dense = max(0, stored - store.expert_bytes * store.num_total)
+    tensors = dense_tensors(folder, family_of(hf_config), scheme_in(folder, hf_config))
+    dense = sum(each.tensor.nbytes for each in tensors if layer_of(each.name, -1) < spec.num_layers)
     stays_bf16 = spec.dtype == torch.bfloat16 and is_available(device, dtype)
     return dense if stays_bf16 else dense * dtype.itemsize // spec.dtype.itemsize
 

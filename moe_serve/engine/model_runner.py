@@ -24,7 +24,8 @@ from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.execution.state_cache import StateCache
 from moe_serve.grammars.masks import MaskThread
 from moe_serve.hf import attend, dense, device_routers, loading, recurrent, rope, whole_steps
-from moe_serve.hf.checkpoint import read_config, weight_files
+from moe_serve.hf.checkpoint import weight_files
+from moe_serve.hf.config_file import read_config
 from moe_serve.hf.experts import connect
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers

@@ -1,11 +1,10 @@
-"""Reading a Hugging Face checkpoint folder: its config, and its expert tensors as mmapped views.
+"""Reading a Hugging Face checkpoint folder: its files, and its expert tensors as mmapped views.
 
 Errors name the file and the tensor. Knows no model code.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,79 +12,27 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoConfig
 
 from expert_cache.storage import expert_file
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
-from moe_serve.errors import CheckpointError, ConfigError
+from moe_serve.config.model_folder import read_object
+from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf.composites import OTHER_TOWERS, text_config_of
+from moe_serve.hf.composites import OTHER_TOWERS
+from moe_serve.hf.config_file import read_config, scheme_in
 from moe_serve.hf.expert_checks import Parts, check_present, check_shapes, is_transposed
-from moe_serve.hf.families import family_in
-from moe_serve.hf.family import FAMILY_NAME, PART_OF, Family, family_of, find
+from moe_serve.hf.family import FURTHER, PART_OF, Family, family_of
 from moe_serve.hf.gguf_tensors import expert_tensors
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
-from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
+from moe_serve.hf.quantization_scheme import Scheme
+from moe_serve.hf.size_guard import refuse_missing_layers
 from moe_serve.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
-MODELOPT_NOTE = "hf_quant_config.json"
-"""Where older ModelOpt exports say what config.json does not."""
 BESIDE = ("consolidated", "adapter_")
 """Files of other layouts, which some folders hold beside the checkpoint."""
-
-
-def read_config(folder: str) -> Any:
-    """The folder's Hugging Face config, of a family we support; ConfigError says what is wrong."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give the path of a Hugging Face checkpoint folder")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{folder}: config.json is missing; this is not a Hugging Face checkpoint folder")
-    try:
-        # Before AutoConfig, whose error for an unknown type would list none of ours.
-        fields = json.loads((path / "config.json").read_text())
-        config = _config_of(folder, fields)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
-    scheme_in(folder, config)
-    return config
-
-
-def _config_of(folder: str, fields: dict[str, Any]) -> Any:
-    """What AutoConfig makes of the fields: of the text model, under the name by which transformers knows the family."""
-    name = family_in(fields) or str(fields.get("model_type"))
-    family = find(name)
-    if family.same_as is None or "text_config" in fields:
-        config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        fields = config.to_dict()
-    if family.same_as is not None:
-        fields = {**fields, **family.sets, "model_type": family.same_as}
-        config = CONFIG_MAPPING[family.same_as].from_dict(fields)
-        setattr(config, FAMILY_NAME, name)
-    return config
-
-
-def scheme_in(folder: str, config: Any) -> Scheme | None:
-    """How the folder's matrices are quantised, or None. UnsupportedModelError names what we cannot follow."""
-    fields = getattr(config, "quantization_config", None)
-    dtype, note = ModelSpec.from_hf(config).dtype, Path(folder) / MODELOPT_NOTE
-    if fields is None:
-        return modelopt_scheme(_read_json(note), dtype, str(note)) if note.is_file() else None
-    fields = fields if isinstance(fields, dict) else fields.to_dict()
-    return scheme_of(fields, dtype, f"{folder}/config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: needs an object")
-    return found
 
 
 def weight_files(folder: str) -> list[Path]:
@@ -111,11 +58,10 @@ def safetensors_files(folder: str) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        return {str(k): str(v) for k, v in weight_map.items()}
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a valid index ({error})") from error
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must be an object of file names")
+    return weight_map
 
 
 def open_experts(
@@ -168,7 +114,12 @@ def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[st
 
 
 def _is_dense(name: str, family: Family) -> bool:
-    return family.match(name) is None and OTHER_TOWERS.search(name) is None
+    return family.match(name) is None and not _is_left_out(name)
+
+
+def _is_left_out(name: str) -> bool:
+    """A tensor of another tower or of a further layer."""
+    return OTHER_TOWERS.search(name) is not None or FURTHER.search(name) is not None
 
 
 def tensor_names(folder: str) -> list[str]:
@@ -235,20 +186,18 @@ def has_usual_names(folder: str) -> bool:
 
 
 def dense_tensors(folder: str, family: Family, scheme: Scheme | None) -> Iterator[StoredTensor]:
-    """Every tensor that is no expert's and no other tower's."""
+    """Every tensor that is no expert's, no other tower's and no further layer's."""
     for file in safetensors_files(folder):
         try:
-            yield from stored_tensors(
-                file, lambda name: not _is_experts(name, family, scheme) and OTHER_TOWERS.search(name) is None
-            )
+            yield from stored_tensors(file, lambda name: not _is_foreign(name, family, scheme))
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(file, error) from error
 
 
-def _is_experts(name: str, family: Family, scheme: Scheme | None) -> bool:
-    """An expert's tensor, also one that we do not use."""
-    if scheme is None:
-        return family.match(name) is not None
+def _is_foreign(name: str, family: Family, scheme: Scheme | None) -> bool:
+    """An expert's tensor, also one that we do not use, or one that is left out."""
+    if scheme is None or _is_left_out(name):
+        return not _is_dense(name, family)
     bases = (name.removesuffix(suffix) + scheme.stem for suffix in scheme.unused if name.endswith(suffix))
     return any(_expert_part(base, family, scheme) is not None for base in (name, *bases))
 
@@ -261,6 +210,7 @@ def open_all_experts(folder: str) -> ExpertStore:
     config = read_config(folder)
     spec = ModelSpec.from_hf(config)
     family, scheme = family_of(config), scheme_in(folder, config)
+    refuse_missing_layers(folder, tensor_names(folder), spec.num_layers)
     found = _layers_with_experts(folder, family, scheme)
     if not found:
         raise CheckpointError(f"{folder}: no expert tensor in the *.safetensors files")

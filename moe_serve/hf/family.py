@@ -55,6 +55,11 @@ FAMILY_NAME = "moe_serve_family"
 """Attribute of a config whose checkpoint names another model_type than transformers does."""
 
 
+FURTHER = re.compile(r"(^|\.)(mtp|nextn)[._]")
+"""In the names of layers that predict several tokens at once, where these have a count of their own (`mtp.layers.0`).
+Only their owners' engines run them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How one architecture stores and applies its experts."""
@@ -89,11 +94,15 @@ class Family:
     adapt: Adapt | None = None
     """Called with the loaded model and its config, where modules take for granted what is not so here: that a batch's
     tokens are one sequence, or that experts lie in the block. UnsupportedModelError."""
+    widened: tuple[str, ...] = ()
+    """Names of linear layers whose weights a module reads itself: float32 where the others stay bf16 in memory."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 
     def match(self, tensor_name: str) -> re.Match[str] | None:
         """The match of an expert tensor's name, or None for a dense one."""
+        if FURTHER.search(tensor_name):
+            return None
         return next((m for p in self.patterns if (m := p.search(tensor_name))), None)
 
 

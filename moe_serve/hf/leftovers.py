@@ -8,19 +8,21 @@ tensor's values only where all zeros would make it unneeded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from moe_serve.errors import CheckpointError
+from moe_serve.hf.family import FURTHER
 
-UNNEEDED = re.compile(
-    r"(^|\.)(rotary_emb\.inv_freq|masked_bias|(k|v|kv|q|prob|input|output)_scale|(k|v)_zero_point)$"
-    r"|(^|\.)(mtp|nextn)[._]"
-)
-"""Tables that are computed, scales of activations and caches that stay floats here, and layers for predicting several
-tokens at once."""
+UNNEEDED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|(k|v|kv|q|prob|input|output)_scale|(k|v)_zero_point)$")
+"""Tables that are computed, and scales of activations and caches that stay floats here."""
+FURTHER_COUNTS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers", "mtp_num_layers")
+"""Fields of config.json: how many further layers lie behind the model's own."""
+FURTHER_PARTS = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head)\.")
+"""Tensors that only such a layer has (DeepSeek-V3, GLM-4.5)."""
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 FLOATS = {"F64", "F32", "BF16", "F16"}
 NO_NOTE = (
@@ -30,12 +32,22 @@ NO_NOTE = (
 MOST_NAMES = 5
 
 
-def refuse_leftovers(folder: str, files: Iterable[Path], names: Iterable[str], num_layers: int) -> None:
+def refuse_gaps(folder: str, info: Any) -> None:
+    """transformers fills gaps with random numbers and a warning; here they are errors."""
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise CheckpointError(f"{folder}: {len(info['missing_keys'])} tensors are missing, among them {names}")
+    for name, found, wanted in sorted(info["mismatched_keys"], key=str):
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}")
+
+
+def refuse_leftovers(folder: str, files: Iterable[Path], names: Collection[str], hf_config: Any) -> None:
     """`names`: what the model has no place for. CheckpointError names those that would have changed its answers.
 
-    Layers from `num_layers` on are further prediction layers, which only their owners' engines run.
+    Layers behind the model's own are unneeded where config.json or their tensors say what they are for.
     """
-    rest = {name for name in names if not _is_unneeded(name, num_layers)}
+    further = _further_layers(names, hf_config)
+    rest = {name for name in names if not is_further(name, further) and not UNNEEDED.search(name)}
     rest -= set(_all_zero(files, {name for name in rest if name.endswith(".bias")}))
     if rest:
         listed = ", ".join(sorted(rest)[:MOST_NAMES]) + (", ..." if len(rest) > MOST_NAMES else "")
@@ -59,9 +71,24 @@ def refuse_unused_experts(folder: str, layer: int, experts: Iterable[int | None]
         )
 
 
-def _is_unneeded(name: str, num_layers: int) -> bool:
+def _further_layers(names: Iterable[str], hf_config: Any) -> set[int]:
+    """Numbers of the layers that predict several tokens at once, counted on from the model's own."""
+    own = hf_config.num_hidden_layers
+    counts = (getattr(hf_config, field, 0) for field in FURTHER_COUNTS)
+    named = range(own, own + max(count for count in (0, *counts) if isinstance(count, int)))
+    marked = (int(layer[1]) for name in names if FURTHER_PARTS.search(name) and (layer := LAYER.search(name)))
+    return {*named, *(layer for layer in marked if layer >= own)}
+
+
+def layer_of(name: str, otherwise: int) -> int:
+    """The layer in a tensor's name; `otherwise` for a tensor of none."""
     layer = LAYER.search(name)
-    return bool(UNNEEDED.search(name)) or (layer is not None and int(layer[1]) >= num_layers)
+    return otherwise if layer is None else int(layer[1])
+
+
+def is_further(name: str, layers: Container[int]) -> bool:
+    """A tensor of a layer that predicts several tokens at once. `layers`: numbers of such layers."""
+    return bool(FURTHER.search(name)) or layer_of(name, -1) in layers
 
 
 def _all_zero(files: Iterable[Path], names: set[str]) -> Iterator[str]:

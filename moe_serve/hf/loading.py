@@ -7,12 +7,10 @@ itself; the experts stay in the files. Knows nothing of batches, pages or reques
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +33,23 @@ from moe_serve.hf.checkpoint import (
     has_usual_names,
     open_expert_file,
     open_experts,
-    scheme_in,
     tensor_names,
     weight_files,
 )
 from moe_serve.hf.composites import OTHER_TOWERS, key_mapping, towers_in
+from moe_serve.hf.config_file import naming, scheme_in
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import Family, family_of
-from moe_serve.hf.leftovers import refuse_leftovers
+from moe_serve.hf.leftovers import refuse_gaps, refuse_leftovers
+from moe_serve.hf.progress_bar import bar_only_on_terminals
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import dense_state
+from moe_serve.hf.size_guard import refuse_wrong_sizes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import are_readable
 from moe_serve_kernels.quantized import BlockRows
 
+META = torch.device("meta")
 log = logging.getLogger(__name__)
 
 Shapes = tuple[dict[int, LayerKVShape], StateShapes]
@@ -82,11 +83,26 @@ def load(
 
     `expert_file`: take the experts from there (made by `moe-serve pack`).
     """
+    with naming(f"{folder}: config.json and the tensors make no model"):
+        return _load(folder, hf_config, spec, dtype, device, expert_file)
+
+
+def _load(
+    folder: str,
+    hf_config: Any,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    expert_file: str | None,
+) -> LoadedModel:
     family, scheme = family_of(hf_config), scheme_in(folder, hf_config)
+    refuse_wrong_sizes(
+        folder, weight_files(folder), tensor_names(folder), spec.num_layers, lambda: _dense_shapes(hf_config)
+    )
     keeps_bf16 = _dense_types(folder, family, scheme) == {"BF16"} and dense.is_available(device, dtype)
     model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype, scheme).to(device)
     if keeps_bf16:
-        dense.compute_in_float32(model)
+        dense.compute_in_float32(model, family.widened)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
@@ -154,7 +170,7 @@ def _load_dense(
     attention.register()
     model_class, names = _model_class(hf_config, family), tensor_names(folder)
     try:
-        with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), _bar_only_on_terminals():
+        with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), bar_only_on_terminals():
             loaded: Any = model_class.from_pretrained(
                 **_source(folder, hf_config, family, dtype, scheme, model_class),
                 dtype=dtype,
@@ -166,9 +182,9 @@ def _load_dense(
             model, info = loaded
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    _check_loading_info(folder, info)
+    refuse_gaps(folder, info)
     _say_what_is_left_out(names)
-    refuse_leftovers(folder, weight_files(folder), info["unexpected_keys"], hf_config.num_hidden_layers)
+    refuse_leftovers(folder, weight_files(folder), info["unexpected_keys"], hf_config)
     loaded_model: nn.Module = model.eval()
     return loaded_model
 
@@ -215,15 +231,6 @@ def _given(config: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
 
 
-def _check_loading_info(folder: str, info: Any) -> None:
-    """transformers fills gaps with random numbers and a warning; here they are errors."""
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:5])
-        raise CheckpointError(f"{folder}: {len(info['missing_keys'])} tensors are missing, among them {names}")
-    for name, found, wanted in sorted(info["mismatched_keys"], key=str):
-        raise CheckpointError(f"{folder}: {name} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}")
-
-
 @contextmanager
 def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
     """Expert tensors are not "unexpected", and towers are known. Without this they fill the log."""
@@ -235,16 +242,6 @@ def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
         yield
     finally:
         model_class._keys_to_ignore_on_load_unexpected = before
-
-
-@contextmanager
-def _bar_only_on_terminals() -> Iterator[None]:
-    """transformers draws a progress bar on stderr; in a log file it would be one long line."""
-    if sys.stderr.isatty():
-        yield
-    else:
-        with redirect_stderr(io.StringIO()):
-            yield
 
 
 def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
@@ -269,14 +266,22 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
 
 def shapes_of(hf_config: Any) -> Shapes:
     """What each layer would keep per token and per sequence, asked of a model without weights."""
-    family, meta = family_of(hf_config), torch.device("meta")
+    family = family_of(hf_config)
     attention.register()
     model_class = _model_class(hf_config, family)
-    with replacing(family.experts_class), meta:
+    with replacing(family.experts_class), META:
         model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
     _adapt(model, hf_config, family)
-    shapes: Shapes = _probe_shapes(model, meta)
+    shapes: Shapes = _probe_shapes(model, META)
     return shapes
+
+
+def _dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every dense parameter's shape, from a model without experts and without memory."""
+    family = family_of(hf_config)
+    with replacing(family.experts_class), META:
+        model = _model_class(hf_config, family)(copy.deepcopy(hf_config))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @torch.inference_mode()

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from expert_cache.storage.encoding import Encoding
-from moe_serve.errors import UnsupportedModelError
+from moe_serve.hf.quantization_fields import Fields
 from moe_serve_kernels.quantized import Kind
-
-Fields = Mapping[str, Any]
 
 SCALED_WEIGHT = {".weight": "codes", ".weight_scale": "scale"}
 PACKED_WEIGHT = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_zero_point": "zero"}
@@ -54,163 +52,144 @@ class Scheme:
         return None
 
 
-def scheme_of(fields: Fields, dtype: torch.dtype, where: str) -> Scheme:
+def scheme_of(values: object, dtype: torch.dtype, where: str) -> Scheme:
     """The Scheme of a `quantization_config`; UnsupportedModelError names the field that we cannot follow.
 
     `dtype` of the checkpoint's other tensors; `where`: the config file's path.
     """
-    method = str(fields.get("quant_method"))
-    if method not in METHODS:
-        raise _unsupported(where, "quant_method", method, f"one of {', '.join(METHODS)}")
-    refuse_unknown(fields, KNOWN[method], where)
-    return METHODS[method](fields, dtype if dtype == torch.bfloat16 else torch.float32, where)
+    fields = Fields(values, where)
+    method = fields.choice("quant_method", tuple(METHODS))
+    fields.refuse_unknown(KNOWN[method])
+    return METHODS[method](fields, dtype if dtype == torch.bfloat16 else torch.float32)
 
 
-def modelopt_scheme(note: Fields, dtype: torch.dtype, where: str) -> Scheme:
+def modelopt_scheme(note: object, dtype: torch.dtype, where: str) -> Scheme:
     """The Scheme of ModelOpt's hf_quant_config.json. Arguments as in `scheme_of`."""
-    fields = note.get("quantization")
-    if not isinstance(fields, Mapping):
-        raise UnsupportedModelError(f"{where}: quantization is {fields!r}; needs an object")
-    refuse_unknown(fields, MODELOPT_NOTE, where)
-    return _modelopt(fields, dtype if dtype == torch.bfloat16 else torch.float32, where, "quantization")
+    fields = Fields(note.get("quantization") if isinstance(note, Mapping) else note, where, "quantization")
+    fields.refuse_unknown(MODELOPT_NOTE)
+    return _modelopt(fields, dtype if dtype == torch.bfloat16 else torch.float32)
 
 
-def refuse_unknown(fields: Fields, known: Collection[str], where: str) -> None:
-    """UnsupportedModelError names a field that is set and might change the arithmetic."""
-    for name, value in fields.items():
-        if name not in known and value:
-            raise UnsupportedModelError(
-                f"{where}: the quantisation's {name} is {value!r}, which moe-serve does not follow; use a checkpoint"
-                " without it"
-            )
+def _only_group(fields: Fields) -> Fields:
+    groups = fields.object("config_groups")
+    if len(groups.names()) != 1:
+        raise fields.unsupported("config_groups", "exactly one group")
+    group = groups.object(groups.names()[0])
+    group.refuse_unknown(GROUP)
+    group.object("weights").refuse_unknown(WEIGHTS)
+    return group
 
 
-def _unsupported(where: str, field: str, value: object, supported: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{where}: quantization_config.{field} is {value!r}; moe-serve reads {supported}. Use such a checkpoint,"
-        " or a bf16 one and `moe-serve quantize`"
-    )
-
-
-def _expect(where: str, field: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        raise _unsupported(where, field, value, " or ".join(map(repr, allowed)))
-    return value
-
-
-def _compressed_tensors(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
-    sparse = (fields.get("sparsity_config") or {}).get("format", "dense")
-    _expect(where, "sparsity_config.format", sparse, ("dense",))
-    groups = fields.get("config_groups") or {}
-    if len(groups) != 1:
-        raise _unsupported(where, "config_groups", sorted(groups), "exactly one group")
-    name, group = next(iter(groups.items()))
-    at = f"config_groups.{name}"
-    weights = group.get("weights") or {}
-    refuse_unknown(group, GROUP, f"{where}: {at}")
-    refuse_unknown(weights, WEIGHTS, f"{where}: {at}.weights")
+def _compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
+    fields.object("sparsity_config").choice("format", ("dense",), "dense")
     known = ("pack-quantized", "int-quantized", "float-quantized", *FOUR_BIT_FLOATS)
-    layout = _expect(where, "format", fields.get("format"), known)
-    bits = weights.get("num_bits")
+    layout = fields.choice("format", known)
+    group = _only_group(fields)
+    weights = group.object("weights")
     if layout in FOUR_BIT_FLOATS:
-        return _four_bit_floats(weights, group.get("input_activations") is not None, FOUR_BIT_FLOATS[layout], where, at)
+        return _four_bit_floats(weights, group.has("input_activations"), FOUR_BIT_FLOATS[layout])
     if layout == "pack-quantized":
-        _expect(where, f"{at}.weights.type", weights.get("type"), ("int",))
-        bits = _expect(where, f"{at}.weights.num_bits", bits, (4, 8))
+        weights.choice("type", ("int",))
+        bits = weights.choice("num_bits", (4, 8))
         kind: Kind = "int4" if bits == 4 else "uint8"
-        encoding = Encoding(
-            "packed", kind, zero=1 << (bits - 1), float_dtype=float_dtype, **_strategy(weights, where, at)
-        )
+        encoding = Encoding("packed", kind, zero=1 << (bits - 1), float_dtype=float_dtype, **_strategy(weights))
         return Scheme(encoding, {**PACKED_WEIGHT, ".weight_g_idx": "order"})
-    _expect(where, f"{at}.weights.num_bits", bits, (8,))
-    _expect(where, f"{at}.weights.symmetric", weights.get("symmetric"), (True,))
-    kind = "int8" if layout == "int-quantized" else "fp8"
-    encoding = Encoding("rows", kind, float_dtype=float_dtype, **_strategy(weights, where, at))
+    weights.choice("type", ("int",) if layout == "int-quantized" else ("float",))
+    weights.choice("num_bits", (8,))
+    weights.choice("symmetric", (True,))
+    encoding = Encoding(
+        "rows", "int8" if layout == "int-quantized" else "fp8", float_dtype=float_dtype, **_strategy(weights)
+    )
     return Scheme(
         encoding,
         SCALED_WEIGHT,
         unused=(*Scheme(encoding, {}).unused, ".weight_zero_point"),
-        rounds_activations=group.get("input_activations") is not None,
+        rounds_activations=group.has("input_activations"),
     )
 
 
-def _four_bit_floats(weights: Fields, rounds_activations: bool, size: int, where: str, at: str) -> Scheme:
+def _four_bit_floats(weights: Fields, rounds_activations: bool, size: int) -> Scheme:
     """compressed-tensors' NVFP4 (e4m3 scales, divided by one factor per matrix) and MXFP4 (e8m0 scales)."""
-    _expect(where, f"{at}.weights.num_bits", weights.get("num_bits"), (4,))
-    _expect(where, f"{at}.weights.type", weights.get("type"), ("float",))
-    _expect(where, f"{at}.weights.group_size", weights.get("group_size"), (size,))
+    weights.choice("num_bits", (4,))
+    weights.choice("type", ("float",))
+    weights.choice("group_size", (size,))
     encoding = Encoding("rows", "fp4", group=size, divides=True)
     suffixes = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_global_scale": "factor"}
     return Scheme(encoding, suffixes, rounds_activations=rounds_activations)
 
 
-def _strategy(weights: Fields, where: str, at: str) -> dict[str, Any]:
-    strategy = _expect(
-        where, f"{at}.weights.strategy", weights.get("strategy"), ("channel", "group", "tensor", "block")
-    )
+def _strategy(weights: Fields) -> dict[str, Any]:
+    strategy = weights.choice("strategy", ("channel", "group", "tensor", "block"))
     if strategy == "group":
-        return {"group": int(weights["group_size"])}
+        return {"group": weights.integer("group_size", 1)}
     if strategy == "block":
-        rows, columns = weights["block_structure"]
-        return {"rows_per_scale": int(rows), "group": int(columns)}
+        rows, columns = weights.pair("block_structure")
+        return {"rows_per_scale": rows, "group": columns}
     return {"rows_per_scale": 0 if strategy == "tensor" else 1}
 
 
-def _gptq(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
-    bits = _expect(where, "bits", fields.get("bits"), (4, 8))
-    _expect(where, "pack_dtype", fields.get("pack_dtype") or "int32", ("int32",))
-    form = _expect(where, "checkpoint_format", fields.get("checkpoint_format") or "gptq", ("gptq", "gptq_v2"))
+def _gptq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
+    bits = fields.choice("bits", (4, 8))
+    fields.choice("pack_dtype", ("int32",), "int32")
+    form = fields.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     encoding = Encoding(
         "gptq",
         "int4" if bits == 4 else "uint8",
-        group=max(int(fields.get("group_size", -1)), 0),
+        group=_group_or_row(fields, "group_size", -1),
         zero=1 << (bits - 1),
         zero_step=1 if form == "gptq" else 0,
         float_dtype=float_dtype,
     )
     # Without act-order the columns are in the order of their groups, and g_idx says nothing new.
-    suffixes = {**COLUMN_WORDS, ".g_idx": "order"} if fields.get("desc_act") else dict(COLUMN_WORDS)
-    if fields.get("sym", True):  # the zero point is known, and the two formats are confused in the wild
+    suffixes = {**COLUMN_WORDS, ".g_idx": "order"} if fields.flag("desc_act", default=False) else dict(COLUMN_WORDS)
+    if fields.flag("sym", default=True):  # the zero point is known, and the two formats are confused in the wild
         suffixes.pop(".qzeros")
     return Scheme(encoding, suffixes, unused=(".qzeros", ".g_idx"))
 
 
-def _awq(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
-    bits = fields["bits"] if "bits" in fields else fields.get("w_bit")
-    _expect(where, "bits", bits, (4,))
-    _expect(where, "version", str(fields.get("version", "gemm")).lower(), ("gemm",))
-    size = int(fields.get("group_size", fields.get("q_group_size", 128)))
-    return Scheme(Encoding("awq", "int4", group=max(size, 0), zero=8, float_dtype=float_dtype), COLUMN_WORDS)
+def _group_or_row(fields: Fields, name: str, default: int) -> int:
+    """Columns that share a scale; -1 in the config, and 0 here, is a whole row."""
+    size = fields.integer(name, -1, default)
+    if size == 0:
+        raise fields.unsupported(name, "integers from 1 on, and -1")
+    return max(size, 0)
 
 
-def _fp8(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
-    _expect(where, "fmt", fields.get("fmt", "e4m3"), ("e4m3", "float8_e4m3fn"))
-    block = fields.get("weight_block_size")
-    if not block:
-        encoding = Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
-        return Scheme(encoding, {**SCALED_WEIGHT, ".weight_scale_inv": "scale"}, rounds_activations=True)
-    rows, columns = (int(size) for size in block)
+def _awq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
+    fields.choice("bits" if fields.has("bits") else "w_bit", (4,))
+    fields.choice("version", ("gemm", "GEMM"), "gemm")
+    size = _group_or_row(fields, "group_size" if fields.has("group_size") else "q_group_size", 128)
+    return Scheme(Encoding("awq", "int4", group=size, zero=8, float_dtype=float_dtype), COLUMN_WORDS)
+
+
+def _fp8(fields: Fields, float_dtype: torch.dtype) -> Scheme:
+    fields.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
+    if not fields.has("weight_block_size"):
+        suffixes = {**SCALED_WEIGHT, ".weight_scale_inv": "scale"}
+        return Scheme(_per_matrix_fp8(float_dtype), suffixes, rounds_activations=True)
+    rows, columns = fields.pair("weight_block_size")
     encoding = Encoding("rows", "fp8", group=columns, rows_per_scale=rows, float_dtype=float_dtype)
     return Scheme(encoding, {".weight": "codes", ".weight_scale_inv": "scale"}, rounds_activations=True)
 
 
-def _list_of(names: Collection[object]) -> str:
-    return f" of {', '.join(sorted(map(str, names)))}" if names else ""
+def _per_matrix_fp8(float_dtype: torch.dtype) -> Encoding:
+    return Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
 
 
-def _modelopt(fields: Fields, float_dtype: torch.dtype, where: str, at: str = "quantization_config") -> Scheme:
+def _modelopt(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     """ModelOpt's NVFP4 in groups of 16, fp8 with one scale per matrix, or both, told apart by the codes' type."""
-    algorithm, layers = fields.get("quant_algo"), fields.get("quantized_layers") or {}
-    of_layers = (
-        {layer.get("quant_algo") for layer in layers.values()} if algorithm == "MIXED_PRECISION" else {algorithm}
-    )
-    if not of_layers or not of_layers <= {"NVFP4", "FP8"}:
-        raise UnsupportedModelError(
-            f"{where}: {at}.quant_algo is {algorithm!r}{_list_of(of_layers - {algorithm})}; moe-serve reads 'NVFP4' and"
-            " 'FP8', and MIXED_PRECISION of both"
-        )
-    _expect(where, "group_size", fields.get("group_size") or NVFP4_GROUP, (NVFP4_GROUP,))
-    eight_bits = Encoding("rows", "fp8", rows_per_scale=0, float_dtype=float_dtype)
+    if fields.has("quantization"):
+        fields = fields.object("quantization")
+        fields.refuse_unknown(MODELOPT_NOTE)
+    algorithm = fields.choice("quant_algo", ("NVFP4", "FP8", "MIXED_PRECISION"))
+    if algorithm == "MIXED_PRECISION":
+        layers = fields.object("quantized_layers")
+        if not layers.names():
+            raise fields.unsupported("quantized_layers", "an algorithm for each layer")
+        for name in layers.names():
+            layers.object(name).choice("quant_algo", ("NVFP4", "FP8"))
+    fields.choice("group_size", (NVFP4_GROUP,), NVFP4_GROUP)
+    eight_bits = _per_matrix_fp8(float_dtype)
     if algorithm == "FP8":
         return Scheme(eight_bits, SCALED_WEIGHT, rounds_activations=True)
     four_bits = Encoding("rows", "fp4", group=NVFP4_GROUP, float_dtype=float_dtype)
@@ -218,12 +197,12 @@ def _modelopt(fields: Fields, float_dtype: torch.dtype, where: str, at: str = "q
     return Scheme(four_bits, suffixes, by_dtype={torch.float8_e4m3fn: eight_bits}, rounds_activations=True)
 
 
-def _mxfp4(fields: Fields, float_dtype: torch.dtype, where: str) -> Scheme:
+def _mxfp4(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     encoding = Encoding("blocks", "fp4", group=32, float_dtype=float_dtype)
     return Scheme(encoding, {"_blocks": "codes", "_scales": "scale"}, stem="")
 
 
-METHODS: Mapping[str, Callable[[Fields, torch.dtype, str], Scheme]] = {
+METHODS: Mapping[str, Callable[[Fields, torch.dtype], Scheme]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
@@ -269,7 +248,7 @@ KNOWN: Mapping[str, Collection[str]] = {
     "modelopt": {
         *COMMON,
         *("quant_algo", "group_size", "config_groups", "quantized_layers", "kv_cache_scheme", "kv_cache_quant_algo"),
-        *("producer", "exclude_modules"),
+        *("producer", "exclude_modules", "quantization"),
     },
 }
 """By quant_method: what is read here, and what tools write down of how the codes were found."""

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moe_serve.errors import ConfigError, UnsupportedModelError
-from moe_serve.hf.checkpoint import INDEX, read_config, safetensors_files
-from moe_serve.hf.family import PART_OF, PER_EXPERT, Family, family_of
+from moe_serve.hf.checkpoint import INDEX, safetensors_files
+from moe_serve.hf.config_file import read_config
+from moe_serve.hf.family import FURTHER, PART_OF, PER_EXPERT, Family, family_of
 from moe_serve.quantization.rounding import Rounded, round_matrix
 
 Importance = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -79,7 +80,8 @@ def num_matrices(source: str) -> int:
 def _expert_of(name: str, num_layers: int) -> re.Match[str] | None:
     """The match of an expert's matrix. Layers behind the model's own predict several tokens and stay as they are."""
     match = PER_EXPERT.search(name)
-    return match if match is not None and int(match["layer"]) < num_layers else None
+    is_further = FURTHER.search(name) is not None or (match is not None and int(match["layer"]) >= num_layers)
+    return None if is_further else match
 
 
 def _check(source: str, config: Any, family: Family, group: int) -> None:

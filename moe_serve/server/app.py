@@ -18,8 +18,6 @@ from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.resolve import computing
 from moe_serve.server import endpoints
 from moe_serve.server.endpoints.reference import openapi
-from moe_serve.server.endpoints.reference.described import described_routes
-from moe_serve.server.monitoring.http_counts import HttpCounts
 from moe_serve.server.monitoring.metrics import Metrics
 from moe_serve.server.monitoring.request_spans import TraceRequests, Tracing
 from moe_serve.server.monitoring.stats_log import StatsLog
@@ -45,14 +43,12 @@ def create_app(
     recording_buffer_tokens: int = 65536,
     tracing: Tracing | None = None,
     ranks: ParallelEngine | None = None,
-    http_counts: HttpCounts | None = None,
 ) -> FastAPI:
     """The ASGI application; starting it starts the engine's thread, stopping it drains.
 
-    `ranks`: the same engine, where it runs over several devices. `http_counts`: what the layers in front count.
+    `ranks`: the same engine, where it runs over several devices.
     """
-    http_counts = http_counts or HttpCounts()
-    metrics = _metrics_of(engine, model_name, http_counts)
+    metrics = _metrics_of(engine, model_name)
     engine.core.observer = StatsLog(metrics) if log_stats else metrics
     service = Service(
         engine=engine,
@@ -76,15 +72,13 @@ def create_app(
     http_errors.install(app)
     _add_endpoints(app, service)
     openapi.install(app)
-    http_counts.know({route.path for route in described_routes()})
     return app
 
 
-def _metrics_of(engine: AsyncEngine, model_name: str, http_counts: HttpCounts) -> Metrics:
+def _metrics_of(engine: AsyncEngine, model_name: str) -> Metrics:
     core = engine.core
     pages = {"block_size": core.page_size, "num_gpu_blocks": core.num_pages}
-    prefetch, facts = core.config.experts.prefetch, computing(core.config)
-    return Metrics(model_name, pages, core.expert_report, prefetch, facts, http_counts)
+    return Metrics(model_name, pages, core.expert_report, core.config.experts.prefetch, computing(core.config))
 
 
 @asynccontextmanager

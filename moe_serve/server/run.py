@@ -22,7 +22,6 @@ from moe_serve.demo import MODEL
 from moe_serve.errors import ConfigError, EngineDeadError
 from moe_serve.resolve import computing
 from moe_serve.server.monitoring import logs
-from moe_serve.server.monitoring.http_counts import HttpCounts
 from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys
 from moe_serve.server.transport.guard import warn_if_open
@@ -46,9 +45,8 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_con
     tracing = _tracing(server_config)
     bound = bind(server_config)  # before the slow part, so that a taken port is found at once
     port = bound.getsockname()[1]
-    counts = HttpCounts()
-    load = partial(_load, server_config, engine_config, parallel_config, port, tracing, counts)
-    door = serving.serve_until_told(bound, server_config, keys, load, counts)
+    load = partial(_load, server_config, engine_config, parallel_config, port, tracing)
+    door = serving.serve_until_told(bound, server_config, keys, load)
     gc.unfreeze()  # see _keep_for_good; what is never collected, some libraries call a leak at the end
     if door.failure is not None:
         raise door.failure
@@ -87,7 +85,6 @@ def _load(
     parallel_config: ParallelConfig,
     port: int,
     tracing: Tracing | None,
-    counts: HttpCounts,
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
     from moe_serve.engine.async_engine import AsyncEngine
@@ -116,7 +113,6 @@ def _load(
         recording_buffer_tokens=server_config.recording_buffer_tokens,
         tracing=tracing,
         ranks=ranks,
-        http_counts=counts,
     )
     _keep_for_good()
     _announce(server_config, port, name)

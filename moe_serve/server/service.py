@@ -16,7 +16,6 @@ from moe_serve.engine.async_engine import AsyncEngine
 from moe_serve.errors import ModelNotFoundError
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.server.monitoring.metrics import Metrics
-from moe_serve.server.monitoring.scrape import Scrape
 from moe_serve.server.preparation import Preparation
 from moe_serve.text.response_templates import Template, template_of
 from moe_serve.text.tokenizer import Tokenizer
@@ -44,11 +43,6 @@ class Service:
     ranks: ParallelEngine | None = None
     """The engine over ranks; None on one device."""
     started_s: int = field(default_factory=lambda: int(time.time()))
-
-    @cached_property
-    def scrape(self) -> Scrape:
-        """What /metrics answers."""
-        return Scrape(self.metrics.render)
 
     @cached_property
     def response_template(self) -> Template | None:

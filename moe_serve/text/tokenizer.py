@@ -16,7 +16,7 @@ import jinja2
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError
+from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError, one_line
 from moe_serve.gguf_files.folder import NO_TOKENIZER
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
@@ -48,8 +48,8 @@ class Tokenizer:
             raise ConfigError(f"{folder}: no tokenizer here ({', '.join(TOKENIZER_FILES)}); see --tokenizer")
         try:
             hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: cannot load its tokenizer ({error})") from error
+        except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong field leads to
+            raise ConfigError(f"{folder}: cannot load its tokenizer ({one_line(error)})") from error
         if not hf.is_fast:
             raise ConfigError(f"{folder}: needs a tokenizer.json; convert the slow tokenizer with transformers first")
         if chat_template_file is not None:

@@ -100,6 +100,16 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [old]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_one_line(command: str, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert call(command, inputs, Path("/dev/full")) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("moe-serve: "))
+    assert line.startswith("moe-serve: error: ")
+    assert "/dev/full" in line
+    assert "No space left on device" in line
+
+
 @pytest.mark.parametrize("command", ["plan", "predictor train", "replay json"])
 def test_force_replaces(command: str, inputs: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"

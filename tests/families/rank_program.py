@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moe_serve.config import EngineConfig, ParallelConfig
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.parallel.front.token_uses import TokenUses
 from moe_serve.parallel.ranks import rank_model
 from moe_serve.parallel.ranks.worker import Worker

@@ -15,7 +15,7 @@ from expert_cache.running.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf import loading
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.llm import RequestResult
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.stats import EngineLoad, StepStats

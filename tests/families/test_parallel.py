@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.spec import ModelSpec
 from placement.cost import Layout
 from placement.plan import make_plan, save_plan

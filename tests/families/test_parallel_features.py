@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, SamplingParams
 from moe_serve.spec import ModelSpec
 

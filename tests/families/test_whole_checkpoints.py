@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from expert_cache.storage import expert_file
 from moe_serve.cli import main
+from moe_serve.doctor.fit import sizes_of
 from moe_serve.errors import ConfigError
 from moe_serve.hf import family
 from moe_serve.hf.checkpoint import open_all_experts
@@ -100,6 +101,30 @@ def test_modelopts_own_note_is_read(tmp_path: Path) -> None:
     assert "hf_quant_config.json: quantization.quant_algo is 'W4A8_AWQ'" in refusal(coded)
 
 
+FLAT_NOTE = {
+    "quant_method": "modelopt",
+    "quant_algo": "FP8",
+    "config_groups": {
+        "group_0": {
+            "input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "weights": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "targets": ["Linear"],
+        }
+    },
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+}
+
+
+@pytest.mark.parametrize("note", [FLAT_NOTE, {"quant_method": "modelopt", **NOTE}], ids=["flat", "nested"])
+def test_modelopts_note_in_config_json_is_read(note: Fields, tmp_path: Path) -> None:
+    coded, twin = pair("mixtral", MODELOPT, tmp_path)
+    assert same_tokens(edit(coded, lambda config: config.update(quantization_config=note)), twin)
+    edit(coded, lambda config: config["quantization_config"].update(quant_algo="W4A8_AWQ", quantization=None))
+    assert "quantization_config.quant_algo is 'W4A8_AWQ'" in refusal(coded)
+
+
 HADAMARD = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": ["re:.*down_proj$"]}]}}}
 SPARSE = {"format": "sparse-24-bitmask"}
 
@@ -160,6 +185,36 @@ def with_mtp(tmp_path: Path) -> Path:
         return {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in last.items()}
 
     return add(plain("glm4_moe", tmp_path / "tiny", num_nextn_predict_layers=1), further)
+
+
+def test_layers_of_a_count_of_their_own_are_left_out(tmp_path: Path) -> None:
+    """`mtp.layers.0` was taken for layer 0 of the model, experts included."""
+
+    def further(tensors: Tensors) -> Tensors:
+        first = {name: torch.full_like(tensor, 3) for name, tensor in tensors.items() if ".layers.1." in name}
+        return {name.replace("model.layers.1.", "mtp.layers.1."): tensor for name, tensor in first.items()}
+
+    twin = write_checkpoint(CASES["qwen3_moe"], tmp_path / "twin")
+    folder = add(plain("qwen3_moe", tmp_path / "mtp"), further)
+    assert same_tokens(folder, twin)
+    said, wanted = (sizes_of(str(each), torch.float32) for each in (folder, twin))
+    assert said == wanted
+    out = tmp_path / "out"
+    assert main(["quantize", str(folder), "-o", str(out), "--bits", "8", "--group-size", "32"]) == 0
+    assert not [name for name in load_file(out / WEIGHTS) if name.startswith("mtp.") and "packed" in name]
+
+
+def test_the_doctor_counts_no_layers_behind_the_model(with_mtp: Path, tmp_path: Path) -> None:
+    twin = write_checkpoint(CASES["glm4_moe"], tmp_path / "twin")
+    assert sizes_of(str(with_mtp), torch.float32) == sizes_of(str(twin), torch.float32)
+
+
+def test_layers_behind_the_model_are_named_unless_they_predict(with_mtp: Path) -> None:
+    """A config.json with a layer too few; without the count, only such a layer's own tensors tell what it is."""
+    edit(with_mtp, lambda config: config.update(num_nextn_predict_layers=0))
+    assert "tensors have no place in the model: model.layers.3." in refusal(with_mtp)
+    add(with_mtp, lambda tensors: {"model.layers.3.eh_proj.weight": torch.ones(2, 2)})
+    assert load(with_mtp)
 
 
 def test_layers_behind_the_model_are_not_packed(with_mtp: Path, tmp_path: Path) -> None:

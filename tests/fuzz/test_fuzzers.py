@@ -6,10 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fuzz import fuzz_detokenizer, fuzz_grammars, fuzz_http, fuzz_protocol
+from tests.fuzz import (
+    fuzz_checkpoints,
+    fuzz_detokenizer,
+    fuzz_grammars,
+    fuzz_http,
+    fuzz_protocol,
+    fuzz_quantization,
+)
 from tests.fuzz.watched_server import MAY_GROW_MIB
 
 EXAMPLES = 60
+LOADS = 12
+"""Examples that load a checkpoint."""
 LATE_S = 5.0
 """For /live while other tests run beside this one."""
 Properties = fuzz_protocol.Properties
@@ -29,6 +38,30 @@ def protocol() -> Properties:
 def grammars() -> Iterator[Properties]:
     with fuzz_grammars.opened() as properties:
         yield properties
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> Iterator[Properties]:
+    with fuzz_checkpoints.opened() as properties:
+        yield properties
+
+
+@pytest.fixture(scope="module")
+def quantization() -> Iterator[Properties]:
+    with fuzz_quantization.opened() as properties:
+        yield properties
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", fuzz_checkpoints.KINDS)
+def test_checkpoints(checkpoints: Properties, kind: str) -> None:
+    assert checkpoints[kind](0, LOADS * 4) >= LOADS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fuzz_quantization.NAMES)
+def test_quantization(quantization: Properties, name: str) -> None:
+    assert quantization[name](0, LOADS) >= LOADS // 2
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in fuzz_grammars.TEXTS])

@@ -40,6 +40,17 @@ def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:
     assert eos_token_ids(str(tmp_path)) == {2, 3, 4}
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [({"do_sample": True, "top_p": 0.0}, "top_p must be"), ({"max_new_tokens": "5"}, "max_tokens takes")],
+)
+def test_a_default_that_no_request_can_have_names_the_file(content: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {words}"):
+        read_generation_defaults(str(tmp_path))
+    assert read_generation_defaults(str(tmp_path), "vllm") == {}
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe{}"])
 def test_damaged_file_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "generation_config.json").write_bytes(content)

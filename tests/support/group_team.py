@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from expert_cache.report import ExpertReport
 from moe_serve.config import ParallelConfig
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.prescheduling import Prescheduler

@@ -14,6 +14,7 @@ import torch
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
 from moe_serve_kernels.gpu.configs import Gemv, Tile
+from moe_serve_kernels.gpu.gpu_model import GpuModel
 from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
 from moe_serve_kernels.routings import Routing
 
@@ -36,15 +37,16 @@ class Launch:
     """Kernel -> matrix instruction it must use on a GPU that has it; the others use none."""
 
 
-def launches(arch: int) -> Iterator[Launch]:
-    """All of them for a compute capability, 80 or 90."""
+def launches(gpu: GpuModel) -> Iterator[Launch]:
+    """All of them for a GPU."""
     yield from _around()
-    yield from _small_groups(arch)
+    yield from _small_groups(gpu)
+    yield from _last_resorts()
     for format in FORMATS:
         gemvs = configs.GEMV[format]
         yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
         yield Launch(f"{format}", partial(_gemv_down, format, gemvs.down))
-        for config in configs.steps_of(arch, format).values():
+        for config in configs.steps_of(gpu, format).values():
             for activation in (SILU, GPT_OSS):
                 name = f"{format} {_shape(config.gate_up)} {activation.kind}"
                 yield Launch(name, partial(_gate_up, format, activation, config.gate_up), {"gate_up_kernel": WGMMA})
@@ -100,17 +102,26 @@ def _around() -> Iterator[Launch]:
     yield Launch("", _copy)
 
 
-def _small_groups(arch: int) -> Iterator[Launch]:
+def _small_groups(gpu: GpuModel) -> Iterator[Launch]:
     """int4 in groups below 128: other checkpoints' choice, with shorter loop steps."""
     gemvs = configs.GEMV["int4"]
     for size in (32, 64):
         yield Launch(f"int4 g{size}", partial(_gemv_gate_up, "int4", gemvs.gate_up, size))
         yield Launch(f"int4 g{size}", partial(_gemv_down, "int4", gemvs.down, size))
-        for config in configs.steps_of(arch, "int4").values():
+        for config in configs.steps_of(gpu, "int4").values():
             gate_up = partial(_gate_up, "int4", SILU, config.gate_up, group_size=size)
             down = partial(_down, "int4", config.down, group_size=size)
             yield Launch(f"int4 g{size} {_shape(config.gate_up)}", gate_up, {"gate_up_kernel": WGMMA})
             yield Launch(f"int4 g{size} {_shape(config.down)}", down, {"down_kernel": WGMMA})
+
+
+def _last_resorts() -> Iterator[Launch]:
+    """What runs where the GPU refuses everything else."""
+    smallest = configs.FLOAT32
+    for format in FORMATS:
+        gate_up = partial(_gate_up, format, GPT_OSS, smallest.gate_up)
+        yield Launch(f"{format} last resort", gate_up, {"gate_up_kernel": MMA})
+        yield Launch(f"{format} last resort", partial(_down, format, smallest.down), {"down_kernel": MMA})
 
 
 def _route(routing_: Routing, num_experts: int) -> None:

@@ -1,8 +1,8 @@
 """The closed set of launch configurations, and which one a layer call gets.
 
-Chosen by tokens per expert, weight format and GPU generation, from what compiles without spills (compile_check) and
-is known to be fast on an H100 (docs/kernels.md); `moe-serve tune` may choose otherwise for one GPU and shape
-(tuned.py). A set this small is compiled within seconds when a server starts, and every member is checked.
+Chosen by tokens per expert, weight format, GPU generation and shared memory, from what compiles without spills
+(compile_check) and is known to be fast on an H100 (docs/kernels.md); `moe-serve tune` may choose otherwise for one GPU
+and shape (tuned.py). A set this small is compiled within seconds when a server starts, and every member is checked.
 
 Shape alphabet: T tokens, K choices, E experts.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_serve_kernels.gpu.gpu_model import GpuModel
 from moe_serve_kernels.gpu.pool import Format
 
 GEMV_MAX_TOKENS = 8
 HOPPER = 90
-"""Compute capability, 10 * major + minor, from which the large matrix instructions exist."""
+HOPPER_SHARED_BYTES = 160 << 10
+"""Compute capability and shared memory that HOPPER_STEPS need. Blackwell's graphics cards (12.x) have too little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ GEMV = {
 """By weight format."""
 
 FLOAT32 = GroupedConfig(Tile(16, 32, 32, 4, 2, False), Tile(16, 32, 32, 4, 2, False))
-"""For float32 activations: checked with plain weights only."""
+"""For float32 activations, with plain weights only; and the last resort of every format where a GPU has little shared
+memory."""
 
 HOPPER_STEPS = {
     "plain": {
@@ -81,6 +84,11 @@ HOPPER_STEPS = {
         128: GroupedConfig(Tile(128, 128, 64, 8, 3, False), Tile(128, 128, 64, 8, 4, False)),
     },
     "int8": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
+    },
+    "fp8": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
         64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
         128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
@@ -100,6 +108,10 @@ AMPERE_STEPS = {
         16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
         64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
     },
+    "fp8": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 4, False)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+    },
     "int4": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
         64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
@@ -108,24 +120,43 @@ AMPERE_STEPS = {
 """Weight format -> tokens of a tile -> configuration."""
 
 
-def steps_of(capability: int, format: Format, is_float32: bool = False) -> dict[int, GroupedConfig]:
-    """The grouped configurations of a GPU generation, by tokens of a tile, ascending.
+def steps_of(gpu: GpuModel, format: Format, is_float32: bool = False) -> dict[int, GroupedConfig]:
+    """The grouped configurations of a GPU, by tokens of a tile, ascending.
 
     float32 activations are multiplied exactly, without matrix instructions: larger tiles than a small one would spill.
     """
     if is_float32:
         return {FLOAT32.gate_up.block_t: FLOAT32}
-    generation = HOPPER_STEPS if capability >= HOPPER else AMPERE_STEPS
-    return generation["int8" if format == "fp8" else format]
+    return (HOPPER_STEPS if is_large(gpu) else AMPERE_STEPS)[format]
 
 
-def candidates(capability: int, format: Format) -> list[Config]:
+def is_large(gpu: GpuModel) -> bool:
+    """HOPPER_STEPS are meant for this GPU and fit it."""
+    return gpu.capability >= HOPPER and gpu.shared_bytes >= HOPPER_SHARED_BYTES
+
+
+def smaller(gpu: GpuModel, format: Format, config: GroupedConfig) -> list[GroupedConfig]:
+    """What to try, in this order, where the GPU refuses `config`: ever less shared memory."""
+    known = dict.fromkeys((*steps_of(gpu, format).values(), *AMPERE_STEPS[format].values(), FLOAT32))
+    return sorted((c for c in known if _staged(c) < _staged(config)), key=_staged, reverse=True)
+
+
+def _staged(config: GroupedConfig) -> int:
+    """Numbers that the pipelines of a configuration keep in shared memory, gate and up side by side."""
+    gate_up, down = config.gate_up, config.down
+    return max(
+        (gate_up.block_t + 2 * gate_up.block_f) * gate_up.block_c * gate_up.num_stages,
+        (down.block_t + down.block_f) * down.block_c * down.num_stages,
+    )
+
+
+def candidates(gpu: GpuModel, format: Format) -> list[Config]:
     """Everything `choose` may choose."""
-    return [GEMV[format], *steps_of(capability, format).values()]
+    return [GEMV[format], *steps_of(gpu, format).values()]
 
 
 def choose(
-    capability: int, format: Format, num_tokens: int, top_k: int, num_experts: int, is_float32: bool = False
+    gpu: GpuModel, format: Format, num_tokens: int, top_k: int, num_experts: int, is_float32: bool = False
 ) -> Config:
     """The configuration for T tokens with K choices among E experts.
 
@@ -135,7 +166,7 @@ def choose(
     num_pairs = num_tokens * top_k
     if num_tokens <= GEMV_MAX_TOKENS and num_pairs <= num_experts:
         return GEMV[format]
-    return by_tokens(steps_of(capability, format, is_float32), num_pairs / num_experts)
+    return by_tokens(steps_of(gpu, format, is_float32), num_pairs / num_experts)
 
 
 def by_tokens(steps: dict[int, GroupedConfig], per_expert: float) -> GroupedConfig:

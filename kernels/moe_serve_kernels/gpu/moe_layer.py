@@ -9,7 +9,6 @@ Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I int
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +18,9 @@ from moe_serve_kernels.gpu import configs, gemv, grouped, tuned
 from moe_serve_kernels.gpu.align import align, align_segments
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, GemvConfig, GroupedConfig
+from moe_serve_kernels.gpu.fallback import run_first_that_fits
+from moe_serve_kernels.gpu.gpu_model import device_name, model_of
 from moe_serve_kernels.gpu.pool import ExpertPool
-
-INTERPRETED_CAPABILITY = 90
 
 
 def moe_layer(
@@ -37,7 +36,8 @@ def moe_layer(
 
     x [T, H] float32, float16 or bf16; ids [T, K] any integer type; weights [T, K] any float type; slot_of [E] int32.
     Choices whose expert is in no slot add nothing, nor do negative ids (padding). `config`: tile sizes; None: chosen by
-    shape, from the tuned ones where there are any.
+    shape, from the tuned ones where there are any, and smaller where the GPU refuses the choice. OutOfResources: the
+    GPU refuses `config`, or every choice.
     """
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     chosen = config or config_for(x, ids, slot_of.shape[0], pool)
@@ -47,7 +47,8 @@ def moe_layer(
         gemv.gemv_down(act, ids, weights, pool.down, slot_of, out, chosen.down)
     else:
         outputs = torch.empty(ids.numel(), x.shape[1], dtype=_sum_dtype(x), device=x.device)
-        _grouped(x, ids, slot_of, pool, activation, outputs, chosen)
+        choices = [chosen] if config else _fallbacks(x, pool, chosen)
+        run_first_that_fits(choices, lambda choice: _grouped(x, ids, slot_of, pool, activation, outputs, choice))
         combine(outputs, ids, weights, slot_of, out)
     return out
 
@@ -66,8 +67,8 @@ def run_pairs(
     For experts that come in waves: one call per wave with a table of that wave, then `combine` with all in.
     """
     x, ids = x.contiguous(), ids.contiguous()
-    chosen = config or _grouped_config(x, ids, slot_of.shape[0], pool)
-    _grouped(x, ids, slot_of, pool, activation, outputs, chosen)
+    choices = [config] if config else _fallbacks(x, pool, _grouped_config(x, ids, slot_of.shape[0], pool))
+    run_first_that_fits(choices, lambda choice: _grouped(x, ids, slot_of, pool, activation, outputs, choice))
 
 
 def run_segments(
@@ -85,12 +86,15 @@ def run_segments(
     slots[i].
     """
     num_pairs = sum(end - start for start, end in segments)
-    steps = configs.steps_of(capability_of(x.device), pool.format, x.dtype == torch.float32)
-    config = configs.by_tokens(steps, num_pairs / max(1, len(segments)))
-    aligned, slot_of = align_segments(tokens, segments, slots, config.gate_up.block_t)
-    act = grouped.gate_up(x, pool.gate_up, slot_of, aligned, 1, activation, config.gate_up)
-    in_place = dataclasses.replace(aligned, pairs=torch.arange(len(tokens), dtype=torch.int32, device=x.device))
-    grouped.down(act, pool.down, slot_of, in_place, outputs, config.down)
+    chosen = configs.by_tokens(_steps(x, pool), num_pairs / max(1, len(segments)))
+    in_place = torch.arange(len(tokens), dtype=torch.int32, device=x.device)
+
+    def run(config: GroupedConfig) -> None:
+        aligned, slot_of = align_segments(tokens, segments, slots, config.gate_up.block_t)
+        act = grouped.gate_up(x, pool.gate_up, slot_of, aligned, 1, activation, config.gate_up)
+        grouped.down(act, pool.down, slot_of, dataclasses.replace(aligned, pairs=in_place), outputs, config.down)
+
+    run_first_that_fits(_fallbacks(x, pool, chosen), run)
 
 
 def _grouped(
@@ -120,27 +124,20 @@ def config_for(x: torch.Tensor, ids: torch.Tensor, num_experts: int, pool: Exper
     shape = tuned.Shape(pool.hidden, pool.inner, num_experts, top_k, pool.format)
     found = tuned.find(tuned_ones, shape, num_tokens)
     is_float32 = x.dtype == torch.float32
-    return found or configs.choose(capability_of(x.device), pool.format, num_tokens, top_k, num_experts, is_float32)
+    return found or configs.choose(model_of(x.device), pool.format, num_tokens, top_k, num_experts, is_float32)
 
 
 def _grouped_config(x: torch.Tensor, ids: torch.Tensor, num_experts: int, pool: ExpertPool) -> GroupedConfig:
     chosen = config_for(x, ids, num_experts, pool)
-    if isinstance(chosen, GroupedConfig):
-        return chosen
-    steps = configs.steps_of(capability_of(x.device), pool.format, x.dtype == torch.float32)
-    return next(iter(steps.values()))
+    return chosen if isinstance(chosen, GroupedConfig) else next(iter(_steps(x, pool).values()))
 
 
-@functools.cache
-def capability_of(device: torch.device) -> int:
-    """Compute capability as 10 * major + minor."""
-    if device.type != "cuda":
-        return INTERPRETED_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _steps(x: torch.Tensor, pool: ExpertPool) -> dict[int, GroupedConfig]:
+    return configs.steps_of(model_of(x.device), pool.format, x.dtype == torch.float32)
 
 
-@functools.cache
-def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver gives it."""
-    return torch.cuda.get_device_name(device)
+def _fallbacks(x: torch.Tensor, pool: ExpertPool, config: GroupedConfig) -> list[GroupedConfig]:
+    """`config` and what is smaller. float32 has one size, which needs next to nothing."""
+    if x.dtype == torch.float32:
+        return [config]
+    return [config, *configs.smaller(model_of(x.device), pool.format, config)]

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from moe_serve_kernels.gpu import is_available as _gpu_is_available
 from moe_serve_kernels.gpu import is_interpreted
+from moe_serve_kernels.gpu.fallback import run_first_that_fits
 
 SPLIT_TOKENS = 512
 MIN_SIDE = 16
@@ -101,35 +102,45 @@ def _attend(
     num_seqs, heads, splits, value_dim = partial.shape
     kv_heads, num_slots, _ = values.shape
     groups, key_dim = heads // kv_heads, query.shape[2]
-    tile = _latent_tile(query.dtype) if latent else _tile(groups, max(key_dim, value_dim), query.dtype)
-    attend_split[(kv_heads * triton.cdiv(groups, tile.block_m), num_seqs, splits)](
-        query,
-        keys,
-        values,
-        page_table,
-        lengths,
-        partial,
-        state,
-        state[1],
-        scale * LOG2_E,
-        num_slots,
-        page_table.stride(0),
-        window or 0,
-        GROUPS=groups,
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        PAGE_SIZE=page_size,
-        SPLIT_TOKENS=SPLIT_TOKENS,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=_block(value_dim if latent else key_dim),
-        BLOCK_V=_block(value_dim),
-        BLOCK_REST=_block(key_dim - value_dim) if latent else 0,
-        UPCAST=is_interpreted(),
-        num_warps=4,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=True,
-    )
+
+    def launch(tile: _Tile) -> None:
+        attend_split[(kv_heads * triton.cdiv(groups, tile.block_m), num_seqs, splits)](
+            query,
+            keys,
+            values,
+            page_table,
+            lengths,
+            partial,
+            state,
+            state[1],
+            scale * LOG2_E,
+            num_slots,
+            page_table.stride(0),
+            window or 0,
+            GROUPS=groups,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            PAGE_SIZE=page_size,
+            SPLIT_TOKENS=SPLIT_TOKENS,
+            BLOCK_D=_block(value_dim if latent else key_dim),
+            BLOCK_V=_block(value_dim),
+            BLOCK_REST=_block(key_dim - value_dim) if latent else 0,
+            UPCAST=is_interpreted(),
+            **_options(tile),
+        )
+
+    chosen = _latent_tile(query.dtype) if latent else _tile(groups, max(key_dim, value_dim), query.dtype)
+    run_first_that_fits([chosen, chosen._replace(block_n=MIN_SIDE, num_stages=1)], launch)
+
+
+def _options(tile: _Tile) -> dict[str, int | bool]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "num_warps": 4,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def _join(

@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import configs, timing
 from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile
+from moe_serve_kernels.gpu.gpu_model import GpuModel
 from moe_serve_kernels.gpu.moe_layer import moe_layer
 from moe_serve_kernels.gpu.pool import ExpertPool, empty_bank
 from moe_serve_kernels.gpu.tuned import Shape
@@ -76,10 +77,10 @@ def measure_on(
     return measure
 
 
-def tune(capability: int, shape: Shape, num_tokens: int, measure: Measure) -> tuple[Config, float]:
+def tune(gpu: GpuModel, shape: Shape, num_tokens: int, measure: Measure) -> tuple[Config, float]:
     """The fastest configuration found, and its seconds."""
     per_pair = num_tokens <= configs.GEMV_MAX_TOKENS
-    start = [c for c in configs.candidates(capability, shape.format) if per_pair or isinstance(c, GroupedConfig)]
+    start = [c for c in configs.candidates(gpu, shape.format) if per_pair or isinstance(c, GroupedConfig)]
     times = {config: measure(config) for config in start}
     best = min(times, key=times.__getitem__)
     improved = True

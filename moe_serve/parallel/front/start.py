@@ -9,7 +9,7 @@ import sys
 
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.prescheduling import Prescheduler

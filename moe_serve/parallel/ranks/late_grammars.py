@@ -9,7 +9,7 @@ from __future__ import annotations
 from moe_serve.config import EngineConfig
 from moe_serve.grammars.grammars import GrammarLimits, Grammars, vocabulary_of
 from moe_serve.grammars.processes import Vocabulary
-from moe_serve.hf.checkpoint import read_config
+from moe_serve.hf.config_file import read_config
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer

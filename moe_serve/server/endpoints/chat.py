@@ -35,7 +35,7 @@ from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.endpoints.bodies.tools import Tool, ToolChoice, ToolPlan, calls_or_answer, plan_tools
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
-from moe_serve.text.response_templates import Template, call_tags, start_parser, without_fields
+from moe_serve.text.response_templates import Template, call_syntax, call_tags, start_parser, without_fields
 from moe_serve.text.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -165,7 +165,7 @@ def _parser_for(tools: ToolPlan, template: Template | None, prompt: str) -> Call
     if template is None:
         return PlainText
     shown = [dict(tool) for tool in tools.shown]
-    return lambda: TemplateAnswer(start_parser(template, prompt, shown), tools.is_parallel)
+    return lambda: TemplateAnswer(start_parser(template, prompt, shown), tools.is_parallel, call_syntax(template))
 
 
 class ChatShapes:

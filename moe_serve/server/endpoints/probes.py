@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from moe_serve.engine.async_engine import EngineState
@@ -40,6 +41,7 @@ async def load(service: TheService) -> dict[str, Any]:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(service: TheService) -> Response:
+async def metrics(service: TheService, http: HttpRequest) -> Response:
     """Prometheus metrics; docs/metrics.md lists them."""
-    return Response(await service.scrape.text(), media_type=service.metrics.content_type)
+    service.metrics.http.counts = getattr(http.state, "http_counts", service.metrics.http.counts)
+    return Response(await service.metrics.scrape.text(), media_type=service.metrics.content_type)

@@ -29,14 +29,15 @@ QUIET_PATHS = frozenset({"/health", "/live", "/ping", "/metrics", "/load"})
 class AccessLog:
     """Middleware: gives every answer a request id, and counts it and writes a line when it has ended."""
 
-    def __init__(self, app: ASGIApp, counts: HttpCounts) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._counts = counts
+        self._counts = HttpCounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope.setdefault("state", {})["http_counts"] = self._counts  # for /metrics
         line = _Line(scope, send)
         try:
             await self._app(scope, receive, line.send)

@@ -7,6 +7,7 @@ registry per instance; what the experts do is in expert_metrics.py; knows nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -22,8 +23,9 @@ from expert_cache.report import ExpertReport
 from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
-from moe_serve.server.monitoring.http_counts import HttpCounts
+from moe_serve.server.monitoring.http_counts import HttpCollector
 from moe_serve.server.monitoring.last_minute import LastMinute
+from moe_serve.server.monitoring.scrape import Scrape
 
 PREFIX = "moe_serve:"
 TTFT_S = (
@@ -97,11 +99,9 @@ class Metrics:
         expert_report: Callable[[], ExpertReport | None],
         predictor: str = "off",
         computing: Mapping[str, str] | None = None,
-        http_counts: HttpCounts | None = None,
     ) -> None:
         """`cache_config`: facts for cache_config_info; `computing`: for compute_info. `predictor`: the expert cache's
         advisor, or "off"."""
-        http_counts = http_counts or HttpCounts()
         self.live = LastMinute(expert_report)
         """The last minute, for the dashboard."""
         self.registry = CollectorRegistry()
@@ -135,8 +135,14 @@ class Metrics:
         help = "Device, type of activations, instruction set of the C++ kernels and threads."
         Gauge(PREFIX + "compute_info", help, list(compute), registry=self.registry).labels(**compute).set(1)
         self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
-        self.registry.register(http_counts.collector(PREFIX, labels))
+        self.http = HttpCollector(PREFIX, labels)
+        self.registry.register(self.http)
         ProcessCollector(registry=self.registry)
+
+    @cached_property
+    def scrape(self) -> Scrape:
+        """What /metrics answers."""
+        return Scrape(self.render)
 
     def render(self) -> bytes:
         """The text exposition format."""

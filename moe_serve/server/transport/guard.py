@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from moe_serve.config import ServerConfig
 from moe_serve.config.units import MIB
 from moe_serve.server.monitoring.access_log import ID_HEADER, AccessLog
-from moe_serve.server.monitoring.http_counts import HttpCounts
 from moe_serve.server.transport.auth import Auth
 from moe_serve.server.transport.body_limit import BodyLimit
 from moe_serve.server.transport.head_requests import HeadRequests
@@ -22,7 +21,7 @@ from moe_serve.server.transport.same_site import SameSite, is_loopback
 log = logging.getLogger(__name__)
 
 
-def guard(app: ASGIApp, config: ServerConfig, keys: frozenset[str], counts: HttpCounts | None = None) -> ASGIApp:
+def guard(app: ASGIApp, config: ServerConfig, keys: frozenset[str]) -> ASGIApp:
     """The layers around the application; a request passes them from the last one here to the first."""
     app = HeadRequests(app)
     app = BodyLimit(app, int(config.max_body_mib * MIB), config.read_timeout_s)
@@ -37,7 +36,7 @@ def guard(app: ASGIApp, config: ServerConfig, keys: frozenset[str], counts: Http
             allow_headers=["*"],
             expose_headers=[ID_HEADER, "Retry-After"],
         )
-    return AccessLog(app, counts or HttpCounts())
+    return AccessLog(app)
 
 
 def warn_if_open(config: ServerConfig, keys: frozenset[str]) -> None:

@@ -13,7 +13,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from moe_serve.config import ServerConfig
-from moe_serve.server.monitoring.http_counts import HttpCounts
 from moe_serve.server.transport.connections import KEEP_ALIVE_S, connection_class, raise_file_limit
 from moe_serve.server.transport.draining import DrainingServer
 from moe_serve.server.transport.guard import guard
@@ -23,12 +22,12 @@ LISTEN_BACKLOG = 2048
 
 
 def serve_until_told(
-    bound: socket.socket, config: ServerConfig, keys: frozenset[str], load: Callable[[], FastAPI], counts: HttpCounts
+    bound: socket.socket, config: ServerConfig, keys: frozenset[str], load: Callable[[], FastAPI]
 ) -> FrontDoor:
     """Serve until SIGTERM or SIGINT, or until `load` fails. What is behind the door then, the door knows."""
     door = FrontDoor(load, lambda: _end(server))
     server = DrainingServer(
-        _uvicorn_config(guard(door, config, keys, counts), config), door, config.shutdown_timeout_s, config.supervisor
+        _uvicorn_config(guard(door, config, keys), config), door, config.shutdown_timeout_s, config.supervisor
     )
     asyncio.run(server.serve(sockets=[bound]))
     return door

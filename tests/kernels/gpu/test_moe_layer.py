@@ -10,6 +10,7 @@ import torch
 from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation, Kind
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile, choose
+from moe_serve_kernels.gpu.gpu_model import known
 from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
 from moe_serve_kernels.gpu.pool import FORMATS, Format
 from tests.support.gpu_references import combine_reference, moe_layer_reference
@@ -158,13 +159,14 @@ TILES: list[tuple[int, Format, int, int]] = [
     (90, "plain", 128, 32),
     (90, "plain", 4096, 128),
     (80, "int4", 4096, 64),
+    (120, "plain", 4096, 128),
 ]
 """GPU generation, weight format, tokens, tokens of a tile."""
 
 
 def test_choice_follows_tokens_per_expert() -> None:
-    assert choose(90, "plain", 1, 8, 128) == choose(90, "plain", 8, 8, 128)
+    assert choose(known(90), "plain", 1, 8, 128) == choose(known(90), "plain", 8, 8, 128)
     for capability, format, num_tokens, block_t in TILES:
-        chosen = choose(capability, format, num_tokens, 2, 8)
+        chosen = choose(known(capability), format, num_tokens, 2, 8)
         assert isinstance(chosen, GroupedConfig)
         assert chosen.gate_up.block_t == block_t

@@ -12,6 +12,7 @@ import torch
 
 from moe_serve_kernels.gpu import configs, tuned
 from moe_serve_kernels.gpu.configs import Config, GemvConfig, GroupedConfig
+from moe_serve_kernels.gpu.gpu_model import SHARED_BYTES, known
 from moe_serve_kernels.gpu.pool import FORMATS, Format
 from moe_serve_kernels.gpu.tuned import Shape, Tuned
 from moe_serve_kernels.gpu.tuning import neighbours, random_layers, tune
@@ -19,12 +20,12 @@ from moe_serve_kernels.gpu.tuning import neighbours, random_layers, tune
 SHAPE = Shape(64, 32, 8, 2, "plain")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_choice_is_a_candidate(capability: int, format: Format) -> None:
     for tokens in (1, 4, 8, 9, 100, 10_000):
-        chosen = configs.choose(capability, format, tokens, 2, 8)
-        assert chosen in configs.candidates(capability, format)
+        chosen = configs.choose(known(capability), format, tokens, 2, 8)
+        assert chosen in configs.candidates(known(capability), format)
 
 
 def test_the_search_climbs_from_the_closed_set() -> None:
@@ -32,20 +33,20 @@ def test_the_search_climbs_from_the_closed_set() -> None:
     better = dataclasses.replace(start, down=dataclasses.replace(start.down, num_stages=3))
     best = dataclasses.replace(better, gate_up=dataclasses.replace(better.gate_up, block_f=64))
     times: dict[Config, float] = {start: 3.0, better: 2.0, best: 1.0}
-    assert tune(90, SHAPE, 64, lambda config: times.get(config, 5.0)) == (best, 1.0)
+    assert tune(known(90), SHAPE, 64, lambda config: times.get(config, 5.0)) == (best, 1.0)
 
 
 def test_noise_does_not_win() -> None:
     start = configs.HOPPER_STEPS["plain"][16]
     found, _ = tune(
-        90, SHAPE, 64, lambda config: 1.0 if config == start else 0.99 if config in neighbours(start) else 2.0
+        known(90), SHAPE, 64, lambda config: 1.0 if config == start else 0.99 if config in neighbours(start) else 2.0
     )
     assert found == start
 
 
 def test_what_does_not_fit_is_never_chosen() -> None:
     fits = configs.HOPPER_STEPS["plain"][32]
-    assert tune(90, SHAPE, 64, lambda config: 1.0 if config == fits else math.inf) == (fits, 1.0)
+    assert tune(known(90), SHAPE, 64, lambda config: 1.0 if config == fits else math.inf) == (fits, 1.0)
 
 
 def test_many_tokens_are_never_taken_one_by_one() -> None:
@@ -55,10 +56,10 @@ def test_many_tokens_are_never_taken_one_by_one() -> None:
         asked.append(config)
         return 1.0
 
-    tune(90, SHAPE, 9, measure)
+    tune(known(90), SHAPE, 9, measure)
     assert not any(isinstance(config, GemvConfig) for config in asked)
     asked.clear()
-    tune(90, SHAPE, 8, measure)
+    tune(known(90), SHAPE, 8, measure)
     assert any(isinstance(config, GemvConfig) for config in asked)
 
 

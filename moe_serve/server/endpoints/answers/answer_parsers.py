@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from moe_serve.text.response_templates import REASONING_FIELDS
+from moe_serve.text.response_templates import REASONING_FIELDS, CallSyntax
 
 
 @dataclass(slots=True)
@@ -103,8 +103,13 @@ class TemplateAnswer:
     What the template cannot make sense of, such as a call that is no JSON, is shown as content.
     """
 
-    def __init__(self, parser: ResponseParser, is_parallel: bool = True) -> None:
+    def __init__(self, parser: ResponseParser, is_parallel: bool = True, calls: CallSyntax | None = None) -> None:
+        """`calls`: how calls begin and end, to know one that was cut off."""
         self._parser: ResponseParser | None = parser
+        self._calls = calls
+        self._is_calling = False
+        self._text = ""
+        """All so far."""
         self._is_parallel = is_parallel
         self._count = 0
         self._raw = ""
@@ -114,25 +119,35 @@ class TemplateAnswer:
         if self._parser is None:
             return Delta(text)
         self._raw += text
+        self._text += text
+        delta = Delta()
         try:
-            events = self._parser.feed(text)
-            if is_last:
-                events += self._parser.finalize()[1]
-            return self._delta(events)
+            self._take(self._parser.feed(text), delta)
+            if is_last and not self._is_cut():
+                self._take(self._parser.finalize()[1], delta)
         except Exception:  # the template's parsers raise whatever they come across
             self._parser = None
-            return Delta(self._raw)
+            delta.content += self._raw
+        return delta
 
-    def _delta(self, events: Iterable[dict[str, Any]]) -> Delta:
-        delta = Delta()
+    def _is_cut(self) -> bool:
+        """Whether the answer ends within a call: half of one is no call, and its syntax is no content."""
+        if self._calls is None:
+            return False
+        if self._is_calling:
+            return self._calls.is_open(self._text)
+        return self._calls.may_begin(self._text)
+
+    def _take(self, events: Iterable[dict[str, Any]], delta: Delta) -> None:
         for event in events:
+            if event["field"] == "tool_calls":
+                self._is_calling = event["type"] != "region_close"
             if event["type"] == "region_chunk" and not event["dirty"]:
                 self._raw = self._raw[self._raw.find(event["text"]) + len(event["text"]) :]
                 self._add_text(delta, event["field"], event["text"])
             elif event["type"] == "region_close" and event["field"] == "tool_calls":
                 self._raw = ""
-                delta.calls += self._calls(event["value"])
-        return delta
+                delta.calls += self._calls_in(event["value"])
 
     @staticmethod
     def _add_text(delta: Delta, name: str, text: str) -> None:
@@ -141,7 +156,7 @@ class TemplateAnswer:
         elif name == "content":
             delta.content += text
 
-    def _calls(self, value: Any) -> list[CallDelta]:
+    def _calls_in(self, value: Any) -> list[CallDelta]:
         found = []
         for item in value if isinstance(value, list) else [value]:
             name, arguments = item["function"]["name"], item["function"].get("arguments", {})
