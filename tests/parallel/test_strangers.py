@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_serve.parallel.front.links import next_link
+from moe_serve.parallel.front.gathering import next_link
 from moe_serve.parallel.wire import door
 from moe_serve.parallel.wire.door import HELLO, MAX_CALLERS, WORD_BYTES, Door, knock, word_of
 

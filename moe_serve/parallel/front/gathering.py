@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.errors import ConfigError, EngineDeadError, MoEServeError
-from moe_serve.parallel.front.links import Link, RankLostError, next_link
+from moe_serve.parallel.front.links import Link, RankLostError, open_link
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.wire.door import Door, word_of
 from moe_serve.parallel.wire.messages import Failed, Ready, Start, encode
@@ -39,16 +39,28 @@ class Gathering:
         self,
         config: EngineConfig,
         parallel: ParallelConfig,
-        door: Door,
+        address: tuple[str, int],
         spawner: Spawner | None,
         secret: str = "",
     ) -> None:
-        """`secret`: what a launcher's ranks know; ranks of a spawner get a new one for each group."""
+        """`address`: (host, port) where ranks call, port 0 for any.
+
+        `secret`: what a launcher's ranks know; ranks of a spawner get a new one for each group.
+        """
         self._config = config
         self._parallel = parallel
-        self._door = door
+        self._door = Door(address)
         self._spawner = spawner
         self._secret = secret
+
+    @property
+    def host(self) -> str:
+        """Where ranks call, as an address."""
+        return self._door.address[0]
+
+    def close(self) -> None:
+        """No rank can call any more."""
+        self._door.close()
 
     def run(self, is_over: Callable[[], bool]) -> Group:
         """The next group. `is_over`: the server is shutting down.
@@ -122,3 +134,9 @@ def _error_of(rank: int, answer: Failed) -> MoEServeError:
     if answer.is_users:
         return ConfigError(answer.message)
     return RankLostError(f"rank {rank} failed while starting: {answer.message}; its log says more")
+
+
+def next_link(door: Door, timeout_s: float) -> Link | None:
+    """The next rank that `door` lets in, or None if none came in time."""
+    caller = door.next(timeout_s)
+    return None if caller is None else open_link(caller.rank, caller.pid, caller.connected)

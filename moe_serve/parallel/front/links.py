@@ -6,6 +6,7 @@ Knows messages and liveness; knows no plans.
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import msgspec
 from expert_cache.report import ExpertReport
 from moe_serve.errors import MoEServeError
 from moe_serve.parallel.wire.channel import Channel, ChannelClosed
-from moe_serve.parallel.wire.door import Door
 from moe_serve.parallel.wire.messages import Alive, Answer, Failed, Ready, read_rank
 
 LAST_WORD_S = 2.0
@@ -75,11 +75,8 @@ class Link:
             return None
 
 
-def next_link(door: Door, timeout_s: float) -> Link | None:
-    """The next rank that `door` lets in, or None if none came in time."""
-    caller = door.next(timeout_s)
-    if caller is None:
-        return None
-    link = Link(caller.rank, caller.pid, Channel(caller.connected))
-    threading.Thread(target=link.read_forever, name=f"rank-{link.rank}", daemon=True).start()
+def open_link(rank: int, pid: int, connected: socket.socket) -> Link:
+    """A rank has connected: a thread reads what it says from now on."""
+    link = Link(rank, pid, Channel(connected))
+    threading.Thread(target=link.read_forever, name=f"rank-{rank}", daemon=True).start()
     return link

@@ -12,13 +12,13 @@ from moe_serve.errors import ConfigError
 from moe_serve.hf.config_file import read_config
 from moe_serve.parallel.expert_plans import read_plan
 from moe_serve.parallel.front.engine import ParallelEngine
+from moe_serve.parallel.front.gathering import Gathering
 from moe_serve.parallel.front.prescheduling import Prescheduler
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.front.team import Team
 from moe_serve.parallel.front.team_runner import TeamRunner
 from moe_serve.parallel.front.token_uses import load_uses
 from moe_serve.parallel.wire import environment
-from moe_serve.parallel.wire.door import Door
 from moe_serve.spec import ModelSpec
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
@@ -53,8 +53,8 @@ def _team(config: EngineConfig, parallel: ParallelConfig) -> Team:
         return _launched_team(config, parallel)
     threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // parallel.devices)
     config = dataclasses.replace(config, num_threads=threads)
-    door = Door(("127.0.0.1", parallel.rank_port))
-    return Team(config, parallel, door, Spawner(parallel.devices, threads))
+    spawner = Spawner(parallel.devices, threads)
+    return Team(parallel, Gathering(config, parallel, ("127.0.0.1", parallel.rank_port), spawner), spawner)
 
 
 def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
@@ -62,17 +62,17 @@ def _launched_team(config: EngineConfig, parallel: ParallelConfig) -> Team:
     place = environment.read_place()
     if parallel.devices != place.world_size:
         raise ConfigError(f"--devices {parallel.devices}: the launcher started {place.world_size} ranks")
+    if config.num_threads is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or place.world_size)
+        config = dataclasses.replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) // local))
     secret = os.environ.get(environment.SECRET, "")
     host, port = environment.front_address(place)
-    door = Door((host, parallel.rank_port or port))
-    if not secret and not door.address[0].startswith("127."):
-        door.close()
+    gathering = Gathering(config, parallel, (host, parallel.rank_port or port), None, secret)
+    if not secret and not gathering.host.startswith("127."):
+        gathering.close()
         raise ConfigError(
             f"ranks on other machines can be reached by strangers: set {environment.SECRET} to the same secret word for"
             " the front and for every rank"
         )
     subprocess.Popen([sys.executable, "-m", "moe_serve.parallel.ranks.rank"])
-    if config.num_threads is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or place.world_size)
-        config = dataclasses.replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) // local))
-    return Team(config, parallel, door, None, secret)
+    return Team(parallel, gathering, None)

@@ -23,7 +23,6 @@ from moe_serve.parallel.front.gathering import Gathering
 from moe_serve.parallel.front.links import Link, RankLostError
 from moe_serve.parallel.front.spawner import Spawner
 from moe_serve.parallel.wire.channel import ChannelClosed
-from moe_serve.parallel.wire.door import Door
 from moe_serve.parallel.wire.messages import (
     Answer,
     Ask,
@@ -60,16 +59,11 @@ class Team:
 
     def __init__(
         self,
-        config: EngineConfig,
         parallel: ParallelConfig,
-        door: Door,
+        gathering: Gathering,
         spawner: Spawner | None,
-        secret: str = "",
     ) -> None:
-        """`spawner`: None where a launcher starts the ranks; then a loss is final here and the launcher's to mend.
-
-        `secret`: what a launcher's ranks know.
-        """
+        """`spawner`: None where a launcher starts the ranks; then a loss is final here and the launcher's to mend."""
         self.parallel = parallel
         self.num_ranks = parallel.devices
         self.state = TeamState.STARTING
@@ -87,8 +81,7 @@ class Team:
         """The model's decoder layers with experts."""
         self.counted: dict[int, Counted] = {}
         """By rank, as of the last step."""
-        self._gathering = Gathering(config, parallel, door, spawner, secret)
-        self._door = door
+        self._gathering = gathering
         self._spawner = spawner
         self._links: dict[int, Link] = {}
         self._changed = threading.Condition()
@@ -281,7 +274,7 @@ class Team:
             link.channel.close()
         if self._spawner is not None:
             self._spawner.stop()
-        self._door.close()
+        self._gathering.close()
 
     def reports(self) -> tuple[int, dict[int, ExpertReport]]:
         """The generation, and what each rank's experts have done; nothing while ranks are lost. Any thread may ask."""

@@ -20,7 +20,6 @@ from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, SharedExperts, share_of
 from moe_serve.parallel.modes.route_pieces import begin_step, piece
 from moe_serve.parallel.modes.runner import Outcome, RankStep
-from moe_serve.parallel.wire.messages import NO_ROUTES
 from moe_serve.scheduling.batch_plan import BatchPlan
 from predictors.shape import MoELayer
 
@@ -93,7 +92,7 @@ class ConventionalRunner:
 
     def run(self, step: RankStep) -> Outcome:
         own = step.part_of(self._rank)
-        begin_step(self._experts.routes, step.routes if own else NO_ROUTES)
+        begin_step(self._experts.routes, step.routes, has_rows=bool(own))
         if not own:
             for layer in self._experts.shared.local.store.layers:
                 self._experts.join(layer)

@@ -26,10 +26,9 @@ from moe_serve.hf.experts import connect, moe_layers
 from moe_serve.parallel.modes.copies import Bools, Ints, visits
 from moe_serve.parallel.modes.exchange import pack, unpack
 from moe_serve.parallel.modes.expert_share import ExpertShare, LossNotes, SharedExperts, share_of
-from moe_serve.parallel.modes.route_pieces import begin_step, piece
+from moe_serve.parallel.modes.route_pieces import begin_step, taken
 from moe_serve.parallel.modes.runner import Outcome, RankStep
 from moe_serve.parallel.modes.step_rows import errors_of, home_ranks, sample_rows
-from moe_serve.parallel.wire.messages import RoutePiece
 from predictors.shape import MoELayer
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -179,14 +178,8 @@ class RecomputingRunner:
         ).logits[0]
         sampled, stuck, late = sample_rows(self._runner, step, batch, rows, logits)
         errors = errors_of(step, self._experts.losses) | stuck
-        return Outcome(sampled, errors, self._piece(step, homes.cpu().numpy() == self._rank), late)
-
-    def _piece(self, step: RankStep, is_here: Bools) -> RoutePiece | None:
-        """Routes of the tokens at home here; `is_here` [T]."""
-        if not self._experts.routes.is_on:
-            return None
-        ids, weights = self._experts.routes.take()
-        return piece(step.plan, range(len(step.homes)), ids, weights, is_here.nonzero()[0])
+        is_here = homes.cpu().numpy() == self._rank
+        return Outcome(sampled, errors, taken(self._experts.routes, step.plan, is_here.nonzero()[0]), late)
 
 
 def _check_of(routes: Ints) -> torch.Tensor:

@@ -20,10 +20,10 @@ from predictors.predictor import Floats, Ints
 Rows: TypeAlias = NDArray[np.int64]
 
 
-def begin_step(routes: RouteBuffer, wanted: int) -> None:
-    """Keep the next step's routes if the front wants them. `wanted`: as Step says."""
+def begin_step(routes: RouteBuffer, wanted: int, has_rows: bool = True) -> None:
+    """Keep the next step's routes if the front wants them and there are any. `wanted`: as Step says."""
     routes.clear()
-    routes.is_on = wanted != NO_ROUTES
+    routes.is_on = has_rows and wanted != NO_ROUTES
     routes.keeps_weights = wanted == ROUTE_IDS_AND_WEIGHTS
 
 
@@ -40,6 +40,13 @@ def piece(
     if not len(numbers):
         return None
     return RoutePiece(numbers.astype(np.int32), ids, None if weights is None else weights.astype(np.float16))
+
+
+def taken(routes: RouteBuffer, plan: BatchPlan, rows: Rows) -> RoutePiece | None:
+    """What was kept of a step over the whole plan, for the front. `rows` [n]: the tokens to tell of."""
+    if not routes.is_on:
+        return None
+    return piece(plan, range(len(plan.scheduled)), *routes.take(), rows)
 
 
 def plan_numbers(plan: BatchPlan, own: Items[int]) -> Rows:
