@@ -37,7 +37,13 @@ class ExpertCompute:
     @property
     def runs_layers(self) -> bool:
         """Whether whole layers can be run at once where their experts are all in place (expert_layer.py)."""
-        return expert_layer.is_available(self._device, self._dtype)
+        is_ours = self._dtype in (torch.float32, torch.bfloat16)
+        return is_ours and expert_layer.is_available(self._device, torch.float32)
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether tokens are rounded to bf16 where they meet bf16 weights: the kernels multiply these faster."""
+        return self._dtype == torch.bfloat16
 
     def prepare(self, weights: ExpertWeights) -> PreparedWeights:
         """Done once for each expert that comes in: the form that `run` takes."""
@@ -45,7 +51,7 @@ class ExpertCompute:
         available = native.is_available(self._device, native.weight_kind(weights.gate), torch.float32)
         if not available or not native.are_readable(rows) or self._matrix_tokens == 0:
             return weights
-        return MLPWeights(*rows, weights.gate_bias, weights.up_bias, weights.down_bias)
+        return MLPWeights(*rows, weights.gate_bias, weights.up_bias, weights.down_bias, rounds=self._rounds)
 
     def result_like(self, hidden: torch.Tensor, num_pairs: int) -> torch.Tensor:
         """Uninitialised [P, H] for `run`: float32 at least, so that nothing is rounded before the sum."""
@@ -72,7 +78,9 @@ class ExpertCompute:
                 fused_segments.append((start, end))
                 fused_weights.append(expert)
             elif not isinstance(expert, MLPWeights) and self._runs_copies:
-                native.expert_mlp(x, tokens, [(start, end)], [_readable_copy(expert)], self.activation, out)
+                native.expert_mlp(
+                    x, tokens, [(start, end)], [_readable_copy(expert, self._rounds)], self.activation, out
+                )
             else:
                 out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
         native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
@@ -80,7 +88,8 @@ class ExpertCompute:
     @property
     def _runs_copies(self) -> bool:
         """Whether the kernel also runs what it cannot read: torch's sums depend on how many tokens there are."""
-        return self._dtype == torch.float32 and native.is_available(self._device, "float32", self._dtype)
+        available = native.is_available(self._device, "float32", torch.float32)
+        return self._dtype in (torch.float32, torch.bfloat16) and available
 
     def start(
         self, hidden: torch.Tensor, tokens: torch.Tensor, segment: Segment, weights: PreparedWeights
@@ -97,10 +106,10 @@ class ExpertCompute:
 
     def combine(self, pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Each token's weighted sum: pairs [T * K, H] in the router's order, as `result_like` makes them, weights
-        [T, K] -> [T, H] in the compute dtype. The sum over K is not rounded in between."""
+        [T, K] -> [T, H] in the dtype of `pairs`."""
         if expert_layer.is_available(self._device, pairs.dtype):
-            return expert_layer.combine(pairs, weights).to(self._dtype)
-        return (pairs.view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(self._dtype)
+            return expert_layer.combine(pairs, weights)
+        return (pairs.view(*weights.shape, -1) * weights[..., None]).sum(dim=1)
 
     def _in_torch(self, x: torch.Tensor, expert: PreparedWeights) -> torch.Tensor:
         """x [t, H] -> [t, H] without our kernels."""
@@ -109,14 +118,14 @@ class ExpertCompute:
         return _linear(native.activate(self.activation, gate, up), expert.down, expert.down_bias)
 
 
-def _readable_copy(expert: ExpertWeights) -> MLPWeights:
+def _readable_copy(expert: ExpertWeights, rounds: bool) -> MLPWeights:
     """Of weights that lie by columns (GPT-OSS) or in a format that the kernel does not know: one expert at a time."""
     matrices = (expert.gate, expert.up, expert.down)
     is_bf16 = all(isinstance(m, torch.Tensor) and m.dtype == torch.bfloat16 for m in matrices)
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     rows = [native.as_tensor(m, dtype).contiguous() for m in matrices]
     biases = (expert.gate_bias, expert.up_bias, expert.down_bias)
-    return MLPWeights(*rows, *(None if bias is None else bias.to(torch.float32) for bias in biases))
+    return MLPWeights(*rows, *(None if bias is None else bias.to(torch.float32) for bias in biases), rounds=rounds)
 
 
 def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:

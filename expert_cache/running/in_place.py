@@ -37,10 +37,10 @@ class InPlaceExperts:
         self._routes, self._usage, self._counters = routes, usage, counters
 
     def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As Experts.run, but for the routes: hidden [T, H] float32, ids and weights [T, K] -> [T, H]."""
-        out, counts = self.layers[layer].run(hidden, ids, weights, self._activation)
+        """As Experts.run, but for the routes: hidden [T, H], ids and weights [T, K] -> [T, H] in hidden's dtype."""
+        out, counts = self.layers[layer].run(hidden.float(), ids, weights, self._activation)
         self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])
-        return out
+        return out.to(hidden.dtype)
 
     def have_run(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """A kernel has run all layers of a step itself: ids [L, T, K] int64, weights [L, T, K]."""

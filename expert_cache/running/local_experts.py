@@ -110,7 +110,8 @@ class RegroupedExperts(LocalExperts[Plan]):
             meanwhile()
             return in_place.run(layer, hidden, ids, weights)
         groups = regroup(ids, self.store.num_experts)
-        return self.compute.combine(self._run_pairs(layer, hidden, groups, meanwhile), weights)
+        mixed = self.compute.combine(self._run_pairs(layer, hidden, groups, meanwhile), weights)
+        return mixed.to(hidden.dtype)
 
     def partial_sums(
         self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor

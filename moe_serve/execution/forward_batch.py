@@ -6,7 +6,7 @@ Shape alphabet: T tokens in the step, N sequences in a group, P pages, B page si
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -56,6 +56,12 @@ class DecodeGroup:
     @property
     def num_seqs(self) -> int:
         return self.page_table.shape[0]
+
+    def singly(self) -> Iterator[DecodeGroup]:
+        """Each sequence as a group of its own."""
+        for i, length in enumerate(self.lengths.tolist()):
+            table, lengths = self.page_table[i : i + 1], self.lengths[i : i + 1]
+            yield DecodeGroup(self.first_row + i, table, lengths, length, even=True, single_run=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,12 @@ class LayerKVShape:
     value_dim: int
     values_in_keys: bool = False
     """A value is the beginning of its key: latents (hf/latent_attention.py)."""
+    index_dim: int = 0
+    """Of an indexer's keys, one per token (hf/sparse_attention.py); 0: the layer has no indexer."""
 
     @property
     def elements_per_token(self) -> int:
-        return self.num_heads * (self.key_dim + (0 if self.values_in_keys else self.value_dim))
+        return self.num_heads * (self.key_dim + (0 if self.values_in_keys else self.value_dim)) + self.index_dim
 
 
 class Scratch:
@@ -70,6 +72,7 @@ class LayerKV:
             self.values = self.keys[..., : shape.value_dim]
         else:
             self.values = lazy_zeros((shape.num_heads, tokens, shape.value_dim), dtype, device)
+        self.index_keys = lazy_zeros((tokens, shape.index_dim), dtype, device)
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
@@ -80,6 +83,14 @@ class LayerKV:
         """Store keys, values [heads, T, dim] at `slots` [T]."""
         for data, rows in zip(self.stored, (keys, values), strict=False):
             data.index_copy_(1, slots, rows)
+
+    def write_index(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
+        """Store an indexer's keys [T, index_dim] at `slots` [T]."""
+        self.index_keys.index_copy_(0, slots, keys)
+
+    def index_of(self, pages: torch.Tensor) -> torch.Tensor:
+        """A copy of the indexer's keys in `pages` [p] -> [p*B, index_dim]."""
+        return self.index_keys.view(-1, self.page_size, self.shape.index_dim)[pages].flatten(0, 1)
 
     def gather(self, page_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the pages in `page_table` [N, p] -> two tensors [N, heads, p*B, dim].
@@ -110,7 +121,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     torch.zeros writes them all; NumPy asks the kernel for zero pages. A page pool is sized for the
     worst case, so the difference is gigabytes.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)

@@ -22,6 +22,7 @@ from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.hf.attend import Attend
 from moe_serve.hf.chunked_attention import AttendToChunk
 from moe_serve.hf.latent_attention import AttendToLatents
+from moe_serve.hf.sparse_attention import AttendToChosen, Choice
 
 NAME = "moe_serve_paged"
 NOT_PASSED: Any = object()
@@ -47,8 +48,15 @@ class KVShapeProbe:
     def __init__(self) -> None:
         self.shapes: dict[int, LayerKVShape] = {}
 
-    def observe(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, values_in_keys: bool) -> None:
-        self.shapes[layer_idx] = LayerKVShape(key.shape[1], key.shape[3], value.shape[3], values_in_keys)
+    def observe(self, module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        indexer = getattr(module, "indexer", None)
+        self.shapes[int(module.layer_idx)] = LayerKVShape(
+            key.shape[1],
+            key.shape[3],
+            value.shape[3],
+            values_in_keys=hasattr(module, "latent_projections"),
+            index_dim=0 if indexer is None else indexer.head_dim,
+        )
 
 
 def paged_attention(
@@ -63,19 +71,21 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = NOT_PASSED,
     s_aux: torch.Tensor | None = None,
+    indices: Choice | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over the step's flattened tokens.
 
     query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, Dv] -> ([1, T, Hq, Dv], None). Of a module that has
     `latent_projections`, key and value are rows of latents and their beginnings (latent_attention.py).
-    `s_aux` [Hq]: attention sink logits (GPT-OSS). `sliding_window`: tokens seen, self included.
+    `s_aux` [Hq]: attention sink logits (GPT-OSS). `sliding_window`: tokens seen, self included. `indices`: what an
+    indexer was asked (sparse_attention.py).
     """
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     latents: Any = getattr(module, "latent_projections", None)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3] if latents is None else latents.value_dim)
     if isinstance(kv_cache, KVShapeProbe):
-        kv_cache.observe(layer_idx, key, value, values_in_keys=latents is not None)
+        kv_cache.observe(module, key, value)
         return out.zero_()[None], None
     layer = kv_cache.layers[layer_idx]
     layer.write(forward_batch.kv_slots, key[0], value[0])
@@ -86,7 +96,11 @@ def paged_attention(
     window = kept if sliding_window is NOT_PASSED else sliding_window
     chunk: Any = getattr(module, "attention_chunk", None)
     plain = Attend(scaling, window, s_aux) if chunk is None else AttendToChunk(scaling, chunk, s_aux)
-    attend = plain if latents is None else AttendToLatents(plain, latents)
+    attend: Attend | AttendToLatents | AttendToChosen = plain
+    if latents is not None and indices is None:
+        attend = AttendToLatents(plain, latents)
+    elif latents is not None and indices is not None:
+        attend = AttendToChosen(plain, latents, indices, forward_batch.kv_slots)
     for group in forward_batch.decode_groups:
         rows = slice(group.first_row, group.first_row + group.num_seqs)
         out[rows] = attend.decode(query[0, :, rows], layer, group)

@@ -7,8 +7,6 @@ Shape alphabet: N sequences, Hq query heads, D head dim, C context length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ class AttendToChunk(Attend):
         """query [Hq, N, D] -> [N, Hq, Dv]."""
         if group.max_length <= self._chunk:
             return super().decode(query, layer, group)
-        return torch.cat([self._decode_one(query[:, i : i + 1], layer, one) for i, one in enumerate(_singly(group))])
+        return torch.cat([self._decode_one(query[:, i : i + 1], layer, one) for i, one in enumerate(group.singly())])
 
     def _decode_one(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
         seen = (group.max_length - 1) % self._chunk + 1
@@ -57,25 +55,11 @@ class AttendToChunk(Attend):
         return run.masks[key]
 
 
-def _singly(group: DecodeGroup) -> Iterator[DecodeGroup]:
-    """Each sequence of a group as a group of its own."""
-    for i, length in enumerate(group.lengths.tolist()):
-        yield replace(
-            group,
-            first_row=group.first_row + i,
-            page_table=group.page_table[i : i + 1],
-            lengths=group.lengths[i : i + 1],
-            max_length=length,
-            even=True,
-            single_run=None,
-            masks={},
-        )
-
-
 def install(model: nn.Module, config: Any) -> None:
     """Tell each attention module of a chunked layer how long its chunks are (`attention_chunk`)."""
     chunk = getattr(config, "attention_chunk_size", None)
     kinds = getattr(config, "layer_types", None) or [CHUNKED] * config.num_hidden_layers
-    for module in model.modules() if chunk else ():
-        if hasattr(module, "q_proj") and hasattr(module, "layer_idx") and kinds[int(module.layer_idx)] == CHUNKED:  # type: ignore[arg-type]
+    modules: list[Any] = list(model.modules()) if chunk else []
+    for module in modules:
+        if hasattr(module, "q_proj") and hasattr(module, "layer_idx") and kinds[int(module.layer_idx)] == CHUNKED:
             module.attention_chunk = chunk

@@ -20,6 +20,7 @@ from moe_serve.hf.routers import correction_of
 from moe_serve_kernels.cpu.decoder import DecoderBlock, DecoderShape, Latents
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
 from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
+from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.native_model import most_choices
 from predictors.methods.next_gate import Router
@@ -83,54 +84,56 @@ def _block(
 ) -> DecoderBlock:
     attention, kv = layer.self_attn, kv_cache.layers[index]
     mlp = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    rounds = kv.keys.dtype == torch.bfloat16
     shared = mlp if router is None else _child(mlp, *SHARED)
     return DecoderBlock(
-        q=_weights(attention, "q_b_proj", "q_proj"),
-        k=_weights(attention, "k_proj"),
-        v=_weights(attention, "v_proj"),
-        latents=_latents(attention) if kv.shape.values_in_keys else None,
-        o=weights_of(attention.o_proj),
-        input_norm=layer.input_layernorm.weight,
-        post_norm=layer.post_attention_layernorm.weight,
+        q=_weights(attention, rounds, "q_b_proj", "q_proj"),
+        k=_weights(attention, rounds, "k_proj"),
+        v=_weights(attention, rounds, "v_proj"),
+        latents=_latents(attention, rounds) if kv.shape.values_in_keys else None,
+        o=weights_of(attention.o_proj, rounds),
+        input_norm=layer.input_layernorm.weight.float(),
+        post_norm=layer.post_attention_layernorm.weight.float(),
         keys=kv.keys,
         values=None if kv.shape.values_in_keys else kv.values,
         q_norm=_weight(attention, "q_norm"),
         k_norm=_weight(attention, "k_norm"),
-        sinks=getattr(attention, "sinks", None),
+        sinks=None if (sinks := getattr(attention, "sinks", None)) is None else sinks.float(),
         window=_window(attention, config, index),
         router=None if router is None else LinearWeights(*router),
         correction=None if router is None else correction_of(mlp),
         experts=experts,
-        shared=None if shared is None else _mlp(shared),
-        shared_gate=_weights(mlp, "shared_expert_gate"),
+        shared=None if shared is None else _mlp(shared, rounds),
+        shared_gate=_weights(mlp, rounds, "shared_expert_gate"),
     )
 
 
-def weights_of(layer: nn.Linear) -> LinearWeights:
-    """A linear layer's parameters, where they lie."""
-    return layer.stored if isinstance(layer, StoredLinear) else LinearWeights(layer.weight, layer.bias)
+def weights_of(layer: nn.Linear, rounds: bool) -> LinearWeights:
+    """A linear layer's parameters, where they lie; `rounds`: for tokens rounded to bf16."""
+    return layer.stored if isinstance(layer, StoredLinear) else LinearWeights(layer.weight, layer.bias, rounds)
 
 
-def _weights(module: Any, *names: str) -> Any:
+def _weights(module: Any, rounds: bool, *names: str) -> Any:
     """LinearWeights of the first of these children that there is, or None."""
     layer = _child(module, *names)
-    return None if layer is None else weights_of(layer)
+    return None if layer is None else weights_of(layer, rounds)
 
 
-def _latents(attention: Any) -> Latents:
+def _latents(attention: Any, rounds: bool) -> Latents:
+    projections = attention.latent_projections
     return Latents(
-        kv=weights_of(attention.kv_a_proj_with_mqa),
-        kv_norm=attention.kv_a_layernorm.weight,
-        heads=attention.latent_projections.heads,
-        q=_weights(attention, "q_a_proj"),
+        kv=weights_of(attention.kv_a_proj_with_mqa, rounds),
+        kv_norm=attention.kv_a_layernorm.weight.float(),
+        heads=LatentHeads(projections.up, projections.plain, rounds) if rounds else projections.heads,
+        q=_weights(attention, rounds, "q_a_proj"),
         q_norm=_weight(attention, "q_a_layernorm"),
     )
 
 
-def _mlp(module: Any) -> MLPWeights:
+def _mlp(module: Any, rounds: bool) -> MLPWeights:
     """A dense MLP's parameters, where they lie."""
     layers = (module.gate_proj, module.up_proj, module.down_proj)
-    return MLPWeights(*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+    return MLPWeights(*(layer.weight for layer in layers), *(layer.bias for layer in layers), rounds=rounds)
 
 
 def _child(module: Any, *names: str) -> Any:
@@ -140,7 +143,7 @@ def _child(module: Any, *names: str) -> Any:
 
 def _weight(module: Any, name: str) -> torch.Tensor | None:
     norm = getattr(module, name, None)
-    return None if norm is None else norm.weight
+    return None if norm is None else norm.weight.float()
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ routers, biases of routers) is widened. Products and sums are those of the widen
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -57,12 +59,13 @@ class StoredEmbedding(nn.Embedding):
         return super().forward(input).float()
 
 
-def compute_in_float32(model: nn.Module) -> None:
-    """Change a bf16 model in place, so that it takes and gives float32."""
+def compute_in_float32(model: nn.Module, widened: Collection[str] = ()) -> None:
+    """Change a bf16 model in place, so that it takes and gives float32. `widened`: names of linear layers whose weights
+    are not left in bf16."""
     kept: set[int] = set()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and name not in widened:
                 setattr(parent, name, StoredLinear.of(child))
             elif type(child) is nn.Embedding:
                 setattr(parent, name, StoredEmbedding.of(child))

@@ -94,6 +94,8 @@ class Family:
     adapt: Adapt | None = None
     """Called with the loaded model and its config, where modules take for granted what is not so here: that a batch's
     tokens are one sequence, or that experts lie in the block. UnsupportedModelError."""
+    widened: tuple[str, ...] = ()
+    """Names of linear layers whose weights a module reads itself: float32 where the others stay bf16 in memory."""
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 

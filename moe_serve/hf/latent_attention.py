@@ -69,13 +69,17 @@ class LatentProjections:
         """Made once, when they are first needed: then the weights lie where they stay."""
         return self.make_heads()
 
+    @property
+    def up(self) -> torch.Tensor:
+        """[Hq, plain + Dv, rank]: of each head the keys' values that are not rotated, then the values."""
+        weight: torch.Tensor = self._attention.kv_b_proj.weight.detach()
+        return weight.view(self.num_heads, self.plain + self.value_dim, self.rank)
+
     def make_heads(self) -> Heads:
         """For the kernels where these read such weights."""
-        layer = self._attention.kv_b_proj
-        weight = layer.weight.detach()
-        up = weight.view(self.num_heads, self.plain + self.value_dim, self.rank)
-        computes_in = torch.float32 if isinstance(layer, StoredLinear) else weight.dtype
-        if expert_mlp.is_available(weight.device, str(weight.dtype).removeprefix("torch."), computes_in):
+        layer, up = self._attention.kv_b_proj, self.up
+        computes_in = torch.float32 if isinstance(layer, StoredLinear) else up.dtype
+        if expert_mlp.is_available(up.device, str(up.dtype).removeprefix("torch."), computes_in):
             return LatentHeads(up, self.plain)
         return TorchHeads(up, self.plain)
 

@@ -102,7 +102,7 @@ def _load(
     keeps_bf16 = _dense_types(folder, family, scheme) == {"BF16"} and dense.is_available(device, dtype)
     model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype, scheme).to(device)
     if keeps_bf16:
-        dense.compute_in_float32(model)
+        dense.compute_in_float32(model, family.widened)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")

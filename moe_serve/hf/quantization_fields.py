@@ -78,7 +78,7 @@ class Fields:
                     " checkpoint without it"
                 )
 
-    def unsupported(self, name: object, supported: str) -> UnsupportedModelError:
+    def unsupported(self, name: str, supported: str) -> UnsupportedModelError:
         """An error about a field's value. `supported`: in words."""
         value = self._values.get(name)
         return UnsupportedModelError(

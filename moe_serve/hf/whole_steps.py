@@ -86,8 +86,9 @@ class WholeSteps:
         model, found = self._model, self._in_place
         in_place = {} if found is None else {i: found.layers[layer] for i, layer in self._moe_layers.items()}
         blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, in_place)
-        head = decoder_blocks.weights_of(model.lm_head)
-        native = NativeModel(self._shape, blocks, model.model.norm.weight, head)
+        rounds = next(iter(self._kv_cache.layers.values())).keys.dtype == torch.bfloat16
+        head = decoder_blocks.weights_of(model.lm_head, rounds)
+        native = NativeModel(self._shape, blocks, model.model.norm.weight.float(), head)
         return DecodeStep(native), LayerParts(native)
 
     def run(self, batch: ForwardBatch, rows: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class WholeSteps:
     def _inputs(self, batch: ForwardBatch) -> DecodeInputs:
         page_table, lengths, starts = _contexts(batch)
         cos, sin = self._rotary.at(batch.positions[0], int(lengths.max()) - 1)
-        x = self._model.model.embed_tokens(batch.input_ids[0])
+        x = self._model.model.embed_tokens(batch.input_ids[0]).float()
         # Embedded tokens are added to in place.
         x = x * self._embedding_scale if self._embedding_scale != 1 else x.contiguous()
         return DecodeInputs(x, cos, sin, batch.kv_slots, page_table, lengths, starts)
@@ -165,7 +166,7 @@ def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def whole_steps(
     loaded: LoadedModel, kv_cache: KVCache, experts: Experts[BatchPlan], routers: Sequence[Router], page_size: int
 ) -> WholeSteps | None:
-    """For models on a CPU in float32 whose layers the kernels know; None, and a line in the log, for others."""
+    """For models on a CPU whose layers the kernels know; None, and a line in the log, for others."""
     reason = decoder_blocks.why_not(loaded.family, loaded.hf_config)
     if reason is None and len(routers) != len(loaded.store.layers):
         reason = "some layers have no router beside their experts"

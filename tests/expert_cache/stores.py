@@ -105,8 +105,9 @@ def expected(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
+    inner_dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """[T, H] in float64, one (token, choice) at a time."""
+    """[T, H] in float64, one (token, choice) at a time; `inner_dtype`: what `down` is given is rounded to it."""
     out = torch.zeros(hidden.shape, dtype=torch.float64)
     for t in range(hidden.shape[0]):
         for k in range(ids.shape[1]):
@@ -115,6 +116,6 @@ def expected(
             wide = [plain(matrix).double() for matrix in (w.gate, w.up, w.down)]
             x = hidden[t].double()
             gate, up = F.linear(x, wide[0], biases[0]), F.linear(x, wide[1], biases[1])
-            inner = activate(activation, gate, up)
+            inner = activate(activation, gate, up).to(inner_dtype).double()
             out[t] += weights[t, k].double() * F.linear(inner, wide[2], biases[2])
     return out

@@ -39,19 +39,19 @@ load_model = loading.load  # before anything replaces it
 
 
 @cache
-def _loaded(folder: str) -> loading.LoadedModel:
+def _loaded(folder: str, dtype: torch.dtype) -> loading.LoadedModel:
     hf_config = read_config(folder)
-    return load_model(folder, hf_config, ModelSpec.from_hf(hf_config), torch.float32, torch.device("cpu"))
+    return load_model(folder, hf_config, ModelSpec.from_hf(hf_config), dtype, torch.device("cpu"))
 
 
 def load(folder: Path, **settings: Any) -> LLM:
     """An LLM with a KV cache small enough to build in no time.
 
-    The dense model is shared by all LLMs of a folder, because transformers takes a second to load
+    The dense model is shared by all LLMs of a folder and a dtype, because transformers takes a second to load
     it; so use only the newest of them.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load", lambda folder, *rest: _loaded(folder))
+        patch.setattr(loading, "load", lambda folder, config, spec, dtype, *rest: _loaded(folder, dtype))
         return LLM(str(folder), **{**SMALL_ENGINE, **settings})
 
 

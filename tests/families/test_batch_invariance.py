@@ -1,4 +1,4 @@
-"""A request's tokens and log-probabilities do not depend on what else runs: bit for bit, in float32 on a CPU.
+"""A request's tokens and log-probabilities do not depend on what else runs: bit for bit, in every dtype, on a CPU.
 
 Each request runs alone first. Then all run together, in chunks of several sizes, after their prompts are cached, with
 so few KV pages that some are preempted, and with an expert cache that changes its size.
@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,6 +27,7 @@ Answer = tuple[tuple[int, ...], tuple[tuple[float, tuple[tuple[int, float], ...]
 """Tokens; for each its log-probability and the best others'."""
 DEMO = Path(moe_serve.__file__).parent / "demo" / "model"
 MODELS = ("demo", "deepseek_v2", "gpt_oss")
+DTYPES = ("float32", "bfloat16")
 NUM_REQUESTS = int(os.environ.get("MOE_SERVE_TEST_REQUESTS", "32"))
 
 
@@ -34,8 +35,14 @@ def folder_of(name: str, checkpoint: Checkpoint) -> Path:
     return DEMO if name == "demo" else checkpoint(name)
 
 
-def start(folder: Path, **settings: Any) -> LLM:
-    return load(folder, **{"max_model_len": 160, "max_num_seqs": 40, "num_kv_pages": 400, **settings})
+class Model(NamedTuple):
+    folder: Path
+    dtype: str
+
+
+def start(model: Model, **settings: Any) -> LLM:
+    fixed = {"dtype": model.dtype, "max_model_len": 160, "max_num_seqs": 40, "num_kv_pages": 400}
+    return load(model.folder, **{**fixed, **settings})
 
 
 def prompts_of() -> list[list[int]]:
@@ -68,16 +75,17 @@ def run(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingPar
     return answers
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Path:
-    return folder_of(request.param, checkpoint)
+@pytest.fixture(scope="module", params=[(name, dtype) for name in MODELS for dtype in DTYPES], ids="-".join)
+def model(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Model:
+    name, dtype = request.param
+    return Model(folder_of(name, checkpoint), dtype)
 
 
 Requests = tuple[list[list[int]], list[SamplingParams], list[Answer]]
 
 
 @pytest.fixture(scope="module")
-def requests(model: Path) -> Requests:
+def requests(model: Model) -> Requests:
     """Prompts, parameters, and what each request gets when it runs alone."""
     prompts, params = prompts_of(), params_of(NUM_REQUESTS)
     llm = start(model, enable_prefix_caching=False)
@@ -85,20 +93,20 @@ def requests(model: Path) -> Requests:
     return prompts, params, alone
 
 
-def test_among_others(model: Path, requests: Requests) -> None:
+def test_among_others(model: Model, requests: Requests) -> None:
     prompts, params, alone = requests
     assert run(start(model, enable_prefix_caching=False), prompts, params) == alone
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_in_chunks(chunk: int, model: Path, requests: Requests) -> None:
+def test_in_chunks(chunk: int, model: Model, requests: Requests) -> None:
     prompts, params, alone = requests
     count = 6 if chunk == 1 else len(prompts)
     llm = start(model, max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 40))
     assert run(llm, prompts[:count], params[:count]) == alone[:count]
 
 
-def test_after_a_prefix_hit(model: Path, requests: Requests) -> None:
+def test_after_a_prefix_hit(model: Model, requests: Requests) -> None:
     prompts, params, alone = requests
     llm = start(model)
     assert run(llm, prompts, params) == alone
@@ -108,7 +116,7 @@ def test_after_a_prefix_hit(model: Path, requests: Requests) -> None:
     assert run(llm, prompts, params) == alone
 
 
-def test_when_preempted(model: Path, requests: Requests) -> None:
+def test_when_preempted(model: Model, requests: Requests) -> None:
     prompts, params, alone = requests
     llm = start(model, num_kv_pages=16, enable_prefix_caching=False)
     log = StepLog(llm)
@@ -116,7 +124,7 @@ def test_when_preempted(model: Path, requests: Requests) -> None:
     assert log.num_preemptions > 0
 
 
-def test_while_the_expert_cache_is_resized(model: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_the_expert_cache_is_resized(model: Model, requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, params, alone = requests
     llm = start(model, moe_cache_mib=64, moe_cache_manager="host")
     cache = host_managed(llm).cache
@@ -135,7 +143,7 @@ def test_while_the_expert_cache_is_resized(model: Path, requests: Requests, monk
     llm.close()
 
 
-def test_scored_prompts(model: Path) -> None:
+def test_scored_prompts(model: Model) -> None:
     """Log-probabilities of prompts: one prompt alone, among others and in chunks."""
     prompts = [prompt for prompt in prompts_of() if len(prompt) > 1][:12]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)

@@ -33,11 +33,11 @@ ALL_EIGHT_BITS = Types(T.Q8_0, T.Q8_0, T.Q8_0, T.Q8_0)
 Q4_K_M = Types(T.Q8_0, T.Q4_K, T.Q4_K, T.Q4_K, later={"down": T.Q6_K})
 FILES: dict[str, tuple[str, dict[str, Any], Types]] = {
     "mixtral-q8_0": ("mixtral", {}, ALL_EIGHT_BITS),
-    "qwen3_moe-q4_k_m": ("qwen3_moe", {**WIDE, "moe_intermediate_size": 256}, Q4_K_M),
-    "deepseek_v3-f16": ("deepseek_v3", {}, Types(T.F32, T.F16, T.F16, T.F16, splits_latents=True)),
     "gpt_oss-mxfp4": ("gpt_oss", {}, Types(T.F32, T.MXFP4, T.MXFP4, T.MXFP4)),
 }
 MORE: dict[str, tuple[str, dict[str, Any], Types]] = {
+    "qwen3_moe-q4_k_m": ("qwen3_moe", {**WIDE, "moe_intermediate_size": 256}, Q4_K_M),
+    "deepseek_v3-f16": ("deepseek_v3", {}, Types(T.F32, T.F16, T.F16, T.F16, splits_latents=True)),
     "mixtral-small": ("mixtral", {**WIDE, "intermediate_size": 256}, Types(T.Q5_0, T.Q2_K, T.Q3_K, T.Q5_K)),
     "mixtral-iq4": ("mixtral", {**WIDE, "intermediate_size": 256}, Types(T.Q8_0, T.IQ4_XS, T.IQ4_XS, T.Q5_1)),
     "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}, Types(T.BF16, T.BF16, T.BF16, T.BF16)),

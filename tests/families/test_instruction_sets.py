@@ -47,4 +47,4 @@ def test_batch_invariance(kind: str) -> None:
     environment = os.environ | HELD_BACK[kind] | {"MOE_SERVE_TEST_REQUESTS": "12"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "16 passed" in done.stdout
+    assert "32 passed" in done.stdout

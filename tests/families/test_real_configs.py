@@ -129,7 +129,7 @@ PUBLISHED: dict[str, Published] = {
         },
     ),
 }
-FAST = {"Mixtral-8x7B-Instruct-v0.1", "DeepSeek-V3", "Kimi-K2-Thinking", "Qwen3-30B-A3B-NVFP4"}
+FAST = {"DeepSeek-V3", "Qwen3-30B-A3B-NVFP4"}
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from moe_serve import LLM
 from moe_serve.errors import ConfigError, UnsupportedModelError
-from moe_serve.hf.families import family_names
+from moe_serve.hf.families import MISSING, family_names
 
 NAMED_IN_THE_ISSUE = {
     "mixtral",
@@ -38,6 +38,17 @@ def test_a_family_we_lack_is_refused_with_the_list(model_type: str, tmp_path: Pa
         LLM(str(tmp_path))
     assert model_type in caught.value.message
     assert all(family in caught.value.message for family in family_names())
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("minimax", "lightning attention"), ("kimi_linear", "delta")])
+def test_what_a_known_family_needs_is_said(model_type: str, kind: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=f"model_type '{model_type}' is not served: it needs .*{kind}"):
+        LLM(str(tmp_path))
+
+
+def test_no_family_is_both_served_and_missing() -> None:
+    assert not set(MISSING) & set(family_names())
 
 
 def test_a_model_type_nobody_knows_is_refused_naming_it(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ LATENT_ATTENTION: dict[str, Any] = {
 }
 """DeepSeek: keys are 24 wide and values 12, unlike every other family."""
 
+INDEXER: dict[str, Any] = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 8}
+
 DEEPSEEK_EXPERTS: dict[str, Any] = {
     "intermediate_size": 96,
     "moe_intermediate_size": 64,
@@ -419,6 +421,13 @@ CASES: dict[str, TinyCase] = {
         "glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, is_brief=True, tower=TOWER
     ),
     "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}, is_brief=True),
+    # More tokens than the indexer chooses, in prompts and in answers.
+    "deepseek_v32": TinyCase("deepseek_v32", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER}, is_brief=True),
+    "glm_moe_dsa": TinyCase(
+        "glm_moe_dsa",
+        {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "indexer_types": ["full", "shared", "full"]},
+        is_brief=True,
+    ),
     # Chunks end within the prompts; the last layer has no positions and scales its queries every 32 tokens.
     "llama4": TinyCase(
         "llama4_text",

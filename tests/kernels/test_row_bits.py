@@ -41,6 +41,39 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
         assert alike(linear(x[-count:], weights), whole[-count:])
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (17, 64), (3, 32), (200, 1024), (70, 50)])
+def test_rounded_linear(rows: int, columns: int) -> None:
+    """Products of tokens rounded to bf16, added up in float32."""
+    torch.manual_seed(rows)
+    weight, bias = torch.randn(rows, columns).bfloat16(), torch.randn(rows)
+    weights = LinearWeights(weight, bias, rounds=True)
+    x = torch.randn(max(COUNTS), columns)
+    whole = linear(x, weights)
+    exact = x.bfloat16().double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(whole.double(), exact, rtol=0, atol=1e-5 * columns)
+    for count in COUNTS:
+        assert alike(linear(x[:count], weights), whole[:count])
+        assert alike(linear(x[-count:], weights), whole[-count:])
+
+
+@pytest.mark.parametrize(("inner", "hidden"), [(96, 64), (160, 320), (48, 40)])
+def test_a_rounded_expert(inner: int, hidden: int) -> None:
+    torch.manual_seed(inner)
+    sizes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    matrices = tuple(torch.randn(size).bfloat16() / 8 for size in sizes)
+    gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
+    expert = MLPWeights(matrices[0], matrices[1], matrices[2], gate_bias, up_bias, down_bias, rounds=True)
+    x = torch.randn(40, hidden)
+    whole = run_expert(x, expert)
+    gate, up, down = (matrix.double() for matrix in matrices)
+    rounded = x.bfloat16().double()
+    activated = torch.nn.functional.silu(rounded @ gate.T + gate_bias) * (rounded @ up.T + up_bias)
+    exact = activated.bfloat16().double() @ down.T + down_bias
+    torch.testing.assert_close(whole.double(), exact, rtol=0, atol=2e-2 * float(exact.std()))
+    for count in (1, 3, 6, 7, 20):
+        assert alike(run_expert(x[:count], expert), whole[:count])
+
+
 def run_expert(x: torch.Tensor, expert: MLPWeights) -> torch.Tensor:
     out = torch.empty_like(x)
     expert_mlp(x, torch.arange(len(x)), [(0, len(x))], [expert], SILU, out)
@@ -133,9 +166,10 @@ def take_keys(model: Tiny, inputs: DecodeInputs) -> list[torch.Tensor]:
     return kept
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_of_many_tokens_is_as_many_steps_of_one(name: str) -> None:
-    model = tiny(CASES[name])
+def test_a_step_of_many_tokens_is_as_many_steps_of_one(name: str, rounds: bool) -> None:
+    model = tiny(replace(CASES[name], rounds=rounds))
     inputs = tokens_of(model)
     several = run_layers(model, copy_of(inputs))
     kept = take_keys(model, inputs)
@@ -148,8 +182,9 @@ def test_a_step_of_many_tokens_is_as_many_steps_of_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunk", [7, 64, 130])
-def test_chunks_change_no_bit(name: str, chunk: int) -> None:
-    model = tiny(CASES[name])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_chunks_change_no_bit(name: str, chunk: int, rounds: bool) -> None:
+    model = tiny(replace(CASES[name], rounds=rounds))
     inputs = tokens_of(model)
     whole = run_layers(model, copy_of(inputs))
     take_keys(model, inputs)

@@ -100,8 +100,9 @@ class _Outputs:
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """True when a `DecodeStep` for activations of `dtype` can run here."""
-    return device.type == "cpu" and dtype == torch.float32 and library.load() is not None
+    """True when a `DecodeStep` can run here. bfloat16: keys and values in bf16, and what meets bf16 weights rounded to
+    it; the residual stream, softmax and all sums are float32."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library.load() is not None
 
 
 def most_tokens() -> int:

@@ -42,7 +42,7 @@ class Latents:
 
 @dataclass(frozen=True, slots=True)
 class DecoderBlock:
-    """One decoder layer; tensors float32 and contiguous, none may move in memory."""
+    """One decoder layer; tensors float32 and contiguous, none may move in memory. Keys and values may be bf16."""
 
     q: LinearWeights
     o: LinearWeights

@@ -2,11 +2,11 @@
 
     out[p] = down @ act(gate @ x[tokens[p]] + gate_bias, up @ x[tokens[p]] + up_bias) + down_bias
 
-Float32 activations, never rounded; weights in float32, bf16, float16, quantised to eight or four bits
-(QuantizedRows) or in ggml's blocks (BlockRows), read where they lie, at any address. The bits of a segment
-depend on its tokens, its weights and how many tokens it has: not on the other segments of the call, the
-weights' address or the number of threads. (One call per layer instead of one matrix product at a time: the
-fused MoE kernels of vLLM and SGLang.)
+Float32 activations, rounded only where the weights ask for it (MLPWeights.rounds); weights in float32, bf16, float16,
+quantised to eight or four bits (QuantizedRows) or in ggml's blocks (BlockRows), read where they lie, at any address.
+The bits of a row depend on its token and its weights: not on the other rows and segments of the call, the weights'
+address or the number of threads. (One call per layer instead of one matrix product at a time: the fused MoE kernels of
+vLLM and SGLang.)
 
 Shape alphabet: T tokens, P (token, expert) pairs sorted by expert, H hidden, I intermediate.
 """
@@ -62,13 +62,16 @@ class MLPWeights:
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    rounds: bool = field(default=False, kw_only=True)
+    """Tokens are rounded to bf16 where they meet bf16 weights; sums are float32 as ever."""
     record: ExpertRecord = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         matrices = (self.gate, self.up, self.down)
         assert tuple(self.gate.shape) == tuple(self.up.shape) == tuple(self.down.shape)[::-1]
         assert are_readable(matrices)
-        record = ExpertRecord.of(weight_kind(self.gate), *matrices, self.gate_bias, self.up_bias, self.down_bias)
+        kind = product_kind(self.gate, self.rounds)
+        record = ExpertRecord.of(kind, *matrices, self.gate_bias, self.up_bias, self.down_bias)
         object.__setattr__(self, "record", record)
 
     @property
@@ -82,6 +85,12 @@ def weight_kind(matrix: Matrix) -> str:
     if isinstance(matrix, BlockRows):
         return "blocks"
     return matrix.kind if isinstance(matrix, QuantizedRows) else str(matrix.dtype).removeprefix("torch.")
+
+
+def product_kind(matrix: Matrix, rounds: bool) -> str:
+    """How the kernels multiply by it: a WeightKind in lower case."""
+    kind = weight_kind(matrix)
+    return "rounded_bfloat16" if rounds and kind == "bfloat16" else kind
 
 
 def are_readable(matrices: Sequence[Matrix]) -> bool:

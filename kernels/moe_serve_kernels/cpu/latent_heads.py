@@ -20,14 +20,14 @@ from moe_serve_kernels.cpu.linear import LinearTable, LinearWeights, linear, lin
 class LatentHeads:
     """One layer's heads on a CPU: float32 activations on weights as they are stored."""
 
-    def __init__(self, up: torch.Tensor, plain: int) -> None:
+    def __init__(self, up: torch.Tensor, plain: int, rounds: bool = False) -> None:
         """`up` [Hq, plain + Dv, rank], float32 or bf16, contiguous: of each head the keys' values that are not rotated,
-        then the values. It may not move in memory."""
+        then the values. It may not move in memory. `rounds`: as of LinearWeights."""
         self.up = up
         self.plain = plain
-        self.into = LinearTable([LinearWeights(head[:plain].T.contiguous()) for head in up])
+        self.into = LinearTable([LinearWeights(head[:plain].T.contiguous(), None, rounds) for head in up])
         """[Hq] of [rank, plain]."""
-        self.back = LinearTable([LinearWeights(head[plain:]) for head in up])
+        self.back = LinearTable([LinearWeights(head[plain:], None, rounds) for head in up])
         """[Hq] of [Dv, rank]."""
 
     def carry_over(self, query: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_serve_kernels.cpu.expert_mlp import WEIGHT_DTYPES, weight_kind
+from moe_serve_kernels.cpu.expert_mlp import WEIGHT_DTYPES, product_kind
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
 
@@ -23,12 +23,13 @@ from moe_serve_kernels.cpu.library import native
 class LinearWeights:
     """weight [N, K] with contiguous rows, bias [N] or None, each float32 or bf16; neither may move in memory."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, rounds: bool = False) -> None:
+        """`rounds`: tokens are rounded to bf16 where they meet bf16 weights."""
         assert weight.stride(1) == 1
         assert weight.dtype in WEIGHT_DTYPES
         self.weight, self.bias = weight, bias
         self.num_rows, self.num_columns = weight.shape
-        self._record = ExpertRecord.of(weight_kind(weight), None, None, weight, None, None, bias)
+        self._record = ExpertRecord.of(product_kind(weight, rounds), None, None, weight, None, None, bias)
         self.address = self._record.address
 
 

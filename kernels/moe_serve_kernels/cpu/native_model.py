@@ -55,12 +55,25 @@ def _block(library: Native, block: DecoderBlock, route: int) -> Any:
         tensors |= {"q_latent_norm": latents.q_norm, "kv_latent_norm": latents.kv_norm}
         weights |= {"q_latent": latents.q, "kv_latent": latents.kv}
         weights |= {"into_latents": latents.heads.into, "from_latents": latents.heads.back}
-    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors.values())
+    assert all(t is None or (t.dtype == _dtype_of(name, block) and t.is_contiguous()) for name, t in tensors.items())
     side_by_side = (block.q, block.k, block.v) if latents is None else (latents.q or block.q, latents.kv)
     assert len({w.weight.dtype for w in side_by_side if w is not None}) == 1
     pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
     addresses = {name: None if stored is None else stored.address for name, stored in weights.items()}
-    return library.new("Block", **pointers, **addresses, window=block.window or 0, route=route)
+    return library.new(
+        "Block",
+        **pointers,
+        **addresses,
+        window=block.window or 0,
+        route=route,
+        kv_bf16=block.keys.dtype == torch.bfloat16,
+    )
+
+
+def _dtype_of(name: str, block: DecoderBlock) -> torch.dtype:
+    """Keys and values are kept in one type, float32 or bf16."""
+    assert block.keys.dtype in (torch.float32, torch.bfloat16)
+    return block.keys.dtype if name in ("keys", "values") else torch.float32
 
 
 def _model(

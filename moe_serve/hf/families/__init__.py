@@ -48,8 +48,34 @@ def refuse_unknown_family(fields: Mapping[str, Any]) -> str:
     """The name of the family of config.json's fields. UnsupportedModelError lists the supported ones for another."""
     name = family_in(fields)
     if name is None:
-        raise UnsupportedModelError(
-            f"model_type {fields.get('model_type')!r} is not a Mixture-of-Experts family moe-serve supports;"
-            f" supported: {', '.join(family_names())}"
-        )
+        raise UnsupportedModelError(refusal(str(fields.get("model_type"))))
     return name
+
+
+MISSING = {
+    "bailing_hybrid": "Kimi delta attention",
+    "dbrx": "experts in flattened matrices",
+    "deepseek_v4": "compressed sparse attention, hyper-connections and routing by token id",
+    "dots3_note": "sparse attention with sliding layers",
+    "ernie4_5_vl_moe": "two groups of experts in one layer",
+    "glm5_next": "linear attention with an indexer and hyper-connections",
+    "hy_v4": "sparse latent attention with sinks and hyper-connections",
+    "inkling_mm_model": "short convolutions inside attention",
+    "kimi_linear": "Kimi delta attention",
+    "longcat_flash": "experts that hand tokens on unchanged",
+    "minimax": "lightning attention",
+    "minimax_m3_vl": "block-sparse attention",
+    "mistral_large4": "sparse attention with position-free layers",
+    "muse_spark": "a norm behind each expert",
+    "qwen4_exp": "sparse attention, hyper-connections and n-gram embeddings",
+    "step3p7": "experts with a limit of their own in each layer",
+    "zaya": "convolutions and delayed values inside attention",
+}
+"""Mixture-of-Experts models of transformers that are not served, and the kind of layer that is missing here."""
+
+
+def refusal(model_type: str) -> str:
+    """What to say of a model_type that is not supported."""
+    kind = MISSING.get(model_type.removesuffix(TEXT_MODEL))
+    why = "a Mixture-of-Experts family moe-serve supports" if kind is None else f"served: it needs {kind}"
+    return f"model_type {model_type!r} is not {why}; supported: {', '.join(family_names())}"

@@ -14,4 +14,5 @@ FAMILY = Family(
     experts_class="JambaExperts",
     patterns=(EXPERTS, FUSED),
     recurrence=Recurrence(mixer="JambaMambaMixer", continues_runs=False),
+    widened=("dt_proj",),
 )

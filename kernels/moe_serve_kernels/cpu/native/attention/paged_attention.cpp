@@ -1,4 +1,4 @@
-// Paged attention, float32: keys and values are read straight from their pages, nothing is gathered first.
+// Paged attention, float32 on keys and values in float32 or bf16: keys and values are read straight from their pages, nothing is gathered first.
 //
 //   for each sequence, KV head and block of its queries:                 (a task; they run in parallel)
 //     for each part of the context:
@@ -35,7 +35,9 @@ int64_t round_up(int64_t columns) { return moe_serve::round_up(columns, 16); }
 #define ARITHMETIC "attention/paged_attention.inc"
 #include "simd/per_isa.inc"
 
-Attend moe_serve::choose_attend() { return FOR_THIS_CPU(attend); }
+Attend moe_serve::choose_attend(bool bf16) {
+    return bf16 ? FOR_THIS_CPU(attend<uint16_t>) : FOR_THIS_CPU(attend<float>);
+}
 
 int64_t moe_serve::attend_memory(const Shape& shape) {
     return MOST_ROWS * (PART + ::round_up(shape.value_dim)) + 16 * ::round_up(shape.key_dim);
@@ -45,7 +47,8 @@ namespace {
 
 struct Batch {
     const float* query;
-    Context context;  // of all KV heads and sequences
+    const float *keys, *values;
+    const int64_t* pages;
     const int64_t* lengths;
     const float* sinks;
     float* out;
@@ -62,9 +65,9 @@ struct Batch {
         const Queries queries{
             rows, stride,         1, lengths[n], sinks ? sinks + first : nullptr, out + row * shape.value_dim,
             0,    shape.value_dim};
-        const Context own{context.keys + h * tokens * shape.key_dim, context.values + h * tokens * shape.value_stride,
-                          context.pages + n * table_width};
-        choose_attend()(queries, own, shape, memory);
+        const Context own{keys + h * tokens * shape.key_dim, values + h * tokens * shape.value_stride,
+                          pages + n * table_width};
+        choose_attend(false)(queries, own, shape, memory);
     }
 };
 
@@ -78,7 +81,7 @@ extern "C" void moe_serve_paged_decode_f32(const float* query, const float* keys
                                            int64_t key_dim, int64_t value_dim, int64_t value_stride, int64_t tokens,
                                            int64_t page_size, int64_t table_width, float scale, int64_t window,
                                            int32_t num_threads) {
-    const Batch batch{query, {keys, values, page_table}, lengths, sinks, out, kv_heads, tokens, table_width};
+    const Batch batch{query, keys, values, page_table, lengths, sinks, out, kv_heads, tokens, table_width};
     const Shape shape{groups, key_dim, value_dim, value_stride, page_size, window, scale};
     const int64_t parts = (groups + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
 #pragma omp parallel num_threads(num_threads)

@@ -28,7 +28,7 @@ struct Queries {
 
 // Where a KV head's keys [tokens, D] and values [tokens, Dv] lie, and the pages of a sequence.
 struct Context {
-    const float *keys, *values;
+    const void *keys, *values;  // float32, or bf16
     const int64_t* pages;
 };
 
@@ -38,8 +38,8 @@ constexpr int64_t HEADS_AT_ONCE = 8;  // of one token; more are work for another
 // What a row gets does not depend on how many there are. `memory`: floats for attend_memory(shape), 64-byte aligned.
 using Attend = void (*)(const Queries&, const Context&, const Shape&, float* memory);
 
-// The fastest on this processor.
-Attend choose_attend();
+// The fastest on this processor, for keys and values in float32 or in bf16.
+Attend choose_attend(bool bf16);
 
 int64_t attend_memory(const Shape& shape);
 

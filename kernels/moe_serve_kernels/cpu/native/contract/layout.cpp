@@ -76,6 +76,7 @@ constexpr Field BLOCK[] = {FIELD(Block, q),
                            FIELD(Block, window),
                            FIELD(Block, keys),
                            FIELD(Block, values),
+                           FIELD(Block, kv_bf16),
                            FIELD(Block, experts),
                            FIELD(Block, route)};
 constexpr Field SIZES[] = {
@@ -173,6 +174,7 @@ void tell_values(std::ostream& text) {
     TELL_ENUM(WeightKind, FP8);
     TELL_ENUM(WeightKind, INT4);
     TELL_ENUM(WeightKind, FP4);
+    TELL_ENUM(WeightKind, ROUNDED_BFLOAT16);
     TELL_ENUM(WeightKind, BLOCKS);
     TELL_ENUM(BlockType, BLOCK_Q4_0);
     TELL_ENUM(BlockType, BLOCK_Q4_1);

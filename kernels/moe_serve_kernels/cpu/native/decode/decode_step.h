@@ -29,7 +29,8 @@ struct Block {
     const float *q_norm, *k_norm;         // null: none; [D], or [Hq * D] and [Hk * D] where `norms_all_heads`
     const float* sinks;                   // [Hq] or null
     int64_t window;                       // 0: none
-    float *keys, *values;                 // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; or [kv_tokens, rank + R], null
+    void *keys, *values;                  // [Hk, kv_tokens, D], [Hk, kv_tokens, Dv]; or [kv_tokens, rank + R], null
+    int64_t kv_bf16;                      // what these are; else float32
     const Expert* const* experts;         // [E]; null: there are none, or the caller runs them
     int64_t route;                        // where in ids and weights this layer's choices go
 };

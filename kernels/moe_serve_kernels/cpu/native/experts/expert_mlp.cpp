@@ -25,6 +25,7 @@
 
 #include "contract/api.h"
 #include "experts/segments.h"
+#include "simd/amx.h"
 
 using namespace moe_serve;
 

@@ -24,7 +24,8 @@ struct Activation {
     float alpha, limit;
 };
 
-enum WeightKind { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, FP8, INT4, FP4, BLOCKS };
+// ROUNDED_BFLOAT16: bf16 weights that meet tokens rounded to bf16.
+enum WeightKind { FLOAT32, BFLOAT16, FLOAT16, INT8, UINT8, FP8, INT4, FP4, BLOCKS, ROUNDED_BFLOAT16 };
 // UINT8: e8m0, 2^(byte - 127). TABLE: bytes that name a matrix's entries of a table.
 enum ScaleKind { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_UINT8, SCALE_TABLE };
 

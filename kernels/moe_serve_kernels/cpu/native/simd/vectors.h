@@ -16,15 +16,16 @@ typedef int32_t VecMask __attribute__((vector_size(64)));
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t VecBits __attribute__((vector_size(64), aligned(2)));
 
-// MOE_SERVE_MAX_CPU_ISA=avx2 or generic: no better instructions than these, for tests and for comparisons (oneDNN's
-// ONEDNN_MAX_CPU_ISA). Read once.
-enum Isa { GENERIC, AVX2, AVX512 };
+// MOE_SERVE_MAX_CPU_ISA=avx512, avx2 or generic: no better instructions than these, for tests and for comparisons
+// (oneDNN's ONEDNN_MAX_CPU_ISA). Read once.
+enum Isa { GENERIC, AVX2, AVX512, AMX };
 
 inline Isa most_isa() {
     static const Isa most = [] {
         const char* wanted = std::getenv("MOE_SERVE_MAX_CPU_ISA");
-        if (!wanted) return AVX512;
-        return !std::strcmp(wanted, "generic") ? GENERIC : !std::strcmp(wanted, "avx2") ? AVX2 : AVX512;
+        if (!wanted) return AMX;
+        if (!std::strcmp(wanted, "generic")) return GENERIC;
+        return !std::strcmp(wanted, "avx2") ? AVX2 : !std::strcmp(wanted, "avx512") ? AVX512 : AMX;
     }();
     return most;
 }
