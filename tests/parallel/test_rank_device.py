@@ -13,20 +13,23 @@ from moe_serve.parallel.wire.environment import RankAddress
 
 
 @pytest.mark.parametrize(
-    ("device", "expected"),
+    ("device", "has_gpus", "expected"),
     [
-        ("auto", [torch.device("cuda", 1), "nccl", torch.device("cuda", 1)]),
-        ("cuda", [torch.device("cuda", 1), "nccl", torch.device("cuda", 1)]),
-        ("cpu", ["gloo", None]),
+        ("auto", True, [torch.device("cuda", 1), "nccl", torch.device("cuda", 1)]),
+        ("cuda", True, [torch.device("cuda", 1), "nccl", torch.device("cuda", 1)]),
+        ("cpu", True, ["gloo", None]),
+        ("auto", False, ["gloo", None]),
     ],
 )
-def test_a_rank_joins_on_its_own_gpu(device: str, expected: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_joins_on_its_own_gpu(
+    device: str, has_gpus: bool, expected: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[object] = []
 
     def join(backend: str, **options: Any) -> None:
         done.extend([backend, options["device_id"]])
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(rank_model, "bind_narrowly", lambda place: None)

@@ -49,16 +49,17 @@ def join_group(place: RankAddress, device: str, timeout_s: float) -> None:
     """
     bind_narrowly(place)
     timeout = timedelta(seconds=timeout_s)
-    own = torch.device(_device_of(device, place))
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    own = _device_of(device, place)
+    gpu = torch.device(own) if own.startswith("cuda") else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     dist.init_process_group(
-        "nccl" if own.type == "cuda" else "gloo",
+        "gloo" if gpu is None else "nccl",
         store=open_store(place, timeout),
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
-        device_id=own if own.type == "cuda" else None,
+        device_id=gpu,
     )
 
 
