@@ -54,7 +54,9 @@ class Slow:
 @contextmanager
 def serving(app: Any) -> Iterator[tuple[str, int]]:
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", http=connection_class(20, 20, 64), ws="none", lifespan="off")
+        uvicorn.Config(
+            app, log_level="error", log_config=None, http=connection_class(20, 20, 64), ws="none", lifespan="off"
+        )
     )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -156,14 +158,15 @@ def test_what_came_before_the_bytes_that_are_no_http_is_answered_first(address: 
     assert heard.index(b"HTTP/1.1 400") > heard.rindex(b"hello")
 
 
-BAD_CHUNK = b"POST /echo HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\n"
+CHUNKED = b"POST /echo HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n"
+BAD_CHUNK = b"\r\n5\r\nhello\r\nzz\r\n"
 
 
+@pytest.mark.parametrize("expects", [b"", b"Expect: 100-continue\r\n"])
 @pytest.mark.parametrize("before", [b"", POST])
-def test_a_request_whose_body_is_no_http_ends(
-    address: tuple[str, int], before: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    heard = talk(address, before + BAD_CHUNK, closes=False)
+def test_a_request_whose_body_is_no_http_ends(before: bytes, expects: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(Slow()) as address:
+        heard = talk(address, before + CHUNKED + expects + BAD_CHUNK, closes=False)
     assert heard.count(b"hello") == bool(before)
     assert heard.count(b"HTTP/1.1 400") == 1
     assert "Traceback" not in caplog.text

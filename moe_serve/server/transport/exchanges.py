@@ -75,6 +75,7 @@ class Exchanges(BoundedHead):
         broken = self.cycle if self.cycle is not None and self.cycle.more_body else None
         if broken is not None and not broken.response_complete:
             broken.disconnected = True
+            broken.waiting_for_100_continue = False  # or its reading would ask for the body after the last word
             broken.message_event.set()
             self.pipeline = deque(entry for entry in self.pipeline if entry[0] is not broken)
         if self.is_answering and self._running is not broken:
