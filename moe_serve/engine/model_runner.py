@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.mapped_files import MappedFiles
 from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
+from moe_serve.execution.current_device import on_device
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.execution.state_cache import StateCache
@@ -111,8 +111,7 @@ class ModelRunner:
     def run(self, plan: BatchPlan) -> StepResult:
         """Compute the plan's tokens and sample where a sequence has caught up. CheckpointChangedError."""
         self._files.check()
-        # A thread's own GPU is the first one, and kernels are launched on the thread's.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with on_device(self.device):
             return self._run(plan)
 
     def _run(self, plan: BatchPlan) -> StepResult:

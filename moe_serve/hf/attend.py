@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from moe_serve.execution.forward_batch import DecodeGroup, PrefillRun
 from moe_serve.execution.kv_cache import LayerKV
+from moe_serve.hf import sink_attention
 from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu import paged_attention as native
 
@@ -93,36 +94,23 @@ class Attend:
             out = sdpa(query[None], keys[None], values[None], is_causal=True, scale=self.scaling)
         else:
             mask = _prefill_mask(run, self.window, query.dtype)
-            out = self._attention(query[None], keys[None], values[None], mask)
+            seen = slice(self._first_seen(run, query.device), None)
+            out = self._attention(query[None], keys[None, :, seen], values[None, :, seen], mask[:, seen])
         return out[0].transpose(0, 1)
+
+    def _first_seen(self, run: PrefillRun, device: torch.device) -> int:
+        """Keys before it are hidden from every query. With sinks on a GPU alone: elsewhere sums keep their order."""
+        if self.sinks is None or self.window is None or device.type == "cpu":
+            return 0
+        return max(0, run.start - self.window + 1)
 
     def _attention(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         if self.sinks is None:
             return sdpa(query, keys, values, attn_mask=mask, scale=self.scaling)
-        return _attention_with_sinks(query, keys, values, mask, self._scale(query), self.sinks)
-
-
-def _attention_with_sinks(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    sinks: torch.Tensor,
-) -> torch.Tensor:
-    """Softmax with one extra logit per head that takes weight but has no value (GPT-OSS).
-
-    query [N, h, R, D], keys [N, h, C, D]; `sinks` [Hq] is laid out head-major over (h, R) for
-    decode (R = G) and over h alone for prefill (h = Hq).
-    """
-    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
-    if mask is not None:
-        scores = scores + mask
-    per_row = sinks.view(1, scores.shape[1], -1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
-    weights = torch.cat([scores, per_row], dim=-1).float().softmax(dim=-1)[..., :-1]
-    return torch.matmul(weights.to(values.dtype), values)
+        attention = sink_attention.by_scores if query.device.type == "cpu" else sink_attention.by_key
+        return attention(query, keys, values, mask, self._scale(query), self.sinks)
 
 
 def _decode_mask(group: DecodeGroup, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -68,7 +68,7 @@ GEMV = {
     "plain": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
     "int8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
     "fp8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
-    "int4": GemvConfig(Gemv(64, 128, 4), Gemv(64, 128, 4)),
+    "int4": GemvConfig(Gemv(32, 128, 4), Gemv(32, 128, 4)),
 }
 """By weight format."""
 

@@ -43,15 +43,23 @@ class RankModel:
 
 
 def join_group(place: RankAddress, device: str, timeout_s: float) -> None:
-    """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `timeout_s`."""
+    """Meet the other ranks: NCCL between GPUs, gloo elsewhere. Every collective ends within `timeout_s`.
+
+    A rank's GPU becomes this thread's current one: nothing may be launched on the first rank's.
+    """
     bind_narrowly(place)
     timeout = timedelta(seconds=timeout_s)
+    own = _device_of(device, place)
+    gpu = torch.device(own) if own.startswith("cuda") else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     dist.init_process_group(
-        "nccl" if _device_of(device, place).startswith("cuda") else "gloo",
+        "gloo" if gpu is None else "nccl",
         store=open_store(place, timeout),
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
+        device_id=gpu,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 
 from expert_cache.report import ExpertReport
 from expert_cache.running.experts import ResizeError
+from moe_serve.execution.current_device import on_device
 from moe_serve.parallel.ranks.late_grammars import late_grammars
 from moe_serve.parallel.ranks.rank_model import RankModel
 from moe_serve.parallel.ranks.step_reader import StepReader
@@ -18,6 +19,7 @@ class Worker:
 
     def __init__(self, model: RankModel) -> None:
         self.config = model.config
+        self._device = torch.device(model.config.device)
         self.layers = model.share.local.store.decoder_layers
         self._share = model.share
         self._mode = model.mode
@@ -25,14 +27,15 @@ class Worker:
         self._reader = StepReader(late_grammars(self.config).start)
 
     def answer(self, order: Order) -> Outcome:
-        """Do it, and say what came of it."""
-        match order:
-            case Step():
-                return self.step(order)
-            case Place():
-                return self.place(order.layout)
-            case Resize():
-                return self.resize(order.mib)
+        """Do it on this rank's device, and say what came of it."""
+        with on_device(self._device):
+            match order:
+                case Step():
+                    return self.step(order)
+                case Place():
+                    return self.place(order.layout)
+                case Resize():
+                    return self.resize(order.mib)
 
     @torch.inference_mode()
     def step(self, step: Step) -> StepDone:
