@@ -45,7 +45,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         default=default_model(),
         help="Folder of a Hugging Face checkpoint, a GGUF file, or a model id of the Hugging Face Hub (org/name, or"
         " org/name:Q4_K_M for one of its GGUF files), downloaded where the local cache lacks it."
-        f" {len(family_names())} values of its model_type are supported; another one is answered with their list."
+        f" Its model_type is one of {', '.join(family_names())}."
         " Default: the small demo model in this package.",
     )
 

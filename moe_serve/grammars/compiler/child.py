@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 from llguidance import LLMatcher, LLTokenizer
 
@@ -35,9 +36,10 @@ def run(channel: socket.socket, tokenizer: LLTokenizer, memory_bytes: int, cpu_s
 
     def serve() -> None:
         sys.setrecursionlimit(RECURSION)
+        compiling = limits.low_priority_thread()
         limits.limit_memory(memory_bytes)
         limits.limit_cpu(cpu_s)
-        status[0] = _serve(channel, tokenizer)
+        status[0] = _serve(channel, tokenizer, compiling)
 
     try:
         limits.die_with_parent()
@@ -47,11 +49,11 @@ def run(channel: socket.socket, tokenizer: LLTokenizer, memory_bytes: int, cpu_s
         os._exit(status[0])
 
 
-def _serve(channel: socket.socket, tokenizer: LLTokenizer) -> int:
+def _serve(channel: socket.socket, tokenizer: LLTokenizer, compiling: Executor) -> int:
     """Exit status."""
     base_kib = limits.peak_kib()
     try:
-        matcher = limits.at_low_priority(lambda: _compile(channel, tokenizer, base_kib))
+        matcher = compiling.submit(_compile, channel, tokenizer, base_kib).result()
         if matcher is not None:
             limits.lift_cpu_limit()
             follower = Follower(matcher, base_kib)

@@ -8,17 +8,15 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 STACK_BYTES = 256 << 20
 """Address space for the thread that compiles: some 30 times the usual 8 MiB; only what is used takes memory."""
 LOW_PRIORITY = 10
 """As of nice: beside a thread at 0 it gets a tenth of a core."""
 PR_SET_PDEATHSIG = 1
-T = TypeVar("T")
 
 
 def no_core_dumps() -> None:
@@ -49,22 +47,19 @@ def with_deep_stack(function: Callable[[], None]) -> None:
     thread.join()
 
 
-def at_low_priority(work: Callable[[], T]) -> T:
-    """What `work` returns or raises. It gives way to everything else on the machine: compiling can wait, steps cannot.
+def low_priority_thread() -> ThreadPoolExecutor:
+    """One thread, already running, that gives way to everything else: compiling can wait, steps cannot.
 
-    Runs on a thread of its own, since a thread's priority can be lowered and not raised again.
+    A thread of its own, since a thread's priority can be lowered and not raised again. Its stack takes STACK_BYTES of
+    address space, so it is made before limit_memory counts what may be added, and kept until the process ends.
     """
-    outcome: Future[T] = Future()
 
-    def run() -> None:
+    def lower() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
 
-    with_deep_stack(run)
-    return outcome.result()
+    pool = ThreadPoolExecutor(1, initializer=lower)
+    pool.submit(lambda: None).result()
+    return pool
 
 
 def limit_memory(more_bytes: int) -> None:
