@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
@@ -45,9 +46,10 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         default=default_model(),
         help="Folder of a Hugging Face checkpoint, a GGUF file, or a model id of the Hugging Face Hub (org/name, or"
         " org/name:Q4_K_M for one of its GGUF files), downloaded where the local cache lacks it."
-        f" Its model_type is one of {', '.join(family_names())}."
+        " The values of model_type that are supported stand below the flags."
         " Default: the small demo model in this package.",
     )
+    parser.epilog = textwrap.fill(f"Supported values of model_type: {', '.join(family_names())}.", 100)
 
 
 def add_hub_flags(parser: argparse.ArgumentParser) -> None:

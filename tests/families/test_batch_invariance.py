@@ -28,6 +28,12 @@ Answer = tuple[tuple[int, ...], tuple[tuple[float, tuple[tuple[int, float], ...]
 DEMO = Path(moe_serve.__file__).parent / "demo" / "model"
 MODELS = ("demo", "deepseek_v2", "gpt_oss")
 DTYPES = ("float32", "bfloat16")
+QUICK = (("demo", "float32"), ("deepseek_v2", "bfloat16"), ("gpt_oss", "float32"))
+SIDES = [
+    pytest.param((name, dtype), id=f"{name}-{dtype}", marks=[] if (name, dtype) in QUICK else [pytest.mark.slow])
+    for name in MODELS
+    for dtype in DTYPES
+]
 NUM_REQUESTS = int(os.environ.get("MOE_SERVE_TEST_REQUESTS", "32"))
 
 
@@ -75,7 +81,7 @@ def run(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingPar
     return answers
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in MODELS for dtype in DTYPES], ids="-".join)
+@pytest.fixture(scope="module", params=SIDES)
 def model(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Model:
     name, dtype = request.param
     return Model(folder_of(name, checkpoint), dtype)

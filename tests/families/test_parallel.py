@@ -118,7 +118,8 @@ def variants(folder: Path, checkpoint: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("launcher", [pytest.param(deepspeed, marks=pytest.mark.slow), torchrun])
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+@pytest.mark.slow
 @pytest.mark.timeout(LAUNCH_S + 60)
 def test_tokens_identical(
     launcher: Callable[[int], list[str]], checkpoint: Checkpoint, reference: References, tmp_path: Path

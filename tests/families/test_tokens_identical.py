@@ -53,7 +53,8 @@ def test_mixed_batch(case: str, settings: dict[str, Any], checkpoint: Checkpoint
     assert log.num_preemptions == 0
 
 
-@pytest.mark.parametrize("page_size", [4, pytest.param(16, marks=spanning)])
+@pytest.mark.spanning
+@pytest.mark.parametrize("page_size", [4, 16])
 def test_prefix_cache(case: str, page_size: int, checkpoint: Checkpoint, reference: References) -> None:
     """First prompts that share a prefix with one that came before, then the same prompts again."""
     ref = reference(case)
