@@ -5,8 +5,14 @@ from __future__ import annotations
 import hypothesis
 import pytest
 
-LONGEST = ("test_gpu_interpreted.py", "test_parallel.py")
-"""One long test alone in its file: begun last, it would leave all processes but one without work."""
+LONGEST = (
+    "test_gpu_interpreted.py",
+    "test_compile_check.py",
+    "test_fuzzers.py",
+    "test_install.py",
+    "test_parallel.py",
+)
+"""Minutes in one file: begun last, they would leave all processes but one without work."""
 
 
 @pytest.hookimpl(tryfirst=True)

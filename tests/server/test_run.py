@@ -51,8 +51,16 @@ def test_a_life_from_loading_to_drained(start: Callable[..., Serve]) -> None:
     assert not [word for word in ("sk-1", "Once", "Traceback") if word in server.log]
 
 
+@pytest.fixture
+def hangups_count() -> Iterator[None]:
+    """What starts under nohup ignores them, and so do its children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
-def test_a_hangup_drains(start: Callable[..., Serve]) -> None:
+def test_a_hangup_drains(start: Callable[..., Serve], hangups_count: None) -> None:
     server = start()
     server.wait_until(lambda: server.health() == "ready")
     server.signal(signal.SIGHUP)
