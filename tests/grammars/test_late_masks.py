@@ -14,6 +14,7 @@ from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec, Sequence
 from moe_serve.text.tokenizer import Tokenizer
 from tests.grammars.hostile import slow_gbnf
 from tests.grammars.walking import allowed, hold_up, masks_now, masks_of, sequence
+from tests.patience import on_a_quiet_moment
 
 SHORT_S = 2.0
 """Far above what a step waits, far below what compiling the slow grammar takes."""
@@ -50,10 +51,14 @@ def test_a_process_that_is_held_up_makes_its_own_rows_late(own: Grammars, tokeni
     hold_up(pid_of(held))
     held.token_ids.append(letter)
     start_s = time.monotonic()
-    for _ in range(10):
+
+    def check() -> None:
         masks = masks_now(tokenizer, held, other)
         assert masks.late == {held}
         assert allowed(masks, 1, tokenizer.vocab_size)
+
+    for _ in range(10):
+        on_a_quiet_moment(check)
     assert masks_now(tokenizer, twin, other).late == {twin}, "a process that works is not asked for more"
     assert time.monotonic() - start_s < SHORT_S
     os.kill(pid_of(held), signal.SIGCONT)
@@ -67,10 +72,14 @@ def test_a_grammar_that_is_being_compiled_makes_its_own_rows_late(own: Grammars,
     own.check(regex("x+"))
     slow, other = sequence(own, slow_gbnf(1)), sequence(own, regex("x+"))
     start_s = time.monotonic()
-    for _ in range(10):
+
+    def check() -> None:
         masks = masks_now(tokenizer, slow, other)
         assert masks.late == {slow}
         assert masks.rows == [1]
+
+    for _ in range(10):
+        on_a_quiet_moment(check)
     assert time.monotonic() - start_s < SHORT_S
     slow.matcher.close()  # type: ignore[union-attr]
 
