@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hypothesis
-from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -27,11 +25,9 @@ from tests.families.relayout import WEIGHTS, reshard
 from tests.families.tiny_checkpoints import write_checkpoint
 from tests.families.tiny_configs import CASES
 from tests.fuzz.harness import fuzz_for_minutes
-from tests.fuzz.loader import Loader
+from tests.fuzz.loader import Loader, run_examples
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "glm4_moe")
-MOST_EXAMPLES = 100
-"""In one run: each takes a fraction of a second."""
 INDEX = f"{WEIGHTS}.index.json"
 SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", INDEX)
 ABSENT = "absent"
@@ -193,24 +189,7 @@ KINDS = {"config": configs, "side_files": side_files, "weights": weights}
 
 
 def run(checkpoints: Checkpoints, kind: str, seed: int, examples: int) -> int:
-    count = 0
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=min(examples, MOST_EXAMPLES),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
-    )
-    @given(damage=KINDS[kind](checkpoints))
-    def example(damage: Damage) -> None:
-        nonlocal count
-        count += 1
-        checkpoints.check(damage)
-
-    example()
-    return count
+    return run_examples(KINDS[kind](checkpoints), checkpoints.check, seed, examples)
 
 
 @contextmanager

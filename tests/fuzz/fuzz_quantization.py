@@ -14,20 +14,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hypothesis
-from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.families.quantized_checkpoints import FORMATS, write_mxfp4_pair, write_pair
 from tests.families.tiny_checkpoints import write_checkpoint
 from tests.families.tiny_configs import CASES
-from tests.fuzz.fuzz_checkpoints import ABSENT, MOST_EXAMPLES, VALUES
+from tests.fuzz.fuzz_checkpoints import ABSENT, VALUES
 from tests.fuzz.harness import fuzz_for_minutes
-from tests.fuzz.loader import Loader
+from tests.fuzz.loader import Loader, run_examples
 
 Keys = tuple[Any, ...]
 """The way to a value in nested objects and lists."""
@@ -94,27 +93,11 @@ class Quantized:
 
 
 def run(quantized: Quantized, name: str, seed: int, examples: int) -> int:
-    count = 0
     note = quantized.note(name)
     places = [*ways(note), *((key,) for key in MORE_KEYS)]
     notes = st.builds(changed, st.just(note), st.sampled_from(places), VALUES | LIKELY)
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=min(examples, MOST_EXAMPLES),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
-    )
-    @given(note=notes | notes | notes | VALUES.map(lambda value: None if value is ABSENT else value))
-    def example(note: Any) -> None:
-        nonlocal count
-        count += 1
-        quantized.check(name, note)
-
-    example()
-    return count
+    generated = notes | notes | notes | VALUES.map(lambda value: None if value is ABSENT else value)
+    return run_examples(generated, partial(quantized.check, name), seed, examples)
 
 
 @contextmanager

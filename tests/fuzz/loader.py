@@ -7,10 +7,16 @@ import selectors
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+import hypothesis
+from hypothesis import HealthCheck, Phase, given
+from hypothesis.strategies import SearchStrategy
+
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0
 """For one folder; typical: 0.2."""
@@ -18,6 +24,8 @@ START_S = 300.0
 """For the child's imports and its first folder."""
 CASES_PER_CHILD = 300
 LOG_BYTES = 4000
+MOST_EXAMPLES = 100
+"""In one run: each takes a fraction of a second."""
 
 
 class LoadingFault(AssertionError):
@@ -86,3 +94,25 @@ class Loader:
             self._child.kill()
             self._child.communicate()
             self._child = None
+
+
+def run_examples(generated: SearchStrategy[T], check: Callable[[T], object], seed: int, examples: int) -> int:
+    """Generate and check at most so many, MOST_EXAMPLES at once; returns how many."""
+    count = 0
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=min(examples, MOST_EXAMPLES),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate,),
+    )
+    @given(made=generated)
+    def example(made: T) -> None:
+        nonlocal count
+        count += 1
+        check(made)
+
+    example()
+    return count
