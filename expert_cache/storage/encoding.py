@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from moe_serve_kernels.coded import CodedRows
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.quantized import BITS, SCALE_DTYPES, BlockRows, Kind, QuantizedRows
 
 Layout = Literal["rows", "packed", "blocks", "gptq", "awq"]

@@ -20,7 +20,7 @@ import torch
 
 from expert_cache.storage.direct_io import BLOCK_BYTES, aligned_span
 from expert_cache.storage.encoding import ROLES, Encoding, Matrix
-from moe_serve_kernels.coded import CodedRows
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 from predictors.shape import Key, MoELayer
 
@@ -129,8 +129,8 @@ class ExpertStore:
         shape: tuple[int, int] = (0, 0),
     ) -> None:
         """`tensors` and `checksums`: by decoder layer. `encoding`: of matrices that have scales. `shape`: an expert's
-        (I, H); needed with an encoding, and for matrices in blocks or 12-bit codes. `checksums`: xxh3-64 of an expert's bytes in file
-        order, in hexadecimal; only expert files carry them."""
+        (I, H); needed with an encoding, and for matrices in blocks or 12-bit codes. `checksums`: xxh3-64 of an
+        expert's bytes in file order, in hexadecimal; only expert files carry them."""
         self.decoder_layers = tuple(sorted(tensors))
         """Those with experts, in order: each MoE layer's index in the checkpoint."""
         self.layers = tuple(MoELayer(i) for i in range(len(self.decoder_layers)))

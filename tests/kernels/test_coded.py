@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_serve_kernels.coded import CodedRows, encode, row_bytes
 from moe_serve_kernels.cpu import library
+from moe_serve_kernels.cpu.coded import CodedRows, encode, row_bytes
 from moe_serve_kernels.cpu.expert_mlp import (
     Activation,
     Matrix,
@@ -57,7 +58,10 @@ def with_rare(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(1, 40), columns=st.integers(1, 700), seed=st.integers(0, 1 << 30), share=st.sampled_from([0, 50, 3])
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 700),
+    seed=st.integers(0, 1 << 30),
+    share=st.sampled_from([0, 50, 3]),
 )
 def test_every_bit_comes_back(rows: int, columns: int, seed: int, share: int) -> None:
     weights, random = normal(rows, columns, seed), np.random.default_rng(seed)
@@ -121,6 +125,11 @@ def run(x: torch.Tensor, segments: list[tuple[int, int]], weights: list[MLPWeigh
     return out
 
 
+def expert_of(matrices: Sequence[Matrix], rounds: bool = False) -> MLPWeights:
+    gate, up, down = matrices
+    return MLPWeights(gate, up, down, rounds=rounds)
+
+
 def pairs_of(hidden: int, inner: int, rounds: bool, rare: bool) -> list[tuple[MLPWeights, MLPWeights]]:
     """Experts in plain rows, and the same ones in codes."""
     found = []
@@ -132,7 +141,7 @@ def pairs_of(hidden: int, inner: int, rounds: bool, rare: bool) -> list[tuple[ML
             matrix[0, -1] = 3e4
         codes: list[Matrix] = [matrix if (rows := encode(matrix)) is None else rows for matrix in plain]
         assert any(isinstance(matrix, CodedRows) for matrix in codes)
-        found.append((MLPWeights(*plain, rounds=rounds), MLPWeights(*codes, rounds=rounds)))
+        found.append((expert_of(plain, rounds), expert_of(codes, rounds)))
     return found
 
 
@@ -170,7 +179,7 @@ def test_codes_are_read_at_any_address(count: int) -> None:
     assert are_readable(matrices)
     x = torch.randn(count, 256)
     segments = [(0, count)]
-    assert torch.equal(run(x, segments, [MLPWeights(*matrices)]), run(x, segments, [MLPWeights(*plain)]))
+    assert torch.equal(run(x, segments, [expert_of(matrices)]), run(x, segments, [expert_of(plain)]))
 
 
 @needs_kernels
@@ -182,6 +191,6 @@ def test_a_damaged_list_writes_nowhere_else() -> None:
         codes = [coded(matrix) for matrix in plain]
         for rows in codes:
             rows.rare[:] = torch.from_numpy(random.integers(-(1 << 31), 1 << 31, len(rows.rare)).astype(np.int32))
-            rows.rare[: len(rows.codes)] %= 1 << random.integers(1, 20)
+            rows.rare[: len(rows.codes)] %= 1 << int(random.integers(1, 20))
         for count in (1, 20):
-            run(torch.randn(count, 256), [(0, count)], [MLPWeights(*codes)])
+            run(torch.randn(count, 256), [(0, count)], [expert_of(codes)])

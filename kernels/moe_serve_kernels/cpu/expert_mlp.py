@@ -23,8 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from moe_serve_kernels import quantized
-from moe_serve_kernels.coded import CodedRows
 from moe_serve_kernels.cpu import library
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
 from moe_serve_kernels.quantized import BlockRows, QuantizedRows

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_serve_kernels.coded import CodedRows
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.library import native
 from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 

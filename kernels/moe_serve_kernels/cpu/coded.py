@@ -4,9 +4,9 @@ A weight's sign and mantissa stay a byte. Its exponent becomes a four-bit index 
 exponents; index 15 says that the weight is rare, and a list holds it whole. Trained matrices have about 2e-4 rare
 weights.
 
-    codes      uint8 [N, groups * 192]: GROUP columns are GROUP_BYTES bytes. Byte 64 h + 2 l + i of a group (h, i 0 or 1)
-               is the sign and the mantissa of column 64 h + 32 i + l. The 32 words behind these 128 bytes hold the
-               indices: bits 4 q to 4 q + 3 of word l are those of column 32 q + l.
+    codes      uint8 [N, groups * 192]: GROUP columns are GROUP_BYTES bytes. Byte 64 h + 2 l + i of a group (h and i
+               are 0 or 1) is the sign and the mantissa of column 64 h + 32 i + l. The 32 words behind these 128 bytes
+               hold the indices: bits 4 q to 4 q + 3 of word l are those of column 32 q + l.
     exponents  uint8 [16], the last 0
     rare       int32 [N + 1 + R]: where each row's entries begin and where the last row's end, counted from the start of
                `rare`; then the entries, in the order of rows and columns: column in the upper half, weight in the lower
@@ -113,7 +113,7 @@ def row_bytes(columns: int) -> int:
 def encode(matrix: torch.Tensor) -> CodedRows | None:
     """bf16 [N, K] -> its codes, or None where the matrix takes no more memory as it is."""
     assert matrix.dtype == torch.bfloat16
-    num_rows, columns = matrix.shape
+    columns = matrix.shape[1]
     if columns > MOST_COLUMNS:
         return None
     weights = _words_of(matrix)
