@@ -44,6 +44,7 @@ def url(app: FastAPI) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_server_error(url: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
