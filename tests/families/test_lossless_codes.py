@@ -5,6 +5,7 @@ Resident and from a cache smaller than the model; three families; and files that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -93,6 +94,19 @@ def test_every_bit_comes_back_from_three_quarters(packed: Callable[[str], Packed
             assert read.num_bytes < 0.78 * 3 * 128 * 256 * 2
     assert store.total_bytes < 0.77 * plain.total_bytes
     assert 0 <= store.expert_bytes - store.total_bytes / store.num_total < 1
+
+
+def test_the_doctor_counts_the_bytes_of_codes(
+    packed: Callable[[str], Packed], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, codes = packed("mixtral")
+    capsys.readouterr()
+    assert main(["doctor", str(folder), "--moe-expert-file", str(codes), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sizes"]["expert_bytes"] == expert_file.read(codes)[0].expert_bytes
+    assert f"--moe-expert-file {codes}" in told["command"]
+    assert main(["doctor", str(folder), "--moe-expert-file", str(codes) + "x"]) == 2
+    assert f"--moe-expert-file: there is no file {codes}x" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
