@@ -17,7 +17,7 @@ from expert_cache.storage import expert_file
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
-from moe_serve.config.model_folder import read_object
+from moe_serve.config.model_folder import read_object, refuse_foreign_weights
 from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import listing_in
 from moe_serve.hf.composites import OTHER_TOWERS
@@ -49,8 +49,9 @@ def safetensors_files(folder: str) -> list[Path]:
         names = sorted(set(_read_index(path / INDEX).values()))
     else:
         found = sorted(p.name for p in path.glob("*.safetensors"))
-        names = [name for name in found if not name.startswith(BESIDE)] or found
+        names = [name for name in found if not name.startswith(BESIDE)]
     if not names:
+        refuse_foreign_weights(path)
         raise CheckpointError(f"{folder}: no *.safetensors file; convert the checkpoint with save_pretrained")
     for name in names:
         if not (path / name).is_file():
