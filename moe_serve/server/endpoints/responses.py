@@ -6,8 +6,7 @@ Knows FastAPI, and the chat endpoint's plan; what an answer's items and events a
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Depends
@@ -19,22 +18,23 @@ from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, SampleOutput, TokenLogprob
 from moe_serve.server.endpoints import chat
-from moe_serve.server.endpoints.answers import generation, sse
-from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, json_logprob, stream
+from moe_serve.server.endpoints.answers import generation
+from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, json_logprob
 from moe_serve.server.endpoints.answers.responses_items import Event, OutputItems
 from moe_serve.server.endpoints.bodies import unsupported_fields
 from moe_serve.server.endpoints.bodies.common_fields import CommonFields
 from moe_serve.server.endpoints.bodies.given import TheService, parsed, prepared
 from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList, at_most
 from moe_serve.server.endpoints.bodies.parsing import Body
+from moe_serve.server.endpoints.bodies.renamed_fields import errors_under
 from moe_serve.server.endpoints.bodies.responses_fields import (
+    OUR_NAMES,
     AllowedFunctions,
     Included,
     NamedFunction,
     OnlyFunctions,
     Reasoning,
     TextSettings,
-    our_names,
 )
 from moe_serve.server.endpoints.bodies.responses_input import messages_of
 from moe_serve.server.endpoints.bodies.sampling_body import MAX_TAGS
@@ -101,7 +101,7 @@ class ResponsesBody(Body, CommonFields):
         }
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = self.text.format.as_chat()
-        with our_names():
+        with errors_under(OUR_NAMES):
             return ChatBody.model_validate(fields)
 
 
@@ -112,31 +112,12 @@ async def create_response(
     """Answer a conversation in the form of OpenAI's Responses API. Nothing is kept between requests."""
     service.check_model(body.model)
     request_id = generation.request_id("resp_", body, http)
-    with our_names():
+    with errors_under(OUR_NAMES):
         plan = await prepared(http, lambda: chat.plan(body.as_chat(), request_id, service))
         merger = AnswerMerger([plan.request])
         shape = ResponseShape(body, plan, service.model_name, service.tokenizer, merger)
-        events = _events(service, merger, shape) if body.stream else None
+        events = generation.named_events(service, http, merger, shape) if body.stream else None
         return await generation.answer(service, http, merger, shape.whole, events)
-
-
-async def _events(service: TheService, merger: AnswerMerger, shape: ResponseShape) -> AsyncGenerator[bytes]:
-    """SSE bytes of one response. Errors before the first output raise; later ones become response.failed."""
-    started = False
-    try:
-        async with aclosing(stream(service.engine, merger)) as outputs:
-            async for _, output in outputs:
-                if output.error is not None:
-                    raise output.error
-                head = [] if started else list(shape.begin())
-                started = True
-                if events := [*head, *shape.feed(output)]:
-                    yield sse.named_events(events)
-    except MoEServeError as error:
-        if not started:
-            raise
-        merger.error_type = error.error_type
-        yield sse.named_events(shape.fail(error))
 
 
 class ResponseShape:
@@ -176,7 +157,7 @@ class ResponseShape:
             status = _status(output.finish_reason)
             yield self._numbered({"type": f"response.{status}", "response": self._response(status)})
 
-    def fail(self, error: MoEServeError) -> Iterator[Event]:
+    def fail(self, error: MoEServeError, body: Mapping[str, Any]) -> Iterator[Event]:
         """The last event, when the engine failed on the request."""
         told = {"code": "server_error", "message": error.message}
         yield self._numbered({"type": "response.failed", "response": {**self._response("failed"), "error": told}})

@@ -1,18 +1,15 @@
-"""Fields of a response's body that are objects, what a chat completion calls them, and errors under our names.
+"""Fields of a response's body that are objects, and what a chat completion calls them.
 
 Knows pydantic; knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from moe_serve.errors import InvalidRequestError
 from moe_serve.server.endpoints.bodies.json_types import Flag, JsonList
 from moe_serve.server.endpoints.bodies.structured import JsonSchema
 from moe_serve.server.endpoints.bodies.tools import Function
@@ -130,17 +127,3 @@ class Reasoning(BaseModel):
     effort: str | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Reasoning comes whole, whatever this says."""
-
-
-@contextmanager
-def our_names() -> Iterator[None]:
-    """Have errors about a chat body name the field of this one."""
-    try:
-        yield
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        field = OUR_NAMES.get(str(problem["loc"][0]), str(problem["loc"][0]))
-        raise InvalidRequestError(field, f"{field}: {problem['msg']}") from None
-    except InvalidRequestError as error:
-        error.param = OUR_NAMES.get(error.param, error.param)
-        raise

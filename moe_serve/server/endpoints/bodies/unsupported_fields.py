@@ -53,6 +53,15 @@ CHAT = MappingProxyType(
         "documents": Refusal("put them into a message", (None, [])),
     }
 )
+MESSAGES = MappingProxyType(
+    {
+        "container": Refusal("no tools run here"),
+        "mcp_servers": Refusal("the client calls its own MCP servers", (None, [])),
+        "fallbacks": Refusal("one model is served", (None, [])),
+        "compaction": Refusal("nothing is compacted"),
+        "thread": Refusal("conversations are not kept; send the whole of it as messages"),
+    }
+)
 RESPONSES = MappingProxyType(
     {
         "previous_response_id": Refusal("answers are not kept; send the whole conversation as input"),
