@@ -63,6 +63,12 @@ class ServerConfig(Settings):
         bound="not negative",
         aliases=("shutdown_timeout",),
     )
+    stored_responses_mib: int = option(
+        64,
+        "Memory in MiB for the answers of /v1/responses, so that previous_response_id can name them; the oldest go"
+        " first. 0: none are kept.",
+        bound="not negative",
+    )
     supervisor: bool = option(
         True,
         "Keep a small parent process that starts the server again after a signal such as SIGSEGV has ended it. Several"
