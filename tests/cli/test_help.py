@@ -25,6 +25,8 @@ COMMANDS = {
     "plan watch": 0.5,
     "replay": 0.3,
     "tune": 0.3,
+    "launch": 0.3,
+    "completion": 0.3,
 }
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "fastapi", "pydantic", "httpx", "uvicorn"}
 PROBE = """
