@@ -17,7 +17,7 @@ class ServerConfig(Settings):
     HEADING: ClassVar[str] = "HTTP"
 
     host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on every interface.")
-    port: int = option(8000, "Port to listen on; 0 picks a free one.", bound="not negative")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.", bound="port")
     served_model_name: str | None = option(
         None, "The model's name for clients. Default: the folder's name, or the model id of a hub cache."
     )
