@@ -13,7 +13,7 @@ EXAMPLES = (
     "moe-serve completion bash > ~/.local/share/bash-completion/completions/moe-serve",
     "moe-serve completion zsh > ~/.zfunc/_moe-serve",
 )
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

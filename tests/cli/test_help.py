@@ -62,8 +62,8 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     listed = re.findall(r"^    (\w+)(?= |$)", capsys.readouterr().out, re.MULTILINE)
     assert listed == [
-        *("bench", "chat", "doctor", "generate", "pack", "plan", "predictor", "quantize"),
-        *("replay", "serve", "trace", "tune"),
+        *("bench", "chat", "completion", "doctor", "generate", "launch", "pack", "plan", "predictor"),
+        *("quantize", "replay", "serve", "trace", "tune"),
     ]
 
 
