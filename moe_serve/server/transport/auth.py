@@ -92,7 +92,7 @@ def _password(value: str) -> bytes:
 class Auth:
     """Middleware: 401 for a request without a key, before its body is read.
 
-    Where there are several keys, `request.state.prefix_owner` tells them apart, so that cached prefixes can be.
+    `request.state.key_owner` tells keys apart. Where there are several, `prefix_owner` does so for cached prefixes.
     """
 
     def __init__(self, app: ASGIApp, keys: frozenset[str], share_prefixes: bool = False) -> None:
@@ -106,6 +106,7 @@ class Auth:
             return
         owner = self._keys.find(Headers(scope=scope))
         if owner is not None:
+            scope.setdefault("state", {})["key_owner"] = owner
             if self._tells_apart:
                 scope.setdefault("state", {})["prefix_owner"] = owner
             await self._app(scope, receive, send)

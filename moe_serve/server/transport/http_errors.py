@@ -36,6 +36,11 @@ ANTHROPIC_TYPES = MappingProxyType(
 """Anthropic's names of errors by status. Other statuses: invalid_request_error below 500, api_error above."""
 
 
+WHAT_IS_SERVED = (
+    "this server writes text, at /v1/chat/completions, /v1/completions, /v1/responses and /v1/messages;"
+    " it has no embeddings, audio, images or files"
+)
+"""For a path that is not there."""
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 CLOSE = {"Connection": "close"}
 """For answers given before the body was read: what is still under way would be taken for the next request."""
@@ -99,7 +104,10 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path = request.url.path
-    body = _plain_body(path, f"{request.method} {path}: {error.detail}", "invalid_request_error", error.status_code)
+    message = f"{request.method} {path}: {error.detail}"
+    if error.status_code == 404:
+        message += f"; {WHAT_IS_SERVED}"
+    body = _plain_body(path, message, "invalid_request_error", error.status_code)
     return JSONResponse(body, error.status_code, error.headers)
 
 

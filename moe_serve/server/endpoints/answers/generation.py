@@ -47,6 +47,12 @@ def request_id(prefix: str, fields: CommonFields, http: HttpRequest) -> str:
     return prefix + (fields.request_id or given_id(http.headers) or uuid.uuid4().hex)
 
 
+def owner_of(http: HttpRequest) -> str:
+    """Tells the request's API key from other keys; empty where there are none."""
+    owner: str = getattr(http.state, "key_owner", "")
+    return owner
+
+
 async def answer(
     service: TheService,
     http: HttpRequest,

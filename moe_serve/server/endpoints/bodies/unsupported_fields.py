@@ -64,10 +64,8 @@ MESSAGES = MappingProxyType(
 )
 RESPONSES = MappingProxyType(
     {
-        "previous_response_id": Refusal("answers are not kept; send the whole conversation as input"),
-        "conversation": Refusal("conversations are not kept; send the whole of it as input"),
-        "store": Refusal("answers are not kept", (None, False)),
-        "background": Refusal("answers are not kept", (None, False)),
+        "conversation": Refusal("conversations are not kept; use previous_response_id"),
+        "background": Refusal("an answer ends with its connection", (None, False)),
         "prompt": Refusal("no stored prompts"),
         "truncation": Refusal("a conversation that is too long is an error", (None, "disabled")),
         "max_tool_calls": Refusal("no built-in tools"),
