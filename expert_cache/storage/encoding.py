@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.quantized import BITS, SCALE_DTYPES, BlockRows, Kind, QuantizedRows
 
 Layout = Literal["rows", "packed", "blocks", "gptq", "awq"]
@@ -26,7 +27,7 @@ ROLES = ("codes", "scale", "zero", "order", "factor")
 """Of a quantised matrix's tensors. factor: one number for all scales."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of eight, of each nibble of a word from the low bits on."""
-Matrix = torch.Tensor | QuantizedRows | BlockRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows | CodedRows
 
 
 @dataclass(frozen=True, slots=True)

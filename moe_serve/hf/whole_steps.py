@@ -1,9 +1,9 @@
 """WholeSteps: steps on a CPU without the model's modules.
 
-A few sequences that decode one token each are one call of the kernel where every expert is in place, else one per layer
-up to its experts; those run where experts are brought. Every other step, with parts of prompts or many sequences, runs
-kernel by kernel. All give a token the same bits, whatever else is in the step. The counterpart of decode_graphs.py.
-Knows steps and kernels; nothing of requests.
+A few sequences that decode one token each are one call of the kernel for all layers, if no expert can be missing.
+Otherwise each layer is one call up to its experts, and `Experts.run` runs those. Every other step, with parts of
+prompts or many sequences, runs kernel by kernel. All give a token the same bits, whatever else is in the step. The
+counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
 """
 
 from __future__ import annotations

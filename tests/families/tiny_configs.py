@@ -133,7 +133,7 @@ class TinyCase:
 
 
 SPANNING = ("mixtral", "qwen2_moe_window", "olmoe_clipped", "deepseek_v3", "glm4_moe", "gpt_oss", "phimoe")
-"""What the others have, these have between them: windows, latents, groups, shared and biased experts, odd layers."""
+"""Together these have every trait of the others: windows, latents, groups, shared and biased experts, odd layers."""
 CASES: dict[str, TinyCase] = {
     "mixtral": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8}),
     "mixtral_window": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8, "sliding_window": WINDOW}),
