@@ -73,7 +73,7 @@ def open_experts(
     """
     tensors: dict[int, Parts] = {layer: {} for layer in layers}
     listing = listing_in(folder)
-    found = _all_expert_tensors(folder, family, scheme) if listing is None else expert_tensors(listing)
+    found = _all_expert_tensors(folder, family, scheme) if listing is None else expert_tensors(listing, family.has_gate)
     for layer, part, expert, tensor in found:
         tensors.setdefault(layer, {})[part, expert] = tensor
         if scheme is None and listing is None and layer in layers:
@@ -220,7 +220,7 @@ def open_all_experts(folder: str) -> ExpertStore:
 
 def _layers_with_experts(folder: str, family: Family, scheme: Scheme | None) -> set[int]:
     if (listing := listing_in(folder)) is not None:
-        return {layer for layer, *_ in expert_tensors(listing)}
+        return {layer for layer, *_ in expert_tensors(listing, family.has_gate)}
     found: set[int] = set()
     for file in safetensors_files(folder):
         with _opened(file) as handle:
