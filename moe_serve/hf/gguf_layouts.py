@@ -78,7 +78,8 @@ def _grouped_heads(name: str, values: torch.Tensor, hf_config: Any) -> torch.Ten
     order = torch.arange(heads).view(heads // keys, keys).T.flatten()
 
     def reorder(rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(0, (heads, -1))[order].flatten(0, 1)
+        by_head: torch.Tensor = rows.unflatten(0, (heads, -1))
+        return by_head[order].flatten(0, 1)
 
     if TILED_ROWS.match(name):
         return reorder(values)

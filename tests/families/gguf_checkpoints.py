@@ -126,8 +126,8 @@ class _Tensors:
 
     def _dense(self, key: str, values: Array) -> None:
         if parts := gguf_hybrids.stored_as(self._writer.arch, key, values, self._config):
-            for name, part in parts:
-                self._writer.add_tensor(name, np.ascontiguousarray(self._permuted(name, part)))
+            for stored, part in parts:
+                self._writer.add_tensor(stored, np.ascontiguousarray(self._permuted(stored, part)))
             return
         known = key.replace("moe_statics.e_score", "e_score").replace("moe.router", "moe.gate")
         name = self._names.get_name(known.replace("_correction_bias", "_correction.bias"), (".weight", ".bias"))
