@@ -10,6 +10,7 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── UnauthorizedError           401  no API key, or a wrong one
     ├── ForbiddenError              403  from another site's page, or to another host's name
     ├── ModelNotFoundError          404
+    ├── ResponseNotFoundError       404  a stored response that is not there, or not any more
     ├── SlowClientError             408  the body did not arrive in time
     ├── BodyTooLargeError           413
     ├── MediaTypeError              415  the body is no JSON in UTF-8, by its headers
@@ -79,6 +80,14 @@ class ModelNotFoundError(MoEServeError):
     http_status = 404
     error_type = "not_found_error"
     param = "model"
+
+
+class ResponseNotFoundError(MoEServeError):
+    """No response of this id is stored for the key that asks."""
+
+    http_status = 404
+    error_type = "not_found_error"
+    param = "response_id"
 
 
 class UnauthorizedError(MoEServeError):

@@ -141,14 +141,19 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 def _num_kv_pages(config: EngineConfig, max_model_len: int, page_bytes: int, free: int) -> int:
     """Enough for max_num_seqs full sequences, within the memory given or a share of what is free."""
     if config.kv.num_pages is not None:
-        return config.kv.num_pages
-    if config.kv.cache_mib is not None:
+        pages = config.kv.num_pages
+    elif config.kv.cache_mib is not None:
         pages = config.kv.cache_mib * MIB // page_bytes
     else:
         wanted = config.max_num_seqs * -(-max_model_len // config.kv.page_size)
         pages = min(wanted, int(free * KV_SHARE_OF_FREE) // page_bytes)
     if pages < 1:
         raise ConfigError(f"no memory for a single KV page of {page_bytes} bytes; raise --kv-cache-mib")
+    if pages * page_bytes > free:
+        raise ConfigError(
+            f"{pages} KV pages take {pages * page_bytes // MIB} MiB, and {free // MIB} MiB are free; lower"
+            " --kv-cache-mib or --num-kv-pages"
+        )
     return pages
 
 

@@ -1,4 +1,4 @@
-"""What every package above the kernels may use: extensions found by name, and files written whole.
+"""What every package above the kernels may use: extensions found by name, files read with care and written whole.
 
-Standard library only. Knows no experts, no models and no settings.
+Standard library and numpy only. Knows no experts, no models and no settings.
 """

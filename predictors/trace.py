@@ -11,7 +11,6 @@ Shape alphabet: N tokens, L MoE layers, K experts per token, E experts per layer
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +19,12 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from moe_serve_base.npz_files import NpzError, NpzFile
 from moe_serve_base.whole_files import whole_file
 
 MAX_EXPERTS = np.iinfo(np.int16).max
 REQUIRED_FIELDS = ("ids", "seq_offsets", "layer_ids", "n_experts")
+OPTIONAL_FIELDS = ("probs", "token_ids", "meta")
 
 
 class TraceError(ValueError):
@@ -150,13 +151,10 @@ class RoutingTrace:
 def load(path: str | Path) -> RoutingTrace:
     """Read one `.npz`. Raises TraceError, also where the file is missing or no npz."""
     source = str(path)
-    arrays = _read_arrays(source)
-    missing = [name for name in REQUIRED_FIELDS if name not in arrays]
-    if missing:
-        found = ", ".join(sorted(arrays)) or "nothing"
-        raise TraceError(
-            source, missing[0], f"missing; a trace has {', '.join(REQUIRED_FIELDS)}, this file has {found}"
-        )
+    try:
+        arrays = _read_arrays(source)
+    except NpzError as error:
+        raise TraceError(source, error.field, error.problem) from None
     return RoutingTrace(
         ids=arrays["ids"],
         seq_offsets=arrays["seq_offsets"],
@@ -207,18 +205,14 @@ def _check_same_model(first: RoutingTrace, other: RoutingTrace) -> None:
 
 
 def _read_arrays(source: str) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with open(source, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise TraceError(source, "file", "holds one bare array; save a trace with RoutingTrace.save")
-            return {name: loaded[name] for name in loaded.files}
-    except FileNotFoundError:
-        raise TraceError(source, "file", "does not exist; check the path") from None
-    except TraceError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise TraceError(source, "file", f"cannot be read as .npz without pickles ({error}); record it again") from None
+    """The small ones first: they say how large the others may be."""
+    with NpzFile(source) as file:
+        file.require(REQUIRED_FIELDS, "a trace")
+        offsets, ids = file.read("seq_offsets"), file.header("ids")
+        num_tokens = ids.shape[0] if ids.shape else 0
+        if offsets.dtype.kind in "iu" and offsets.size and offsets.flat[-1] != num_tokens:
+            raise NpzError("seq_offsets", f"ends at {offsets.flat[-1]} tokens, but ids has {num_tokens}")
+        return {name: file.read(name) for name in (*REQUIRED_FIELDS, *OPTIONAL_FIELDS) if name in file.names}
 
 
 def _scalar(array: npt.NDArray[Any], source: str, field: str) -> int:

@@ -124,6 +124,12 @@ def test_a_wrong_setting_is_refused_before_the_model_loads(settings: dict[str, A
         LLM("no/model", **settings)
 
 
+@pytest.mark.parametrize("settings", [{"num_kv_pages": 2_000_000_000}, {"kv_cache_mib": 2_000_000_000}])
+def test_more_memory_than_there_is_names_the_setting(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"KV pages take \d+ MiB, and \d+ MiB are free; lower --kv-cache-mib"):
+        LLM(default_model(), max_model_len=64, num_threads=1, device="cpu", **settings)
+
+
 def test_a_cache_that_is_not_needed_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with LLM(default_model(), max_model_len=64, num_kv_pages=8, num_threads=1, moe_prefetch="affinity", device="cpu"):
         assert "no expert cache: --moe-prefetch has no effect" in caplog.text

@@ -62,7 +62,7 @@ class PolicyMaker(Protocol):
 
     @property
     def needs(self) -> str:
-        """What it is pointless without: "popularity", "forecast" (from a predictor), or "" for nothing."""
+        """What it needs to be of use: "popularity", "forecast" (from a predictor), or "" for nothing."""
         ...
 
     def __call__(self, num_layers: int, num_experts: int, popularity: Values | None = None) -> Policy:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.quantized import BITS, SCALE_DTYPES, BlockRows, Kind, QuantizedRows
 
 Layout = Literal["rows", "packed", "blocks", "gptq", "awq"]
@@ -26,7 +27,7 @@ ROLES = ("codes", "scale", "zero", "order", "factor")
 """Of a quantised matrix's tensors. factor: one number for all scales."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of eight, of each nibble of a word from the low bits on."""
-Matrix = torch.Tensor | QuantizedRows | BlockRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows | CodedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,13 @@ class Encoding:
         """The kernel cannot read what is stored."""
         return self.layout in ("gptq", "awq")
 
+    @property
+    def code_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the tensor with the codes; expert files hold bytes."""
+        if self.layout in ("packed", "gptq", "awq"):
+            return (torch.int32,)
+        return (torch.uint8, *({"int8": (torch.int8,), "fp8": (torch.float8_e4m3fn,)}.get(self.kind, ())))
+
     def num_groups(self, columns: int) -> int:
         return -(-columns // self.group) if self.group else 1
 
@@ -61,9 +69,11 @@ class Encoding:
         bits, groups = BITS[self.kind], self.num_groups(columns)
         packed_rows, packed_columns = -(-rows * bits // 32), -(-columns * bits // 32)
         if self.layout == "packed":
-            return {"codes": (rows, packed_columns), "scale": (rows, groups), "zero": (packed_rows, groups)}
+            shapes = {"codes": (rows, packed_columns), "scale": (rows, groups), "zero": (packed_rows, groups)}
+            return {**shapes, "order": (columns,)}
         if self.layout == "gptq":
-            return {"codes": (packed_columns, rows), "scale": (groups, rows), "zero": (groups, packed_rows)}
+            shapes = {"codes": (packed_columns, rows), "scale": (groups, rows), "zero": (groups, packed_rows)}
+            return {**shapes, "order": (columns,)}
         if self.layout == "awq":
             return {"codes": (columns, packed_rows), "scale": (groups, rows), "zero": (groups, packed_rows)}
         scale = (-(-rows // (self.rows_per_scale or rows)), groups)
@@ -74,9 +84,7 @@ class Encoding:
         """[N, K] from a matrix's tensors by role: views, unless `is_copied` or there is an order of columns."""
         rows = self._rows(tensors, columns)
         order = tensors.get("order")
-        if order is None or torch.equal(order.long(), torch.arange(columns, device=order.device) // rows.group):
-            return rows
-        return _dequantized_in_order(rows, order.long(), self.float_dtype)
+        return rows if order is None else _dequantized_in_order(rows, order.long(), self.float_dtype)
 
     def _rows(self, tensors: Mapping[str, torch.Tensor], columns: int) -> QuantizedRows:
         codes, scales, zeros = self._parts(tensors)

@@ -4,6 +4,9 @@ Made once by `moe-serve pack`. It is an ordinary safetensors file whose tensors 
 an expert's gate, up, down and biases follow one another, rows as our kernels read them, and start at
 a multiple of BLOCK_BYTES: one direct read brings a whole expert. The metadata holds the checksums and
 the fingerprint of the checkpoint it was made from.
+
+Made with --lossless, bf16 matrices are in 12-bit codes (moe_serve_kernels.cpu.coded): `gate` is then its codes,
+`gate_exponents` its table, `gate_rare` its list of rare weights.
 """
 
 from __future__ import annotations
@@ -19,27 +22,33 @@ from typing import IO, Any
 import torch
 import xxhash
 
+from expert_cache.storage import lossless
 from expert_cache.storage.direct_io import BLOCK_BYTES
 from expert_cache.storage.encoding import Encoding
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, ExpertWeights, StoredTensor
 from moe_serve_base.safetensors_header import LENGTH_BYTES, read_header
 from moe_serve_base.whole_files import whole_file
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 from predictors.shape import Key
 
 FORMAT = "moe-serve-experts-1"
+CODED_FORMAT = "moe-serve-experts-2"
+"""Of files with 12-bit codes, which older versions cannot read."""
 NAME = re.compile(
-    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero|_factor)?)$"
+    r"layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\.(?P<part>(?:gate|up|down)(?:_bias|_scale|_zero|_factor|_exponents|_rare)?)$"
 )
 MATRICES = ("gate", "up", "down")
 PADDING = "padding"
 DTYPE_NAMES = {
     **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"},
+    **{torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32"},
 }
 """safetensors' names."""
 NO_CHECKSUM = "0" * 16
+Contents = dict[Key, list[tuple[str, torch.dtype, tuple[int, ...]]]]
+"""What each expert's blob holds, in file order: part, dtype, shape."""
 Tensors = dict[int, dict[tuple[str, int | None], StoredTensor]]
 """By decoder layer, then by (part, expert)."""
 
@@ -53,25 +62,45 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def write(store: ExpertStore, path: Path, source: str, on_expert: Callable[[], None]) -> None:
+def write(
+    store: ExpertStore, path: Path, source: str, on_expert: Callable[[], None], *, is_coded: bool = False
+) -> None:
     """Write every expert of `store`. `source`: the fingerprint of its checkpoint. `on_expert`: after each one.
+    `is_coded`: bf16 matrices, which all must be, as 12-bit codes where that takes less memory.
 
     The file appears under its name only when it is complete. OutputError (an OSError) if the disk is full.
     """
+    contents = _largest_contents(store, is_coded)
     with whole_file(path) as partial, partial.open("wb") as stream:
-        start = len(_header_bytes(store, source, {}))
+        start = len(_header_bytes(store, source, contents, {}, is_coded))
         stream.seek(start)
-        checksums = {key: _write_expert(stream, store.weights(*key)) for key in _keys(store, on_expert)}
+        checksums: dict[Key, str] = {}
+        for key in _keys(store, on_expert):
+            weights = lossless.coded(store.weights(*key)) if is_coded else store.weights(*key)
+            contents[key] = _content(weights)
+            checksums[key] = _write_expert(stream, weights)
         stream.seek(0)
-        stream.write(_header_bytes(store, source, checksums))
-        assert stream.tell() == start, "the header changed its length"
+        header = _header_bytes(store, source, contents, checksums, is_coded)
+        assert len(header) <= start, "the header has grown"
+        stream.write(_filled(header, start))
+
+
+def _largest_contents(store: ExpertStore, is_coded: bool) -> Contents:
+    """What the experts will hold, if each is as large as one can be: of this the header's room is made."""
+    firsts = {layer: store.weights(layer, 0) for layer in store.layers}
+    by_layer = {layer: _content(lossless.largest(w) if is_coded else w) for layer, w in firsts.items()}
+    return {key: by_layer[key[0]] for key in _keys(store, lambda: None)}
+
+
+def _content(weights: ExpertWeights) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return [(part, tensor.dtype, tuple(tensor.shape)) for part, tensor in _present(weights)]
 
 
 def read(path: Path) -> tuple[ExpertStore, str]:
     """(store, fingerprint of the checkpoint it was made from). ValueError or OSError if this is no expert file."""
     header, _ = read_header(path)
     metadata = header.get("__metadata__", {})
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, CODED_FORMAT):
         raise ValueError(f"not an expert file of format {FORMAT}; make it with `moe-serve pack`")
     tensors: Tensors = {}
     for stored in stored_tensors(path, lambda name: NAME.match(name) is not None):
@@ -82,9 +111,19 @@ def read(path: Path) -> tuple[ExpertStore, str]:
     sums = {tuple(map(int, key.split("."))): value for key, value in json.loads(metadata["checksums"]).items()}
     checksums = {(k[0], k[1]): v for k, v in sums.items()}
     encoding, shape = _encoding_from(metadata.get("encoding", "null"))
+    if metadata["format"] == CODED_FORMAT:
+        shape = _shape_from(metadata["shape"])
     if "blocks" in metadata:
         tensors, shape = _in_blocks(tensors, json.loads(metadata["blocks"]))
-    return ExpertStore(tensors, num_experts, None, checksums, encoding, shape), metadata["source"]
+    store = ExpertStore(tensors, num_experts, None, checksums, encoding, shape)
+    if metadata["format"] == CODED_FORMAT:
+        lossless.refuse_damage(store)
+    return store, metadata["source"]
+
+
+def _shape_from(text: str) -> tuple[int, int]:
+    inner, hidden = json.loads(text)
+    return int(inner), int(hidden)
 
 
 def _blocks_of(store: ExpertStore) -> dict[str, Any]:
@@ -128,6 +167,8 @@ def _present(weights: ExpertWeights) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(matrix, QuantizedRows):
             small = {"scale": matrix.scales, "zero": matrix.zeros, "factor": matrix.factor}
             yield from ((f"{part}_{role}", tensor) for role, tensor in small.items() if tensor is not None)
+        if isinstance(matrix, CodedRows):
+            yield from ((f"{part}_{role}", getattr(matrix, role)) for role in lossless.ROLES)
     for part in MATRICES:
         bias = getattr(weights, f"{part}_bias")
         if bias is not None:
@@ -166,29 +207,45 @@ def _padding(size: int) -> int:
     return -size % BLOCK_BYTES
 
 
-def _header_bytes(store: ExpertStore, source: str, checksums: dict[Key, str]) -> bytes:
+def _header_bytes(
+    store: ExpertStore, source: str, contents: Contents, checksums: dict[Key, str], is_coded: bool
+) -> bytes:
     """Length and header, filled up with blanks so that the data starts on a block; the same length for any sums."""
-    header: dict[str, Any] = {}
-    offset = 0
-    present = {layer: list(_present(store.weights(layer, 0))) for layer in store.layers}
-    for layer, expert in _keys(store, lambda: None):
-        first, name = offset, f"layers.{store.decoder_layer(layer)}.experts.{expert}"
-        for part, tensor in present[layer]:
-            header[f"{name}.{part}"] = _entry(tensor.dtype, tensor.shape, offset)
-            offset += tensor.nbytes
-        if padding := _padding(offset - first):
-            header[f"{name}.{PADDING}"] = _entry(torch.uint8, (padding,), offset)
-            offset += padding
     keys = _keys(store, lambda: None)
     sums = {f"{store.decoder_layer(key[0])}.{key[1]}": checksums.get(key, NO_CHECKSUM) for key in keys}
-    header["__metadata__"] = {"format": FORMAT, "source": source, "checksums": json.dumps(sums)}
-    if (encoding := _encoding_of(store)) != "null":
-        header["__metadata__"]["encoding"] = encoding
+    metadata = {"format": FORMAT, "source": source, "checksums": json.dumps(sums)}
+    if is_coded:
+        metadata |= {"format": CODED_FORMAT, "shape": json.dumps(tuple(store.weights(store.layers[0], 0).gate.shape))}
+    elif (encoding := _encoding_of(store)) != "null":
+        metadata["encoding"] = encoding
     if (blocks := _blocks_of(store))["types"]:
-        header["__metadata__"]["blocks"] = json.dumps(blocks)
-    text = json.dumps(header).encode()
-    text += b" " * _padding(LENGTH_BYTES + len(text))
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+        metadata["blocks"] = json.dumps(blocks)
+    entries = _entries(store, contents, is_coded)
+    text = json.dumps({**entries, "__metadata__": metadata}).encode()
+    size = LENGTH_BYTES + len(text)
+    return _filled(len(text).to_bytes(LENGTH_BYTES, "little") + text, size + _padding(size))
+
+
+def _filled(header: bytes, size: int) -> bytes:
+    """With blanks, up to `size` bytes with the length."""
+    return (size - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little") + header[LENGTH_BYTES:].ljust(size - LENGTH_BYTES)
+
+
+def _entries(store: ExpertStore, contents: Contents, is_coded: bool) -> dict[str, Any]:
+    """The header's tensors. Where sizes vary, padding is one of them even if it is empty: so no header is longer than
+    that of the largest experts."""
+    entries: dict[str, Any] = {}
+    offset = 0
+    for (layer, expert), content in contents.items():
+        first, name = offset, f"layers.{store.decoder_layer(layer)}.experts.{expert}"
+        for part, dtype, shape in content:
+            entries[f"{name}.{part}"] = _entry(dtype, shape, offset)
+            offset = entries[f"{name}.{part}"]["data_offsets"][1]
+        padding = _padding(offset - first)
+        if padding or is_coded:
+            entries[f"{name}.{PADDING}"] = _entry(torch.uint8, (padding,), offset)
+            offset += padding
+    return entries
 
 
 def _entry(dtype: torch.dtype, shape: Iterable[int], offset: int) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import torch
 
 from expert_cache.storage.direct_io import BLOCK_BYTES, aligned_span
 from expert_cache.storage.encoding import ROLES, Encoding, Matrix
-from moe_serve_kernels.quantized import BlockRows
+from moe_serve_kernels.cpu.coded import CodedRows
+from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 from predictors.shape import Key, MoELayer
 
 
@@ -98,7 +99,7 @@ class Read:
         return ", ".join(t.name for _, t in self.tensors)
 
 
-AnyMatrix = TypeVar("AnyMatrix", torch.Tensor, Matrix)
+AnyMatrix = TypeVar("AnyMatrix", torch.Tensor, torch.Tensor | QuantizedRows | BlockRows)
 
 
 def part_name(part: str, role: str) -> str:
@@ -114,7 +115,8 @@ class ExpertStore:
     """Expert weights by (MoE layer, expert). The one place that knows which decoder layer a MoE layer is.
 
     Parts are gate, up, down, gate_up, gate_up_bias, down_bias, gate_bias, up_bias. A quantised matrix is several:
-    gate its codes, gate_scale, gate_zero, gate_order (see Encoding), and so on.
+    gate its codes, gate_scale, gate_zero, gate_order (see Encoding), and so on. A bf16 matrix in 12-bit codes is gate,
+    gate_exponents and gate_rare (see CodedRows).
     """
 
     def __init__(
@@ -127,8 +129,8 @@ class ExpertStore:
         shape: tuple[int, int] = (0, 0),
     ) -> None:
         """`tensors` and `checksums`: by decoder layer. `encoding`: of matrices that have scales. `shape`: an expert's
-        (I, H); needed with an encoding, and for matrices in blocks. `checksums`: xxh3-64 of an expert's bytes in file
-        order, in hexadecimal; only expert files carry them."""
+        (I, H); needed with an encoding, and for matrices in blocks or 12-bit codes. `checksums`: xxh3-64 of an
+        expert's bytes in file order, in hexadecimal; only expert files carry them."""
         self.decoder_layers = tuple(sorted(tensors))
         """Those with experts, in order: each MoE layer's index in the checkpoint."""
         self.layers = tuple(MoELayer(i) for i in range(len(self.decoder_layers)))
@@ -191,7 +193,9 @@ class ExpertStore:
             gate, up = self._matrix(key, parts, "gate"), self._matrix(key, parts, "up")
             biases = parts.get("gate_bias"), parts.get("up_bias")
         else:
-            gate, up = (self._half(self._matrix(key, parts, "gate_up"), i) for i in (0, 1))
+            fused = self._matrix(key, parts, "gate_up")
+            assert not isinstance(fused, CodedRows)
+            gate, up = (self._half(fused, i) for i in (0, 1))
             bias = parts.get("gate_up_bias")
             biases = (None, None) if bias is None else (self._half(bias, 0), self._half(bias, 1))
         return ExpertWeights(gate, up, down, *biases, parts.get("down_bias"))
@@ -202,6 +206,8 @@ class ExpertStore:
         block_type = self._parts[key[0]][key[1]][part].block_type
         if block_type is not None:
             return BlockRows(block_type, parts[part], columns)
+        if f"{part}_exponents" in parts:
+            return CodedRows(parts[part], parts[f"{part}_exponents"], parts[f"{part}_rare"], columns)
         if f"{part}_scale" not in parts:
             return parts[part].t() if self._fused.transposed else parts[part]
         assert self.encoding is not None
@@ -216,8 +222,13 @@ class ExpertStore:
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of one expert as stored; the mean where layers differ, as those of a GGUF file do."""
-        return -(-sum(self._bytes_of(layer, 0) for layer in self.layers) // len(self.layers))
+        """Bytes of one expert as stored; the mean where they differ, as those of a GGUF file and of codes do."""
+        return -(-self.total_bytes // self.num_total)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all experts as stored."""
+        return sum(self._bytes_of(layer, expert) for layer in self.layers for expert in range(self.num_experts))
 
     def _bytes_of(self, layer: MoELayer, expert: int) -> int:
         return sum(stored.tensor.nbytes for stored in self._parts[layer][expert].values())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_hub_flags, add_model_argument, default_model
+from moe_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_serve.doctor.findings import Finding, Hardware
@@ -24,12 +25,16 @@ HELP = "Measure this machine and say what of a model fits, what is missing, and 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     add_hub_flags(parser)
+    parser.add_argument(
+        "--moe-expert-file", metavar="FILE", type=Path, help="Experts are read from there (made by `moe-serve pack`)."
+    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 if something was found with which serving would fail."""
     given, args.model = args.model, preflight.model_of(args)
+    expert_file = _expert_file(args)
     import torch
 
     from moe_serve import resolve
@@ -44,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
     device = resolve.device_of(config)
     dtype = resolve.dtype_of(config, ModelSpec.from_hf(read_config(args.model)), device)
     machine, problems = findings.hardware(), findings.findings()
-    sizes = fit.sizes_of(args.model, dtype, device)
-    files = [Path(file) for file in weight_files(args.model)]
+    sizes = fit.sizes_of(args.model, dtype, device, expert_file)
+    files = [Path(file) for file in ([expert_file] if expert_file else weight_files(args.model))]
     measured = rates.measure(files, resolve.num_threads_of(config), device)
     found = fit.fit(sizes, measured, free_bytes(torch.device(device)), device.type == "cpu")
     if not found.dense_fits:
         what = f"the dense weights alone take {_gb(sizes.dense_bytes)}, more than is free"
         problems.append(findings.Finding(what, "a machine or a container with more memory", is_error=True))
-    command = command_line(given, found)
+    command = command_line(given, found, expert_file)
     if args.json:
         parts: dict[str, Any] = {"hardware": machine, "rates": measured, "sizes": sizes, "fit": found}
         shown = {name: dataclasses.asdict(part) for name, part in parts.items()}
@@ -61,11 +66,20 @@ def run(args: argparse.Namespace) -> int:
     return int(any(p.is_error for p in problems))
 
 
-def command_line(model: str, found: Fit) -> str:
+def _expert_file(args: argparse.Namespace) -> str | None:
+    """The user's; ConfigError if it is not there."""
+    if args.moe_expert_file is not None and not args.moe_expert_file.is_file():
+        raise ConfigError(f"--moe-expert-file: there is no file {args.moe_expert_file}")
+    return None if args.moe_expert_file is None else str(args.moe_expert_file)
+
+
+def command_line(model: str, found: Fit, expert_file: str | None = None) -> str:
     """How to serve `model` here."""
     words = ["moe-serve", "serve"]
     if model != default_model():
         words.append(shlex.quote(model))
+    if expert_file is not None:
+        words += ["--moe-expert-file", shlex.quote(expert_file)]
     if not found.all_experts_fit and found.moe_cache_mib is not None:
         words += ["--moe-cache-mib", str(found.moe_cache_mib), "--moe-prefetch", "next-gate"]
     return " ".join(words)

@@ -7,12 +7,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_serve.cli import preflight
 from moe_serve.cli.flags import add_hub_flags, add_model_argument
 from moe_serve.cli.outputs import add_force_flag
 from moe_serve.errors import ConfigError
 from moe_serve_base.whole_files import refusal
+
+if TYPE_CHECKING:
+    from expert_cache.storage import ExpertStore
 
 HELP = "Write the experts into one aligned file with checksums, for --moe-expert-file."
 
@@ -21,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_model_argument(parser)
     add_hub_flags(parser)
     parser.add_argument("file", metavar="FILE", type=Path, help="Where to write.")
+    parser.add_argument(
+        "--lossless",
+        action="store_true",
+        help="Write bf16 experts in 12 bits a weight: every bit comes back, and the CPU computes from the codes.",
+    )
     add_force_flag(parser)
 
 
@@ -28,19 +37,28 @@ def run(args: argparse.Namespace) -> int:
     given, args.model = args.model, preflight.model_of(args)
     from tqdm import tqdm
 
-    from expert_cache.storage import expert_file
+    from expert_cache.storage import expert_file, lossless
     from moe_serve.hf import checkpoint
 
     problem = refusal(args.file, args.force)
     if problem is not None:
         raise ConfigError(f"FILE: {args.file} {problem}")
     store = checkpoint.open_all_experts(args.model)
+    if args.lossless and not lossless.is_bf16(store):
+        raise ConfigError("--lossless: the experts of this checkpoint are not bf16; pack it without that flag")
     _check_space(args.file, store.num_total * store.slot_bytes)
+    source = checkpoint.checkpoint_fingerprint(args.model)
     with tqdm(total=store.num_total, desc="Packing experts", disable=None) as bar:
-        expert_file.write(store, args.file, checkpoint.checkpoint_fingerprint(args.model), lambda: bar.update())
-    print(f"{args.file}: {store.num_total} experts of {store.expert_bytes} bytes", file=sys.stderr)
+        expert_file.write(store, args.file, source, lambda: bar.update(), is_coded=args.lossless)
+    _say_size(args.file, store, expert_file.read(args.file)[0])
     print(f"moe-serve serve {given} --moe-expert-file {args.file} --moe-cache-mib N")
     return 0
+
+
+def _say_size(file: Path, original: ExpertStore, packed: ExpertStore) -> None:
+    share = packed.total_bytes / original.total_bytes
+    size = f", {share:.3f} of the checkpoint's" if share < 1 else ""
+    print(f"{file}: {packed.num_total} experts of {packed.expert_bytes} bytes{size}", file=sys.stderr)
 
 
 def _check_space(file: Path, num_bytes: int) -> None:

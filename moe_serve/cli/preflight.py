@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
-from moe_serve.config.model_folder import read_config_json
+from moe_serve.config.model_folder import read_config_json, refuse_mlx
 from moe_serve.config.settings import Settings, settings_of
 from moe_serve.config.units import MIB
 from moe_serve.errors import CheckpointError, ConfigError
@@ -32,7 +32,9 @@ def check_model(name: str, revision: str | None = None, offline: bool = False) -
     """The checkpoint folder for MODEL, of a supported family and with weights, downloaded if it is a model id that is
     not here. ConfigError and its subclasses."""
     folder = find_model(name, revision, offline)
-    refuse_unknown_family(read_config_json(folder))
+    fields = read_config_json(folder)
+    refuse_mlx(fields, f"{folder}/config.json")
+    refuse_unknown_family(fields)
     return folder
 
 

@@ -38,7 +38,7 @@ class EngineConfig(Settings):
         None, "Longest sequence, prompt plus completion, in tokens. Default: the model's own limit.", bound="positive"
     )
     num_threads: int | None = option(
-        None, "CPU threads for the model. Default: the cores this process may use.", bound="positive"
+        None, "CPU threads for the model. Default: the cores this process may use.", bound="threads"
     )
     enforce_eager: bool = option(
         False,

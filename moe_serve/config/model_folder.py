@@ -17,8 +17,26 @@ CONFIG = "config.json"
 FOREIGN_WEIGHTS = {
     "consolidated*": "is in Mistral's own format; get the Hugging Face version of the checkpoint",
     "pytorch_model*.bin": "has weights as pytorch_model.bin only; convert it with save_pretrained",
+    "adapter_model*": "has the weights of an adapter only; merge it into the model that it was made for",
 }
 """What people have instead of a checkpoint that we read."""
+
+
+def refuse_foreign_weights(folder: Path) -> None:
+    """CheckpointError names the format of a folder without weights that we read, where it is a known one."""
+    for pattern, reason in FOREIGN_WEIGHTS.items():
+        if any(folder.glob(pattern)):
+            raise CheckpointError(f"{folder} {reason}")
+
+
+def refuse_mlx(fields: Mapping[str, Any], where: str) -> None:
+    """CheckpointError where config.json's fields have MLX's note of bits and a group size."""
+    note = fields.get("quantization")
+    if isinstance(note, Mapping) and {"bits", "group_size"} <= note.keys():
+        raise CheckpointError(
+            f"{where}: quantization is MLX's note (mlx-community), whose checkpoints are not read; take the checkpoint"
+            " that this one was made from, or a GGUF file of it"
+        )
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:

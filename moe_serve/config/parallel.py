@@ -68,7 +68,7 @@ class ParallelConfig(Settings):
     rank_port: int = option(
         0,
         "Port on which the front waits for its ranks. 0: a free one, or MASTER_PORT + 1 under a launcher.",
-        bound="not negative",
+        bound="port",
     )
 
     def check(self) -> None:

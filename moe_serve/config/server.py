@@ -17,7 +17,7 @@ class ServerConfig(Settings):
     HEADING: ClassVar[str] = "HTTP"
 
     host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on every interface.")
-    port: int = option(8000, "Port to listen on; 0 picks a free one.", bound="not negative")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.", bound="port")
     served_model_name: str | None = option(
         None, "The model's name for clients. Default: the folder's name, or the model id of a hub cache."
     )
@@ -62,6 +62,12 @@ class ServerConfig(Settings):
         "Time in seconds for running requests to finish after SIGTERM or Ctrl+C.",
         bound="not negative",
         aliases=("shutdown_timeout",),
+    )
+    stored_responses_mib: int = option(
+        64,
+        "Memory in MiB for the answers of /v1/responses, so that previous_response_id can name them; the oldest go"
+        " first. 0: none are kept.",
+        bound="not negative",
     )
     supervisor: bool = option(
         True,

@@ -23,7 +23,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from moe_serve.errors import ConfigError
 
-Bound = Literal["positive", "not negative"]
+Bound = Literal["positive", "not negative", "port", "threads"]
+MOST = {"port": 65535, "threads": 1024}
+"""Of numbers with such a bound."""
+MOST_INTEGER = (1 << 31) - 1
+"""Of all others with a bound: a product of two fits into 64 bits."""
 UNITS = {"_mib": "MIB", "_s": "S"}
 """End of a flat name -> what `--help` shows for its value."""
 
@@ -103,8 +107,13 @@ class Setting:
         bound: Bound | None = self.field.metadata["bound"]
         if bound == "positive" and not value > 0:
             raise ConfigError(f"{self.flag} must be positive, got {value}")
-        if bound == "not negative" and not value >= 0:
+        if bound == "threads" and not value > 0:
+            raise ConfigError(f"{self.flag} must be positive, got {value}")
+        if bound in ("not negative", "port") and not value >= 0:
             raise ConfigError(f"{self.flag} must not be negative, got {value}")
+        most = MOST.get(bound or "", MOST_INTEGER)
+        if bound is not None and self.kind is int and value > most:
+            raise ConfigError(f"{self.flag} must be at most {most}, got {value}")
 
 
 def _plain(value: Any, kind: type) -> Any:

@@ -15,7 +15,7 @@ from moe_serve.doctor.rates import Rates
 from moe_serve.execution.kv_cache import bytes_per_token
 from moe_serve.execution.state_cache import bytes_per_sequence
 from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf.checkpoint import dense_tensors, open_all_experts
+from moe_serve.hf.checkpoint import dense_tensors, open_all_experts, open_expert_file
 from moe_serve.hf.config_file import read_config, scheme_in
 from moe_serve.hf.dense import is_available
 from moe_serve.hf.family import family_of
@@ -72,11 +72,16 @@ class Fit:
     """With the misses of an even load read from disk; None: they would come from a disk that was not measured."""
 
 
-def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU) -> Sizes:
-    """Sizes of a checkpoint computed in `dtype` on `device`. CheckpointError as in loading."""
+def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU, expert_file: str | None = None) -> Sizes:
+    """Sizes of a checkpoint computed in `dtype` on `device`, its experts as in `expert_file` if there is one.
+
+    CheckpointError as in loading.
+    """
     hf_config = read_config(folder)
     spec = ModelSpec.from_hf(hf_config)
     store = open_all_experts(folder)
+    if expert_file is not None:
+        store = open_expert_file(expert_file, folder, list(store.decoder_layers), spec)
     kv_shapes, state_shapes = shapes_of(hf_config)
     return Sizes(
         dense_bytes=_dense_bytes(folder, hf_config, spec, dtype, device),

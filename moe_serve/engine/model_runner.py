@@ -95,6 +95,8 @@ class ModelRunner:
         assert config.kv.num_pages is not None
         assert config.max_model_len is not None
         assert padding is not None
+        if self.loaded.state_shapes:
+            raise RuntimeError("recurrent layers keep states that graphs do not know")
         sizes = sizes_up_to(config.max_num_batched_seqs or config.max_num_seqs)
         widths = widths_up_to(config.max_model_len, config.kv.page_size)
         inputs = StepInputs(sizes[-1], widths[-1], config.kv.page_size, config.kv.num_pages, self.device)
@@ -249,8 +251,6 @@ def _capture(runner: ModelRunner) -> None:
 def _why_no_graphs(runner: ModelRunner) -> str | None:
     if runner.experts.padding is None:
         return "the host brings the experts of every layer"
-    if runner.loaded.state_shapes:
-        return "recurrent layers keep states that graphs do not know"
     if attend.in_place_kernel(runner.device, getattr(torch, runner.config.dtype)) is None:
         return f"no attention kernel reads {runner.config.dtype} pages in place"
     return None

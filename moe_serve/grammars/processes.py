@@ -13,16 +13,19 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from moe_serve.errors import MoEServeError
+from moe_serve.errors import MoEServeError, OverloadedError
 
 START_S = 120.0
 """To import llguidance and to read a vocabulary; 150,000 tokens take 2 s."""
 REPLY_BYTES = 64
+FORK_PAUSES_S = (0.05, 0.2, 0.8)
+RETRY_AFTER_S = 10
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,12 +59,15 @@ class Zygote:
             self._connected()
 
     def fork(self, memory_bytes: int, cpu_s: int) -> tuple[int, socket.socket]:
-        """A new process within limits: its id, and a socket to it. MoEServeError: the zygote does not start."""
+        """A new process within limits: its id, and a socket to it.
+
+        MoEServeError: the zygote does not start. OverloadedError: the machine starts no more processes.
+        """
         ours, its = socket.socketpair()
         with its:
             message = json.dumps({"op": "fork", "memory_bytes": memory_bytes, "cpu_s": cpu_s}).encode()
             try:
-                return self._ask_twice(message, its.fileno()), ours
+                return self._forked(message, its.fileno()), ours
             except BaseException:
                 ours.close()
                 raise
@@ -81,6 +87,17 @@ class Zygote:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
+
+    def _forked(self, message: bytes, fd: int) -> int:
+        """A machine that is out of processes gets FORK_PAUSES_S to have one again."""
+        for pause_s in (*FORK_PAUSES_S, None):
+            pid = self._ask_twice(message, fd)
+            if pid > 0:
+                return pid
+            if pause_s is not None:
+                time.sleep(pause_s)
+        reason = os.strerror(-pid)
+        raise OverloadedError(f"no process can be started for a grammar: {reason}", retry_after_s=RETRY_AFTER_S)
 
     def _ask_twice(self, message: bytes, fd: int) -> int:
         """A zygote that has died since it was last used is replaced."""

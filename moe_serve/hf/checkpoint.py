@@ -17,11 +17,12 @@ from expert_cache.storage import expert_file
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
-from moe_serve.config.model_folder import read_object
+from moe_serve.config.model_folder import read_object, refuse_foreign_weights
 from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import listing_in
 from moe_serve.hf.composites import OTHER_TOWERS
 from moe_serve.hf.config_file import read_config, scheme_in
+from moe_serve.hf.contradictions import refuse_zero_points, settled_experts
 from moe_serve.hf.expert_checks import Parts, check_present, check_shapes, is_transposed
 from moe_serve.hf.family import FURTHER, PART_OF, Family, family_of
 from moe_serve.hf.gguf_tensors import expert_tensors
@@ -48,8 +49,9 @@ def safetensors_files(folder: str) -> list[Path]:
         names = sorted(set(_read_index(path / INDEX).values()))
     else:
         found = sorted(p.name for p in path.glob("*.safetensors"))
-        names = [name for name in found if not name.startswith(BESIDE)] or found
+        names = [name for name in found if not name.startswith(BESIDE)]
     if not names:
+        refuse_foreign_weights(path)
         raise CheckpointError(f"{folder}: no *.safetensors file; convert the checkpoint with save_pretrained")
     for name in names:
         if not (path / name).is_file():
@@ -84,6 +86,9 @@ def open_experts(
         refuse_unused_experts(folder, layer, (expert for _, expert in parts), spec.num_experts)
         for expert in range(spec.num_experts):
             check_present(f"{folder}: layer {layer} expert {expert}", expert, parts)
+    if scheme is not None:
+        refuse_zero_points(_named(folder, scheme.all_zero), scheme)
+        tensors = settled_experts(folder, tensors, scheme)
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
     codes = next(stored.tensor.dtype for (part, _), stored in tensors[layers[0]].items() if part == "down")
     encoding = scheme.encoding_of(codes) if scheme is not None and scaled else None
@@ -192,6 +197,12 @@ def dense_tensors(folder: str, family: Family, scheme: Scheme | None) -> Iterato
             yield from stored_tensors(file, lambda name: not _is_foreign(name, family, scheme))
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(file, error) from error
+
+
+def _named(folder: str, end: str) -> Iterator[StoredTensor]:
+    """Every tensor with that end of its name; none for no end."""
+    for file in safetensors_files(folder) if end else ():
+        yield from stored_tensors(file, lambda name: name.endswith(end))
 
 
 def _is_foreign(name: str, family: Family, scheme: Scheme | None) -> bool:

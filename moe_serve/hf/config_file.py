@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from moe_serve.config.model_folder import read_config_json, read_object
+from moe_serve.config.model_folder import read_config_json, read_object, refuse_mlx
 from moe_serve.errors import CheckpointError, ConfigError, MoEServeError, one_line
 from moe_serve.hf.composites import text_config_of
 from moe_serve.hf.families import family_in
@@ -50,6 +50,7 @@ def read_config(folder: str) -> Any:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; this is not a Hugging Face checkpoint folder")
     fields = read_config_json(folder)
+    refuse_mlx(fields, f"{folder}/config.json")
     with naming(f"{folder}/config.json"):
         config = _config_of(folder, fields)
         _refuse_contradictions(ModelSpec.from_hf(config), fields, f"{folder}/config.json")

@@ -64,6 +64,11 @@ class Fields:
         """`default` for null and for a field that is not there."""
         return bool(self.choice(name, (True, False), default))
 
+    def says(self, name: str, default: Any = None) -> str:
+        """The field and its value, for an error about tensors that say otherwise."""
+        value = self.get(name)
+        return f"{self.path}.{name} is {_short(default if value is None else value)}"
+
     def object(self, name: str) -> Fields:
         """An empty one for null and for a field that is not there."""
         value = self.get(name)

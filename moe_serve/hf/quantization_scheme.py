@@ -39,6 +39,14 @@ class Scheme:
     """Encodings of matrices whose codes have another type than most, in checkpoints of several formats."""
     rounds_activations: bool = False
     """Made for engines that quantise activations too; we do not."""
+    is_symmetric: bool = False
+    """Zero points are half of what the codes can say, whatever the form that stores them."""
+    promised: Mapping[str, str] = field(default_factory=dict)
+    """Role that every matrix must have -> the field that says so, in words."""
+    all_zero: str = ""
+    """End of the names of zero points that are not read, since `symmetric_field` says that all are zero."""
+    symmetric_field: str = ""
+    """The field and its value, in words."""
 
     def encoding_of(self, dtype: torch.dtype) -> Encoding:
         """Of a matrix, by the type of its codes."""
@@ -93,7 +101,11 @@ def _compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
         bits = weights.choice("num_bits", (4, 8))
         kind: Kind = "int4" if bits == 4 else "uint8"
         encoding = Encoding("packed", kind, zero=1 << (bits - 1), float_dtype=float_dtype, **_strategy(weights))
-        return Scheme(encoding, {**PACKED_WEIGHT, ".weight_g_idx": "order"})
+        promised = _promises(
+            zero=None if weights.flag("symmetric", default=True) else weights.says("symmetric"),
+            order=weights.says("actorder") if weights.get("actorder") in ("group", "dynamic", True) else None,
+        )
+        return Scheme(encoding, {**PACKED_WEIGHT, ".weight_g_idx": "order"}, promised=promised)
     weights.choice("type", ("int",) if layout == "int-quantized" else ("float",))
     weights.choice("num_bits", (8,))
     weights.choice("symmetric", (True,))
@@ -105,7 +117,14 @@ def _compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
         SCALED_WEIGHT,
         unused=(*Scheme(encoding, {}).unused, ".weight_zero_point"),
         rounds_activations=group.has("input_activations"),
+        all_zero=".weight_zero_point",
+        symmetric_field=weights.says("symmetric"),
     )
+
+
+def _promises(**fields: str | None) -> dict[str, str]:
+    """By role: the field that promises its tensor, in words; None where none does."""
+    return {role: text for role, text in fields.items() if text is not None}
 
 
 def _four_bit_floats(weights: Fields, rounds_activations: bool, size: int) -> Scheme:
@@ -140,11 +159,12 @@ def _gptq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
         zero_step=1 if form == "gptq" else 0,
         float_dtype=float_dtype,
     )
-    # Without act-order the columns are in the order of their groups, and g_idx says nothing new.
-    suffixes = {**COLUMN_WORDS, ".g_idx": "order"} if fields.flag("desc_act", default=False) else dict(COLUMN_WORDS)
-    if fields.flag("sym", default=True):  # the zero point is known, and the two formats are confused in the wild
-        suffixes.pop(".qzeros")
-    return Scheme(encoding, suffixes, unused=(".qzeros", ".g_idx"))
+    is_symmetric = fields.flag("sym", default=True)
+    promised = _promises(
+        zero=None if is_symmetric else fields.says("sym"),
+        order=fields.says("desc_act") if fields.flag("desc_act", default=False) else None,
+    )
+    return Scheme(encoding, {**COLUMN_WORDS, ".g_idx": "order"}, is_symmetric=is_symmetric, promised=promised)
 
 
 def _group_or_row(fields: Fields, name: str, default: int) -> int:
@@ -159,7 +179,12 @@ def _awq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     fields.choice("bits" if fields.has("bits") else "w_bit", (4,))
     fields.choice("version", ("gemm", "GEMM"), "gemm")
     size = _group_or_row(fields, "group_size" if fields.has("group_size") else "q_group_size", 128)
-    return Scheme(Encoding("awq", "int4", group=size, zero=8, float_dtype=float_dtype), COLUMN_WORDS)
+    has_zeros = fields.flag("zero_point", default=True)
+    return Scheme(
+        Encoding("awq", "int4", group=size, zero=8, float_dtype=float_dtype),
+        COLUMN_WORDS,
+        promised=_promises(zero=fields.says("zero_point", True) if has_zeros else None),
+    )
 
 
 def _fp8(fields: Fields, float_dtype: torch.dtype) -> Scheme:

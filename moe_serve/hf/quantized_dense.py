@@ -6,13 +6,14 @@ Experts are left alone: they stay in the files. Raises CheckpointError naming a 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from expert_cache.storage.encoding import Encoding, Layout
 from expert_cache.storage.store import StoredTensor
 from moe_serve.errors import CheckpointError
+from moe_serve.hf.contradictions import FLOATS, settled
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve_kernels.quantized import BITS
 
@@ -34,15 +35,16 @@ def dense_state(tensors: Iterable[StoredTensor], scheme: Scheme, dtype: torch.dt
             raise CheckpointError(f"{parts.popitem()[1].name}: scales without a matrix in the *.safetensors files")
         codes = parts["codes"]
         if "scale" in parts:
-            state[name] = _dequantized(scheme.encoding_of(codes.tensor.dtype), parts, dtype)
-        elif codes.name == name and codes.tensor.is_floating_point():
+            encoding = scheme.encoding_of(codes.tensor.dtype)
+            state[name] = _dequantized(encoding, settled(parts, scheme), dtype)
+        elif codes.name == name and codes.tensor.dtype in FLOATS:
             state[name] = codes.tensor  # not quantised: what the config's `ignore` means
         else:
             raise CheckpointError(f"{codes.name}: no scales in the *.safetensors files")
     return state
 
 
-def _dequantized(encoding: Encoding, parts: dict[str, StoredTensor], dtype: torch.dtype) -> torch.Tensor:
+def _dequantized(encoding: Encoding, parts: Mapping[str, StoredTensor], dtype: torch.dtype) -> torch.Tensor:
     tensors = {role: stored.tensor for role, stored in parts.items()}
     codes = tensors["codes"]
     columns = codes.shape[0 if encoding.layout in TRANSPOSED else 1] * _codes_per_entry(encoding)
@@ -68,8 +70,11 @@ def _num_rows(encoding: Encoding, codes: torch.Tensor) -> int:
     return codes.shape[1] * 8 if encoding.layout == "awq" else codes.shape[0]
 
 
-def mismatch(encoding: Encoding, parts: dict[str, StoredTensor], rows: int, columns: int) -> str | None:
+def mismatch(encoding: Encoding, parts: Mapping[str, StoredTensor], rows: int, columns: int) -> str | None:
     """What is wrong with the tensors of a matrix that must be [rows, columns], or None."""
+    codes = parts.get("codes")
+    if codes is not None and codes.tensor.dtype not in encoding.code_dtypes:
+        return f"{codes.name} is stored as {str(codes.tensor.dtype)[6:]}, but config.json asks for {encoding.kind}"
     for role, wanted in encoding.shapes(rows, columns).items():
         if role not in parts:
             continue

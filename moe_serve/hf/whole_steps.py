@@ -1,16 +1,18 @@
 """WholeSteps: steps on a CPU without the model's modules.
 
-A few sequences that decode one token each are one call of the kernel where every expert is in place, else one per layer
-up to its experts; those run where experts are brought. Every other step, with parts of prompts or many sequences, runs
-kernel by kernel. All give a token the same bits, whatever else is in the step. The counterpart of decode_graphs.py.
-Knows steps and kernels; nothing of requests.
+A few sequences that decode one token each are one call of the kernel for all layers, if no expert can be missing.
+Otherwise each layer is one call up to its experts, and `Experts.run` runs those. Every other step, with parts of
+prompts or many sequences, runs kernel by kernel. All give a token the same bits, whatever else is in the step. The
+counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from expert_cache.running.experts import Experts
 from expert_cache.running.in_place import InPlaceExperts
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache
+from moe_serve.execution.team_size import TeamSize
 from moe_serve.hf import decoder_blocks
 from moe_serve.hf.experts import moe_layers
 from moe_serve.hf.loading import LoadedModel
@@ -79,6 +82,7 @@ class WholeSteps:
         self._rotary = RotaryTable(model.model.rotary_emb, self._shape.rotary_dim)
         self._embedding_scale = getattr(self._config, "embedding_multiplier", 1.0)
         self._logits_divisor = getattr(self._config, "logits_scaling", 1.0)
+        self._team = TeamSize(torch.get_num_threads())
         self._in_place = experts.in_place()
         self._few, self._many = self._new_steps()
 
@@ -95,8 +99,23 @@ class WholeSteps:
         """Logits [n, V] of the tokens `rows` [n]; overwritten by the next step of as many tokens."""
         in_place = self._follow()
         inputs = self._inputs(batch)
-        logits = self._run_few(inputs, rows, in_place) if _are_few(batch) else self._run_many(inputs, rows)
+        with nullcontext() if in_place is None else self._threads(batch):
+            logits = self._run_few(inputs, rows, in_place) if _are_few(batch) else self._run_many(inputs, rows)
         return logits if self._logits_divisor == 1 else logits.div_(self._logits_divisor)
+
+    @contextmanager
+    def _threads(self, batch: ForwardBatch) -> Iterator[None]:
+        """As many of the process's threads as make a step fastest beside other processes."""
+        size = self._team.next()
+        start = time.perf_counter()
+        if size < self._team.most:
+            torch.set_num_threads(size)
+        try:
+            yield
+        finally:
+            if size < self._team.most:
+                torch.set_num_threads(self._team.most)
+        self._team.took(_kind(batch), time.perf_counter() - start)
 
     def _inputs(self, batch: ForwardBatch) -> DecodeInputs:
         page_table, lengths, starts = _contexts(batch)
@@ -144,6 +163,12 @@ class WholeSteps:
 def _are_few(batch: ForwardBatch) -> bool:
     """Every sequence decodes one token, and they are few."""
     return batch.num_tokens <= most_tokens() and not batch.prefill_runs
+
+
+def _kind(batch: ForwardBatch) -> tuple[bool, int]:
+    """Of steps that take about as long: with parts of prompts or without, and how many tokens."""
+    count = batch.num_tokens
+    return bool(batch.prefill_runs), count if _are_few(batch) else 1 << count.bit_length()
 
 
 def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

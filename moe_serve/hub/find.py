@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_serve.config.model_folder import CONFIG, FOREIGN_WEIGHTS, cache_folder
+from moe_serve.config.model_folder import CONFIG, cache_folder, refuse_foreign_weights
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.hf.families import refuse_unknown_family
 from moe_serve.hub.cache import find_cached, snapshot_of
@@ -53,9 +53,7 @@ def _of_folder(folder: Path, environment: Mapping[str, str]) -> str:
     gguf = only_gguf_in(folder)
     if gguf is not None:
         return _of_file(gguf, environment)
-    for pattern, reason in FOREIGN_WEIGHTS.items():
-        if any(folder.glob(pattern)):
-            raise CheckpointError(f"{folder} {reason}")
+    refuse_foreign_weights(folder)
     raise CheckpointError(f"{folder}: {CONFIG} is missing; this is not a Hugging Face checkpoint folder")
 
 

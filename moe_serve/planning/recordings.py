@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_serve.errors import ConfigError, TraceFileError
+from moe_serve_base.npz_files import NpzError, NpzFile
 from placement.formats import read_load
 from predictors import formats, trace
 from predictors.trace import RoutingTrace, TraceError
@@ -97,8 +98,8 @@ def _torch_load(path: str) -> Any:
 
 def _array(path: str) -> npt.NDArray[Any]:
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
+        return np.asarray(np.load(path, allow_pickle=False, mmap_mode="r"))  # mapped: its header may promise too much
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise ConfigError(f"{path}: cannot be read as .npy without pickles ({error}); save it again") from None
 
 
@@ -108,5 +109,8 @@ def _routed_experts(path: str) -> npt.NDArray[Any] | None:
         return None
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"{path}: is no whole .npz file; record or copy it again")
-    with np.load(path, allow_pickle=False) as file:
-        return np.asarray(file["routed_experts"]) if "routed_experts" in file.files else None
+    try:
+        with NpzFile(path) as file:
+            return file.read("routed_experts") if "routed_experts" in file.names else None
+    except NpzError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -41,6 +41,7 @@ def create_app(
     with_dashboard: bool = True,
     recording_dir: str | None = None,
     recording_buffer_tokens: int = 65536,
+    stored_responses_mib: int = 64,
     tracing: Tracing | None = None,
     ranks: ParallelEngine | None = None,
 ) -> FastAPI:
@@ -63,6 +64,7 @@ def create_app(
         with_dashboard=with_dashboard,
         recording_dir=Path(recording_dir) if recording_dir else None,
         recording_buffer_tokens=recording_buffer_tokens,
+        stored_responses_mib=stored_responses_mib,
         ranks=ranks,
     )
     app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(service, drain_timeout_s, tracing))

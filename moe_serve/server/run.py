@@ -111,6 +111,7 @@ def _load(
         with_dashboard=server_config.dashboard,
         recording_dir=server_config.recording_dir,
         recording_buffer_tokens=server_config.recording_buffer_tokens,
+        stored_responses_mib=server_config.stored_responses_mib,
         tracing=tracing,
         ranks=ranks,
     )

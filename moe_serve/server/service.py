@@ -40,6 +40,8 @@ class Service:
     recording_dir: Path | None = None
     """Where recordings of routing are written; None: they are refused."""
     recording_buffer_tokens: int = 65536
+    stored_responses_mib: int = 64
+    """For the answers of /v1/responses; 0: none are kept."""
     ranks: ParallelEngine | None = None
     """The engine over ranks; None on one device."""
     started_s: int = field(default_factory=lambda: int(time.time()))

@@ -17,9 +17,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError, one_line
-from moe_serve.gguf_files.folder import NO_TOKENIZER
+from moe_serve.text import tokenizer_files
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -41,11 +40,7 @@ class Tokenizer:
     @staticmethod
     def from_path(folder: str, chat_template_file: str | None = None) -> Tokenizer:
         """Load from a checkpoint folder; `chat_template_file` replaces its chat template."""
-        if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-            # transformers would make up an empty one
-            if (note := Path(folder) / NO_TOKENIZER).is_file():
-                raise ConfigError(note.read_text(encoding="utf-8"))
-            raise ConfigError(f"{folder}: no tokenizer here ({', '.join(TOKENIZER_FILES)}); see --tokenizer")
+        tokenizer_files.refuse_unreadable(folder)
         try:
             hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong field leads to
@@ -57,6 +52,8 @@ class Tokenizer:
             if not path.is_file():
                 raise ConfigError(f"--chat-template: no file {chat_template_file}")
             hf.chat_template = path.read_text()
+        elif not hf.chat_template:
+            hf.chat_template = tokenizer_files.processors_template(folder)
         return Tokenizer(cast(PreTrainedTokenizerFast, hf))
 
     @property

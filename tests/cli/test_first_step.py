@@ -79,6 +79,10 @@ def taken_port() -> Iterator[int]:
         ("serve --moe-cache-mib 0 --moe-prefetch affinity", "--moe-prefetch has no effect with --moe-cache-mib 0"),
         ("serve --ep-mode coherent", "--ep-mode has no effect on one device"),
         ("chat --url http://127.0.0.1:9 --max-model-len 8", "--max-model-len has no effect with --url"),
+        ("serve --port 99999", "--port must be at most 65535, got 99999"),
+        ("serve --devices 2 --rank-port 99999", "--rank-port must be at most 65535, got 99999"),
+        ("generate --prompt x --num-threads 1000000", "--num-threads must be at most 1024, got 1000000"),
+        ("generate --prompt x --num-kv-pages 99999999999999", "--num-kv-pages must be at most 2147483647"),
         ("generate --max-queue-wait-s 3 --prompt x", "unknown flag --max-queue-wait-s"),
     ],
 )
@@ -165,3 +169,10 @@ def test_a_folder_wins_over_the_cache(cached: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert find_model("org/name", environment={"HF_HUB_CACHE": str(cached.parent)}) == "org/name"
     assert model_id_of("org/name") is None
+
+
+def test_mlx_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+    note = {"group_size": 64, "bits": 4}
+    fields = {"model_type": "mixtral", "quantization": note, "quantization_config": note}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert f"{tmp_path}/config.json: quantization is MLX's note (mlx-community)" in _answer("serve", str(tmp_path))

@@ -13,20 +13,6 @@ from .references import Reference, compute_reference
 from .tiny_checkpoints import write_checkpoint
 from .tiny_configs import CASES
 
-BRIEFLY = ("test_mixed_batch[chunks_of_13-pages_of_4", "test_preemption[prefix_cache")
-"""What `make test` proves of a family whose case is brief; `make test-slow` proves the rest."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.name == "test_tokens_identical.py" and _is_brief(item) and not item.name.startswith(BRIEFLY):
-            item.add_marker(pytest.mark.slow)
-
-
-def _is_brief(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and CASES[callspec.params["case"]].is_brief
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -38,13 +38,18 @@ HELD_BACK = {
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "avx2" else pytest.param(kind, marks=pytest.mark.slow) for kind in HELD_BACK]
+    ("kind", "family"),
+    [
+        pytest.param(kind, family, marks=() if (kind, family) == ("avx2", "gpt_oss") else pytest.mark.slow)
+        for kind in HELD_BACK
+        for family in ("deepseek_v2", "gpt_oss")
+    ],
 )
-def test_batch_invariance(kind: str) -> None:
+def test_batch_invariance(kind: str, family: str) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["tests/families/test_batch_invariance.py", "-k", "deepseek_v2 or gpt_oss"]
+    command += ["tests/families/test_batch_invariance.py", "-k", family]
     environment = os.environ | HELD_BACK[kind] | {"MOE_SERVE_TEST_REQUESTS": "12"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "32 passed" in done.stdout
+    assert "16 passed" in done.stdout

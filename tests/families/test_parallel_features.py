@@ -78,6 +78,7 @@ def cases(checkpoint: Checkpoint, reference: References, folder: Path) -> list[d
 
 
 @pytest.mark.timeout(LAUNCH_S + 60)
+@pytest.mark.slow
 def test_over_ranks_as_on_one_device(checkpoint: Checkpoint, reference: References, tmp_path: Path) -> None:
     asked = cases(checkpoint, reference, tmp_path)
     results = launch(torchrun(free_port()), asked, tmp_path)

@@ -22,6 +22,7 @@ Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 
 
+@pytest.mark.spanning
 def test_one_prompt_at_a_time(case: str, checkpoint: Checkpoint, reference: References) -> None:
     ref = reference(case)
     llm = load(checkpoint(case), enable_prefix_caching=False)
@@ -81,9 +82,8 @@ def test_preemption(case: str, prefix_caching: bool, checkpoint: Checkpoint, ref
     assert log.num_preemptions > 0
 
 
-@pytest.mark.parametrize(
-    "room", [pytest.param("mapped", marks=spanning), "for_half", pytest.param("for_all", marks=spanning)]
-)
+@pytest.mark.spanning
+@pytest.mark.parametrize("room", ["mapped", "for_half", "for_all"])
 def test_room_for_experts(case: str, room: str, checkpoint: Checkpoint, reference: References) -> None:
     """Run twice: with room for all, the second run finds every expert ready; with room for half, it does not."""
     ref = reference(case)

@@ -120,9 +120,6 @@ class TinyCase:
     """Chosen so that no greedy choice of the tests is a near tie (test_references.py)."""
     std: float = 0.2
     """Of the random matrices."""
-    is_brief: bool = False
-    """Most of its proofs run in `make test-slow` (conftest.py)."""
-
     tower: dict[str, Any] | None = None
     """vision_config of a composite; `fields` are its text_config's then."""
 
@@ -136,7 +133,7 @@ class TinyCase:
 
 
 SPANNING = ("mixtral", "qwen2_moe_window", "olmoe_clipped", "deepseek_v3", "glm4_moe", "gpt_oss", "phimoe")
-"""What the others have, these have between them: windows, latents, groups, shared and biased experts, odd layers."""
+"""Together these have every trait of the others: windows, latents, groups, shared and biased experts, odd layers."""
 CASES: dict[str, TinyCase] = {
     "mixtral": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8}),
     "mixtral_window": TinyCase("mixtral", {"intermediate_size": 64, "num_local_experts": 8, "sliding_window": WINDOW}),
@@ -327,10 +324,8 @@ CASES: dict[str, TinyCase] = {
     ),
     "flint": TinyCase("flint", {**FINE, **SLIDING}),
     "kolibri1": TinyCase("kolibri1", {**FINE, **SLIDING}, seed=3),
-    "qwen3_next": TinyCase("qwen3_next", {**FINE, "shared_expert_intermediate_size": 48, **DELTA_NET}, is_brief=True),
-    "qwen3_5_moe": TinyCase(
-        "qwen3_5_moe_text", {**FINE, "shared_expert_intermediate_size": 48, **DELTA_NET}, is_brief=True
-    ),
+    "qwen3_next": TinyCase("qwen3_next", {**FINE, "shared_expert_intermediate_size": 48, **DELTA_NET}),
+    "qwen3_5_moe": TinyCase("qwen3_5_moe_text", {**FINE, "shared_expert_intermediate_size": 48, **DELTA_NET}),
     "granitemoehybrid": TinyCase(
         "granitemoehybrid",
         {
@@ -344,7 +339,6 @@ CASES: dict[str, TinyCase] = {
             "mamba_d_state": 16,
             "mamba_n_groups": 1,
         },
-        is_brief=True,
     ),
     "lfm2_moe": TinyCase(
         "lfm2_moe",
@@ -356,7 +350,6 @@ CASES: dict[str, TinyCase] = {
             "num_dense_layers": 1,
             "layer_types": ["conv", "conv", "full_attention"],
         },
-        is_brief=True,
     ),
     "jamba": TinyCase(
         "jamba",
@@ -371,7 +364,6 @@ CASES: dict[str, TinyCase] = {
             "mamba_dt_rank": 8,
             "use_mamba_kernels": False,
         },
-        is_brief=True,
     ),
     # Wider heads in the full layer, whose values are its keys; inputs per layer from a table of their own.
     "gemma4": TinyCase(
@@ -392,7 +384,6 @@ CASES: dict[str, TinyCase] = {
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
-        is_brief=True,
     ),
     # Experts see a projection of half the width, as in Nemotron-3 Super.
     "nemotron_h": TinyCase(
@@ -412,21 +403,17 @@ CASES: dict[str, TinyCase] = {
             "ssm_state_size": 16,
             "n_groups": 1,
         },
-        is_brief=True,
     ),
     "qwen3_vl_moe": TinyCase(
-        "qwen3_vl_moe", {**FINE, "decoder_sparse_step": 1, **rope_of_images(3, 3, 2)}, is_brief=True, tower=TOWER
+        "qwen3_vl_moe", {**FINE, "decoder_sparse_step": 1, **rope_of_images(3, 3, 2)}, tower=TOWER
     ),
-    "glm4v_moe": TinyCase(
-        "glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, is_brief=True, tower=TOWER
-    ),
-    "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}, is_brief=True),
+    "glm4v_moe": TinyCase("glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, tower=TOWER),
+    "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}),
     # More tokens than the indexer chooses, in prompts and in answers.
-    "deepseek_v32": TinyCase("deepseek_v32", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER}, is_brief=True),
+    "deepseek_v32": TinyCase("deepseek_v32", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER}),
     "glm_moe_dsa": TinyCase(
         "glm_moe_dsa",
         {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "indexer_types": ["full", "shared", "full"]},
-        is_brief=True,
     ),
     # Chunks end within the prompts; the last layer has no positions and scales its queries every 32 tokens.
     "llama4": TinyCase(
@@ -441,6 +428,5 @@ CASES: dict[str, TinyCase] = {
             "attention_chunk_size": WINDOW,
             "floor_scale": 32,
         },
-        is_brief=True,
     ),
 }

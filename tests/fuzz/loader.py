@@ -56,7 +56,7 @@ class Loader:
 
     def _ask(self, folder: Path) -> dict[str, Any]:
         if self._child is None or self._num_cases == CASES_PER_CHILD:
-            self.close()
+            self._end_child()
             self._child, self._num_cases = self._start(), 0
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -68,7 +68,7 @@ class Loader:
             selector.register(self._child.stdout, selectors.EVENT_READ)
             line = self._child.stdout.readline() if selector.select(limit_s) else None
         if not line:
-            self.close()
+            self._end_child()
             what = f"no answer in {limit_s:g} s" if line is None else "the process died"
             raise LoadingFault(f"{what}:\n{self._end_of_log()}")
         answer: dict[str, Any] = json.loads(line)
@@ -89,7 +89,11 @@ class Loader:
         return self._log.read()[-LOG_BYTES:].decode(errors="replace")
 
     def close(self) -> None:
-        """End the child."""
+        """End the child; the loader is of no use afterwards."""
+        self._end_child()
+        self._log.close()
+
+    def _end_child(self) -> None:
         if self._child is not None:
             self._child.kill()
             self._child.communicate()

@@ -97,7 +97,7 @@ def _send(case: AnyCase, session: requests.Session, seen: Counter[str], checks: 
     response = case.call(session=session, timeout=TIMEOUT_S)
     seen[f"{case.operation.label} {response.status_code}"] += 1
     case.validate_response(response, checks=checks)
-    return str(response.json()["error"]["param"]) if response.status_code == 400 else ""
+    return str(response.json()["error"].get("param", "")) if response.status_code == 400 else ""
 
 
 def _serve_any_model(case: AnyCase) -> None:

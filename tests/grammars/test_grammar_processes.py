@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,9 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from llguidance import LLTokenizer
 
-from moe_serve.errors import InvalidRequestError
+from moe_serve.errors import InvalidRequestError, OverloadedError
 from moe_serve.grammars import grammars as grammars_module
+from moe_serve.grammars import processes
+from moe_serve.grammars.compiler.zygote import Zygote as ZygoteProcess
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.text.tokenizer import Tokenizer
@@ -100,6 +105,38 @@ def test_a_killed_zygote_is_replaced(own: Grammars, tokenizer: Tokenizer) -> Non
     assert eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
     assert list(masks_of(tokenizer, running).errors) == [running]
     own.check(regex("b+"))
+
+
+def test_a_machine_without_processes_refuses_one_grammar_and_ends_none(
+    own: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = sequence(own, regex("a+"))
+    assert not masks_of(tokenizer, running).errors
+    ask = own.zygote._ask_twice
+    refused = [-errno.EAGAIN] * (len(processes.FORK_PAUSES_S) + 2)
+    monkeypatch.setattr(processes, "FORK_PAUSES_S", (0.0,) * len(processes.FORK_PAUSES_S))
+    monkeypatch.setattr(own.zygote, "_ask_twice", lambda *args: refused.pop() if refused else ask(*args))
+    with pytest.raises(OverloadedError, match="no process can be started for a grammar: Resource temporarily"):
+        own.check(regex("b+"))
+    own.check(regex("b+"))  # refused once more, then there is one
+    assert not refused
+    assert not masks_of(tokenizer, running).errors
+
+
+def test_the_zygote_survives_a_fork_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    ours, its = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    channel, child = socket.socketpair()
+    with ours, its, channel, child:
+        zygote = ZygoteProcess(its, LLTokenizer("byte"))
+        monkeypatch.setattr(os, "fork", fork)
+        socket.send_fds(ours, [b'{"op": "fork", "memory_bytes": 1, "cpu_s": 1}'], [child.fileno()])
+        assert zygote._answer()
+        assert int(ours.recv(64)) == -errno.EAGAIN
+        child.close()
+        assert channel.recv(1) == b"", "the zygote has closed its copy"
 
 
 LARGE = GrammarSpec(GrammarKind.LARK, "start: " + "|".join(f'"{i}x{i * 7}"' for i in range(14_000)), "guided_grammar")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tracemalloc
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,40 @@ def test_a_bad_file_is_named_with_the_field(small_trace: RoutingTrace, tmp_path:
     np.savez(tmp_path / "bad.npz", **fields(small_trace, **changes))
     with pytest.raises(TraceError, match=rf"bad\.npz: {field}: "):
         load(tmp_path / "bad.npz")
+
+
+def npy(shape: tuple[int, ...], data: bytes) -> bytes:
+    """An array of bytes, with a header of its own."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue() + data
+
+
+@pytest.mark.parametrize("rows", [10**11, 1 << 60, 6])
+def test_a_header_that_promises_too_much(small_trace: RoutingTrace, tmp_path: Path, rows: int) -> None:
+    np.savez(tmp_path / "t.npz", **fields(small_trace, ids=None))
+    with zipfile.ZipFile(tmp_path / "t.npz", "a") as file:
+        file.writestr("ids.npy", npy((rows, 2, 2), small_trace.ids.tobytes()))
+    with pytest.raises(TraceError, match=r"t\.npz: ids: its header says \d+ bytes, but the file holds 20"):
+        load(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(("absent", "named"), [("seq_offsets", "missing"), ("", "ends at 5 tokens")])
+def test_what_unpacks_to_gigabytes_is_not_unpacked(
+    small_trace: RoutingTrace, tmp_path: Path, absent: str, named: str
+) -> None:
+    """64 MiB here; the peak is that of the arrays that were made."""
+    num_bytes = 64 << 20
+    np.savez_compressed(tmp_path / "t.npz", **fields(small_trace, ids=None, **({absent: None} if absent else {})))
+    with zipfile.ZipFile(tmp_path / "t.npz", "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("ids.npy", npy((num_bytes // 4, 2, 2), bytes(num_bytes)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TraceError, match=f"seq_offsets: {named}"):
+            load(tmp_path / "t.npz")
+        assert tracemalloc.get_traced_memory()[1] < num_bytes // 8
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_no_npz_is_said_to_be_none(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import numpy as np
 import pytest
@@ -422,3 +423,11 @@ def hermes(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
 def bare(tokenizer_folder: Path, tmp_path: Path) -> Iterator[Model]:
     """The same through one without."""
     yield from start(tokenizer_folder, tmp_path, PLAIN_TEMPLATE)
+
+
+@pytest.fixture
+def claude(hermes: Model) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's client of the scripted model."""
+    url = str(hermes.client.base_url).removesuffix("/v1/")
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        yield client

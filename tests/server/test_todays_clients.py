@@ -21,11 +21,14 @@ TAKEN: list[dict[str, Any]] = [
     {"include": ["web_search_call.action.sources"]},
     {"include": ["reasoning.encrypted_content"]},
     {"stream_options": {"include_obfuscation": True}},
+    {"tools": [{"type": "web_search"}, {"type": "local_shell"}]},
+    {"reasoning": {"effort": "medium", "summary": "auto"}},
+    {"store": False},
+    {"store": True},
 ]
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": [S, {"type": "web_search"}]}, "tools", "tools.1: tools of type 'web_search' are not supported"),
-    ({"tools": [S, {"type": "local_shell"}]}, "tools", "'local_shell'"),
-    ({"tools": [{"type": "custom", "name": "x"}]}, "tools", "'custom'"),
+    ({"tools": [S, {"type": "custom", "name": "x", "format": {"type": "xml"}}]}, "tools", "tools.1.format"),
+    ({"tools": [S, {"name": "x"}]}, "tools", "tools.1.type"),
     ({"moderation": "x"}, "moderation", "nothing is moderated"),
     ({"text": {"verbosity": "high"}}, "text", "text.verbosity"),
     ({"input": None}, "input", "input: Input should be a valid string or a valid list"),

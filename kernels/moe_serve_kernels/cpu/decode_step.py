@@ -25,12 +25,17 @@ class DecodeStep:
     def __init__(self, model: NativeModel) -> None:
         self._native = native()
         self._model = model
-        self._num_threads = torch.get_num_threads()
+        self._most_threads = torch.get_num_threads()
         self._memory = self._new_memory()
         self._outputs = [_Outputs(model, num_tokens) for num_tokens in range(1, most_tokens() + 1)]
 
     def _new_memory(self) -> torch.Tensor:
-        return torch.empty(self._native.moe_serve_decode_memory(self._model.address, most_tokens(), self._num_threads))
+        return torch.empty(self._native.moe_serve_decode_memory(self._model.address, most_tokens(), self._most_threads))
+
+    @property
+    def _num_threads(self) -> int:
+        """Of torch, at most as many as there were at first."""
+        return min(torch.get_num_threads(), self._most_threads)
 
     def run(self, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The whole step: logits [T, V], chosen experts [L, T, K] int64 and their weights [L, T, K].

@@ -3,7 +3,8 @@
     out[p] = down @ act(gate @ x[tokens[p]] + gate_bias, up @ x[tokens[p]] + up_bias) + down_bias
 
 Float32 activations, rounded only where the weights ask for it (MLPWeights.rounds); weights in float32, bf16, float16,
-quantised to eight or four bits (QuantizedRows) or in ggml's blocks (BlockRows), read where they lie, at any address.
+quantised to eight or four bits (QuantizedRows), in ggml's blocks (BlockRows) or in 12-bit codes of bf16 (CodedRows),
+read where they lie, at any address. Codes of bf16 give the bits that the bf16 weights give.
 The bits of a row depend on its token and its weights: not on the other rows and segments of the call, the weights'
 address or the number of threads. (One call per layer instead of one matrix product at a time: the fused MoE kernels of
 vLLM and SGLang.)
@@ -23,12 +24,13 @@ from torch.nn import functional as F
 
 from moe_serve_kernels import quantized
 from moe_serve_kernels.cpu import library
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
 from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Matrix = torch.Tensor | QuantizedRows | BlockRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows | CodedRows
 WEIGHT_KINDS = ("float32", "bfloat16", "float16", "int8", "uint8", "fp8", "int4", "fp4", "blocks")
 Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -50,7 +52,7 @@ class Activation:
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPWeights:
     """One expert: gate, up [I, H], down [H, I], all of one float type or one quantised kind that `are_readable` allows.
-    Blocks may be of different types.
+    Blocks may be of different types; of bf16 matrices some may be coded.
 
     Rows contiguous, any row stride. Biases [I], [I], [H] of one dtype, float32 or bf16, or None. Nothing is copied:
     the tensors must not move in memory while this object is in use.
@@ -84,6 +86,8 @@ def weight_kind(matrix: Matrix) -> str:
     """One of WEIGHT_KINDS, or the name of a dtype that is none of them."""
     if isinstance(matrix, BlockRows):
         return "blocks"
+    if isinstance(matrix, CodedRows):
+        return "bfloat16"
     return matrix.kind if isinstance(matrix, QuantizedRows) else str(matrix.dtype).removeprefix("torch.")
 
 
@@ -102,6 +106,8 @@ def are_readable(matrices: Sequence[Matrix]) -> bool:
 def _is_readable(matrix: Matrix) -> bool:
     if isinstance(matrix, BlockRows):
         return matrix.type in quantized.READABLE_BLOCKS and matrix.blocks.device.type == "cpu"
+    if isinstance(matrix, CodedRows):
+        return all(tensor.device.type == "cpu" and tensor.stride(-1) == 1 for tensor in matrix.tensors)
     if not isinstance(matrix, QuantizedRows):
         return matrix.dtype in WEIGHT_DTYPES and matrix.stride(1) == 1
     # Scales change between 64-byte runs of a row, for four-bit codes between 32-bit words.

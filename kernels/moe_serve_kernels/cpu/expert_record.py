@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 
+from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.library import native
 from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 
-Matrix = torch.Tensor | QuantizedRows | BlockRows
+Matrix = torch.Tensor | QuantizedRows | BlockRows | CodedRows
+PLAIN = {
+    **{"scales": None, "scale_kind": 0, "scale_stride": 0, "rows_per_scale": 1, "scale_table": None},
+    **{"zeros": None, "zero_stride": 0, "zero": 0, "block_type": 0},
+    **{"exponents": None, "rare": None, "rare_size": 0},
+}
+"""Fields of struct Matrix that floats leave empty."""
 
 
 class ExpertRecord:
@@ -63,41 +70,45 @@ def _table_of(matrix: Matrix | None) -> torch.Tensor | None:
 def _matrix(matrix: Matrix | None, table: torch.Tensor | None) -> Any:
     if isinstance(matrix, QuantizedRows):
         return _quantized(matrix, table)
-    plain = {"scales": None, "scale_kind": 0, "scale_stride": 0, "rows_per_scale": 1}
-    plain |= {"zeros": None, "zero_stride": 0, "zero": 0, "block_type": 0, "scale_table": None}
     if matrix is None:
-        return native().new("Matrix", data=None, stride=0, rows=0, columns=0, group=0, **plain)
+        return native().new("Matrix", data=None, stride=0, rows=0, columns=0, group=0, **PLAIN)
     rows, columns = matrix.shape
-    data = matrix.blocks if isinstance(matrix, BlockRows) else matrix
-    if isinstance(matrix, BlockRows):
-        plain["block_type"] = native().value(f"BlockType.BLOCK_{matrix.type}")
+    data, fields = _rows(matrix)
     stride = data.stride(0) * data.itemsize
-    return native().new(
-        "Matrix", data=data.data_ptr(), stride=stride, rows=rows, columns=columns, group=columns, **plain
-    )
+    fields |= {"data": data.data_ptr(), "stride": stride, "rows": rows, "columns": columns, "group": columns}
+    return native().new("Matrix", **PLAIN | fields)
+
+
+def _rows(matrix: torch.Tensor | BlockRows | CodedRows) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What holds the rows, and the fields that say how."""
+    if isinstance(matrix, BlockRows):
+        return matrix.blocks, {"block_type": native().value(f"BlockType.BLOCK_{matrix.type}")}
+    if isinstance(matrix, CodedRows):
+        exponents, rare = matrix.exponents.data_ptr(), matrix.rare.data_ptr()
+        return matrix.codes, {"exponents": exponents, "rare": rare, "rare_size": len(matrix.rare)}
+    return matrix, {}
 
 
 def _quantized(matrix: QuantizedRows, table: torch.Tensor | None) -> Any:
     rows, columns = matrix.shape
     zeros = matrix.zeros
     scale_kind = "table" if table is not None else str(matrix.scales.dtype).removeprefix("torch.")
-    return native().new(
-        "Matrix",
-        data=matrix.codes.data_ptr(),
-        stride=matrix.codes.stride(0),
-        rows=rows,
-        columns=columns,
-        scales=matrix.scales.data_ptr(),
-        scale_kind=native().value(f"ScaleKind.SCALE_{scale_kind}"),
-        scale_stride=matrix.scales.stride(0),
-        rows_per_scale=matrix.rows_per_scale,
-        group=matrix.group,
-        zeros=None if zeros is None else zeros.data_ptr(),
-        zero_stride=0 if zeros is None else zeros.stride(0),
-        zero=(matrix.zero if zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
-        block_type=0,
-        scale_table=None if table is None else table.data_ptr(),
-    )
+    fields = {
+        "data": matrix.codes.data_ptr(),
+        "stride": matrix.codes.stride(0),
+        "rows": rows,
+        "columns": columns,
+        "scales": matrix.scales.data_ptr(),
+        "scale_kind": native().value(f"ScaleKind.SCALE_{scale_kind}"),
+        "scale_stride": matrix.scales.stride(0),
+        "rows_per_scale": matrix.rows_per_scale,
+        "group": matrix.group,
+        "zeros": None if zeros is None else zeros.data_ptr(),
+        "zero_stride": 0 if zeros is None else zeros.stride(0),
+        "zero": (matrix.zero if zeros is None else 0) - (128 if matrix.kind == "uint8" else 0),
+        "scale_table": None if table is None else table.data_ptr(),
+    }
+    return native().new("Matrix", **PLAIN | fields)
 
 
 def _bias(bias: torch.Tensor | None) -> Any:

@@ -27,7 +27,6 @@ class LayerParts:
     def __init__(self, model: NativeModel) -> None:
         self._model = model
         self._native = native()
-        self._num_threads = torch.get_num_threads()
 
     def until_experts(self, block: int, inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One layer up to its experts: their input [T, H], and ids int64 and weights [T, K]; see `DecodeStep`."""
@@ -55,7 +54,7 @@ class LayerParts:
         out = torch.empty_like(x)
         eps = self._model.shape.norm_eps if eps is None else eps
         places = (x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr())
-        self._native.moe_serve_norm(*places, self._num_threads)
+        self._native.moe_serve_norm(*places, torch.get_num_threads())
         return out
 
     def _add(self, x: torch.Tensor, summand: torch.Tensor, weights: torch.Tensor | float = 1.0) -> None:
@@ -71,7 +70,9 @@ class LayerParts:
         attended = normed.new_empty(len(normed), shape.heads * shape.value_dim)
         tensors = (q.data_ptr(), k.data_ptr(), v.data_ptr(), attended.data_ptr())
         step = _step(inputs)
-        self._native.moe_serve_attend(self._model.address, ctypes.addressof(step), block, *tensors, self._num_threads)
+        self._native.moe_serve_attend(
+            self._model.address, ctypes.addressof(step), block, *tensors, torch.get_num_threads()
+        )
         return attended
 
     def _attend_to_latents(self, block: int, normed: torch.Tensor, inputs: DecodeInputs) -> torch.Tensor:
@@ -81,12 +82,12 @@ class LayerParts:
         assert latents is not None
         where = (self._model.address, ctypes.addressof(step), block)
         kv = linear(normed, latents.kv)
-        self._native.moe_serve_write_latents(*where, kv.data_ptr(), self._num_threads)
+        self._native.moe_serve_write_latents(*where, kv.data_ptr(), torch.get_num_threads())
         q = linear(self._narrow(latents, normed), layer.q).view(count, shape.heads, shape.head_dim)
         carried = latents.heads.carry_over(q[..., : latents.heads.plain].transpose(0, 1))
         attended = torch.empty_like(carried)
         tensors = (q.data_ptr(), carried.data_ptr(), attended.data_ptr())
-        self._native.moe_serve_attend_to_latents(*where, *tensors, self._num_threads)
+        self._native.moe_serve_attend_to_latents(*where, *tensors, torch.get_num_threads())
         return latents.heads.carry_back(attended).transpose(0, 1).reshape(count, -1)
 
     def _narrow(self, latents: Latents, normed: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ class LayerParts:
         if router is not None:
             scores = linear(normed, router)
             tensors = (scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
-            self._native.moe_serve_route(self._model.address, block, len(normed), *tensors, self._num_threads)
+            self._native.moe_serve_route(self._model.address, block, len(normed), *tensors, torch.get_num_threads())
         return ids, weights
 
     def _add_shared(self, layer: DecoderBlock, normed: torch.Tensor, x: torch.Tensor) -> None:
@@ -114,7 +115,7 @@ class LayerParts:
         if layer.shared_gate is None:
             return self._add(x, out)
         gate = linear(normed, layer.shared_gate)
-        self._native.moe_serve_probabilities(count, gate.data_ptr(), self._num_threads)
+        self._native.moe_serve_probabilities(count, gate.data_ptr(), torch.get_num_threads())
         return self._add(x, out, gate)
 
 

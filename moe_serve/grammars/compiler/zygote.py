@@ -9,6 +9,7 @@ It has one thread, so that a fork is safe. Ctrl-C and SIGTERM go to the server, 
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -61,7 +62,12 @@ class Zygote:
         return True
 
     def _fork(self, request: dict[str, int], fd: int) -> int:
-        pid = os.fork()
+        """The new process, or the negative errno of a machine that starts no more processes: the others go on."""
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(fd)
+            return -(error.errno or errno.EAGAIN)
         if not pid:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

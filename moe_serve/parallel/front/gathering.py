@@ -32,6 +32,14 @@ class Group(NamedTuple):
     """The model's decoder layers with experts."""
 
 
+def _door_at(address: tuple[str, int]) -> Door:
+    try:
+        return Door(address)
+    except (OSError, OverflowError) as error:
+        host, port = address
+        raise ConfigError(f"cannot listen for ranks on {host} port {port} ({error}); see --rank-port") from error
+
+
 class Gathering:
     """Brings groups together, one after the other."""
 
@@ -49,7 +57,7 @@ class Gathering:
         """
         self._config = config
         self._parallel = parallel
-        self._door = Door(address)
+        self._door = _door_at(address)
         self._spawner = spawner
         self._secret = secret
 

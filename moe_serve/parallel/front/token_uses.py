@@ -8,7 +8,6 @@ Shape alphabet: U token ids that were seen, N tokens, L MoE layers, K choices, E
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_serve.errors import ConfigError, TraceFileError
+from moe_serve_base.npz_files import NpzError, NpzFile
 from moe_serve_base.whole_files import whole_file
 from predictors.trace import RoutingTrace
 
@@ -69,12 +69,11 @@ def count_uses(trace: RoutingTrace) -> TokenUses:
 def load_uses(path: str) -> TokenUses:
     """ConfigError names the field that is wrong."""
     try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays: dict[str, npt.NDArray[Any]] = {name: data[name] for name in FIELDS}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"--ep-predictor {path}: cannot be read ({error}); make it with `moe-serve predictor tokens`"
-        ) from error
+        with NpzFile(path) as file:
+            file.require(FIELDS, "a table of uses")
+            arrays: dict[str, npt.NDArray[Any]] = {name: file.read(name) for name in FIELDS}
+    except NpzError as error:
+        raise ConfigError(f"--ep-predictor {path}: {error}; make it with `moe-serve predictor tokens`") from error
     for name, dimensions in zip(FIELDS, (1, 3, 1), strict=True):
         if arrays[name].dtype.kind not in "iu" or arrays[name].ndim != dimensions:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """API keys: who may call, checked before anything is read. Knows ASGI headers; knows no endpoint's meaning.
 
-As vLLM and OpenAI: `Authorization: Bearer KEY`. `Basic` with the key as password works too, since that is
-what a browser that opens the dashboard, Prometheus and `curl -u :KEY` can send without help.
+As vLLM and OpenAI: `Authorization: Bearer KEY`; as Anthropic: `x-api-key: KEY`. `Basic` with the key as password works
+too, since that is what a browser that opens the dashboard, Prometheus and `curl -u :KEY` can send without help.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ def _keys_in_file(name: str | None) -> list[str]:
 
 
 class ApiKeys:
-    """Answers whether an `Authorization` header carries one of the keys, in time that tells nothing about them."""
+    """Answers whether a request's headers carry one of the keys, in time that tells nothing about them."""
 
     def __init__(self, keys: frozenset[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
 
     def find(self, headers: Headers) -> str | None:
         """The digest of the key that the headers carry, if it is one of these."""
-        given = _digest(_key_in(headers))
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
-        return given.hex() if any(matches) else None
+        # All of them, always; clients may send a stale key in one header and the right one in the other.
+        for given in (_digest(_key_in(headers)), _digest(headers.get("x-api-key", "").strip().encode("latin-1"))):
+            if any([hmac.compare_digest(given, digest) for digest in self._digests]):
+                return given.hex()
+        return None
 
 
 def _digest(key: bytes) -> bytes:
@@ -90,7 +92,7 @@ def _password(value: str) -> bytes:
 class Auth:
     """Middleware: 401 for a request without a key, before its body is read.
 
-    Where there are several keys, `request.state.prefix_owner` tells them apart, so that cached prefixes can be.
+    `request.state.key_owner` tells keys apart. Where there are several, `prefix_owner` does so for cached prefixes.
     """
 
     def __init__(self, app: ASGIApp, keys: frozenset[str], share_prefixes: bool = False) -> None:
@@ -104,11 +106,12 @@ class Auth:
             return
         owner = self._keys.find(Headers(scope=scope))
         if owner is not None:
+            scope.setdefault("state", {})["key_owner"] = owner
             if self._tells_apart:
                 scope.setdefault("state", {})["prefix_owner"] = owner
             await self._app(scope, receive, send)
             return
         kind = "Basic" if scope["path"].startswith(BROWSER_PATHS) else "Bearer"
-        error = UnauthorizedError("no valid API key; send it as `Authorization: Bearer KEY`")
+        error = UnauthorizedError("no valid API key; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
         headers = {"WWW-Authenticate": f'{kind} realm="moe-serve"', "Connection": "close"}
-        await error_response(error, headers)(scope, receive, send)
+        await error_response(error, scope["path"], headers)(scope, receive, send)

@@ -27,7 +27,7 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > self._max_bytes:
-            await error_response(too_large(self._max_bytes), CLOSE)(scope, receive, send)
+            await error_response(too_large(self._max_bytes), scope["path"], CLOSE)(scope, receive, send)
             return
         body = _Body(receive, self._max_bytes, self._timeout_s)
         try:

@@ -87,7 +87,8 @@ async def _answer_loading(scope: Scope, receive: Receive, send: Send) -> None:
     if path in ("/live", "/health", "/ping"):
         response = JSONResponse({"status": "loading"}, 200 if path == "/live" else 503)
     else:
-        response = error_response(NotServingError("the model is still loading", RETRY_AFTER_LOADING_S), CLOSE)
+        error = NotServingError("the model is still loading", RETRY_AFTER_LOADING_S)
+        response = error_response(error, path, CLOSE)
     await response(scope, receive, send)
 
 

@@ -36,7 +36,7 @@ class SameSite:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         trouble = self._trouble(scope) if scope["type"] == "http" else ""
         if trouble:
-            await error_response(ForbiddenError(trouble), CLOSE)(scope, receive, send)
+            await error_response(ForbiddenError(trouble), scope["path"], CLOSE)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

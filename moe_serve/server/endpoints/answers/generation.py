@@ -6,7 +6,7 @@ Knows AsyncEngine and what an answer's shape can do; knows no fields of any API.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
@@ -34,9 +34,23 @@ class Shapes(Protocol):
     def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
 
 
+class EventShapes(Protocol):
+    """One answer that is streamed as events with names; each has a `type`."""
+
+    def begin(self) -> Iterable[dict[str, Any]]: ...
+    def feed(self, output: SampleOutput) -> Iterable[dict[str, Any]]: ...
+    def fail(self, error: MoEServeError, body: Mapping[str, Any]) -> Iterable[dict[str, Any]]: ...
+
+
 def request_id(prefix: str, fields: CommonFields, http: HttpRequest) -> str:
     """The client's own id for its request, else a number of ours."""
     return prefix + (fields.request_id or given_id(http.headers) or uuid.uuid4().hex)
+
+
+def owner_of(http: HttpRequest) -> str:
+    """Tells the request's API key from other keys; empty where there are none."""
+    owner: str = getattr(http.state, "key_owner", "")
+    return owner
 
 
 async def answer(
@@ -101,3 +115,24 @@ async def chunks(
         if options is not None and options.include_usage:
             yield sse.event(shapes.usage_chunk(merger.usage))
     yield sse.DONE
+
+
+async def named_events(
+    service: TheService, http: HttpRequest, merger: AnswerMerger, shapes: EventShapes
+) -> AsyncGenerator[bytes]:
+    """SSE bytes of one answer. Errors before the first output raise; later ones become the events of `fail`."""
+    started = False
+    try:
+        async with aclosing(stream(service.engine, merger)) as outputs:
+            async for _, output in outputs:
+                if output.error is not None:
+                    raise output.error
+                head = [] if started else list(shapes.begin())
+                started = True
+                if events := [*head, *shapes.feed(output)]:
+                    yield sse.named_events(events)
+    except MoEServeError as error:
+        if not started:
+            raise
+        merger.error_type = error.error_type
+        yield sse.named_events(shapes.fail(error, http_errors.error_body(error, http.url.path)))

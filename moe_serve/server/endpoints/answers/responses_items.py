@@ -5,8 +5,9 @@ Whole answers go through the same builder, so that they say what a stream would 
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from moe_serve.server.endpoints.answers.answer_parsers import CallDelta, Delta
@@ -18,8 +19,12 @@ PART_EVENTS = {"output_text": "response.output_text", "reasoning_text": "respons
 class OutputItems:
     """One answer's items. Each feed gives the events that a stream shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, custom: Collection[str] = ()) -> None:
+        """`custom`: names of the tools whose input is text instead of JSON arguments."""
         self.items: list[dict[str, Any]] = []
+        self._custom = custom
+        self._arguments = ""
+        """Of the open custom call: JSON around its input."""
         self._is_open = False
         self._logprobs: list[dict[str, Any]] = []
         """Of tokens that have not shown as text yet: what follows may turn them into a tag."""
@@ -41,7 +46,11 @@ class OutputItems:
         self._is_open = False
         item = self.items[-1]
         item["status"] = status
-        if item["type"] == "function_call":
+        if item["type"] == "custom_tool_call":
+            item["input"] = _input_in(self._arguments)
+            yield self._event("response.custom_tool_call_input.delta", delta=item["input"])
+            yield self._event("response.custom_tool_call_input.done", input=item["input"])
+        elif item["type"] == "function_call":
             whole = {"name": item["name"], "arguments": item["arguments"]}
             yield self._event("response.function_call_arguments.done", **whole)
         else:
@@ -88,14 +97,31 @@ class OutputItems:
         yield self._event(f"{PART_EVENTS[part_kind]}.delta", content_index=0, delta=text, **self._take_logprobs(part))
 
     def _call(self, call: CallDelta) -> Iterator[Event]:
-        if call.name is not None:
+        if call.name in self._custom:
+            item = {"id": _new_id("ctc"), "type": "custom_tool_call", "status": "in_progress", "call_id": call.id}
+            yield from self._open({**item, "name": call.name, "input": ""})
+            self._arguments = ""
+        elif call.name is not None:
             item = {"id": _new_id("fc"), "type": "function_call", "status": "in_progress", "call_id": call.id}
             yield from self._open({**item, "name": call.name, "arguments": ""})
+        if self.items[-1]["type"] == "custom_tool_call":
+            self._arguments += call.arguments
+            return
         self.items[-1]["arguments"] += call.arguments
         yield self._event("response.function_call_arguments.delta", delta=call.arguments)
 
     def _event(self, kind: str, **more: Any) -> Event:
         return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **more}
+
+
+def _input_in(arguments: str) -> str:
+    """A custom call's text; the arguments themselves where a model wrote them in another form."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    given = found.get("input") if isinstance(found, dict) else found
+    return given if isinstance(given, str) else arguments
 
 
 def _new_id(kind: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from moe_serve.server.endpoints.answers.response_store import ResponseStore
 from moe_serve.server.endpoints.bodies.parsing import MAX_ELEMENTS, Body, BodyT, check_media_type, parse
 from moe_serve.server.service import Service
 
@@ -26,6 +27,14 @@ async def _service_of(http: HttpRequest) -> Service:
 
 
 TheService = Annotated[Service, Depends(_service_of)]
+
+
+async def _responses_of(http: HttpRequest) -> ResponseStore:
+    store: ResponseStore = http.app.state.responses
+    return store
+
+
+TheResponses = Annotated[ResponseStore, Depends(_responses_of)]
 
 
 def parsed(body_class: type[BodyT]) -> Callable[[HttpRequest], Awaitable[BodyT]]:

@@ -34,6 +34,8 @@ class Body(BaseModel):
 
     unsupported: ClassVar[Mapping[str, Refusal]] = {}
     """Fields of the OpenAI or vLLM API we do not implement."""
+    error_schema: ClassVar[str] = "Error"
+    """The shape of this endpoint's errors, in the OpenAPI document."""
     may_be_absent: ClassVar[bool] = False
     """A request without a body means one without fields."""
 

@@ -1,21 +1,19 @@
-"""Fields of a response's body that are objects, what a chat completion calls them, and errors under our names.
+"""Fields of a response's body that are objects, and what a chat completion calls them.
 
 Knows pydantic; knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from moe_serve.errors import InvalidRequestError
 from moe_serve.server.endpoints.bodies.json_types import Flag, JsonList
 from moe_serve.server.endpoints.bodies.structured import JsonSchema
-from moe_serve.server.endpoints.bodies.tools import Function
+from moe_serve.server.endpoints.bodies.tools import Function, Name
 
 OUR_NAMES = MappingProxyType(
     {
@@ -24,12 +22,19 @@ OUR_NAMES = MappingProxyType(
         "max_tokens": "max_output_tokens",
         "max_completion_tokens": "max_output_tokens",
         "response_format": "text",
-        "reasoning_effort": "reasoning",
         "logprobs": "top_logprobs",
     }
 )
 """What an error about a chat body's field is about here."""
 
+CUSTOM_PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+"""Of the function that stands for a custom tool."""
+NOT_SHOWN = {"type", "defer_loading", "output_schema"}
 
 Included = Literal[
     "message.output_text.logprobs",
@@ -45,32 +50,88 @@ Included = Literal[
 
 
 class FunctionTool(Function):
-    """A function that the model may call; other tools do not exist here."""
+    """A function that the model may call."""
 
     type: Literal["function"]
+    defer_loading: Flag | None = None
+    """Accepted and unused: every tool is shown."""
+    output_schema: Any = None
+    """Accepted and unused: chat templates do not show it."""
 
     def as_chat(self) -> dict[str, Any]:
         """As chat completions write it."""
-        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_unset=True)}
+        return {"type": "function", "function": self.model_dump(exclude=NOT_SHOWN, exclude_unset=True)}
 
 
-def _functions_only(value: Any) -> Any:
-    """Tools that OpenAI's servers run, and those of another form, do not exist here."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(kind, str) and kind != "function":
-        raise ValueError(f"tools of type {kind[:100]!r} are not supported, only functions")
-    return value
-
-
-OnlyFunctions = Annotated[FunctionTool, BeforeValidator(_functions_only)]
-
-
-class NamedFunction(BaseModel):
-    """`tool_choice` naming one function."""
+class CustomFormat(BaseModel):
+    """`format` of a custom tool."""
 
     model_config = ConfigDict(extra="forbid")
 
-    type: Literal["function"]
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class CustomTool(BaseModel):
+    """A tool whose input is free text. The model sees a function with one string; its text is the input."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["custom"]
+    name: Name
+    description: str | None = None
+    format: CustomFormat | None = None
+    """A grammar is shown to the model, which is not held to it."""
+    defer_loading: Flag | None = None
+    """Accepted and unused: every tool is shown."""
+
+    def as_chat(self) -> dict[str, Any]:
+        """As chat completions write it."""
+        told = self.description or ""
+        if self.format is not None and self.format.definition is not None:
+            told += f"\n\nThe input follows this {self.format.syntax or 'lark'} grammar:\n{self.format.definition}"
+        function = {"name": self.name, "description": told.strip() or None, "parameters": CUSTOM_PARAMETERS}
+        return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
+
+
+class OtherTool(BaseModel):
+    """A tool that OpenAI's servers run, such as web search: the model here does not get to see it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+def _kind(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else "function"
+    return {"function": "FunctionTool", "custom": "CustomTool"}.get(str(kind), "OtherTool")
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("FunctionTool")]
+    | Annotated[CustomTool, Tag("CustomTool")]
+    | Annotated[OtherTool, Tag("OtherTool")],
+    Discriminator(_kind),
+]
+
+
+def seen_tools(tools: Sequence[FunctionTool | CustomTool | OtherTool] | None) -> list[FunctionTool | CustomTool]:
+    """Those that the model gets to see."""
+    return [tool for tool in tools or () if not isinstance(tool, OtherTool)]
+
+
+def ignored_tools(tools: Sequence[FunctionTool | CustomTool | OtherTool] | None) -> list[str]:
+    """The types of those that it does not, each once."""
+    return list(dict.fromkeys(tool.type for tool in tools or () if isinstance(tool, OtherTool)))
+
+
+class NamedFunction(BaseModel):
+    """`tool_choice` naming one function or custom tool."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function", "custom"]
     name: str
 
     def as_chat(self) -> dict[str, Any]:
@@ -130,17 +191,3 @@ class Reasoning(BaseModel):
     effort: str | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Reasoning comes whole, whatever this says."""
-
-
-@contextmanager
-def our_names() -> Iterator[None]:
-    """Have errors about a chat body name the field of this one."""
-    try:
-        yield
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        field = OUR_NAMES.get(str(problem["loc"][0]), str(problem["loc"][0]))
-        raise InvalidRequestError(field, f"{field}: {problem['msg']}") from None
-    except InvalidRequestError as error:
-        error.param = OUR_NAMES.get(error.param, error.param)
-        raise

@@ -27,7 +27,16 @@ def messages_of(given: str | Sequence[Mapping[str, Any]], instructions: str | No
         raise InvalidRequestError("input", "input: must hold at least one item")
     for index, item in enumerate(given):
         _add(messages, item, index)
-    return [_with_content(message) for message in messages]
+    return _one_system([_with_content(message) for message in messages])
+
+
+def _one_system(messages: list[Message]) -> list[Message]:
+    """Instructions and the developer's first messages together: chat templates take one system message, and first."""
+    count = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if count < 2:
+        return messages
+    texts = [message["content"] for message in messages[:count]]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *messages[count:]]
 
 
 def _add(messages: list[Message], item: Mapping[str, Any], index: int) -> None:
@@ -38,7 +47,11 @@ def _add(messages: list[Message], item: Mapping[str, Any], index: int) -> None:
         call = {"name": _text(item, "name", index), "arguments": _arguments(item, index)}
         entry = {"id": _text(item, "call_id", index), "type": "function", "function": call}
         _assistant(messages).setdefault("tool_calls", []).append(entry)
-    elif kind == "function_call_output":
+    elif kind == "custom_tool_call":
+        call = {"name": _text(item, "name", index), "arguments": json.dumps({"input": _text(item, "input", index)})}
+        entry = {"id": _text(item, "call_id", index), "type": "function", "function": call}
+        _assistant(messages).setdefault("tool_calls", []).append(entry)
+    elif kind in ("function_call_output", "custom_tool_call_output"):
         content = _content(item.get("output"), index)
         messages.append({"role": "tool", "tool_call_id": _text(item, "call_id", index), "content": content})
     elif kind == "reasoning":

@@ -53,12 +53,19 @@ CHAT = MappingProxyType(
         "documents": Refusal("put them into a message", (None, [])),
     }
 )
+MESSAGES = MappingProxyType(
+    {
+        "container": Refusal("no tools run here"),
+        "mcp_servers": Refusal("the client calls its own MCP servers", (None, [])),
+        "fallbacks": Refusal("one model is served", (None, [])),
+        "compaction": Refusal("nothing is compacted"),
+        "thread": Refusal("conversations are not kept; send the whole of it as messages"),
+    }
+)
 RESPONSES = MappingProxyType(
     {
-        "previous_response_id": Refusal("answers are not kept; send the whole conversation as input"),
-        "conversation": Refusal("conversations are not kept; send the whole of it as input"),
-        "store": Refusal("answers are not kept", (None, False)),
-        "background": Refusal("answers are not kept", (None, False)),
+        "conversation": Refusal("conversations are not kept; use previous_response_id"),
+        "background": Refusal("an answer ends with its connection", (None, False)),
         "prompt": Refusal("no stored prompts"),
         "truncation": Refusal("a conversation that is too long is an error", (None, "disabled")),
         "max_tool_calls": Refusal("no built-in tools"),

@@ -31,6 +31,18 @@ ERROR = {
         }
     },
 }
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 SSE_EVENT = {
     "type": "object",
     "required": ["data"],
@@ -68,12 +80,12 @@ class _Document:
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        schemas |= definitions | {"Error": ERROR}
+        schemas |= definitions | {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
         for route in routes:
             operation = made["paths"].get(route.path, {}).get(route.method.lower())
             if operation is not None:
                 _add_body(operation, route.body_class)
-                _add_errors(operation["responses"])
+                _add_errors(operation["responses"], route.body_class or Body)
         return made
 
 
@@ -89,8 +101,8 @@ def _add_body(operation: dict[str, Any], body_class: type[Body] | None) -> None:
     operation["responses"]["200"] = {"description": "The answer.", "content": answer}
 
 
-def _add_errors(responses: dict[str, Any]) -> None:
+def _add_errors(responses: dict[str, Any], body_class: type[Body]) -> None:
     responses.pop("422", None)  # FastAPI's own validation, which no endpoint uses for bodies
-    content = {"application/json": {"schema": {"$ref": SCHEMAS + "Error"}}}
+    content = {"application/json": {"schema": {"$ref": SCHEMAS + body_class.error_schema}}}
     for status, description in ERROR_STATUSES.items():
         responses.setdefault(status, {"description": description, "content": content})

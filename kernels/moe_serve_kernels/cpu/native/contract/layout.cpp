@@ -48,7 +48,8 @@ constexpr Field MATRIX[] = {FIELD(Matrix, data),         FIELD(Matrix, stride), 
                             FIELD(Matrix, columns),      FIELD(Matrix, scales),         FIELD(Matrix, scale_kind),
                             FIELD(Matrix, scale_stride), FIELD(Matrix, rows_per_scale), FIELD(Matrix, group),
                             FIELD(Matrix, zeros),        FIELD(Matrix, zero_stride),    FIELD(Matrix, zero),
-                            FIELD(Matrix, block_type),   FIELD(Matrix, scale_table)};
+                            FIELD(Matrix, block_type),   FIELD(Matrix, scale_table),    FIELD(Matrix, exponents),
+                            FIELD(Matrix, rare),         FIELD(Matrix, rare_size)};
 constexpr Field BIAS[] = {FIELD(Bias, data), FIELD(Bias, stride), FIELD(Bias, bf16)};
 constexpr Field EXPERT[] = {FIELD(Expert, gate),      FIELD(Expert, up),      FIELD(Expert, down),
                             FIELD(Expert, gate_bias), FIELD(Expert, up_bias), FIELD(Expert, down_bias),

@@ -59,6 +59,9 @@ struct Matrix {
     const uint8_t* zeros;
     int64_t zero_stride, zero, block_type;
     const float* scale_table;  // [256], with SCALE_TABLE
+    const uint8_t* exponents;  // [16], of bf16 weights in coded rows (experts/coded.inc); null: in plain rows
+    const int32_t* rare;       // rare_size of them: where the rare weights of each row begin, and those weights
+    int64_t rare_size;
 
     const char* row(int64_t r) const { return data + (r < rows ? r : rows - 1) * stride; }
 };
@@ -90,6 +93,11 @@ inline bool has_row_scales(const Expert& expert) {
         if (matrix->group < matrix->columns || matrix->zeros || matrix->zero) return false;
     }
     return true;
+}
+
+// Some of the matrices are coded.
+inline bool is_coded(const Expert& expert) {
+    return expert.gate.exponents || expert.up.exponents || expert.down.exponents;
 }
 
 // A group that is no whole number of 64-byte grains of four-bit codes.
