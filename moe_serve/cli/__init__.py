@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Sequence
@@ -46,14 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments of the chosen command, with its `run`. Exits with status 2 on a mistake, like argparse."""
-    parser = Parser(prog="moe-serve", description="Serve Mixture-of-Experts language models.")
-    parser.add_argument("--version", action="version", version=f"moe-serve {__version__}")
     words = sys.argv[1:] if argv is None else argv
-    add_commands(parser, __name__, __path__, words)
+    parser = _parser(words)
     args, unknown = parser.parse_known_args(words)
+    if args.passes_on and "--" in words:
+        cut = words.index("--")
+        args, unknown = parser.parse_known_args(words[:cut])
+        args.rest = words[cut + 1 :]
     if unknown:
         args.parser.error(_unknown_message(unknown, args.parser, args.extra_argument))
     return args
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """A parser with the arguments of every command, which takes a while to build."""
+    return _parser([name.rpartition(".")[2] for _, name, _ in pkgutil.walk_packages(__path__, __name__ + ".")])
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = Parser(prog="moe-serve", description="Serve Mixture-of-Experts language models.")
+    parser.add_argument("--version", action="version", version=f"moe-serve {__version__}")
+    add_commands(parser, __name__, __path__, words)
+    return parser
 
 
 def _unknown_message(unknown: Sequence[str], parser: argparse.ArgumentParser, extra: str | None) -> str:

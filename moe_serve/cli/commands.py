@@ -41,6 +41,7 @@ class Command(Protocol):
     USAGE: a short line instead of argparse's list of all flags, such as "[MODEL] [flags]".
     EXAMPLES: command lines to show above the flags.
     EXTRA_ARGUMENT: what to say of a word that is one too many.
+    PASSES_ON: whether what follows `--` is for another program; `args.rest` has it.
     """
 
     HELP: str
@@ -82,6 +83,7 @@ def add_commands(parser: argparse.ArgumentParser, package: str, path: Iterable[s
     for name, command in find_commands(package, path).items():
         sub = choices.add_parser(name, help=command.HELP, description=_description(command))
         sub.set_defaults(run=command.run, parser=sub, extra_argument=getattr(command, "EXTRA_ARGUMENT", None))
+        sub.set_defaults(passes_on=getattr(command, "PASSES_ON", False))
         if hasattr(command, "USAGE"):
             sub.usage = f"%(prog)s {command.USAGE}"
         if name in argv:

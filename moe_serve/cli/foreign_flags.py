@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 _EXPERTS = "--moe-cache-mib limits the memory for experts, --kv-cache-mib that for KV pages"
 _DEVICES = "--devices N divides the experts among N devices"
-_SCRIPT = "there is no configuration file; keep the flags in a shell script"
+_SERVE_CONFIG = "only `moe-serve serve` reads a file of settings"
 _CHECKPOINT = "the checkpoint's config.json says how it is quantised; `moe-serve quantize` makes such a checkpoint"
 _TLS = "put a reverse proxy in front for TLS (docs/operation.md)"
 _TOOLS = "tools need no flag: `tools` and `tool_choice` in a request are enough"
@@ -17,7 +17,7 @@ _CODE = "code of a checkpoint is never run; leave it out"
 HINTS: Mapping[str, str] = MappingProxyType(
     {
         "--model": "MODEL is given without a flag: moe-serve serve MODEL",
-        "--config": _SCRIPT,
+        "--config": _SERVE_CONFIG,
         "--gpu-memory-utilization": _EXPERTS,
         "--kv-cache-memory-bytes": "--kv-cache-mib gives the memory for KV pages in MiB",
         "--cpu-offload-gb": _EXPERTS,

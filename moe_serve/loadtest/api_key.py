@@ -17,7 +17,12 @@ def add_key_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def key_of(key: str | None) -> str | None:
+    """`key`, else the first variable that is set."""
+    return key or next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
+
+
 def headers_of(key: str | None) -> dict[str, str]:
     """The Authorization header for `key`, else for the first variable that is set; empty without a key."""
-    found = key or next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
+    found = key_of(key)
     return {"Authorization": f"Bearer {found}"} if found else {}

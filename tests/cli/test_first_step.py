@@ -71,7 +71,7 @@ def taken_port() -> Iterator[int]:
         ("serve --model X", "MODEL is given without a flag"),
         ("serve --gpu-memory-utilization 0.9", "--moe-cache-mib limits the memory for experts"),
         ("serve --tensor-parallel-size 2", "--devices N divides the experts"),
-        ("serve --config x.yaml", "there is no configuration file"),
+        ("generate --config x.yaml", "only `moe-serve serve` reads a file"),
         ("serve -ngl 99", "--moe-cache-mib limits the experts there"),
         ("serve --moe-expert-file /nowhere", "--moe-expert-file: there is no file /nowhere"),
         ("serve --api-key-file /nowhere", "--api-key-file: there is no file /nowhere"),

@@ -25,6 +25,8 @@ COMMANDS = {
     "plan watch": 0.5,
     "replay": 0.3,
     "tune": 0.3,
+    "launch": 0.3,
+    "completion": 0.3,
 }
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "fastapi", "pydantic", "httpx", "uvicorn"}
 PROBE = """
@@ -60,8 +62,8 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     listed = re.findall(r"^    (\w+)(?= |$)", capsys.readouterr().out, re.MULTILINE)
     assert listed == [
-        *("bench", "chat", "doctor", "generate", "pack", "plan", "predictor", "quantize"),
-        *("replay", "serve", "trace", "tune"),
+        *("bench", "chat", "completion", "doctor", "generate", "launch", "pack", "plan", "predictor"),
+        *("quantize", "replay", "serve", "trace", "tune"),
     ]
 
 
