@@ -55,7 +55,7 @@ QWEN_NORMS = {
 
 def stored_as(architecture: str, key: str, values: Array, config: Any) -> list[tuple[str, Array]]:
     """(name, values) of the tensors that hold a parameter; none: it is stored under its usual name, as it is."""
-    if architecture.startswith("qwen3") and (plus_one := _qwen_norm(key)) is not None:
+    if architecture in ("qwen3next", "qwen35moe") and (plus_one := _qwen_norm(key)) is not None:
         return [(plus_one, values + 1)]
     match = re.search(r"layers\.(\d+)\.(.+)$", key)
     if match is None:
