@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
 from moe_serve.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
 Message = Mapping[str, Any]
@@ -80,14 +81,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         show_progress: bool = False,
     ) -> list[RequestResult]:
-        """Complete one prompt, or several together; results in their order.
+        """Complete one prompt, or several together; results in their order. `sampling_params`: vLLM's name of `params`.
 
         Without `params`, an answer ends at the model's end-of-sequence token or with the context: give
         SamplingParams(max_tokens=N) for a limit. Raises InvalidRequestError before anything runs if one of the requests
         is impossible.
         """
+        params = either(params, sampling_params)
         several = prompt_list(prompts)
         pairs = zip(several, params_list(params, len(several)), strict=True)
         requests = [self._request(prompt, p) for prompt, p in pairs]
@@ -113,19 +116,35 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **template_kwargs: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
+        **template_kwargs: Any,
     ) -> RequestResult: ...
     @overload
     def chat(
-        self, messages: Sequence[Sequence[Message]], params: SamplingParams | None = None, **template_kwargs: Any
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
+        **template_kwargs: Any,
     ) -> list[RequestResult]: ...
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
         **template_kwargs: Any,
     ) -> RequestResult | list[RequestResult]:
-        """Answer a conversation, or several together, rendered with the model's chat template."""
+        """Answer a conversation, or several together, rendered with the model's chat template.
+
+        `sampling_params`: `params`, by vLLM's name. `template_kwargs`: variables of the chat template.
+        """
+        params = either(params, sampling_params)
         conversations = conversation_list(messages)
         if conversations is None:
             return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]  # type: ignore[arg-type]
@@ -166,6 +185,13 @@ def load_engine(
     config = config.replace(model=find_model(config.model, config.revision, config.offline))
     over_ranks = engine_over_ranks(config, parallel)
     return over_ranks, over_ranks or Engine.from_config(config)
+
+
+def either(params: T | None, sampling_params: T | None) -> T | None:
+    """The one that is given. InvalidRequestError (params): both are."""
+    if params is not None and sampling_params is not None:
+        raise InvalidRequestError("params", "params and sampling_params are two names of one argument; give one")
+    return params if params is not None else sampling_params
 
 
 def request_for(prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer, number: int) -> Request:
