@@ -4,6 +4,8 @@
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON && cmake --build build -j
     cmake -B build-avx2 -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
+
+Targets: llama-bench, llama-batched-bench, llama-quantize, llama-server. The converter needs sentencepiece beside torch.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+CONVERTER = Path(__file__).parent / "convert_to_gguf.py"
+PRE_TOKENIZER = "gpt-2"
+"""How the demo model's tokenizer, which random checkpoints have, cuts text: the converter does not know it."""
 CONTEXT_SLACK = 8
 """Tokens that llama-batched-bench wants per sequence beyond prompt and answer."""
 
@@ -44,8 +49,8 @@ class LlamaCpp:
         """The checkpoint as GGUF of this kind (bf16, q8_0, q4_k_m), made once beside it."""
         bf16 = folder / "bf16.gguf"
         if not bf16.is_file():
-            script = self.tree / "convert_hf_to_gguf.py"
-            _run([sys.executable, script, folder, "--outtype", "bf16", "--outfile", bf16])
+            files = [folder, "--outtype", "bf16", "--outfile", bf16]
+            _run([sys.executable, CONVERTER, self.tree, PRE_TOKENIZER, *files])
         if kind == "bf16":
             return bf16
         file = folder / f"{kind}.gguf"
@@ -73,5 +78,6 @@ class LlamaCpp:
 def _run(command: list[Any]) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{command[0]} failed: {(done.stderr or done.stdout)[-2000:]}")
+        said = (done.stderr or done.stdout)[-2000:]
+        raise SystemExit(f"{' '.join(map(str, command))} ended with status {done.returncode}: {said}")
     return done.stdout
