@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, overload
 
 from tqdm import tqdm
 
@@ -25,7 +25,6 @@ from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
 from moe_serve.text.tokenizer import Tokenizer
 
-T = TypeVar("T")
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
 Message = Mapping[str, Any]
@@ -90,7 +89,8 @@ class LLM:
         SamplingParams(max_tokens=N) for a limit. Raises InvalidRequestError before anything runs if one of the requests
         is impossible.
         """
-        params = either(params, sampling_params)
+        _refuse_both(params, sampling_params)
+        params = params if params is not None else sampling_params
         several = prompt_list(prompts)
         pairs = zip(several, params_list(params, len(several)), strict=True)
         requests = [self._request(prompt, p) for prompt, p in pairs]
@@ -144,7 +144,8 @@ class LLM:
 
         `sampling_params`: `params`, by vLLM's name. `template_kwargs`: variables of the chat template.
         """
-        params = either(params, sampling_params)
+        _refuse_both(params, sampling_params)
+        params = params if params is not None else sampling_params
         conversations = conversation_list(messages)
         if conversations is None:
             return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]  # type: ignore[arg-type]
@@ -187,11 +188,10 @@ def load_engine(
     return over_ranks, over_ranks or Engine.from_config(config)
 
 
-def either(params: T | None, sampling_params: T | None) -> T | None:
-    """The one that is given. InvalidRequestError (params): both are."""
+def _refuse_both(params: object, sampling_params: object) -> None:
+    """InvalidRequestError (params): one argument is given under both of its names."""
     if params is not None and sampling_params is not None:
         raise InvalidRequestError("params", "params and sampling_params are two names of one argument; give one")
-    return params if params is not None else sampling_params
 
 
 def request_for(prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer, number: int) -> Request:

@@ -66,7 +66,7 @@ def test_sampling_params_is_vllms_name(llm: LLM) -> None:
     assert llm.chat(talk, sampling_params=GREEDY).outputs[0].text == llm.chat(talk, GREEDY).outputs[0].text
     for call in (llm.generate, llm.chat):
         with pytest.raises(InvalidRequestError, match="two names of one argument"):
-            call(talk, GREEDY, sampling_params=GREEDY)  # type: ignore[operator]
+            call(talk, GREEDY, sampling_params=GREEDY)
 
 
 @pytest.mark.parametrize("prompts", [b"text", 3, None, {"text": "x"}, [b"text"], [["a"]], [{"prompt_token_ids": "12"}]])
