@@ -44,8 +44,9 @@ class InPlaceExperts:
 
     def have_run(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """A kernel has run all layers of a step itself: ids [L, T, K] int64, weights [L, T, K]."""
-        for chosen, weight in zip(ids, weights, strict=True):
-            self._routes.add(chosen, weight)
+        if self._routes.is_on:
+            for chosen, weight in zip(ids, weights, strict=True):
+                self._routes.add(chosen, weight)
         for layer, experts in enumerate(ids.flatten(1).tolist()):
             counts = Counter(experts)
             self._count(MoELayer(layer), list(counts), list(counts.values()))

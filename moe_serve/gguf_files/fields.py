@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,16 @@ class Fields:
         if value is None:
             raise CheckpointError(f"{self.where}: the metadata has no {self.gguf.architecture}.{name}")
         return value
+
+    def largest(self, name: str, default: int) -> int:
+        """The same for a number that a file may give layer by layer: the largest of them."""
+        value = self.get(name, default)
+        return max(value, default=default) if isinstance(value, list) else int(value)
+
+    def layers_with(self, ending: str) -> list[int]:
+        """Numbers of the layers that have such a tensor, in order."""
+        pattern = re.compile(rf"blk\.(\d+)\.{re.escape(ending)}$")
+        return sorted({int(match[1]) for name in self.gguf.tensors if (match := pattern.match(name))})
 
     def has(self, ending: str) -> bool:
         """Whether a tensor of any layer ends so."""

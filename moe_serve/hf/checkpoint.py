@@ -17,7 +17,7 @@ from expert_cache.storage import expert_file
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
-from moe_serve.config.model_folder import read_object, refuse_foreign_weights
+from moe_serve.config.model_folder import refuse_foreign_weights
 from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import listing_in
 from moe_serve.hf.composites import OTHER_TOWERS
@@ -28,10 +28,10 @@ from moe_serve.hf.family import FURTHER, PART_OF, Family, family_of
 from moe_serve.hf.gguf_tensors import expert_tensors
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
 from moe_serve.hf.quantization_scheme import Scheme
+from moe_serve.hf.shard_index import INDEX, read_index, refuse_false_index
 from moe_serve.hf.size_guard import refuse_missing_layers
 from moe_serve.spec import ModelSpec
 
-INDEX = "model.safetensors.index.json"
 BESIDE = ("consolidated", "adapter_")
 """Files of other layouts, which some folders hold beside the checkpoint."""
 
@@ -45,8 +45,9 @@ def weight_files(folder: str) -> list[Path]:
 def safetensors_files(folder: str) -> list[Path]:
     """The checkpoint's files, all present; CheckpointError names a missing shard."""
     path = Path(folder)
-    if (path / INDEX).is_file():
-        names = sorted(set(_read_index(path / INDEX).values()))
+    weight_map = read_index(folder)
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
     else:
         found = sorted(p.name for p in path.glob("*.safetensors"))
         names = [name for name in found if not name.startswith(BESIDE)]
@@ -59,13 +60,6 @@ def safetensors_files(folder: str) -> list[Path]:
     return [path / name for name in names]
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map must be an object of file names")
-    return weight_map
-
-
 def open_experts(
     folder: str, family: Family, layers: list[int], spec: ModelSpec, scheme: Scheme | None = None
 ) -> ExpertStore:
@@ -75,7 +69,7 @@ def open_experts(
     """
     tensors: dict[int, Parts] = {layer: {} for layer in layers}
     listing = listing_in(folder)
-    found = _all_expert_tensors(folder, family, scheme) if listing is None else expert_tensors(listing)
+    found = _all_expert_tensors(folder, family, scheme) if listing is None else expert_tensors(listing, family.has_gate)
     for layer, part, expert, tensor in found:
         tensors.setdefault(layer, {})[part, expert] = tensor
         if scheme is None and listing is None and layer in layers:
@@ -221,6 +215,7 @@ def open_all_experts(folder: str) -> ExpertStore:
     config = read_config(folder)
     spec = ModelSpec.from_hf(config)
     family, scheme = family_of(config), scheme_in(folder, config)
+    refuse_false_index(folder)
     refuse_missing_layers(folder, tensor_names(folder), spec.num_layers)
     found = _layers_with_experts(folder, family, scheme)
     if not found:
@@ -231,7 +226,7 @@ def open_all_experts(folder: str) -> ExpertStore:
 
 def _layers_with_experts(folder: str, family: Family, scheme: Scheme | None) -> set[int]:
     if (listing := listing_in(folder)) is not None:
-        return {layer for layer, *_ in expert_tensors(listing)}
+        return {layer for layer, *_ in expert_tensors(listing, family.has_gate)}
     found: set[int] = set()
     for file in safetensors_files(folder):
         with _opened(file) as handle:

@@ -21,6 +21,7 @@ from expert_cache.storage.store import StoredTensor
 from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import Listing
 from moe_serve.gguf_files.reading import GgufTensor
+from moe_serve.hf import gguf_layouts
 from moe_serve_kernels.quantized import row_bytes
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -29,26 +30,33 @@ EXPERT = re.compile(
 )
 """All experts of a layer, or one of them in files of 2023."""
 PERMUTED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)$")
-PERMUTED_ARCHITECTURES = ("llama", "granitemoe")
+PERMUTED_ARCHITECTURES = ("llama", "granitemoe", "granitehybrid", "nemotron_h_moe")
 """Whose queries and keys llama.cpp keeps with each head's halves interleaved."""
 RENAMED = (
     (re.compile(r"\.block_sparse_moe\.router\.weight$"), ".block_sparse_moe.gate.weight"),
     (re.compile(r"\.gate\.moe_statics\.e_score_correction_bias$"), ".gate.e_score_correction_bias"),
+    (re.compile(r"^model\.layers\.(\d+)\.mixer\."), r"backbone.layers.\1.mixer."),
 )
 """Parameters that the package knows under another model's name."""
 UNUSED = re.compile(r"^rope_freqs\.weight$|\.nextn\.")
 """Tables that are computed here, and layers for predicting several tokens at once."""
 
 
-def expert_tensors(listing: Listing) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
-    """(decoder layer, part, expert, tensor), or None and [E, ..] where a tensor has all; nothing is read."""
+def expert_tensors(listing: Listing, has_gate: bool = True) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
+    """(decoder layer, part, expert, tensor), or None and [E, ..] where a tensor has all; nothing is read.
+
+    `has_gate`: as in Family; where it is False, an up matrix is given as the gate too.
+    """
     maps = _Maps(listing)
     for name, tensor in listing.tensors.items():
         match = EXPERT.match(name)
         if match:
             part = match["part"] if match["kind"] == "weight" else f"{match['part']}_bias"
             expert = None if match["expert"] is None else int(match["expert"])
-            yield int(match["layer"]), part, expert, maps.stored(tensor)
+            stored = maps.stored(tensor)
+            yield int(match["layer"]), part, expert, stored
+            if not has_gate and part == "up":
+                yield int(match["layer"]), "gate", expert, stored
 
 
 def dense_values(listing: Listing) -> int:
@@ -63,21 +71,25 @@ def dense_state(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_conf
     """
     named = _names(listing, shapes, hf_config)
     sources = _Sources(listing, hf_config)
-    state = {name: sources.values(source).reshape(shapes[name]) for name, source in named.items()}
+    state = {name: sources.parameter(name, found).reshape(shapes[name]) for name, found in named.items()}
     _refuse_leftovers(listing, sources.read, hf_config.num_hidden_layers)
     return state
 
 
-def _names(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> dict[str, str]:
-    """Parameter -> the file's name of it; parameters that are tied to others have none."""
+def _names(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> dict[str, tuple[str, ...]]:
+    """Parameter -> the file's tensors of it; parameters that are tied to others have none."""
     architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == listing.architecture)
     known = get_tensor_name_map(architecture, hf_config.num_hidden_layers)
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name, shape in shapes.items():
+        parts = gguf_layouts.sources_of(name)
+        if parts and all(part in listing.tensors for part in parts):
+            found[name] = parts
+            continue
         for candidate in _candidates(known.get_name, name):
             if candidate in listing.tensors or _halves_of(candidate, listing):
                 _check_size(listing, candidate, shape)
-                found[name] = candidate
+                found[name] = (candidate,)
                 break
     return found
 
@@ -161,11 +173,16 @@ class _Sources:
         self.read: set[str] = set()
         """Names of tensors that were asked for."""
 
-    def values(self, name: str) -> torch.Tensor:
+    def parameter(self, parameter: str, names: tuple[str, ...]) -> torch.Tensor:
+        """A parameter from the tensors that hold it."""
+        parts = [self._values(name) for name in names]
+        return parts[0] if len(parts) == 1 else gguf_layouts.joined(parameter, parts, self._config)
+
+    def _values(self, name: str) -> torch.Tensor:
         """Under llama.cpp's name, with what its converter did undone."""
         if name not in self._listing.tensors:
             return self._joined(name)
-        values = self._stored(name)
+        values = gguf_layouts.undone(self._listing.architecture, name, self._stored(name), self._config)
         match = PERMUTED.match(name)
         if match is None or self._listing.architecture not in PERMUTED_ARCHITECTURES:
             return values

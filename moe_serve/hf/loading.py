@@ -44,6 +44,7 @@ from moe_serve.hf.leftovers import refuse_gaps, refuse_leftovers
 from moe_serve.hf.progress_bar import bar_only_on_terminals
 from moe_serve.hf.quantization_scheme import Scheme
 from moe_serve.hf.quantized_dense import dense_state
+from moe_serve.hf.shard_index import refuse_false_index
 from moe_serve.hf.size_guard import refuse_wrong_sizes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.cpu.expert_mlp import are_readable
@@ -96,6 +97,7 @@ def _load(
     expert_file: str | None,
 ) -> LoadedModel:
     family, scheme = family_of(hf_config), scheme_in(folder, hf_config)
+    refuse_false_index(folder)
     refuse_wrong_sizes(
         folder, weight_files(folder), tensor_names(folder), spec.num_layers, lambda: _dense_shapes(hf_config)
     )

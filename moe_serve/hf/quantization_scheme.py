@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from expert_cache.storage.encoding import Encoding
+from moe_serve.hf import auto_round
 from moe_serve.hf.quantization_fields import Fields
 from moe_serve_kernels.quantized import Kind
 
@@ -187,6 +188,11 @@ def _awq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     )
 
 
+def _auto_round(fields: Fields, float_dtype: torch.dtype) -> Scheme:
+    known = auto_round.translated(fields)
+    return METHODS[known.get("quant_method")](known, float_dtype)
+
+
 def _fp8(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     fields.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     if not fields.has("weight_block_size"):
@@ -234,6 +240,8 @@ METHODS: Mapping[str, Callable[[Fields, torch.dtype], Scheme]] = {
     "fp8": _fp8,
     "mxfp4": _mxfp4,
     "modelopt": _modelopt,
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
 }
 """By quant_method."""
 
@@ -270,6 +278,8 @@ KNOWN: Mapping[str, Collection[str]] = {
     },
     "fp8": {*COMMON, "fmt", "weight_block_size", "activation_scheme", "scale_fmt", "kv_cache_scheme"},
     "mxfp4": {*COMMON, "dequantize"},
+    "auto-round": auto_round.KNOWN,
+    "intel/auto-round": auto_round.KNOWN,
     "modelopt": {
         *COMMON,
         *("quant_algo", "group_size", "config_groups", "quantized_layers", "kv_cache_scheme", "kv_cache_quant_algo"),

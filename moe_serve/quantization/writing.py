@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moe_serve.errors import ConfigError, UnsupportedModelError
-from moe_serve.hf.checkpoint import INDEX, safetensors_files
+from moe_serve.hf.checkpoint import safetensors_files
 from moe_serve.hf.config_file import read_config
 from moe_serve.hf.family import FURTHER, PART_OF, PER_EXPERT, Family, family_of
+from moe_serve.hf.shard_index import INDEX
 from moe_serve.quantization.rounding import Rounded, round_matrix
 
 Importance = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]

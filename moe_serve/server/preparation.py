@@ -1,4 +1,4 @@
-"""Preparation: where a body is parsed, rendered and tokenised. Small ones at once, large ones on a few threads.
+"""Preparation: where bodies become requests and outputs answers. Small ones at once, large ones on a few threads.
 
 The event loop answers probes and streams to everyone; it does nothing whose cost grows with one client's bytes.
 Knows threads; knows no bodies.
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 INLINE_BYTES = 4096
 """Below this, work takes less than a millisecond, and a thread would cost more than it saves."""
+INLINE_SCORES = 1000
+"""Log-probabilities of an answer, alternatives included: below this it is shaped in 2 ms."""
 NUM_THREADS = 2
 MAX_LARGE_BODIES = 64
 """In work and waiting."""
@@ -39,3 +41,9 @@ class Preparation:
         future = self._threads.submit(work)
         future.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(future)
+
+    async def shape(self, num_scores: int, work: Callable[[], T]) -> T:
+        """The same for an answer with `num_scores` log-probabilities. None is refused: each has been computed."""
+        if num_scores <= INLINE_SCORES:
+            return work()
+        return await asyncio.wrap_future(self._threads.submit(work))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError, one_line
-from moe_serve.text import tokenizer_files
+from moe_serve.text import model_file, tokenizer_files
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -47,6 +47,8 @@ class Tokenizer:
             raise ConfigError(f"{folder}: cannot load its tokenizer ({one_line(error)})") from error
         if not hf.is_fast:
             raise ConfigError(f"{folder}: needs a tokenizer.json; convert the slow tokenizer with transformers first")
+        if not (Path(folder) / tokenizer_files.WHOLE).is_file() and (file := Path(folder) / model_file.NAME).is_file():
+            model_file.agree_with_sentencepiece(hf, file)
         if chat_template_file is not None:
             path = Path(chat_template_file)
             if not path.is_file():

@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from . import gguf_hybrids
 from .tiny_checkpoints import tiny_tokenizer
 
 Array = NDArray[Any]
@@ -26,6 +27,8 @@ HALVES = {T.Q2_K: (80, 82), T.Q3_K: (108,), T.Q4_K: (0, 2), T.Q5_K: (0, 2), T.Q6
 """Where float16 scales are in the blocks of types that the package does not quantise to."""
 LARGEST = {T.Q2_K: 45, T.Q3_K: 128, T.Q4_K: 945, T.Q5_K: 1953, T.Q6_K: 4096, T.IQ4_XS: 4064}
 """Largest product of a code and the whole-numbered part of its scale."""
+PERMUTED = ("llama", "granitemoe", "granitehybrid", "nemotron_h_moe")
+"""Whose queries and keys the converter writes with each head's halves interleaved."""
 ARCHITECTURES = {
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
@@ -40,6 +43,7 @@ ARCHITECTURES = {
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
     "granitemoe": "granitemoe",
+    **gguf_hybrids.ARCHITECTURES,
 }
 
 
@@ -121,6 +125,10 @@ class _Tensors:
                 self._dense(key, values)
 
     def _dense(self, key: str, values: Array) -> None:
+        if parts := gguf_hybrids.stored_as(self._writer.arch, key, values, self._config):
+            for stored, part in parts:
+                self._writer.add_tensor(stored, np.ascontiguousarray(self._permuted(stored, part)))
+            return
         known = key.replace("moe_statics.e_score", "e_score").replace("moe.router", "moe.gate")
         name = self._names.get_name(known.replace("_correction_bias", "_correction.bias"), (".weight", ".bias"))
         assert name is not None, key
@@ -137,7 +145,7 @@ class _Tensors:
 
     def _permuted(self, name: str, rows: Array, back: bool = False) -> Array:
         match = re.search(r"attn_([qk])\.", name)
-        if match is None or self._writer.arch not in ("llama", "granitemoe"):
+        if match is None or self._writer.arch not in PERMUTED:
             return rows
         heads = self._config.num_attention_heads if match[1] == "q" else self._config.num_key_value_heads
         half = len(rows) // heads // 2
@@ -151,13 +159,13 @@ class _Tensors:
         self._writer.add_tensor(name.replace("kv_b", "v_b"), np.ascontiguousarray(by_head[:, nope:]))
 
     def _experts(self, key: str, values: Array) -> None:
-        match = re.search(r"layers\.(\d+)\..*experts\.(gate_up|down)_proj(_bias)?$", key)
+        match = re.search(r"layers\.(\d+)\..*experts\.(gate_up|up|down)_proj(_bias)?$", key)
         assert match
         layer, is_bias = int(match[1]), match[3] is not None
         is_gpt_oss = self._config.model_type == "gpt_oss"  # [E, in, out], gate and up alternating
         rows = values.swapaxes(1, 2) if is_gpt_oss and not is_bias else values
-        if match[2] == "down":
-            self._matrix(layer, "down", is_bias, rows)
+        if match[2] != "gate_up":
+            self._matrix(layer, match[2], is_bias, rows)
             return
         half = rows.shape[1] // 2
         for i, part in enumerate(("gate", "up")):
@@ -181,16 +189,19 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, types: Types) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", 0))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1 if types.splits_latents else config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_head_count_kv(1 if types.splits_latents else gguf_hybrids.heads_by_layer(config))
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    if "rope_theta" in rope:
+        writer.add_rope_freq_base(rope["rope_theta"])
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if writer.arch != "deepseek2":
         writer.add_key_length(width)
-        writer.add_rope_dimension_count(int(width * config.rope_parameters.get("partial_rotary_factor", 1.0)))
-    _write_yarn(writer, config.rope_parameters)
+        writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
+    _write_yarn(writer, rope)
     for names, write in _experts_fields(writer).items():
         value = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
         if value is not None:
@@ -243,17 +254,11 @@ def _deepseek_v3(writer: gguf.GGUFWriter, config: Any, types: Types) -> None:
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
-def _granite(writer: gguf.GGUFWriter, config: Any, types: Types) -> None:
-    writer.add_embedding_scale(config.embedding_multiplier)
-    writer.add_residual_scale(config.residual_multiplier)
-    writer.add_attention_scale(config.attention_multiplier)
-    writer.add_logit_scale(config.logits_scaling)
-
-
 SPECIAL: dict[str, Callable[[gguf.GGUFWriter, Any, Types], None]] = {
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek_v3,
-    "granitemoe": _granite,
+    "granitemoe": gguf_hybrids.granite,
+    **gguf_hybrids.METADATA,
     "gpt_oss": lambda writer, config, _: writer.add_sliding_window(config.sliding_window),
 }
 

@@ -164,6 +164,14 @@ def gptq(symmetric: bool, form: str, bits: int = 4, act_order: bool = False) -> 
     return Format({**config, "checkpoint_format": form}, quantize)
 
 
+def auto_round(packing: str, packed: Format) -> Format:
+    """AutoRound packs as GPTQ and AWQ do, under a config of its own."""
+    symmetric = packed.config.get("sym", False)
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": symmetric, "data_type": "int"}
+    floats = {"model.layers.0.block_sparse_moe.gate": {"bits": 16, "act_bits": 16}}
+    return Format({**config, "packing_format": packing, "iters": 200, "extra_config": floats}, packed.quantize)
+
+
 def awq() -> Format:
     def interleaved(codes: torch.Tensor) -> torch.Tensor:
         """[.., N]: of every eight columns, the one at AWQ_COLUMNS[i] comes i-th."""
@@ -246,6 +254,9 @@ FORMATS: dict[str, Format] = {
     "gptq-8": gptq(True, "gptq", bits=8),
     "gptq-ordered": gptq(True, "gptq", act_order=True),
     "awq": awq(),
+    "auto-round-gptq": auto_round("auto_round:auto_gptq", gptq(False, "gptq")),
+    "auto-round": auto_round("auto_round", gptq(False, "gptq_v2")),
+    "auto-round-awq": auto_round("auto_round:auto_awq", awq()),
     "ct-nvfp4": nvfp4("compressed-tensors"),
     "ct-mxfp4": ct_mxfp4(),
     "modelopt-nvfp4": nvfp4("modelopt"),

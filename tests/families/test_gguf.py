@@ -34,6 +34,7 @@ Q4_K_M = Types(T.Q8_0, T.Q4_K, T.Q4_K, T.Q4_K, later={"down": T.Q6_K})
 FILES: dict[str, tuple[str, dict[str, Any], Types]] = {
     "mixtral-q8_0": ("mixtral", {}, ALL_EIGHT_BITS),
     "gpt_oss-mxfp4": ("gpt_oss", {}, Types(T.F32, T.MXFP4, T.MXFP4, T.MXFP4)),
+    "qwen3_5_moe": ("qwen3_5_moe", {}, Types()),
 }
 MORE: dict[str, tuple[str, dict[str, Any], Types]] = {
     "qwen3_moe-q4_k_m": ("qwen3_moe", {**WIDE, "moe_intermediate_size": 256}, Q4_K_M),
@@ -52,6 +53,12 @@ MORE: dict[str, tuple[str, dict[str, Any], Types]] = {
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {}, ALL_EIGHT_BITS),
     "ernie4_5_moe": ("ernie4_5_moe", {}, ALL_EIGHT_BITS),
     "granitemoe": ("granitemoe", {}, ALL_EIGHT_BITS),
+    "granitemoeshared": ("granitemoeshared", {}, EIGHT_BITS),
+    "granitemoehybrid": ("granitemoehybrid", {}, EIGHT_BITS),
+    "qwen3_next": ("qwen3_next", {}, EIGHT_BITS),
+    "lfm2_moe": ("lfm2_moe", {"tie_word_embeddings": True}, EIGHT_BITS),
+    "jamba": ("jamba", {}, EIGHT_BITS),
+    "nemotron_h": ("nemotron_h", {}, EIGHT_BITS),
 }
 
 

@@ -81,6 +81,22 @@ def test_an_empty_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert WEIGHTS in refusal(tmp_path)
 
 
+def test_an_index_that_lies(sharded: Path) -> None:
+    """A tensor is placed in a shard that does not hold it, or held by a shard without being named."""
+    index = sharded / f"{WEIGHTS}.index.json"
+    told = json.loads(index.read_text())
+    name = next(name for name, file in told["weight_map"].items() if file == shard_name(1, SHARDS))
+    told["weight_map"][name] = shard_name(2, SHARDS)
+    index.write_text(json.dumps(told))
+    assert f"{shard_name(1, SHARDS)}: this shard holds {name}, but" in refusal(sharded)
+    told["weight_map"][name] = shard_name(1, SHARDS)
+    told["weight_map"]["model.layers.7.made.up"] = shard_name(0, SHARDS)
+    index.write_text(json.dumps(told))
+    said = refusal(sharded)
+    assert shard_name(0, SHARDS) in said
+    assert "model.layers.7.made.up" in said
+
+
 def test_an_index_that_is_not_json(sharded: Path) -> None:
     index = sharded / f"{WEIGHTS}.index.json"
     index.write_text("not json")

@@ -32,7 +32,8 @@ from .serving import experts_of, load
 Pair = tuple[Path, Path]
 NAMES = [*FORMATS, "mxfp4"]
 COPIED = {"gptq", "gptq-zeros", "gptq-v2-zeros", "gptq-8", "gptq-ordered", "ct-int4-ordered", "awq"}
-ALIKE = {"ct-mxfp4", "modelopt-fp8", "ct-nvfp4"}
+COPIED |= {"auto-round-gptq", "auto-round", "auto-round-awq"}
+ALIKE = {"ct-mxfp4", "modelopt-fp8", "ct-nvfp4", "auto-round-gptq", "auto-round", "auto-round-awq"}
 """Whose engine runs are those of another format here; their values are compared in every run."""
 ORDERED = {"gptq-ordered", "ct-int4-ordered"}
 SAMPLING = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2)
@@ -130,6 +131,8 @@ def changed(folder: Path, target: Path, **fields: Any) -> Path:
         ("gptq", {"bits": 3}, "quantization_config.bits"),
         ("gptq", {"checkpoint_format": "marlin"}, "quantization_config.checkpoint_format"),
         ("awq", {"version": "gemv"}, "quantization_config.version"),
+        ("auto-round", {"packing_format": "auto_round:mlx"}, "quantization_config.packing_format"),
+        ("auto-round", {"extra_config": {"model.layers.1": {"bits": 8}}}, "extra_config.model.layers.1.bits"),
         ("ct-int4", {"format": "marlin-24"}, "quantization_config.format"),
         ("ct-int4", {"config_groups": {}}, "quantization_config.config_groups"),
         ("fp8-blocks", {"fmt": "e5m2"}, "quantization_config.fmt"),

@@ -132,7 +132,7 @@ def test_the_numbers_of_an_engine_with_a_cache(served: Any) -> None:
     assert data["model"] == "fake-model"
     assert data["state"] == "ready"
     assert data["ttft"] == {"count": 10, "p50_s": 0.1, "p99_s": 0.1}
-    assert data["tpot"]["count"] == 2
+    assert data["inter_token"] == {"count": 10, "p50_s": 0.01, "p99_s": 0.01}
     assert data["rss_bytes"] > 10e6
     assert experts["layers"] == [1, 3]
     assert experts["tokens"] == [[40, 0, 0, 0], [10, 10, 10, 10]]

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from expert_cache.report import ExpertReport, ExpertTotals, Residency
-from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.stats import StepStats
-from moe_serve.server.monitoring.last_minute import LastMinute
+from moe_serve.server.monitoring.last_minute import WINDOW_S, LastMinute
 
 
 class Clock:
@@ -21,13 +20,14 @@ class Clock:
 
 
 def step(
-    prompt: int = 0, generated: int = 0, seconds: float = 0.1, ttft: tuple[float, ...] = (), **experts: float
+    prompt: int = 0,
+    generated: int = 0,
+    seconds: float = 0.1,
+    ttft: tuple[float, ...] = (),
+    inter_token: tuple[float, ...] = (),
+    **experts: float,
 ) -> StepStats:
-    return StepStats(seconds, prompt, generated, 0, 0, 0, (), ttft, ExpertTotals(**experts))
-
-
-def finished(num_tokens: int, decode_s: float) -> FinishedStats:
-    return FinishedStats(FinishReason.STOP, 1, num_tokens, None, 1, 1.0, 0.0, 0.1, decode_s)
+    return StepStats(seconds, prompt, generated, 0, 0, 0, inter_token, ttft, ExpertTotals(**experts))
 
 
 class Experts:
@@ -114,11 +114,13 @@ def test_percentiles(live: LastMinute) -> None:
     assert live.ttft().p99_s == pytest.approx(0.99)
 
 
-def test_time_per_output_token_is_that_after_the_first(live: LastMinute) -> None:
-    live.on_finished(finished(num_tokens=11, decode_s=2.0))
-    live.on_finished(finished(num_tokens=1, decode_s=0.0))
-    assert live.tpot().count == 1
-    assert live.tpot().p99_s == pytest.approx(0.2)
+def test_time_between_tokens_counts_while_samples_run(live: LastMinute, clock: Clock) -> None:
+    assert live.inter_token().count == 0
+    live.on_step(step(generated=2, inter_token=(0.3, 0.1)))
+    assert live.inter_token().count == 2
+    assert live.inter_token().p50_s == pytest.approx(0.2)
+    clock.now += WINDOW_S + 1
+    assert live.inter_token().count == 0
 
 
 def test_the_limit_is_that_of_the_needed_bytes_at_the_links_rate(clock: Clock) -> None:

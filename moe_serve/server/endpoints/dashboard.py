@@ -94,7 +94,7 @@ def snapshot(live: LastMinute, config: EngineConfig, rss_bytes: Callable[[], int
         "prompt_tokens_per_s": window.prompt_tokens_per_s,
         "generated_tokens_per_s": window.generated_tokens_per_s,
         "ttft": asdict(live.ttft()),
-        "tpot": asdict(live.tpot()),
+        "inter_token": asdict(live.inter_token()),
         "history": [_second(second, window.end.time_s) for second in seconds],
         "experts": None if report is None else _experts(window, report, config),
     }

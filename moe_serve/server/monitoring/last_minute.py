@@ -23,7 +23,7 @@ from moe_serve.server.monitoring.interval import Interval, Moment, Totals
 WINDOW_S = 60.0
 PERIOD_S = 1.0
 MAX_TIMES = 4096
-"""Of the newest requests: enough for a percentile, however many come in a minute."""
+"""Of the newest requests or tokens: enough for a percentile, however many come in a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class LastMinute:
         self._lock = threading.Lock()
         self._totals = Totals()
         self._ttft = RecentTimes()
-        self._tpot = RecentTimes()
+        self._inter_token = RecentTimes()
         self._moments: deque[Moment] = deque()
         self.load = EngineLoad(0, 0, 0.0)
         """The newest."""
@@ -95,6 +95,8 @@ class LastMinute:
             self._totals = totals
             for seconds in stats.time_to_first_token_s:
                 self._ttft.add(now, seconds)
+            for seconds in stats.inter_token_s:
+                self._inter_token.add(now, seconds)
             self._advance()
 
     def on_load(self, load: EngineLoad) -> None:
@@ -102,10 +104,7 @@ class LastMinute:
         self.load = load
 
     def on_finished(self, stats: FinishedStats) -> None:
-        """Note the time per output token of one sample."""
-        if stats.num_output_tokens > 1:
-            with self._lock:
-                self._tpot.add(self._clock(), stats.decode_s / (stats.num_output_tokens - 1))
+        """Each token has been counted when it came."""
 
     def _advance(self) -> None:
         """A new Moment if one is due; those that no window can start from any more are dropped."""
@@ -147,7 +146,7 @@ class LastMinute:
         with self._lock:
             return self._ttft.percentiles(self._clock())
 
-    def tpot(self) -> Percentiles:
-        """Mean time per output token after the first, of the samples that finished."""
+    def inter_token(self) -> Percentiles:
+        """From one token of a sample to its next, finished or not."""
         with self._lock:
-            return self._tpot.percentiles(self._clock())
+            return self._inter_token.percentiles(self._clock())

@@ -6,17 +6,18 @@ import * as format from "./format.js";
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 100;
 const HEIGHT = 28;
+const RECENT_S = 5;
 
 const TILES = [
   {
     name: "Output",
-    value: (data) => [format.rate(latest(data, "generated_tokens_per_s")), "tokens/s"],
+    value: (data) => [format.rate(recent(data, "generated_tokens_per_s")), "tokens/s"],
     note: (data) => `${format.rate(data.generated_tokens_per_s)} over the last minute`,
     curve: "generated_tokens_per_s",
   },
   {
     name: "Prompts",
-    value: (data) => [format.rate(latest(data, "prompt_tokens_per_s")), "tokens/s"],
+    value: (data) => [format.rate(recent(data, "prompt_tokens_per_s")), "tokens/s"],
     note: (data) => `${format.rate(data.prompt_tokens_per_s)} over the last minute`,
     curve: "prompt_tokens_per_s",
   },
@@ -27,8 +28,8 @@ const TILES = [
   },
   {
     name: "Each further token",
-    value: (data) => format.seconds(data.tpot.p50_s),
-    note: (data) => timesNote(data.tpot),
+    value: (data) => format.seconds(data.inter_token.p50_s),
+    note: (data) => furtherNote(data.inter_token),
   },
   {
     name: "Running",
@@ -54,13 +55,20 @@ const TILES = [
   },
 ];
 
-function latest(data, name) {
-  return data.history.length ? data.history[data.history.length - 1][name] : data[name];
+// The rate over the newest seconds: at 3 tokens a second a single one may have none.
+function recent(data, name) {
+  const points = data.history.filter((point) => point.age_s < RECENT_S);
+  const seconds = points.reduce((sum, point) => sum + point.seconds, 0);
+  return seconds > 0 ? points.reduce((sum, point) => sum + point[name] * point.seconds, 0) / seconds : data[name];
 }
 
 function timesNote(times) {
   if (!times.count) return "none in the last minute";
   return `p99 ${format.joined(format.seconds(times.p99_s))}, ${format.count(times.count)} in a minute`;
+}
+
+function furtherNote(times) {
+  return times.count ? `p99 ${format.joined(format.seconds(times.p99_s))}, of the newest ${format.count(times.count)}` : "none in the last minute";
 }
 
 function limitNote(cache) {

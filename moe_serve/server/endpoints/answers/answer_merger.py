@@ -74,6 +74,13 @@ class AnswerMerger:
         """What the model thought of a request's prompt; empty for a prompt of one token, which follows nothing."""
         return self.prompt_logprobs.get(request_id, ())
 
+    def num_scores(self, *outputs: SampleOutput | Completion) -> int:
+        """Log-probabilities in the outputs, and in the prompts of requests that asked for them: what shaping costs."""
+        params = self.requests[0].params
+        prompts = sum(map(len, self.prompt_logprobs.values())) * (1 + (params.prompt_logprobs or 0))
+        answers = sum(len(output.logprobs) for output in outputs) * (1 + (params.logprobs or 0))
+        return prompts * max(1, params.n) + answers
+
     def count(self, output: SampleOutput) -> None:
         if output.request_id not in self._seen:
             self._seen.add(output.request_id)

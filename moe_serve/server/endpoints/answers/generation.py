@@ -9,15 +9,17 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
 from moe_serve.scheduling.sequence import Completion, SampleOutput
 from moe_serve.server.endpoints.answers import sse
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, collect, stream, unless_disconnected
+from moe_serve.server.endpoints.answers.json_pieces import dumped
 from moe_serve.server.endpoints.bodies.common_fields import CommonFields
 from moe_serve.server.endpoints.bodies.given import TheService
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
@@ -72,13 +74,25 @@ async def answer(
     try:
         if events is None:
             choices = await unless_disconnected(http, collect(service.engine, merger))
-            return JSONResponse(whole(choices), headers=headers)
+            return await _whole_answer(service, merger, choices, whole, headers)
         # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
         first = await unless_disconnected(http, anext(events))
     except (OverloadedError, EngineDeadError) as error:
         service.metrics.on_rejected(error.error_type.removesuffix("_error"))
         raise
     return sse.EventStream(first, events, headers)
+
+
+async def _whole_answer(
+    service: TheService,
+    merger: AnswerMerger,
+    choices: Sequence[Completion],
+    whole: Callable[[Sequence[Completion]], dict[str, Any]],
+    headers: Mapping[str, str],
+) -> Response:
+    num_scores = merger.num_scores(*choices)
+    content = await service.preparation.shape(num_scores, lambda: dumped(whole(choices)))
+    return Response(content, media_type="application/json", headers=headers)
 
 
 def _keep_prefixes_apart(merger: AnswerMerger, http: HttpRequest) -> None:
@@ -94,6 +108,7 @@ async def chunks(
     """SSE bytes of one completion. Errors before the first output raise; later ones become an event."""
     options = body.stream_options
     started = False
+    begun: set[int] = set()
     try:
         async with aclosing(stream(service.engine, merger)) as outputs:
             async for index, output in outputs:
@@ -101,7 +116,9 @@ async def chunks(
                     raise output.error
                 head = [] if started else shapes.first_chunks()
                 started = True
-                chunk = shapes.chunk(index, output)
+                num_scores = merger.num_scores(output) if index not in begun else len(output.logprobs)
+                begun.add(index)
+                chunk = await service.preparation.shape(num_scores, partial(shapes.chunk, index, output))
                 if chunk is not None and options is not None and options.continuous_usage_stats:
                     chunk["usage"] = merger.usage.as_json()
                 if head or chunk is not None:
@@ -122,6 +139,7 @@ async def named_events(
 ) -> AsyncGenerator[bytes]:
     """SSE bytes of one answer. Errors before the first output raise; later ones become the events of `fail`."""
     started = False
+    num_scores = 0
     try:
         async with aclosing(stream(service.engine, merger)) as outputs:
             async for _, output in outputs:
@@ -129,10 +147,17 @@ async def named_events(
                     raise output.error
                 head = [] if started else list(shapes.begin())
                 started = True
-                if events := [*head, *shapes.feed(output)]:
+                num_scores += merger.num_scores(output)  # the last event repeats those of all before it
+                fed = partial(_fed, shapes, output)
+                feed = fed() if output.finish_reason is None else await service.preparation.shape(num_scores, fed)
+                if events := [*head, *feed]:
                     yield sse.named_events(events)
     except MoEServeError as error:
         if not started:
             raise
         merger.error_type = error.error_type
         yield sse.named_events(shapes.fail(error, http_errors.error_body(error, http.url.path)))
+
+
+def _fed(shapes: EventShapes, output: SampleOutput) -> list[dict[str, Any]]:
+    return list(shapes.feed(output))

@@ -5,6 +5,7 @@ An id is one key's own: no API key reads what another one's client has asked.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -16,24 +17,29 @@ Item = dict[str, Any]
 
 
 class ResponseStore:
-    """What `store` keeps. Everything is kept as JSON bytes, so that its size is known."""
+    """What `store` keeps. Everything is kept as JSON bytes, so that its size is known.
+
+    Long answers are kept from a thread.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._used_bytes = 0
         self._kept: OrderedDict[tuple[str, str], tuple[bytes, bytes]] = OrderedDict()
         """(owner, id) -> (response, the items of the conversation up to its answer); the oldest first."""
+        self._lock = threading.RLock()
 
     def keep(self, owner: str, response: dict[str, Any], items: list[Item]) -> None:
         """Store a response in place of one of the same id. One larger than the budget is not kept."""
-        self._forget((owner, response["id"]))
-        entry = orjson.dumps(response), orjson.dumps(items)
-        if _size(entry) > self._budget_bytes:
-            return
-        self._kept[owner, response["id"]] = entry
-        self._used_bytes += _size(entry)
-        while self._used_bytes > self._budget_bytes:
-            self._forget(next(iter(self._kept)))
+        key, entry = (owner, response["id"]), (orjson.dumps(response), orjson.dumps(items))
+        with self._lock:
+            self._forget(key)
+            if _size(entry) > self._budget_bytes:
+                return
+            self._kept[key] = entry
+            self._used_bytes += _size(entry)
+            while self._used_bytes > self._budget_bytes:
+                self._forget(next(iter(self._kept)))
 
     def response(self, owner: str, response_id: str) -> dict[str, Any]:
         """The response as it was answered. ResponseNotFoundError."""
@@ -56,8 +62,9 @@ class ResponseStore:
 
     def delete(self, owner: str, response_id: str) -> None:
         """ResponseNotFoundError."""
-        self._entry(owner, response_id)
-        self._forget((owner, response_id))
+        with self._lock:
+            self._entry(owner, response_id)
+            self._forget((owner, response_id))
 
     def _entry(self, owner: str, response_id: str) -> tuple[bytes, bytes]:
         if (owner, response_id) not in self._kept:
