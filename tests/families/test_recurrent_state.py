@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from moe_serve import resolve
+from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.doctor.fit import sizes_of
 from moe_serve.errors import ConfigError
 from moe_serve.execution.state_cache import bytes_per_sequence
+from moe_serve.parallel.ranks import rank_model
+from moe_serve.parallel.wire.environment import RankAddress
 
 from .references import Reference
 from .serving import SMALL_ENGINE, greedy, load, runner_of, tokens
@@ -62,3 +65,10 @@ def test_a_seat_that_another_sequence_left_begins_with_zeros(
     ref = reference("lfm2_moe")
     llm = load(checkpoint("lfm2_moe"), max_num_seqs=1)
     assert tokens(greedy(llm, ref.prompts)) == ref.outputs
+
+
+def test_ranks_refuse_a_model_whose_states_they_do_not_carry(checkpoint: Checkpoint) -> None:
+    place = RankAddress(0, 2, 0, "127.0.0.1", 1)
+    config = EngineConfig.from_dict({"model": str(checkpoint("lfm2_moe")), **SMALL_ENGINE})
+    with pytest.raises(ConfigError, match=r"--devices: ranks do not carry the states of lfm2_moe's recurrent layers"):
+        rank_model.load(place, config, ParallelConfig.from_dict({"devices": 2}))
