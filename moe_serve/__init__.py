@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_serve.async_llm import AsyncLLM
     from moe_serve.config import EngineConfig, ExpertCacheConfig, KVConfig, ParallelConfig, QueueConfig
     from moe_serve.errors import ConfigError, InvalidRequestError, MoEServeError
     from moe_serve.llm import LLM, RequestResult
@@ -19,6 +20,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Completion",
     "ConfigError",
     "EngineConfig",
@@ -39,6 +41,7 @@ __all__ = [
 def _home_of(name: str) -> str | None:
     """Our module that defines a public name; None if the name is not public."""
     homes = {
+        "async_llm": ("AsyncLLM",),
         "config": ("EngineConfig", "ExpertCacheConfig", "KVConfig", "ParallelConfig", "QueueConfig"),
         "errors": ("ConfigError", "InvalidRequestError", "MoEServeError"),
         "llm": ("LLM", "RequestResult"),

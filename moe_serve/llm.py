@@ -19,6 +19,7 @@ from moe_serve.config.settings import refuse_no_effect, sort_out
 from moe_serve.engine.engine import Engine
 from moe_serve.errors import InvalidRequestError
 from moe_serve.hub.find import find_model
+from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.parallel.front.start import engine_over_ranks
 from moe_serve.scheduling.field_types import token_ids
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, SamplingParams, TokenLogprob
@@ -46,7 +47,8 @@ class RequestResult:
         """`completions`, by vLLM's name."""
         return self.completions
 
-    def _apply(self, output: SampleOutput) -> None:
+    def apply(self, output: SampleOutput) -> None:
+        """Append what one step added."""
         self.completions[output.index].add(output)
         if output.index == 0:
             self.num_cached_tokens = output.num_cached_tokens
@@ -62,13 +64,8 @@ class LLM:
     """
 
     def __init__(self, model: str | PathLike[str], **settings: Any) -> None:
-        engine, ranks = sort_out("LLM", {"model": model, **settings}, EngineConfig, ParallelConfig)
-        config, parallel = EngineConfig.from_dict(engine), ParallelConfig.from_dict(ranks)
-        refuse_no_effect(config, parallel)
-        config = config.replace(model=find_model(config.model, config.revision, config.offline))
-        self.ranks = engine_over_ranks(config, parallel)
-        """The engine over ranks; None on one device."""
-        self.engine = self.ranks or Engine.from_config(config)
+        self.ranks, self.engine = load_engine("LLM", model, settings)
+        """`ranks`: the engine over ranks; None on one device."""
         self.tokenizer = self.engine.tokenizer
         self._ids = itertools.count()
 
@@ -83,25 +80,28 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         show_progress: bool = False,
     ) -> list[RequestResult]:
-        """Complete one prompt, or several together; results in their order.
+        """Complete one prompt, or several together; results in their order. `sampling_params`: vLLM's name of `params`.
 
         Without `params`, an answer ends at the model's end-of-sequence token or with the context: give
         SamplingParams(max_tokens=N) for a limit. Raises InvalidRequestError before anything runs if one of the requests
         is impossible.
         """
-        several = _prompts(prompts)
-        pairs = zip(several, _spread(params, len(several)), strict=True)
+        _refuse_both(params, sampling_params)
+        params = params if params is not None else sampling_params
+        several = prompt_list(prompts)
+        pairs = zip(several, params_list(params, len(several)), strict=True)
         requests = [self._request(prompt, p) for prompt, p in pairs]
-        results = {r.request_id: _empty_result(r) for r in requests}
+        results = {r.request_id: empty_result(r) for r in requests}
         for request in requests:
             self.engine.check_request(request)
         for request in requests:
             self.engine.add_request(request)
         with tqdm(total=sum(r.params.n for r in requests), disable=not show_progress, unit="sample") as bar:
             for output in self._run(set(results)):
-                results[output.request_id]._apply(output)
+                results[output.request_id].apply(output)
                 bar.update(output.finish_reason is not None)
         return list(results.values())
 
@@ -116,20 +116,37 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **template_kwargs: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
+        **template_kwargs: Any,
     ) -> RequestResult: ...
     @overload
     def chat(
-        self, messages: Sequence[Sequence[Message]], params: SamplingParams | None = None, **template_kwargs: Any
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
+        **template_kwargs: Any,
     ) -> list[RequestResult]: ...
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
         **template_kwargs: Any,
     ) -> RequestResult | list[RequestResult]:
-        """Answer a conversation, or several together, rendered with the model's chat template."""
-        conversations = _conversations(messages)
+        """Answer a conversation, or several together, rendered with the model's chat template.
+
+        `sampling_params`: `params`, by vLLM's name. `template_kwargs`: variables of the chat template.
+        """
+        _refuse_both(params, sampling_params)
+        params = params if params is not None else sampling_params
+        conversations = conversation_list(messages)
         if conversations is None:
             return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]  # type: ignore[arg-type]
         return self.generate([self.render_chat(each, **template_kwargs) for each in conversations], params)
@@ -147,17 +164,7 @@ class LLM:
         self.engine.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        return Request(f"llm-{next(self._ids)}", self._ids_of(prompt), params, time.monotonic())
-
-    def _ids_of(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return token_ids("prompt_token_ids", prompt["prompt_token_ids"])
-            if not isinstance(prompt.get("prompt"), str):
-                found = ", ".join(map(str, prompt))
-                raise InvalidRequestError("prompts", f"a prompt has a text as prompt, or prompt_token_ids; got {found}")
-            prompt = prompt["prompt"]
-        return tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else token_ids("prompts", prompt)
+        return request_for(prompt, params, self.tokenizer, next(self._ids))
 
     def _run(self, request_ids: set[str]) -> Iterator[SampleOutput]:
         """Step until the given requests have nothing left; a failed sample raises."""
@@ -169,7 +176,41 @@ class LLM:
                     yield output
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def load_engine(
+    owner: str, model: str | PathLike[str], settings: Mapping[str, Any]
+) -> tuple[ParallelEngine | None, Engine | ParallelEngine]:
+    """(the engine over ranks if there are several, the engine). `owner`: the class that errors name."""
+    engine, ranks = sort_out(owner, {"model": model, **settings}, EngineConfig, ParallelConfig)
+    config, parallel = EngineConfig.from_dict(engine), ParallelConfig.from_dict(ranks)
+    refuse_no_effect(config, parallel)
+    config = config.replace(model=find_model(config.model, config.revision, config.offline))
+    over_ranks = engine_over_ranks(config, parallel)
+    return over_ranks, over_ranks or Engine.from_config(config)
+
+
+def _refuse_both(params: object, sampling_params: object) -> None:
+    """InvalidRequestError (params): one argument is given under both of its names."""
+    if params is not None and sampling_params is not None:
+        raise InvalidRequestError("params", "params and sampling_params are two names of one argument; give one")
+
+
+def request_for(prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer, number: int) -> Request:
+    """A request of this number. InvalidRequestError (prompts): what is no prompt."""
+    return Request(f"llm-{number}", _ids_of(prompt, tokenizer), params, time.monotonic())
+
+
+def _ids_of(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return token_ids("prompt_token_ids", prompt["prompt_token_ids"])
+        if not isinstance(prompt.get("prompt"), str):
+            found = ", ".join(map(str, prompt))
+            raise InvalidRequestError("prompts", f"a prompt has a text as prompt, or prompt_token_ids; got {found}")
+        prompt = prompt["prompt"]
+    return tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else token_ids("prompts", prompt)
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt (a text, a mapping, or token ids) as a list of one."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
@@ -180,7 +221,7 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _conversations(messages: Any) -> Sequence[Sequence[Message]] | None:
+def conversation_list(messages: Any) -> Sequence[Sequence[Message]] | None:
     """Several conversations, or None for a single one. InvalidRequestError for anything else."""
     if isinstance(messages, Sequence) and not isinstance(messages, str | bytes):
         if all(isinstance(item, Mapping) for item in messages):
@@ -190,11 +231,13 @@ def _conversations(messages: Any) -> Sequence[Sequence[Message]] | None:
     raise InvalidRequestError("messages", "messages takes a list of {role, content} dicts, or a list of such lists")
 
 
-def _empty_result(request: Request) -> RequestResult:
+def empty_result(request: Request) -> RequestResult:
+    """A result without any output."""
     return RequestResult(request.request_id, request.prompt_token_ids, [Completion(i) for i in range(request.params.n)])
 
 
-def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+def params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    """One for each of `count` prompts."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):

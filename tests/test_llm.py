@@ -60,6 +60,15 @@ def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
     assert [r.outputs[0].text for r in several] == [one.outputs[0].text] * 2
 
 
+def test_sampling_params_is_vllms_name(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "Hello!"}]
+    assert _text(llm.generate(TEXT, sampling_params=GREEDY)) == _text(llm.generate(TEXT, GREEDY))
+    assert llm.chat(talk, sampling_params=GREEDY).outputs[0].text == llm.chat(talk, GREEDY).outputs[0].text
+    for call in (llm.generate, llm.chat):
+        with pytest.raises(InvalidRequestError, match="two names of one argument"):
+            call(talk, GREEDY, sampling_params=GREEDY)
+
+
 @pytest.mark.parametrize("prompts", [b"text", 3, None, {"text": "x"}, [b"text"], [["a"]], [{"prompt_token_ids": "12"}]])
 def test_what_is_no_prompt_is_refused_by_name(llm: LLM, prompts: Any) -> None:
     with pytest.raises(InvalidRequestError, match="prompt"):

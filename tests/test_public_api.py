@@ -18,7 +18,7 @@ def test_every_public_name_resolves(name: str) -> None:
 
 def test_public_names_are_these() -> None:
     assert set(moe_serve.__all__) == {
-        *("LLM", "RequestResult", "Completion", "SampleOutput", "SamplingParams", "TokenLogprob"),
+        *("LLM", "AsyncLLM", "RequestResult", "Completion", "SampleOutput", "SamplingParams", "TokenLogprob"),
         *("EngineConfig", "ExpertCacheConfig", "KVConfig", "QueueConfig", "ParallelConfig"),
         *("ConfigError", "InvalidRequestError", "MoEServeError", "__version__"),
     }
