@@ -3,8 +3,9 @@
     python benchmarks/make_checkpoint.py qwen3-1b /tmp/qwen3-1b --dtype bfloat16
     python benchmarks/bench_lossless.py /tmp/qwen3-1b --threads 1 [--dtype float32] [--rounds 9]
 
-The codes are packed beside MODEL first. Both sides are engines in this process, so MODEL has to fit twice. Each round
-decodes the same tokens with one side and then the other; the medians of the speeds and of the rounds' ratios count.
+The codes are packed beside MODEL, into MODEL.codes, unless they are there. Both sides are engines in this process, so
+MODEL has to fit twice. Each round decodes the same tokens with one side and then the other; the medians of the speeds
+and of the rounds' ratios count.
 `experts_*`: the same of the experts' kernel alone, one token at a time through all layers, routes drawn at random. The
 run fails where the two sides' tokens differ. With one thread speed is per second of CPU time, which a busy machine
 disturbs less. The last line is JSON.
@@ -59,7 +60,8 @@ def _pack(model: Path, codes: Path) -> tuple[int, int]:
     from moe_serve.cli import main as moe_serve
     from moe_serve.hf.checkpoint import open_all_experts
 
-    assert moe_serve(["pack", str(model), str(codes), "--lossless", "--force"]) == 0
+    if not codes.exists():
+        assert moe_serve(["pack", str(model), str(codes), "--lossless"]) == 0
     return open_all_experts(str(model)).total_bytes, expert_file.read(codes)[0].total_bytes
 
 

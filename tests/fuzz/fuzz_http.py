@@ -1,4 +1,6 @@
-"""Fuzz HTTP: whatever bytes come, in whatever pieces, a real server lives, and answers no 5xx but 503.
+"""Fuzz HTTP: whatever bytes come, in whatever pieces, a real server lives, and answers no 5xx but 503 and 505.
+
+505 goes to a request of another version of HTTP alone, as RFC 9110 (15.6.6) names it; 503 means a full queue.
 
     python tests/fuzz/fuzz_http.py --minutes 10
 
