@@ -22,11 +22,11 @@ HINT = "keys are the flags of `moe-serve serve --help` without their dashes"
 
 def read_config(file: str, *configs: type[Settings]) -> dict[str, Any]:
     """The settings of a file by flat name. ConfigError names the file, and the key that is unknown or wrong."""
-    import yaml
+    from yaml import YAMLError, safe_load
 
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise ConfigError(f"--config: cannot read {file}: {error}") from error
     if found is None:
         return {}
@@ -62,7 +62,7 @@ def merge(args: argparse.Namespace, configs: Sequence[type[Settings]]) -> None:
 
 def as_yaml(*configs: Settings) -> str:
     """All settings under their headings, with their values. API keys are left out."""
-    import yaml
+    from yaml import safe_dump
 
     lines: list[str] = []
     heading = None
@@ -76,5 +76,5 @@ def as_yaml(*configs: Settings) -> str:
                 lines.append(f"\n# {heading}")
             value = getattr(home, setting.field.name)
             plain = list(value) if isinstance(value, tuple) else value
-            lines.append(yaml.safe_dump({setting.name.replace("_", "-"): plain}, allow_unicode=True).strip())
+            lines.append(safe_dump({setting.name.replace("_", "-"): plain}, allow_unicode=True).strip())
     return "\n".join(lines).strip()

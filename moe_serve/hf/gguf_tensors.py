@@ -38,8 +38,10 @@ RENAMED = (
     (re.compile(r"^model\.layers\.(\d+)\.mixer\."), r"backbone.layers.\1.mixer."),
 )
 """Parameters that the package knows under another model's name."""
-UNUSED = re.compile(r"^rope_freqs\.weight$|\.nextn\.")
-"""Tables that are computed here, and layers for predicting several tokens at once."""
+UNUSED = re.compile(r"\.nextn\.")
+"""Layers for predicting several tokens at once."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""What rotary frequencies are divided by, one by one: Llama 3's scaling, as llama.cpp's converter writes it."""
 
 
 def expert_tensors(listing: Listing, has_gate: bool = True) -> Iterator[tuple[int, str, int | None, StoredTensor]]:
@@ -72,6 +74,7 @@ def dense_state(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_conf
     named = _names(listing, shapes, hf_config)
     sources = _Sources(listing, hf_config)
     state = {name: sources.parameter(name, found).reshape(shapes[name]) for name, found in named.items()}
+    sources.refuse_rope_factors()
     _refuse_leftovers(listing, sources.read, hf_config.num_hidden_layers)
     return state
 
@@ -177,6 +180,14 @@ class _Sources:
         """A parameter from the tensors that hold it."""
         parts = [self._values(name) for name in names]
         return parts[0] if len(parts) == 1 else gguf_layouts.joined(parameter, parts, self._config)
+
+    def refuse_rope_factors(self) -> None:
+        """CheckpointError, unless they are all 1 or there are none."""
+        if ROPE_FACTORS in self._listing.tensors and not (self._stored(ROPE_FACTORS) == 1).all():
+            raise CheckpointError(
+                f"{self._listing.files[0]}: {ROPE_FACTORS} scales rotary frequencies one by one, which moe-serve does "
+                "not do for GGUF files; serve the checkpoint that the file was made from"
+            )
 
     def _values(self, name: str) -> torch.Tensor:
         """Under llama.cpp's name, with what its converter did undone."""

@@ -88,8 +88,13 @@ def random_blocks(shape: tuple[int, ...], kind: T, largest: float) -> Array:
     return blocks.reshape(*shape[:-1], -1)
 
 
-def write_pair(source: Path, folder: Path, types: Types, split: int = 0) -> tuple[Path, Path]:
-    """(GGUF file, float twin) of the checkpoint `source`. `split`: tensors of a part; 0: there is one file."""
+def write_pair(
+    source: Path, folder: Path, types: Types, split: int = 0, rope_factors: Array | None = None
+) -> tuple[Path, Path]:
+    """(GGUF file, float twin) of the checkpoint `source`. `split`: tensors of a part; 0: there is one file.
+
+    `rope_factors`: what the file divides the rotary frequencies by; the twin does not.
+    """
     folder.mkdir(exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     writer = gguf.GGUFWriter(folder / "tiny.gguf", ARCHITECTURES[model.config.model_type], split_max_tensors=split)
@@ -99,6 +104,8 @@ def write_pair(source: Path, folder: Path, types: Types, split: int = 0) -> tupl
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     _Tensors(writer, model.config, types).write(state)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

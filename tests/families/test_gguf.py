@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
@@ -152,3 +153,15 @@ def test_what_is_no_file_of_ours_is_refused(mixtral: tuple[Path, Path], tmp_path
     other.write_bytes(mixtral[0].read_bytes().replace(b"llama", b"bloom", 1))
     with pytest.raises(UnsupportedModelError, match=r"GGUF architecture 'bloom'; moe-serve reads deepseek2, "):
         find_model(str(other))
+
+
+def test_factors_of_rotary_frequencies_are_one_or_refused(tmp_path: Path) -> None:
+    """Such a table is how llama.cpp's converter writes Llama 3's scaling; old files have one that changes nothing."""
+    source = write_checkpoint(CASES["mixtral"], tmp_path / "source")
+    factors = np.ones(8, np.float32)
+    file, _ = write_pair(source, tmp_path / "ones", Types(), rope_factors=factors)
+    load(file).close()
+    factors[-1] = 8
+    file, _ = write_pair(source, tmp_path / "scaled", Types(), rope_factors=factors)
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: rope_freqs.weight scales rotary frequencies one by one"):
+        load(file)
