@@ -12,7 +12,7 @@ import pytest
 from moe_serve_kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
-NAMES = ("decode_step", "expert_layer", "expert_mlp", "linear", "paged_attention", "quantized_mlp", "row_bits")
+NAMES = ("coded", "decode_step", "expert_layer", "expert_mlp", "linear", "paged_attention", "quantized_mlp", "row_bits")
 
 
 @pytest.mark.slow
