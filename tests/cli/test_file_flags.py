@@ -38,6 +38,7 @@ SOURCES = {
     **SETTINGS,
     "model": CHECKPOINT,
     "--model": CHECKPOINT,
+    "--config": "moe-serve serve",  # with --print-config
     "trace": "moe-serve trace",
     "traces": "moe-serve trace",
     "--trace": "moe-serve trace",

@@ -39,19 +39,25 @@ load_model = loading.load  # before anything replaces it
 
 
 @cache
-def _loaded(folder: str, dtype: torch.dtype) -> loading.LoadedModel:
+def _loaded(folder: str, dtype: torch.dtype, expert_file: str | None) -> loading.LoadedModel:
     hf_config = read_config(folder)
-    return load_model(folder, hf_config, ModelSpec.from_hf(hf_config), dtype, torch.device("cpu"))
+    return load_model(folder, hf_config, ModelSpec.from_hf(hf_config), dtype, torch.device("cpu"), expert_file)
+
+
+def _load_once(
+    folder: str, _config: Any, _spec: ModelSpec, dtype: torch.dtype, _device: torch.device, expert_file: str | None
+) -> loading.LoadedModel:
+    return _loaded(folder, dtype, expert_file)
 
 
 def load(folder: Path, **settings: Any) -> LLM:
     """An LLM with a KV cache small enough to build in no time.
 
-    The dense model is shared by all LLMs of a folder and a dtype, because transformers takes a second to load
-    it; so use only the newest of them.
+    The dense model is shared by all LLMs of a folder, a dtype and an expert file, because transformers takes a second
+    to load it; so use only the newest of them.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load", lambda folder, config, spec, dtype, *rest: _loaded(folder, dtype))
+        patch.setattr(loading, "load", _load_once)
         return LLM(str(folder), **{**SMALL_ENGINE, **settings})
 
 
