@@ -169,5 +169,5 @@ def test_damaged_uses_are_refused(tmp_path: Path, changes: dict[str, Any], compl
     np.savez(path, **{name: array for name, array in {**good, **changes}.items() if array is not None})
     with pytest.raises(ConfigError, match=f"--ep-predictor .*{complaint}"):
         load_uses(str(path))
-    with pytest.raises(ConfigError, match=r"none.npz: file: does not exist; .*make it with `moe-serve predictor tokens`"):
+    with pytest.raises(ConfigError, match=r"none.npz: file: does not exist; .* with `moe-serve predictor tokens`"):
         load_uses(str(tmp_path / "none.npz"))
