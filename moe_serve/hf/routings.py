@@ -45,12 +45,12 @@ def greedy(config: Any) -> Routing | None:
 
 
 def sigmoid_in_groups(config: Any) -> Routing | None:
-    """DeepSeek-V3's scores, chosen by score and correction inside the best groups."""
+    """DeepSeek-V3's scores, chosen by score and correction inside the best groups; without groups, among all experts."""
     return Routing(
         config.num_experts_per_tok,
         "sigmoid",
         renormalize=config.norm_topk_prob,
         scaling=config.routed_scaling_factor,
-        num_groups=config.n_group,
-        top_groups=config.topk_group,
+        num_groups=config.n_group or 1,
+        top_groups=config.topk_group or 1,
     )

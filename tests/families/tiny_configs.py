@@ -411,6 +411,10 @@ CASES: dict[str, TinyCase] = {
     "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}),
     # More tokens than the indexer chooses, in prompts and in answers.
     "deepseek_v32": TinyCase("deepseek_v32", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER}),
+    "axk2": TinyCase("axk2", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "gated_norm_rank": 8}),
+    "axk2_light": TinyCase(
+        "axk2", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "n_group": None, "topk_group": None}, seed=1
+    ),
     "glm_moe_dsa": TinyCase(
         "glm_moe_dsa",
         {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "indexer_types": ["full", "shared", "full"]},
