@@ -45,7 +45,7 @@ def greedy(config: Any) -> Routing | None:
 
 
 def sigmoid_in_groups(config: Any) -> Routing | None:
-    """DeepSeek-V3's scores, chosen by score and correction inside the best groups; without groups, among all experts."""
+    """DeepSeek-V3's scores, chosen by score and correction in the best groups; where n_group is None, among all."""
     return Routing(
         config.num_experts_per_tok,
         "sigmoid",
