@@ -17,7 +17,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL ?=
 SERVE_ARGS ?=
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
+SLOW_WORKERS ?= 2
 BENCH_PORT ?= 8765
 BENCH_ARGS ?= --num-prompts 64 --request-rate 8 --random-input-len 128 --random-output-len 64 --ignore-eos
 
@@ -33,14 +34,15 @@ serve: $(READY)
 	$(BIN)/moe-serve serve $(MODEL) $(SERVE_ARGS)
 
 # OMP_WAIT_POLICY: idle OpenMP threads must sleep, not spin, or small machines test at half speed.
-# TEST_WORKERS: files are dealt out to so many processes; 0 runs everything in one.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# TEST_WORKERS, SLOW_WORKERS: files are dealt out to N processes; 0 runs everything in one. Quick tests often wait for
+# a server, so 3 fill 2 cores; slow ones take the memory of whole models.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n $(TEST_WORKERS) -m "not slow"
 
 test-slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -n $(SLOW_WORKERS) -m slow
 
 check: lint types test
 

@@ -100,7 +100,8 @@ BROKEN: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("code", [pytest.param(c, marks=[pytest.mark.slow] * bool(i)) for i, c in enumerate(BROKEN)])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", BROKEN)
 def test_a_broken_one_is_one_line_that_names_the_package(tmp_path: Path, code: str) -> None:
     install(tmp_path, "bad", {"policies": "bad = bad:POLICY"}, code)
     done = moe_serve("generate --prompt a --moe-cache-mib 4 --moe-cache-manager host --moe-cache-policy bad", tmp_path)

@@ -74,6 +74,7 @@ def test_without_theirs_kernels_is_not_ours_either(tmp_path: Path) -> None:
     assert done.returncode != 0 or done.stdout.strip() == "None", "a bare folder must stay a bare folder"
 
 
+@pytest.mark.slow
 def test_the_guard_notices_a_package_named_kernels(hf_kernels: Path, tmp_path: Path) -> None:
     """The same import with an importable `kernels` of ours in front: it must fail, or the guard is blind."""
     shadow = tmp_path / "root"

@@ -32,6 +32,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model" / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_truncated_between_requests(start: Callable[..., Serve], file: Path) -> None:
     server = start(str(file.parent))
     server.wait_until(lambda: server.health() == "ready")

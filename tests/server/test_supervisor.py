@@ -33,7 +33,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 def test_a_death_is_named_and_serving_goes_on(start: Callable[..., Serve], number: signal.Signals) -> None:
     server = start()
     server.wait_until(lambda: server.health() == "ready")

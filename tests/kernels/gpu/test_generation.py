@@ -26,8 +26,6 @@ NEW_TOKENS = 3
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v2"]
 """The plain one; biases, sinks, windows and the clamped activation; keys wider than values and a dense layer."""
 ROOMS = ["for all", "for some, by the device", "for some, by the host"]
-QUICK = ("mixtral", "for some, by the device")
-"""What a change usually breaks shows here already; a model takes seconds in the interpreter."""
 
 
 def expected(folder: Path, prompt: list[int]) -> list[int]:
@@ -43,14 +41,9 @@ def experts_of(llm: LLM) -> LocalExperts[Any]:
     return experts
 
 
-@pytest.mark.parametrize(
-    ("family", "room"),
-    [
-        pytest.param(family, room, marks=[] if (family, room) == QUICK else [pytest.mark.slow])
-        for family in FAMILIES
-        for room in ROOMS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_transformers(
     device: torch.device, folders: Callable[[str], Path], family: str, room: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
