@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 from moe_serve.hf.families import family_names
+from tests.support.docs_scripts import docs_script
 
 ROOT = Path(__file__).resolve().parents[1]
 WALK = (ROOT / "docs" / "architecture.md").read_text()
@@ -60,13 +60,7 @@ def test_every_path_exists(path: str) -> None:
 
 
 def test_the_readme_lists_each_family_by_how_it_decodes() -> None:
-    script = ROOT / "docs" / "write_families.py"
-    spec = importlib.util.spec_from_file_location("write_families", script)
-    assert spec is not None
-    assert spec.loader is not None
-    write_families = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(write_families)
-    assert write_families.renewed(README) == README, "run: python docs/write_families.py"
+    assert docs_script("write_families").renewed(README) == README, "run: python docs/write_families.py"
     assert all(f" {name}," in README or f" {name} |" in README for name in family_names())
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hypothesis
 import jsonschema
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import Phase
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,6 +28,7 @@ from moe_serve.grammars.grammars import Grammars
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.text.tokenizer import Tokenizer
 from tests.fuzz.harness import arguments, demo_tokenizer, fuzz_for_minutes
+from tests.fuzz.loader import run_examples
 from tests.fuzz.watched_server import watched_server
 from tests.grammars.walking import walk
 
@@ -173,29 +173,12 @@ def judge(schema: Any, produced: str) -> None:
 
 
 def run(grammars: Grammars, tokenizer: Tokenizer, kind: GrammarKind, seed: int, examples: int) -> int:
-    return run_examples(lambda text: check(grammars, tokenizer, kind, text), kind, seed, examples)
+    return judge_examples(lambda text: check(grammars, tokenizer, kind, text), kind, seed, examples)
 
 
-def run_examples(judged: Callable[[str], None], kind: GrammarKind, seed: int, examples: int) -> int:
-    """Give texts of a kind to `judged`; how many it got."""
-    count = 0
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=min(examples, 100),
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
-    )
-    @given(text=TEXTS[kind])
-    def example(text: str) -> None:
-        nonlocal count
-        count += 1
-        judged(text)
-
-    example()
-    return count
+def judge_examples(judged: Callable[[str], None], kind: GrammarKind, seed: int, examples: int) -> int:
+    """Give texts of a kind to `judged`; how many it got. A failing one is made smaller."""
+    return run_examples(TEXTS[kind], judged, seed, examples, (Phase.generate, Phase.shrink))
 
 
 FIELDS = {
@@ -231,7 +214,7 @@ def served() -> Iterator[tuple[dict[str, Callable[[int, int], int]], Callable[[]
         def of(kind: GrammarKind) -> Callable[[int, int], int]:
             def run(seed: int, examples: int) -> int:
                 check = functools.partial(check_over_http, watched.url, kind)
-                count = run_examples(check, kind, seed, min(examples, SERVER_EXAMPLES))
+                count = judge_examples(check, kind, seed, min(examples, SERVER_EXAMPLES))
                 watched.check()
                 return count
 

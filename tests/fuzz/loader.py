@@ -7,7 +7,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -100,7 +100,13 @@ class Loader:
             self._child = None
 
 
-def run_examples(generated: SearchStrategy[T], check: Callable[[T], object], seed: int, examples: int) -> int:
+def run_examples(
+    generated: SearchStrategy[T],
+    check: Callable[[T], object],
+    seed: int,
+    examples: int,
+    phases: Sequence[Phase] = (Phase.generate,),
+) -> int:
     """Generate and check at most so many, MOST_EXAMPLES at once; returns how many."""
     count = 0
 
@@ -110,7 +116,7 @@ def run_examples(generated: SearchStrategy[T], check: Callable[[T], object], see
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
+        phases=phases,
     )
     @given(made=generated)
     def example(made: T) -> None:

@@ -304,6 +304,17 @@ class Served:
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 yield client
 
+    def fail_after_a_step(self) -> None:
+        """Each step that gives outputs is the last one before a failure."""
+        step = self.engine.step
+
+        def failing() -> Any:
+            outputs = step()
+            self.engine.failing_steps = 1
+            return outputs
+
+        self.engine.step = failing  # type: ignore[method-assign]
+
     def talk(self, *posts: tuple[str, Any]) -> list[httpx.Response]:
         """Run the app for these posts, one after the other. A path alone is a GET; bytes go as they are."""
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 from moe_serve.server.endpoints.reference.api_tables import tables
-
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.support.docs_scripts import DOCS, docs_script
 
 
 def test_the_tables_are_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("write_api", DOCS / "write_api.py")
-    assert spec is not None
-    assert spec.loader is not None
-    write_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(write_api)
     text = (DOCS / "api.md").read_text()
-    assert text == write_api.renewed(text), "run: python docs/write_api.py"
+    assert text == docs_script("write_api").renewed(text), "run: python docs/write_api.py"
 
 
 def test_every_endpoint_is_listed_and_says_what_it_does(served: Any) -> None:

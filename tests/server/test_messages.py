@@ -225,14 +225,7 @@ def test_names_of_anthropics_models_stand_for_the_served_one(hermes: Model, clau
 
 def test_a_failure_in_mid_stream_is_the_last_event(make: Any) -> None:
     served = make()
-    step = served.engine.step
-
-    def failing() -> Any:
-        outputs = step()
-        served.engine.failing_steps = 1
-        return outputs
-
-    served.engine.step = failing
+    served.fail_after_a_step()
     response = served.talk(("/v1/messages", {"messages": ASK, "max_tokens": 20, "stream": True}))[0]
     events = [json.loads(e.split("data: ")[1]) for e in response.text.strip().split("\n\n")]
     assert [events[0]["type"], events[-1]["type"]] == ["message_start", "error"]

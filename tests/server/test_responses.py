@@ -191,15 +191,7 @@ def test_another_model_is_not_found(hermes: Model) -> None:
 
 def test_a_failure_in_mid_stream_is_the_last_event(make: Any) -> None:
     served = make()
-
-    step = served.engine.step
-
-    def failing() -> Any:
-        outputs = step()
-        served.engine.failing_steps = 1
-        return outputs
-
-    served.engine.step = failing
+    served.fail_after_a_step()
     response = served.talk(("/v1/responses", {"input": "x", "stream": True}))[0]
     events = [json.loads(e.split("data: ")[1]) for e in response.text.strip().split("\n\n")]
     assert events[-1]["type"] == "response.failed"

@@ -159,7 +159,8 @@ async def create_message(
         shape = MessageShape(body, plan, service.model_name, service.tokenizer, merger)
         events = generation.named_events(service, http, merger, shape) if body.stream else None
         answer = await generation.answer(service, http, merger, shape.whole, events)
-    return _with_note(answer, body)
+    generation.name_ignored_tools(answer, ignored_tools(body.tools))
+    return answer
 
 
 @router.post("/v1/messages/count_tokens")
@@ -180,12 +181,6 @@ def _within_context(plan: ChatPlan, service: TheService) -> ChatPlan:
     if params.max_tokens is None or not 0 < room < params.max_tokens:
         return plan
     return replace(plan, request=replace(plan.request, params=replace(params, max_tokens=room)))
-
-
-def _with_note(answer: Response, body: CountTokensBody) -> Response:
-    if ignored := ignored_tools(body.tools):
-        answer.headers["X-Ignored-Tools"] = ", ".join(ignored)
-    return answer
 
 
 class MessageShape:

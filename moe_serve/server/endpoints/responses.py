@@ -153,8 +153,7 @@ async def create_response(
             shape.keep = lambda response: responses.keep(owner, response, items)
         events = generation.named_events(service, http, merger, shape) if body.stream else None
         answer = await generation.answer(service, http, merger, shape.whole, events)
-    if ignored := ignored_tools(body.tools):
-        answer.headers["X-Ignored-Tools"] = ", ".join(ignored)
+    generation.name_ignored_tools(answer, ignored_tools(body.tools))
     return answer
 
 

@@ -134,6 +134,12 @@ async def chunks(
     yield sse.DONE
 
 
+def name_ignored_tools(answer: Response, tools: Sequence[str]) -> None:
+    """Tell the client by a header which kinds of its tools the model did not get to see."""
+    if tools:
+        answer.headers["X-Ignored-Tools"] = ", ".join(tools)
+
+
 async def named_events(
     service: TheService, http: HttpRequest, merger: AnswerMerger, shapes: EventShapes
 ) -> AsyncGenerator[bytes]:
