@@ -204,6 +204,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
+    num_loaded: int = 0
+    """Of these, at most this many came from disk."""
     seat: int = NO_SEAT
     """Row of the recurrent layers' states while it runs (moe_serve/execution/state_cache.py)."""
     page_ids: list[int] = field(default_factory=list)
@@ -282,6 +284,8 @@ class SampleOutput:
     num_cached_tokens: int
     num_output_tokens: int
     """Tokens sampled so far in this sample."""
+    num_disk_tokens: int = 0
+    """Of the cached tokens, those that came from disk."""
     error: MoEServeError | None = None
     """Set with FinishReason.ERROR: what the client is told."""
     stats: FinishedStats | None = None

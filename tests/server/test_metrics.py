@@ -17,7 +17,7 @@ from moe_serve.config import EngineConfig, ServerConfig
 from moe_serve.parallel.front.team import TeamState
 from moe_serve.server.endpoints.expert_plan import DecisionCollector
 from moe_serve.server.endpoints.ranks import TeamCollector
-from moe_serve.server.monitoring import expert_metrics, http_counts
+from moe_serve.server.monitoring import expert_metrics, http_counts, prefix_disk_metrics
 from moe_serve.server.monitoring.scrape import Scrape
 from moe_serve.server.transport.guard import guard
 
@@ -33,6 +33,7 @@ COUNTERS = (
         "num_preemptions",
     ),
     *("request_success", "admission_rejections", "http_requests"),
+    *prefix_disk_metrics.COUNTERS,
     *expert_metrics.COUNTERS,
 )
 GAUGES = (
@@ -42,6 +43,7 @@ GAUGES = (
     "saved_states",
     "cache_config_info",
     "compute_info",
+    *prefix_disk_metrics.GAUGES,
     *expert_metrics.GAUGES,
 )
 HISTOGRAMS = (
