@@ -195,7 +195,7 @@ class Scheduler:
             self._release(seq)
             seq.num_computed = 0
             seq.num_preemptions += 1
-        self.waiting.extendleft(reversed(self.running))
+            self.waiting.appendleft(seq)
         self.running.clear()
         self.pool.clear_cache()
 

@@ -74,7 +74,8 @@ def test_a_refusal_to_a_client_that_has_gone_is_no_error() -> None:
     async def run() -> None:
         config = uvicorn.Config(body_reader, lifespan="off", log_config=None)
         config.load()
-        connection: Any = connection_class(5, 5, 10)(config=config, server_state=ServerState(), app_state={})
+        make: Any = connection_class(5, 5, 10)
+        connection = make(config=config, server_state=ServerState(), app_state={})
         transport = GoneClient()
         connection.connection_made(transport)
         connection.data_received(b"no HTTP\r\n\r\n")
