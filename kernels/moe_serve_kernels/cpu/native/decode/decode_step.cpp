@@ -37,6 +37,7 @@
 namespace moe_serve {
 
 constexpr int64_t MOST_GRAIN = 128;  // columns that rows of Tokens are filled up to, whatever the weights' format
+constexpr int SIDE_BY_SIDE = 3;      // linear layers on the same tokens, each of a format of its own at worst
 
 // Memory of one step, in floats from one allocation. Shared by all threads first, then each thread's own.
 struct Memory {
@@ -63,8 +64,8 @@ struct Memory {
         inners = take(num_tokens * model.top_k * inner_stride);
         shared_inners = take(num_tokens * round_up(sizes.shared_intermediate, MOST_GRAIN));
         threads = next;
-        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
-                        heads_size(model, num_tokens) + attend_size(model) +
+        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) +
+                        SIDE_BY_SIDE * num_tokens * input_stride + heads_size(model, num_tokens) + attend_size(model) +
                         round_up(model.num_experts + model.num_groups, 16);
     }
 
