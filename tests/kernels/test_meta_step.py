@@ -1,0 +1,105 @@
+"""What a GPU's step launches, keeps alive and takes from the host, for models of full size, without a GPU.
+
+The limits are what the code reaches today. A change that lowers one lowers the number here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ..families.tiny_configs import CASES
+from ..support.full_sizes import FIELDS, LAYERS, full_size
+
+if TYPE_CHECKING:
+    from ..support.meta_step import MetaModel, Noted
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed here")
+MIB = 1 << 20
+NUM_PAGES = 2100
+"""For one context of 32,768 tokens."""
+DECODING = {"mixtral": 49.0, "qwen3_moe": 65.0, "gpt_oss": 52.75, "deepseek_v2": 61.0}
+"""Launches of a step, per layer."""
+LONG_PREFILL = {
+    "mixtral": (53.25, 910),
+    "qwen3_moe": (69.25, 830),
+    "gpt_oss": (72.0, 1610),
+    "deepseek_v2": (76.75, 380),
+}
+"""Launches of a step of 2,048 tokens at a context of 32,768, per layer, and the MiB that it keeps alive."""
+MANY_PROMPTS = {"mixtral": 112.0, "qwen3_moe": 128.0, "gpt_oss": 390.75, "deepseek_v2": 135.5}
+"""Launches of a step of 16 prompts, per layer."""
+FROM_HOST = {"phimoe", "phimoe_window"}
+"""Tiny models whose rotary embedding computes on the CPU in every step, so that no graph can hold it."""
+WAITING = {"deepseek_v32", "axk2", "axk2_light", "glm_moe_dsa", "llama4"}
+"""Tiny models whose attention asks the device for a value: what an indexer chose, how long a chunk is."""
+QUICK = {"phimoe", "llama4", "gpt_oss"}
+TEXT = [name for name in CASES if name not in ("qwen3_vl_moe", "glm4v_moe")]
+"""Those two are Qwen3-MoE and GLM-4.5 under configs that transformers builds no text model from."""
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Callable[[str], MetaModel]]:
+    """A full-size model, made once."""
+    from ..support.meta_step import MetaModel
+
+    models: list[MetaModel] = []
+
+    @cache
+    def make(model_type: str) -> MetaModel:
+        models.append(MetaModel(full_size(model_type), NUM_PAGES))
+        return models[-1]
+
+    yield make
+    for model in models:
+        model.close()
+
+
+def step_of(config: Any, *step: int) -> Noted:
+    from ..support.meta_step import MetaModel
+
+    model = MetaModel(config, num_pages=64)
+    try:
+        return model.step(*step)
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("num_seqs", [1, 16])
+@pytest.mark.parametrize("model", FIELDS)
+def test_decoding(made: Callable[[str], MetaModel], model: str, num_seqs: int) -> None:
+    noted = made(model).step(num_seqs, 512, 1)
+    assert noted.from_host == []
+    assert noted.kernels["route_kernel"] > 0
+    assert noted.launches / LAYERS <= DECODING[model], noted
+
+
+@pytest.mark.parametrize("model", FIELDS)
+def test_a_part_of_a_long_prompt(made: Callable[[str], MetaModel], model: str) -> None:
+    noted = made(model).step(1, 32768, 2048)
+    launches, mib = LONG_PREFILL[model]
+    assert noted.from_host == []
+    assert noted.launches / LAYERS <= launches, noted
+    assert noted.peak_bytes / MIB <= mib, noted.peak_at
+
+
+@pytest.mark.parametrize("model", FIELDS)
+def test_many_prompts(made: Callable[[str], MetaModel], model: str) -> None:
+    noted = made(model).step(16, 128, 128)
+    assert noted.launches / LAYERS <= MANY_PROMPTS[model], noted
+
+
+@pytest.mark.parametrize("case", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TEXT])
+def test_nothing_of_a_decoding_step_comes_from_the_host(case: str) -> None:
+    """A copy from memory that is not pinned ends a capture with an error, and so does a question to the device."""
+    config = CASES[case].config()
+    if case in WAITING:
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            step_of(config, 3, 40, 1)
+    else:
+        noted = step_of(config, 3, 40, 1)
+        assert bool(noted.from_host) == (case in FROM_HOST), noted.from_host
