@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf.checkpoint import open_all_experts
 from moe_serve.hf.dense import StoredLinear
 from moe_serve_kernels.cpu import library
@@ -118,7 +119,9 @@ def test_dense_weights_are_quantised_where_that_is_asked_for(tmp_path: Path, den
     fields = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert all(name.endswith(".gate") for name in fields["ignore"])
     assert torch.equal(written["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
-    layers = LLM(str(folder), **SETTINGS).engine.runner.model.named_modules()
+    runner = LLM(str(folder), **SETTINGS).engine.runner
+    assert isinstance(runner, ModelRunner)
+    layers = runner.model.named_modules()
     coded = {n: m.matrix for n, m in layers if isinstance(m, StoredLinear) and isinstance(m.matrix, QuantizedRows)}
     assert len(coded) == 4 * 8
     for name, matrix in coded.items():

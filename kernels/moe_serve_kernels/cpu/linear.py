@@ -15,10 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_serve_kernels.cpu.expert_mlp import Matrix, are_readable, product_kind
+from moe_serve_kernels.cpu.expert_mlp import Matrix, are_readable, product_kind, weight_kind
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.quantized import READABLE_BLOCKS, BlockRows
 
 
 class LinearWeights:
@@ -73,9 +72,9 @@ def linears(x: torch.Tensor, table: LinearTable) -> torch.Tensor:
 class BlockTable:
     """A table in ggml's blocks of which single rows are wanted, such as that of embedded tokens. It may not move."""
 
-    def __init__(self, rows: BlockRows) -> None:
-        assert rows.type in READABLE_BLOCKS
-        self._columns = rows.columns
+    def __init__(self, rows: Matrix) -> None:
+        assert weight_kind(rows) == "blocks"
+        self._columns = rows.shape[1]
         self._weights = LinearWeights(rows)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
