@@ -142,12 +142,17 @@ def model_class_of(hf_config: Any, family: Family) -> Any:
     return AutoModelForCausalLM._model_mapping[type(hf_config)]
 
 
-def dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Every dense parameter's shape, from a model without experts and without memory."""
+def empty_model(hf_config: Any, **options: Any) -> nn.Module:
+    """The model without experts and without memory: all its parameters are on the meta device."""
     family = family_of(hf_config)
     with replacing(family.experts_class), torch.device("meta"):
-        model = model_class_of(hf_config, family)(copy.deepcopy(hf_config))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model: nn.Module = model_class_of(hf_config, family)._from_config(copy.deepcopy(hf_config), **options)
+    return model
+
+
+def dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every dense parameter's shape."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(hf_config).named_parameters()}
 
 
 def _say_what_is_left_out(names: Iterable[str]) -> None:

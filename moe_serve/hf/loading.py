@@ -20,8 +20,8 @@ from moe_serve.execution.state_cache import StateShapes
 from moe_serve.hf import attention, chunked_attention, latent_attention, recurrent
 from moe_serve.hf.checkpoint import open_expert_file, open_experts, tensor_names, weight_files
 from moe_serve.hf.config_file import naming, scheme_in
-from moe_serve.hf.dense_loading import DenseLoader, dense_shapes, model_class_of
-from moe_serve.hf.experts import find_experts, replacing
+from moe_serve.hf.dense_loading import DenseLoader, dense_shapes, empty_model
+from moe_serve.hf.experts import find_experts
 from moe_serve.hf.family import Family, family_of
 from moe_serve.hf.scheme import Scheme
 from moe_serve.hf.shard_index import refuse_false_index
@@ -155,12 +155,9 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
 
 def shapes_of(hf_config: Any) -> Shapes:
     """What each layer would keep per token and per sequence, asked of a model without weights."""
-    family = family_of(hf_config)
     attention.register()
-    model_class = model_class_of(hf_config, family)
-    with replacing(family.experts_class), META:
-        model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
-    _adapt(model, hf_config, family)
+    model = empty_model(hf_config, attn_implementation=attention.NAME)
+    _adapt(model, hf_config, family_of(hf_config))
     shapes: Shapes = _probe_shapes(model, META)
     return shapes
 

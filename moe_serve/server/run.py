@@ -75,7 +75,7 @@ def _tracing(config: ServerConfig) -> Tracing | None:
         from moe_serve.server.monitoring.otlp import OtlpTracing
     except ImportError as error:
         message = f"{flag_name('otlp_traces_endpoint')} needs OpenTelemetry's SDK ({error.name} is missing)"
-        raise ConfigError(f"{message}: pip install 'moe-serve[otel]'") from error
+        raise ConfigError(f"{message}: pip install 'moe-serve-engine[otel]'") from error
     return OtlpTracing.to(endpoint)
 
 
