@@ -268,22 +268,24 @@ def _set_windows(model: nn.Module, hf_config: Any, family: Family) -> None:
 
 def shapes_of(hf_config: Any) -> Shapes:
     """What each layer would keep per token and per sequence, asked of a model without weights."""
-    family = family_of(hf_config)
     attention.register()
-    model_class = _model_class(hf_config, family)
-    with replacing(family.experts_class), META:
-        model: nn.Module = model_class._from_config(hf_config, attn_implementation=attention.NAME)
-    _adapt(model, hf_config, family)
+    model = empty_model(hf_config, attn_implementation=attention.NAME)
+    _adapt(model, hf_config, family_of(hf_config))
     shapes: Shapes = _probe_shapes(model, META)
     return shapes
 
 
-def _dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Every dense parameter's shape, from a model without experts and without memory."""
+def empty_model(hf_config: Any, **options: Any) -> nn.Module:
+    """The model without experts and without memory: all its parameters are on the meta device."""
     family = family_of(hf_config)
     with replacing(family.experts_class), META:
-        model = _model_class(hf_config, family)(copy.deepcopy(hf_config))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model: nn.Module = _model_class(hf_config, family)._from_config(copy.deepcopy(hf_config), **options)
+    return model
+
+
+def _dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every dense parameter's shape."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_model(hf_config).named_parameters()}
 
 
 @torch.inference_mode()
