@@ -173,7 +173,8 @@ class Engine:
     def _report_load(self) -> None:
         if self.observer is not None:
             scheduler = self.scheduler
-            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac)
+            num_saved = scheduler.prefixes.saved.num_used
+            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac, num_saved)
             self.observer.on_load(load)
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
@@ -268,6 +269,7 @@ class Engine:
         live = list(self.scheduler.live())
         self.pool.check_integrity(seq.page_ids for seq in live)
         self.scheduler.seats.check_integrity(seq.seat for seq in live)
+        self.scheduler.prefixes.check_integrity()
         assert set(self._detokenizers) == set(live), "detokenisers of ended sequences are left"
         listed = [s for seqs in self._sequences.values() for s in seqs if not s.is_finished]
         assert set(listed) == set(live), "the request table and the scheduler disagree"
@@ -280,6 +282,8 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         enable_chunked_prefill=config.enable_chunked_prefill,
         enable_prefix_caching=config.kv.enable_prefix_caching,
         max_num_batched_seqs=config.max_num_batched_seqs,
+        state_block=config.kv.state_block_size,
+        num_saved_states=config.kv.num_saved_states or 0,
     )
 
 

@@ -26,7 +26,7 @@ from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
 from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf import attention, chunked_attention, dense, gguf_tensors, latent_attention, recurrent
+from moe_serve.hf import attention, chunked_attention, dense, fixed_order, gguf_tensors, latent_attention, recurrent
 from moe_serve.hf.checkpoint import (
     dense_dtypes,
     dense_tensors,
@@ -114,6 +114,8 @@ def _load(
         store = open_expert_file(expert_file, folder, layers, spec)
     _say_how_experts_run(store, scheme)
     _adapt(model, hf_config, family)
+    if family.recurrence is not None and dense.is_available(device, dtype):
+        fixed_order.install(model, family.widened)
     kv_shapes, state_shapes = _probe_shapes(model, device)
     _refuse_unknown_layers(folder, hf_config, kv_shapes.keys() | state_shapes.keys())
     return LoadedModel(model, hf_config, family, store, kv_shapes, state_shapes)

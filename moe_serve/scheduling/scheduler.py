@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
 from moe_serve.scheduling.finish import FinishReason
-from moe_serve.scheduling.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.kv_pages import PagePool
+from moe_serve.scheduling.prefixes import Prefixes
 from moe_serve.scheduling.seats import NO_SEAT, Seats
 from moe_serve.scheduling.sequence import Sequence
 
@@ -35,6 +36,9 @@ class SchedulerLimits:
     max_scored_tokens: int = 512
     """Prompt tokens of one step whose log-probabilities are computed: each needs a row of logits, the vocabulary's
     size. Without chunked prefill a prompt is scored whole."""
+    state_block: int | None = None
+    """Tokens in a block of moe_serve/scheduling/prefixes.py; None: the model has no states."""
+    num_saved_states: int = 0
 
 
 class _StepDraft:
@@ -42,16 +46,15 @@ class _StepDraft:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.budget = limits.max_num_batched_tokens
-        self.score_budget = limits.max_scored_tokens
+        self.score_budget = max(limits.max_scored_tokens, limits.state_block or 0)
         self.scheduled: list[ScheduledSequence] = []
         self.preempted: list[Sequence] = []
         self.queried = 0
         self.hits = 0
 
-    def add(self, seq: Sequence, count: int) -> None:
-        item = ScheduledSequence(seq, seq.num_computed, count)
+    def add(self, item: ScheduledSequence) -> None:
         self.scheduled.append(item)
-        self.budget -= count
+        self.budget -= item.count
         self.score_budget -= len(item.scored)
 
     def drop(self, seq: Sequence) -> None:
@@ -74,6 +77,7 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.seats = Seats(limits.max_num_seqs)
+        self.prefixes = Prefixes(pool, limits.enable_prefix_caching, limits.state_block, limits.num_saved_states)
         self._eos = eos_token_ids
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
@@ -111,6 +115,7 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.page_ids)
         self.seats.give_back(seq.seat)
+        self.prefixes.drop(seq)
         seq.page_ids, seq.seat = [], NO_SEAT
 
     # ---- plan -----------------------------------------------------------------------------------
@@ -148,7 +153,11 @@ class Scheduler:
             self._preempt(victim, draft)
             if victim is seq:
                 return
-        draft.add(seq, count)
+        self._plan(seq, count, draft)
+
+    def _plan(self, seq: Sequence, count: int, draft: _StepDraft, restored: int | None = None) -> None:
+        saves = self.prefixes.saves(seq, seq.num_computed + count)
+        draft.add(ScheduledSequence(seq, seq.num_computed, count, restored, saves))
 
     def _affordable(self, seq: Sequence, draft: _StepDraft) -> int:
         """Tokens of `seq` that fit the budgets: all that are missing, a chunk of them, or none."""
@@ -157,7 +166,7 @@ class Scheduler:
             return missing if missing <= draft.budget else 0
         if seq.num_unscored > draft.score_budget:
             missing = min(missing, len(seq.prompt_logprobs) + draft.score_budget - seq.num_computed)
-        return min(missing, draft.budget)
+        return self.prefixes.whole_blocks(seq, min(missing, draft.budget))
 
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` pages for `num_tokens` tokens; False, and nothing changed, if there are too few."""
@@ -170,21 +179,20 @@ class Scheduler:
     def _preempt(self, seq: Sequence, draft: _StepDraft) -> None:
         """Free everything `seq` holds; it goes to the head of the queue and is recomputed later."""
         draft.drop(seq)
+        self._put_back(seq)
+        draft.preempted.append(seq)
+
+    def _put_back(self, seq: Sequence) -> None:
         self._release(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.running.remove(seq)
         self.waiting.appendleft(seq)
-        draft.preempted.append(seq)
 
     def requeue_running(self) -> None:
         """Their keys and values are lost: every running sequence waits again, in order, to be recomputed."""
-        for seq in reversed(self.running):
-            self._release(seq)
-            seq.num_computed = 0
-            seq.num_preemptions += 1
-        self.waiting.extendleft(reversed(self.running))
-        self.running.clear()
+        for seq in reversed(list(self.running)):
+            self._put_back(seq)
         self.pool.clear_cache()
 
     def _admit_waiting(self, draft: _StepDraft) -> None:
@@ -203,7 +211,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, draft: _StepDraft) -> bool:
         """Put a waiting sequence into the step if pages and budget allow; prefix hits come free."""
-        cached = self._cached_prefix(seq)
+        prefix = self.prefixes.find(seq)
+        cached = list(prefix.pages)
         num_cached = len(cached) * self.pool.page_size
         seq.num_computed = num_cached
         count = self._affordable(seq, draft)
@@ -221,24 +230,8 @@ class Scheduler:
             draft.hits += num_cached
         if seq.num_preemptions == 0:
             seq.num_cached = num_cached
-        draft.add(seq, count)
+        self._plan(seq, count, draft, prefix.row)
         return True
-
-    def _cached_prefix(self, seq: Sequence) -> list[int]:
-        """Pages of the longest cached prefix; the last token, and what has to be scored, is left to compute."""
-        if not self.limits.enable_prefix_caching:
-            return []
-        self._extend_hashes(seq, seq.num_tokens)
-        end = len(seq.prompt_logprobs) if seq.num_unscored else seq.num_tokens - 1
-        usable = end // self.pool.page_size
-        return self.pool.match(seq.page_hashes[:usable])
-
-    def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
-        """Hash the full pages among the first `num_tokens` tokens that have no hash yet."""
-        size = self.pool.page_size
-        for page in range(len(seq.page_hashes), num_tokens // size):
-            parent = seq.page_hashes[-1] if seq.page_hashes else seq.prefix_root
-            seq.page_hashes.append(page_hash(parent, seq.token_ids[page * size : (page + 1) * size]))
 
     # ---- apply ----------------------------------------------------------------------------------
 
@@ -261,7 +254,9 @@ class Scheduler:
             is_late = seq in result.late
             seq.num_computed = item.end - is_late
             seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
-            self._publish_pages(seq, item)
+            self.prefixes.publish(item)
+            if is_late and self.limits.state_block is not None:
+                self._put_back(seq)  # its state has the token already
             if token is None or is_late:
                 continue
             advanced.append(seq)
@@ -273,15 +268,6 @@ class Scheduler:
                 seq.logprobs.append(token[1])
             self._check_finished(seq)
         return advanced
-
-    def _publish_pages(self, seq: Sequence, item: ScheduledSequence) -> None:
-        """Make pages that this step filled up findable for others."""
-        if not self.limits.enable_prefix_caching:
-            return
-        self._extend_hashes(seq, seq.num_computed)
-        size = self.pool.page_size
-        for page in range(item.start // size, seq.num_computed // size):
-            self.pool.register(seq.page_ids[page], seq.page_hashes[page])
 
     def _check_finished(self, seq: Sequence) -> None:
         token = seq.token_ids[-1]

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "contract/api.h"
+#include "simd/amx.h"
 
 using namespace moe_serve;
 
@@ -236,6 +237,7 @@ void tell_functions(std::ostream& text) {
 
 const char* isa() {
 #ifdef X86_VERSIONS
+    if (has_amx()) return "amx";
     return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "generic";
 #else
     return "generic";
