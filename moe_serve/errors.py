@@ -20,6 +20,7 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── RequestTimeoutError         504  the request took longer than the server allows
     ├── EngineDeadError             503  the engine thread died; the server must be restarted
     │   └── CheckpointChangedError  503  a mapped checkpoint file was written to
+    ├── BatchStoppedError                a batch of which not all requests are answered
     └── ConfigError                      found at start-up, before any request
         ├── UnsupportedModelError        a model family we cannot run
         ├── CheckpointError              a missing, truncated or inconsistent checkpoint file
@@ -163,6 +164,12 @@ class EngineDeadError(MoEServeError):
 
 class CheckpointChangedError(EngineDeadError):
     """A file of the checkpoint was written to while the server had it mapped. The message names it."""
+
+
+class BatchStoppedError(MoEServeError):
+    """Not all requests of a batch are answered; the next run goes on from there."""
+
+    error_type = "batch_error"
 
 
 class ConfigError(MoEServeError):

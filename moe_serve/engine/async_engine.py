@@ -35,7 +35,10 @@ MAX_FAILED_STEPS = 3
 
 
 class EngineLike(Protocol):
-    """What AsyncEngine needs of an engine. Checks and reports may run on any thread, all else on the worker thread."""
+    """What AsyncEngine needs of an engine.
+
+    Checks, reports and `is_waiting` may run on any thread, all else on the worker thread.
+    """
 
     config: EngineConfig
     observer: StatsObserver | None
@@ -97,6 +100,11 @@ class AsyncEngine:
     def num_in_flight(self) -> int:
         """Accepted requests whose last output has not been handed over."""
         return self._reception.num_in_flight
+
+    @property
+    def in_flight(self) -> list[Pending]:
+        """Those requests, the oldest first."""
+        return self._reception.pending
 
     @property
     def num_queued(self) -> int:

@@ -160,7 +160,7 @@ class Engine:
             seq.is_paused = is_paused
 
     def is_waiting(self, request_id: str) -> bool:
-        """True while no sample of the request has been in a step."""
+        """True while no sample of the request has been in a step. Any thread may call."""
         sequences = self._sequences.get(request_id, [])
         return bool(sequences) and all(seq.first_scheduled_s is None for seq in sequences)
 

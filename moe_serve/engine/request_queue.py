@@ -38,6 +38,8 @@ class Pending:
     """Samples that have not ended."""
     first_output_s: float | None = None
     """None: no output yet, so it counts against the queue limits."""
+    num_output_tokens: int = 0
+    """Of all samples so far."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     is_paused: bool = False
     """Its client does not read."""
@@ -61,6 +63,11 @@ class RequestQueue:
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def pending(self) -> list[Pending]:
+        """The requests in flight, the oldest first."""
+        return list(self._in_flight.values())
 
     @property
     def request_ids(self) -> list[str]:
@@ -107,6 +114,7 @@ class RequestQueue:
             if in_flight is not None:
                 if in_flight.first_output_s is None:
                     in_flight.first_output_s = now
+                in_flight.num_output_tokens += len(output.token_ids)
                 in_flight.mailbox.put(output)
                 self._note_unread(in_flight)
                 if output.finish_reason is not None:

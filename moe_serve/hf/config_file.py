@@ -21,7 +21,8 @@ from moe_serve.errors import CheckpointError, ConfigError, MoEServeError, one_li
 from moe_serve.hf.composites import text_config_of
 from moe_serve.hf.families import family_in
 from moe_serve.hf.family import FAMILY_NAME, find
-from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
+from moe_serve.hf.quantization_scheme import modelopt_scheme, scheme_of
+from moe_serve.hf.scheme import Scheme
 from moe_serve.spec import ModelSpec
 
 MODELOPT_NOTE = "hf_quant_config.json"
