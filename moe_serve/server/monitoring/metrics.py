@@ -155,6 +155,7 @@ class Metrics:
 
     def on_rejected(self, reason: str) -> None:
         """A request found no place in the queue, or no engine."""
+        self.live.on_rejected()
         self._rejections.labels(*self._label_values, reason).inc()
 
     def on_step(self, stats: StepStats) -> None:
