@@ -1,7 +1,7 @@
 """An agent's next turn after `kill -9`: time to first token with the prefix cache on disk, over that of a cold server.
 
-    python benchmarks/make_checkpoint.py qwen3-moe-500m /tmp/qwen3-moe-500m --dtype bfloat16
-    python benchmarks/bench_prefix_restart.py /tmp/qwen3-moe-500m --tokens 20000
+    python benchmarks/make_checkpoint.py qwen3-moe-30m /tmp/qwen3-moe-30m --dtype bfloat16
+    python benchmarks/bench_prefix_restart.py /tmp/qwen3-moe-30m --tokens 20000
 
 A history of --tokens random tokens and a short answer are one turn; the next turn is these and 64 new tokens. Four
 servers: one answers the first turn, is given time to write and is killed with SIGKILL. The second has its files. The
