@@ -1,7 +1,8 @@
 """Builds the C++ kernels where a compiler exists; everything else is in pyproject.toml.
 
 The library has a plain C interface and is loaded with ctypes, so it is tied to no Python or torch
-version. Without a compiler the installation still succeeds and torch's own kernels are used.
+version, and one wheel serves them all. Without a compiler the installation still succeeds and torch's
+own kernels are used.
 """
 
 import os
@@ -10,6 +11,7 @@ from glob import glob
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = "kernels/moe_serve_kernels/cpu/native"
@@ -33,8 +35,15 @@ class BuildInParallel(build_ext):
         super().build_extension(ext)
 
 
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for one platform and any Python 3: the library uses nothing of Python's C interface."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    cmdclass={"build_ext": BuildInParallel},
+    cmdclass={"build_ext": BuildInParallel, "bdist_wheel": AnyPythonWheel},
     ext_modules=[
         Extension(
             "moe_serve_kernels.cpu._native",

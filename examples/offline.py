@@ -17,7 +17,7 @@ def main() -> None:
     params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=40, seed=1)
     for prompt, result in zip(prompts, llm.generate(prompts, params), strict=True):
         print(f"{prompt}{result.completions[0].text}\n")
-    answer = llm.chat([{"role": "user", "content": "Hello!"}], SamplingParams(temperature=0, max_tokens=40))
+    (answer,) = llm.chat([{"role": "user", "content": "Hello!"}], SamplingParams(temperature=0, max_tokens=40))
     print(f"Hello! -> {answer.completions[0].text}")
 
 

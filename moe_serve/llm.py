@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self, overload
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -114,42 +114,20 @@ class LLM:
         finally:
             self.engine.abort(request.request_id)
 
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        *,
-        sampling_params: SamplingParams | None = None,
-        **template_kwargs: Any,
-    ) -> RequestResult: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Sequence[Message]],
-        params: SamplingParams | None = None,
-        *,
-        sampling_params: SamplingParams | None = None,
-        **template_kwargs: Any,
-    ) -> list[RequestResult]: ...
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         **template_kwargs: Any,
-    ) -> RequestResult | list[RequestResult]:
-        """Answer a conversation, or several together, rendered with the model's chat template.
+    ) -> list[RequestResult]:
+        """Answer one conversation, or several together. A list in their order, of one for one, as in vLLM.
 
         `sampling_params`: `params`, by vLLM's name. `template_kwargs`: variables of the chat template.
         """
-        _refuse_both(params, sampling_params)
-        params = params if params is not None else sampling_params
-        conversations = conversation_list(messages)
-        if conversations is None:
-            return self.generate([self.render_chat(messages, **template_kwargs)], params)[0]  # type: ignore[arg-type]
-        return self.generate([self.render_chat(each, **template_kwargs) for each in conversations], params)
+        prompts = [self.render_chat(each, **template_kwargs) for each in conversation_list(messages)]
+        return self.generate(prompts, params, sampling_params=sampling_params)
 
     def render_chat(self, messages: Sequence[Message], **template_kwargs: Any) -> list[int]:
         """Token ids of a conversation, ready for `generate` or `stream`."""
@@ -221,11 +199,11 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def conversation_list(messages: Any) -> Sequence[Sequence[Message]] | None:
-    """Several conversations, or None for a single one. InvalidRequestError for anything else."""
+def conversation_list(messages: Any) -> Sequence[Sequence[Message]]:
+    """One conversation as a list of one, or several. InvalidRequestError for anything else."""
     if isinstance(messages, Sequence) and not isinstance(messages, str | bytes):
         if all(isinstance(item, Mapping) for item in messages):
-            return None
+            return [messages]
         if all(isinstance(item, Sequence) and not isinstance(item, str | bytes) for item in messages):
             return messages
     raise InvalidRequestError("messages", "messages takes a list of {role, content} dicts, or a list of such lists")

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 KV_SHARE_OF_FREE = 0.25
 EXPERT_SHARE_OF_FREE = 0.70
 STATE_SHARE_OF_FREE = 0.50
+SAVED_SHARE_OF_FREE = 0.10
+STATE_BLOCK = 256
+"""Tokens: a multiple of the chunks that recurrent layers are computed in, and few enough for common prefixes."""
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -70,6 +73,8 @@ class SequenceMemory:
     """Per token."""
     state_shapes: StateShapes
     """Whatever its length."""
+    continues_runs: bool = True
+    """False: only the first block of a prompt is computed fast (moe_serve/hf/recurrent.py)."""
 
 
 def resolve(
@@ -87,9 +92,7 @@ def resolve(
     if config.experts.cpu_misses and device.type == "cpu" and not gpu.is_available(device):
         raise ConfigError("--moe-cpu-misses needs a GPU; without one the CPU computes everything anyway")
     max_model_len = _max_model_len(config, spec)
-    config = _without_prefix_caching(config) if memory.state_shapes else config
-    state_bytes = config.max_num_seqs * bytes_per_sequence(memory.state_shapes)
-    free = _less_states(free_bytes(device), state_bytes)
+    config, free = _with_states(config, memory, _token_budget(config, max_model_len), free_bytes(device))
     page_bytes = bytes_per_token(memory.kv_shapes, dtype) * config.kv.page_size
     slot_bytes = device_bytes(store, dtype, device)
     everything, wanted = -(-store.num_total * slot_bytes // MIB) * MIB, _wanted_pages(config, max_model_len)
@@ -112,11 +115,53 @@ def resolve(
     )
 
 
-def _without_prefix_caching(config: EngineConfig) -> EngineConfig:
-    """Cached pages hold keys and values, but no states: a prompt of a model with recurrent layers is computed whole."""
-    if config.kv.enable_prefix_caching:
-        log.info("prefix caching is off: this model's recurrent layers keep states, which pages do not hold")
-    return config.replace(enable_prefix_caching=False)
+def _with_states(
+    config: EngineConfig, memory: SequenceMemory, token_budget: int, free: int
+) -> tuple[EngineConfig, int]:
+    """`config` with what recurrent layers need, and what is free beside it."""
+    row_bytes = bytes_per_sequence(memory.state_shapes)
+    if row_bytes == 0:
+        return config.replace(state_block_size=None, num_saved_states=0), free
+    config = config.replace(state_block_size=_state_block(config, memory.continues_runs, token_budget))
+    free = _less_states(free, config.max_num_seqs * row_bytes)
+    rows = _num_saved_states(config, row_bytes, free)
+    return config.replace(num_saved_states=rows, enable_prefix_caching=rows > 0), free - rows * row_bytes
+
+
+def _state_block(config: EngineConfig, continues_runs: bool, most: int) -> int:
+    """Tokens in a block. A step of `most` tokens must have room for one, else a prompt would wait for ever."""
+    page = config.kv.page_size
+    given = config.kv.state_block_size
+    if given is not None:
+        if given > most or given % page:
+            raise ConfigError(
+                f"--state-block-size {given} must be a multiple of --page-size ({page}) and at most"
+                f" --max-num-batched-tokens ({most})"
+            )
+        return given
+    num_decoding = config.max_num_batched_seqs or config.max_num_seqs
+    room = max(most - num_decoding + 1, most // 2, 1)
+    block = min(STATE_BLOCK, room) if continues_runs else room
+    return max(block // page * page, min(block, page))
+
+
+def _num_saved_states(config: EngineConfig, row_bytes: int, free: int) -> int:
+    """0 where prefixes are not cached: a state at each end of a block needs a page that ends there."""
+    kv = config.kv
+    assert kv.state_block_size is not None
+    if not kv.enable_prefix_caching:
+        return 0
+    if kv.state_block_size % kv.page_size:
+        log.info(
+            "prefix caching is off: this model's states are kept at the ends of pages, and a step has no room for one;"
+            " raise --max-num-batched-tokens"
+        )
+        return 0
+    if kv.num_saved_states is not None:
+        return kv.num_saved_states
+    if kv.state_cache_mib is not None:
+        return kv.state_cache_mib * MIB // row_bytes
+    return min(2 * config.max_num_seqs, int(free * SAVED_SHARE_OF_FREE) // row_bytes)
 
 
 def _less_states(free: int, state_bytes: int) -> int:

@@ -17,7 +17,7 @@ def save_picture(problem: PlacementProblem, before: PlacementPlan, after: Placem
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise PlacementError("png", "needs matplotlib; pip install 'moe-serve[plot]'") from None
+        raise PlacementError("png", "needs matplotlib; pip install 'moe-serve-engine[plot]'") from None
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes = figure.subplots(2, 2)
     traffic = [device_traffic(problem, plan.layout) for plan in (before, after)]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def expected() -> Iterator[list[list[int]]]:
     """Token ids by LLM, for the prompts and the conversation."""
     with LLM(default_model(), **SMALL) as llm:
-        yield [list(r.outputs[0].token_ids) for r in [*llm.generate(PROMPTS, GREEDY), llm.chat(TALK, GREEDY)]]
+        yield [list(r.outputs[0].token_ids) for r in [*llm.generate(PROMPTS, GREEDY), *llm.chat(TALK, GREEDY)]]
 
 
 def test_requests_at_once_answer_as_llm_does(expected: list[list[int]]) -> None:

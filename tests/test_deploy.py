@@ -10,16 +10,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
+from moe_serve import __version__
 from moe_serve.cli import parse
 from moe_serve.cli.config_file import read_config
 from moe_serve.config import EngineConfig, ParallelConfig, ServerConfig
+from moe_serve.server.endpoints import probes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 CONFIGS = (EngineConfig, ServerConfig, ParallelConfig)
+CHART = DEPLOY / "helm" / "moe-serve"
+TEMPLATES = "\n".join(path.read_text() for path in sorted((CHART / "templates").iterdir()))
 METRIC = re.compile(r"\b(?:moe_serve:|process_)\w+")
 SUFFIXES = r"_(?:total|bucket|sum|count)$"
 
@@ -104,3 +109,70 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def chart_file(name: str) -> Any:
+    return yaml.safe_load((CHART / name).read_text())
+
+
+def leaves(values: dict[str, Any], before: str = "") -> set[str]:
+    """Dotted names of settings; `config` and other free parts count as one."""
+    found = set()
+    for name, value in values.items():
+        is_part = isinstance(value, dict) and value and name not in ("config", "resources")
+        found |= leaves(value, f"{before}{name}.") if is_part else {before + name}
+    return found
+
+
+def named_in_templates() -> set[str]:
+    """Names after `.Values`, and those of a secret, which templates read through `with`."""
+    direct = set(re.findall(r"\.Values\.([\w.]+)", TEMPLATES))
+    parts = re.findall(
+        r"with \.Values\.(apiKey|huggingFace) \}\}(.*?)\n            \{\{- end \}\}\n", TEMPLATES, re.DOTALL
+    )
+    return direct | {f"{part}.{name}" for part, body in parts for name in re.findall(r" \.(\w+)", body)}
+
+
+def test_the_charts_templates_and_settings_name_one_another() -> None:
+    values = chart_file("values.yaml")
+    assert leaves(values) - named_in_templates() == set()
+    assert named_in_templates() - leaves(values) == {"apiKey", "huggingFace"}
+
+
+def test_the_charts_schema_takes_its_settings_and_no_others() -> None:
+    schema, values = json.loads((CHART / "values.schema.json").read_text()), chart_file("values.yaml")
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.validate(values, schema)
+    assert set(schema["properties"]) == {*values, "global"}
+    for wrong in ({"replica": 2}, {"config": {"port": 1}}, {"model": 1}, {"autoscaling": {"targetWaiting": 0}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+
+
+def test_the_charts_server_is_ours(tmp_path: Path) -> None:
+    """Its version, flags, probes, settings and the metric that it scales by."""
+    assert chart_file("Chart.yaml")["appVersion"] == __version__
+    settings = tmp_path / "serve.yaml"
+    settings.write_text(yaml.safe_dump(chart_file("values.yaml")["config"] | {"host": "0.0.0.0", "port": 8000}))
+    read = read_config(str(settings), *CONFIGS)
+    assert f"containerPort: {read['port']}" in TEMPLATES
+    assert f'"shutdown-timeout-s" | default {read["shutdown_timeout_s"]:.0f})' in TEMPLATES
+    paths = set(re.findall(r"path: (/(?:health|live|metrics)\w*)$", TEMPLATES, re.M))
+    assert paths == {"/health", "/live", "/metrics"} <= {getattr(route, "path", "") for route in probes.router.routes}
+    (metric,) = re.findall(r"name: moe_serve_(\w+)$", TEMPLATES, re.M)
+    assert f"moe_serve:{metric}" in known_metrics()
+    assert f"name: {{as: moe_serve_{metric}}}" in (DEPLOY / "README.md").read_text()
+
+
+def test_the_image_runs_as_the_charts_user() -> None:
+    (user,) = re.findall(r"^USER (\d+)$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    assert f"--uid {user} " in (DEPLOY / "Dockerfile").read_text()
+    assert f"runAsUser: {user}\n" in TEMPLATES
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed here")
+@pytest.mark.parametrize("more", [[], ["autoscaling.enabled=true", "serviceMonitor.enabled=true"]])
+def test_helm_accepts_the_chart(more: list[str]) -> None:
+    flags = [f"--set={setting}" for setting in ["apiKey.secretName=moe-serve", *more]]
+    done = subprocess.run(["helm", "lint", "--strict", *flags, CHART], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,16 @@ WALK = (ROOT / "docs" / "architecture.md").read_text()
 README = (ROOT / "README.md").read_text()
 SECURITY = (ROOT / "SECURITY.md").read_text()
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
+PACKAGES = ("moe_serve", "expert_cache", "kernels", "predictors", "placement")
+TEXTS = (".md", ".py", ".service", ".yaml", ".txt")
 FOLDERS = r"(?:moe_serve|expert_cache|kernels|predictors|placement|tests)"
 POINTER = rf"`({FOLDERS}/[\w/]+\.py)`,\s+`([\w.]+)`"
 PATHS = re.findall(rf"`({FOLDERS}/[\w/]*[\w.]*)`", WALK + GLOSSARY + SECURITY)
 WORDS = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", GLOSSARY, flags=re.MULTILINE)
+
+
+def texts_of(paths: Iterable[Path]) -> str:
+    return "\n".join(path.read_text() for path in [ROOT / "README.md", *paths])
 
 
 def defined_names(path: Path) -> set[str]:
@@ -74,3 +82,13 @@ def test_the_site_lists_every_page() -> None:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)", README))))
 def test_every_link_of_the_readme_leads_somewhere(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_what_users_are_told_to_install_is_this_distribution() -> None:
+    """PyPI's `moe-serve` is another one. An extra that is named exists."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [p for f in ("docs", "deploy", "examples", *PACKAGES) for p in (ROOT / f).rglob("*") if p.suffix in TEXTS]
+    asked = re.findall(r"(?:pip|pipx) (?:install|run)(?: -\S+)* '?(moe-serve[\w-]*)(?:\[(\w+)\])?", texts_of(files))
+    assert len(asked) >= 10
+    assert {name for name, _ in asked} == {project["name"]}
+    assert {extra for _, extra in asked if extra} <= set(project["optional-dependencies"])

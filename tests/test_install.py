@@ -6,16 +6,22 @@ of the checkout; nothing is downloaded.
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+from packaging.utils import parse_wheel_filename
 
 from moe_serve import __version__
 
@@ -25,7 +31,9 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".git", ".venv", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__", "*.so", "site")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 ON_TOP = ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "setup.py")
-FOLDERS = ("docs", "examples", "benchmarks", "tests", "tools", ".ci")
+FOLDERS = ("docs", "deploy", "examples", "benchmarks", "tests", "tools", ".ci")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OURS = {"moe_serve", "expert_cache", "placement", "predictors", "moe_serve_base", "moe_serve_kernels"}
 
 
 def build(kind: str, tree: Path, target: Path) -> Path:
@@ -50,10 +58,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("build_wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def contents(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(wheel) as archive:
+        yield archive
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bin` of an environment with the wheel in it."""
     folder = tmp_path_factory.mktemp("environment")
-    wheel = build("build_wheel", source, folder)
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv/bin/python"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
@@ -89,6 +107,40 @@ def test_the_source_holds_what_its_makefile_needs(source: Path) -> None:
     assert not [*source.rglob("*.so"), *source.rglob("*.pyc")]
 
 
+def test_the_wheel_serves_every_python(wheel: Path) -> None:
+    """Its library is loaded by ctypes and needs no Python of one version."""
+    name, version, _, tags = parse_wheel_filename(wheel.name)
+    assert (name, str(version)) == (PROJECT["name"], __version__)
+    assert {(tag.interpreter, tag.abi) for tag in tags} == {("py3", "none")}
+    assert all(tag.platform.startswith("linux") for tag in tags)
+
+
+def test_the_wheel_holds_what_runs_and_nothing_else(contents: zipfile.ZipFile) -> None:
+    names = [name for name in contents.namelist() if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in names} == OURS
+    assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".o", ".a"))]
+    assert "moe_serve/demo/model/model.safetensors" in names
+    assert {f"moe_serve/server/static/{page}" for page in ("index.html", "app.js", "style.css")} <= set(names)
+
+
+def test_its_metadata_is_what_an_index_accepts(contents: zipfile.ZipFile) -> None:
+    """Checked by the library that PyPI checks uploads with."""
+    (path,) = [name for name in contents.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Metadata.from_email(contents.read(path), validate=True)
+    assert metadata.name == PROJECT["name"]
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.license_expression == "MIT"
+    assert set(metadata.provides_extra or []) == set(PROJECT["optional-dependencies"])
+
+
+def test_pipx_finds_the_command(contents: zipfile.ZipFile) -> None:
+    """`pipx run NAME` looks in this group for a command with the distribution's name."""
+    (path,) = [name for name in contents.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    points = configparser.ConfigParser()
+    points.read_string(contents.read(path).decode())
+    assert dict(points["pipx.run"]) == {PROJECT["name"]: points["console_scripts"]["moe-serve"]}
+
+
 def test_it_is_the_wheel_that_runs(installed: Path, tmp_path: Path) -> None:
     home = run(installed, tmp_path, "python", "-c", "import moe_serve; print(moe_serve.__file__)")
     assert Path(home.strip()).is_relative_to(installed.parent)
@@ -102,6 +154,10 @@ def test_the_demo_model_answers(installed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
-def test_its_kernels_are_compiled(installed: Path, tmp_path: Path) -> None:
+def test_its_kernels_are_compiled(installed: Path, contents: zipfile.ZipFile, tmp_path: Path) -> None:
+    """And need no source at run time."""
+    assert len([name for name in contents.namelist() if name.endswith(".so")]) == 1
+    for path in installed.parent.rglob("*.cpp"):
+        path.unlink()
     code = "from moe_serve_kernels.cpu import library; print(library.load() is not None)"
     assert run(installed, tmp_path, "python", "-c", code).strip() == "True"

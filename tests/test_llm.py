@@ -55,15 +55,22 @@ def test_outputs_is_vllms_name(llm: LLM) -> None:
 
 def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
     talk = [{"role": "user", "content": "Hello!"}]
-    one, several = llm.chat(talk, GREEDY), llm.chat([talk, talk], GREEDY)
-    assert isinstance(one, RequestResult)
-    assert [r.outputs[0].text for r in several] == [one.outputs[0].text] * 2
+    one, several = _text(llm.chat(talk, GREEDY)), llm.chat([talk, talk], GREEDY)
+    assert one
+    assert [r.outputs[0].text for r in several] == [one] * 2
+
+
+def test_chat_takes_parameters_for_each_conversation(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "Hello!"}]
+    short = SamplingParams(temperature=0, max_tokens=2)
+    counts = [len(r.outputs[0].token_ids) for r in llm.chat([talk, talk], [short, GREEDY])]
+    assert counts == [2, 6]
 
 
 def test_sampling_params_is_vllms_name(llm: LLM) -> None:
     talk = [{"role": "user", "content": "Hello!"}]
     assert _text(llm.generate(TEXT, sampling_params=GREEDY)) == _text(llm.generate(TEXT, GREEDY))
-    assert llm.chat(talk, sampling_params=GREEDY).outputs[0].text == llm.chat(talk, GREEDY).outputs[0].text
+    assert _text(llm.chat(talk, sampling_params=GREEDY)) == _text(llm.chat(talk, GREEDY))
     for call in (llm.generate, llm.chat):
         with pytest.raises(InvalidRequestError, match="two names of one argument"):
             call(talk, GREEDY, sampling_params=GREEDY)

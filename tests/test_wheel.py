@@ -1,4 +1,4 @@
-"""What `pip install moe-serve` puts into site-packages: six packages, the demo model, no tests.
+"""What `pip install moe-serve-engine` puts into site-packages: six packages, the demo model, no tests.
 
 The wheel is built from a copy, with the weights left out, so that it is quick and leaves no trace.
 """

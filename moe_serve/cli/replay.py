@@ -118,7 +118,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'moe-serve[plot]'") from None
+        raise ConfigError("--plot needs matplotlib: pip install 'moe-serve-engine[plot]'") from None
 
 
 def _load(args: argparse.Namespace) -> RoutingTrace:

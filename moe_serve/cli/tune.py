@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("tune needs a GPU, and torch sees none; without one, nothing has to be tuned")
     device = torch.device("cuda")
     if not gpu.is_available(device):
-        raise ConfigError("tune needs triton, which is not installed: pip install 'moe-serve[gpu]'")
+        raise ConfigError("tune needs triton, which is not installed: pip install 'moe-serve-engine[gpu]'")
     name = torch.cuda.get_device_name(device)
     path = tuned.path_of(name)
     found = dict(tuned.load(name))

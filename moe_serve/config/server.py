@@ -85,7 +85,7 @@ class ServerConfig(Settings):
     otlp_traces_endpoint: str | None = option(
         None,
         "URL of an OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318/v1/traces); every request"
-        " becomes a span there. Needs the extra moe-serve[otel]. Default: no tracing.",
+        " becomes a span there. Needs the extra moe-serve-engine[otel]. Default: no tracing.",
         metavar="URL",
         heading=LOGS,
     )

@@ -72,7 +72,9 @@ def _compiled() -> Iterator[Finding]:
 def _cuda() -> Iterator[Finding]:
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
-            yield Finding("triton is not installed: GPU kernels fall back to torch", "pip install 'moe-serve[gpu]'")
+            yield Finding(
+                "triton is not installed: GPU kernels fall back to torch", "pip install 'moe-serve-engine[gpu]'"
+            )
     elif Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists():
         build = torch.version.cuda or "no CUDA"
         yield Finding(f"there is an NVIDIA GPU, but torch (built for {build}) cannot use it", "install torch for CUDA")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import os
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ MEMORY_BYTES = 256 * MIB
 """Several times any last-level cache."""
 NUM_SLICES = 4
 """Of that memory, read in turn: the shorter a run, the likelier one is not disturbed on a busy machine."""
+SCRATCH_BYTES = 128 * MIB
 MATRIX_ROWS = 1024
 MEASURE_S = 1.0
 PATIENCE_S = 0.35
@@ -132,6 +136,23 @@ def disk_rate(files: Sequence[Path]) -> float:
     for thread in threads:
         thread.join()
     return sum(done) / (time.perf_counter() - start)
+
+
+@contextmanager
+def scratch_file(folder: Path) -> Iterator[list[Path]]:
+    """A file to measure the disk of `folder` with, gone afterwards; none where it cannot be written."""
+    with ExitStack() as stack:
+        try:
+            there = next(path for path in (folder, *folder.parents) if path.is_dir())
+            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=there, prefix=".moe-serve-rate-"))
+            for _ in range(SCRATCH_BYTES // CHUNK_BYTES):
+                file.write(os.urandom(CHUNK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            yield []
+        else:
+            yield [Path(file.name)]
 
 
 def _chunks(files: Sequence[Path]) -> list[tuple[DirectFile, int, int]]:

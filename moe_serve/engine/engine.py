@@ -154,8 +154,13 @@ class Engine:
             self.observer.on_aborted(len(running))
         self._report_load()
 
+    def pause(self, request_id: str, is_paused: bool) -> None:
+        """Compute nothing for a request while its client does not read; unknown ids are ignored."""
+        for seq in self._sequences.get(request_id, []):
+            seq.is_paused = is_paused
+
     def is_waiting(self, request_id: str) -> bool:
-        """True while no sample of the request has been in a step."""
+        """True while no sample of the request has been in a step. Any thread may call."""
         sequences = self._sequences.get(request_id, [])
         return bool(sequences) and all(seq.first_scheduled_s is None for seq in sequences)
 
@@ -173,7 +178,8 @@ class Engine:
     def _report_load(self) -> None:
         if self.observer is not None:
             scheduler = self.scheduler
-            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac)
+            num_saved = scheduler.prefixes.saved.num_used
+            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac, num_saved)
             self.observer.on_load(load)
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
@@ -268,6 +274,7 @@ class Engine:
         live = list(self.scheduler.live())
         self.pool.check_integrity(seq.page_ids for seq in live)
         self.scheduler.seats.check_integrity(seq.seat for seq in live)
+        self.scheduler.prefixes.check_integrity()
         assert set(self._detokenizers) == set(live), "detokenisers of ended sequences are left"
         listed = [s for seqs in self._sequences.values() for s in seqs if not s.is_finished]
         assert set(listed) == set(live), "the request table and the scheduler disagree"
@@ -280,6 +287,8 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         enable_chunked_prefill=config.enable_chunked_prefill,
         enable_prefix_caching=config.kv.enable_prefix_caching,
         max_num_batched_seqs=config.max_num_batched_seqs,
+        state_block=config.kv.state_block_size,
+        num_saved_states=config.kv.num_saved_states or 0,
     )
 
 

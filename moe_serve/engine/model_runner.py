@@ -68,7 +68,9 @@ class ModelRunner:
         self.experts = experts
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
-        self._states = StateCache(loaded.state_shapes, config.max_num_seqs, self.device)
+        self._states = StateCache(
+            loaded.state_shapes, config.max_num_seqs, config.kv.num_saved_states or 0, self.device
+        )
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
@@ -138,7 +140,8 @@ class ModelRunner:
         self.experts.begin_step(plan)
         graphs = self._graphs_for(plan)
         device = self.device if graphs is None else torch.device("cpu")
-        batch = forward_batch.make(plan, self.config.kv.page_size, device, self._group_limits)
+        kv = self.config.kv
+        batch = forward_batch.make(plan, kv.page_size, device, self._group_limits, kv.state_block_size)
         seqs = [s.seq for s in plan.scheduled if s.needs_sample]
         rows = [seqs[i] for i in batch.sample_order]
         pending = self.masks.start(rows)
@@ -221,7 +224,10 @@ def load_model(config: EngineConfig) -> tuple[EngineConfig, LoadedModel, ModelSp
     spec = ModelSpec.from_hf(hf_config)
     dtype = resolve.dtype_of(config, spec, device)
     loaded = loading.load(config.model, hf_config, spec, dtype, device, config.experts.expert_file)
-    memory = resolve.SequenceMemory(loaded.kv_shapes, loaded.state_shapes)
+    recurrence = loaded.family.recurrence
+    memory = resolve.SequenceMemory(
+        loaded.kv_shapes, loaded.state_shapes, recurrence is None or recurrence.continues_runs
+    )
     resolved = resolve.resolve(config, spec, loaded.store, memory, dtype, device)
     assert resolved.max_model_len is not None
     rope.fix_length(loaded.model, resolved.max_model_len)

@@ -71,6 +71,7 @@ class StepRecorder:
             inter_token_s=self._gaps,
             time_to_first_token_s=self._firsts,
             experts=self._expert_totals().since(self._experts_before),
+            num_restored_states=self._plan.num_restored,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -66,7 +67,7 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRun:
-    """One sequence with several query tokens: positions start .. end-1, context of `end` tokens."""
+    """Several query tokens of one sequence: positions start .. end-1, context of `end` tokens."""
 
     first_row: int
     start: int
@@ -79,6 +80,25 @@ class PrefillRun:
     @property
     def count(self) -> int:
         return self.end - self.start
+
+    def as_group(self) -> DecodeGroup:
+        """A run of one token, as a decoding sequence."""
+        assert self.count == 1
+        lengths = torch.full((1,), self.end, dtype=torch.int64, device=self.pages.device)
+        return DecodeGroup(self.first_row, self.pages[None], lengths, self.end, even=True, single_run=None)
+
+
+@dataclass(frozen=True, slots=True)
+class StateRun:
+    """What a step does to a sequence's state with one of its runs (moe_serve/execution/state_cache.py)."""
+
+    seat: int
+    begins: bool
+    """The run starts with the sequence's first token."""
+    restored: int | None = None
+    """Row of the saved state to go on from."""
+    saved: int | None = None
+    """Row to save the state in, once the run is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +118,8 @@ class ForwardBatch:
     sample_order: tuple[int, ...]
     """For each row of sample_rows, in batch order, its index in plan order."""
     page_size: int
-    seats: tuple[int, ...] = ()
-    """Each sequence's row in the StateCache, in batch order: those with one token, then the prefill runs."""
-    fresh_seats: tuple[int, ...] = ()
-    """Of these, the rows of sequences that begin in this step."""
+    state_runs: tuple[StateRun, ...] = ()
+    """In batch order: of sequences with one token, then of each prefill run."""
 
     @property
     def num_tokens(self) -> int:
@@ -114,8 +132,11 @@ def order_for_batch(plan: BatchPlan) -> list[ScheduledSequence]:
     return decodes + [s for s in plan.scheduled if s.count > 1]
 
 
-def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLimits) -> ForwardBatch:
-    """Turn a non-empty plan into tensors on `device`."""
+def make(
+    plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLimits, state_block: int | None = None
+) -> ForwardBatch:
+    """Turn a non-empty plan into tensors on `device`. `state_block`: prompts are cut as `edges` says; None: they are
+    not."""
     ordered = order_for_batch(plan)
     ids: list[int] = []
     positions: list[int] = []
@@ -131,13 +152,33 @@ def make(plan: BatchPlan, page_size: int, device: torch.device, limits: GroupLim
         positions=_int64([positions], device),
         kv_slots=_int64(slots, device),
         decode_groups=tuple(_decode_groups(ordered[:num_decodes], page_size, device, limits)),
-        prefill_runs=tuple(_prefill_runs(ordered[num_decodes:], num_decodes, page_size, device)),
+        prefill_runs=tuple(_prefill_runs(ordered[num_decodes:], num_decodes, page_size, device, state_block)),
         sample_rows=_int64(rows, device),
         sample_order=tuple(order),
         page_size=page_size,
-        seats=tuple(item.seq.seat for item in ordered),
-        fresh_seats=tuple(item.seq.seat for item in ordered if item.start == 0),
+        state_runs=tuple(_state_runs(ordered, state_block)),
     )
+
+
+def edges(item: ScheduledSequence, block: int | None) -> list[int]:
+    """Where a run is cut, so that the bits of its results do not depend on how a scheduler cut the prompt: at whole
+    blocks of it, at its end, and at each token behind that, which the model wrote one by one.
+
+    Example: tokens 0 to 8 of a prompt of 7, in blocks of 4 -> [0, 4, 7, 8, 9].
+    """
+    if block is None:
+        return [item.start, item.end]
+    prompt_end = max(item.start, min(item.end, item.seq.num_prompt))
+    blocks = range(item.start // block * block + block, prompt_end, block)
+    return sorted({item.start, *blocks, *range(prompt_end, item.end + 1)})
+
+
+def _state_runs(items: list[ScheduledSequence], block: int | None) -> Iterator[StateRun]:
+    for item in items:
+        rows = dict(item.saves)
+        for start, end in pairwise(edges(item, block)):
+            restored = item.restored if start == item.start else None
+            yield StateRun(item.seq.seat, start == 0, restored, rows.get(end))
 
 
 def rows_of(plan: BatchPlan) -> tuple[slice, ...]:
@@ -244,11 +285,10 @@ def _single_run(table: list[list[int]]) -> int | None:
 
 
 def _prefill_runs(
-    items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device
-) -> list[PrefillRun]:
-    runs = []
+    items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device, block: int | None
+) -> Iterator[PrefillRun]:
     for item in items:
-        pages = item.seq.page_ids[: -(-item.end // page_size)]
-        runs.append(PrefillRun(first_row, item.start, item.end, _int64(pages, device)))
-        first_row += item.count
-    return runs
+        for start, end in pairwise(edges(item, block)):
+            pages = item.seq.page_ids[: -(-end // page_size)]
+            yield PrefillRun(first_row, start, end, _int64(pages, device))
+            first_row += end - start

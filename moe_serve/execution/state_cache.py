@@ -1,8 +1,8 @@
-"""StateCache: what recurrent layers keep of a sequence, however long it is: a row per running sequence and tensor.
+"""StateCache: what recurrent layers keep of a sequence, however long it is: a row per sequence and tensor.
 
 Linear attention, state-space models and short convolutions keep a few tensors of fixed size where attention keeps keys
 and values per token. Knows shapes and rows; knows no layer's arithmetic, and not who owns a row
-(moe_serve/scheduling/seats.py does).
+(moe_serve/scheduling/seats.py and saved_states.py do).
 
 Shape alphabet: T tokens in the step, N sequences, H hidden.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_serve.execution.forward_batch import ForwardBatch
+from moe_serve.execution.forward_batch import ForwardBatch, PrefillRun, StateRun
 from moe_serve.execution.kv_cache import lazy_zeros
 
 StateKey = tuple[str, int]
@@ -49,38 +49,54 @@ def bytes_per_sequence(shapes: StateShapes) -> int:
 
 
 class StateCache:
-    """The states of all running sequences, and the step that reads and writes them."""
+    """The states of all running sequences, those saved for later ones, and the step that reads and writes them."""
 
-    def __init__(self, shapes: StateShapes, num_seats: int, device: torch.device) -> None:
+    def __init__(self, shapes: StateShapes, num_seats: int, num_saved: int, device: torch.device) -> None:
+        """`num_saved`: rows for saved states, behind those of the seats."""
+        num_rows = num_seats + num_saved
         self.layers: dict[int, States] = {
-            layer: {key: lazy_zeros((num_seats, *s.size), s.dtype, device) for key, s in found.items()}
+            layer: {key: lazy_zeros((num_rows, *s.size), s.dtype, device) for key, s in found.items()}
             for layer, found in shapes.items()
         }
-        self.num_bytes = num_seats * bytes_per_sequence(shapes)
+        self.num_bytes = num_rows * bytes_per_sequence(shapes)
         """What the rows take once all have been written."""
-        self._batch: ForwardBatch | None = None
+        self._num_seats = num_seats
+        self._decodes: tuple[StateRun, ...] = ()
+        self._prefills: tuple[tuple[StateRun, PrefillRun], ...] = ()
 
     def begin(self, batch: ForwardBatch) -> None:
-        """To be called before each step. Sequences that begin in it begin with zeros."""
-        self._batch = batch
-        for seat in batch.fresh_seats:
-            for states in self.layers.values():
-                for tensor in states.values():
-                    tensor[seat] = 0
+        """To be called before each step. Sequences that begin in it begin with zeros, or with a saved state."""
+        num_decodes = len(batch.state_runs) - len(batch.prefill_runs)
+        self._decodes = batch.state_runs[:num_decodes]
+        self._prefills = tuple(zip(batch.state_runs[num_decodes:], batch.prefill_runs, strict=True))
+        for run in batch.state_runs:
+            if run.begins or run.restored is not None:
+                self._set(run)
+
+    def _set(self, run: StateRun) -> None:
+        for states in self.layers.values():
+            for tensor in states.values():
+                tensor[run.seat] = 0 if run.restored is None else tensor[self._num_seats + run.restored]
 
     def run(self, layer: int, mix: Mix, hidden: torch.Tensor) -> torch.Tensor:
         """One layer over the step's tokens, hidden [1, T, H] -> [1, T, H], each sequence on from its own state."""
-        batch, states = self._batch, self.layers[layer]
-        assert batch is not None
-        seats = batch.seats
-        num_decodes = len(seats) - len(batch.prefill_runs)
+        states = self.layers[layer]
         out = torch.empty_like(hidden)
-        if num_decodes:
-            out[0, :num_decodes] = _decode(mix, hidden[0, :num_decodes, None], states, seats[:num_decodes])[:, 0]
-        for run, seat in zip(batch.prefill_runs, seats[num_decodes:], strict=True):
-            rows = slice(run.first_row, run.first_row + run.count)
-            out[:, rows] = mix(hidden[:, rows], _row(states, seat), run.start == 0)
+        if count := len(self._decodes):
+            seats = tuple(run.seat for run in self._decodes)
+            out[0, :count] = _decode(mix, hidden[0, :count, None], states, seats)[:, 0]
+            for run in self._decodes:
+                self._save(states, run)
+        for run, tokens in self._prefills:
+            rows = slice(tokens.first_row, tokens.first_row + tokens.count)
+            out[:, rows] = mix(hidden[:, rows], _row(states, run.seat), run.begins)
+            self._save(states, run)
         return out
+
+    def _save(self, states: States, run: StateRun) -> None:
+        if run.saved is not None:
+            for tensor in states.values():
+                tensor[self._num_seats + run.saved] = tensor[run.seat]
 
 
 def _decode(mix: Mix, hidden: torch.Tensor, states: States, seats: tuple[int, ...]) -> torch.Tensor:

@@ -12,6 +12,8 @@ from gguf import GGUFReader, ReaderTensor
 from moe_serve.errors import CheckpointError
 
 ARCHITECTURE = "general.architecture"
+MAGIC = b"GGUF"
+"""The first bytes of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,18 @@ def read(files: Sequence[Path]) -> Gguf:
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise CheckpointError(f"{file}: cut off, or not a GGUF file ({error})") from error
     return Gguf(metadata, tensors)
+
+
+def header_end(file: Path, num_known: int) -> int | None:
+    """Bytes before the tensors' contents; None if the `num_known` first bytes of the file do not hold all of them.
+
+    What follows these bytes may be anything.
+    """
+    try:
+        end = int(GGUFReader(file).data_offset)
+    except (ValueError, IndexError, KeyError, OSError):
+        return None
+    return end if end <= num_known else None
 
 
 def _place(tensor: ReaderTensor, file: int) -> GgufTensor:

@@ -78,7 +78,10 @@ class Attend:
         return out.reshape(num_seqs, num_queries, -1)
 
     def prefill(self, query: torch.Tensor, layer: LayerKV, run: PrefillRun) -> torch.Tensor:
-        """query [Hq, count, D] -> [count, Hq, Dv], causal over a context of run.end tokens."""
+        """query [Hq, count, D] -> [count, Hq, Dv], causal over a context of run.end tokens. One token is computed as in
+        decoding, where it has come from."""
+        if run.count == 1:
+            return self.decode(query, layer, run.as_group())
         keys, values = layer.gather(run.pages[None])
         keys, values = keys[0, :, : run.end], values[0, :, : run.end]
         group = len(query) // len(keys)

@@ -19,7 +19,7 @@ from moe_serve.hf.family import Family
 from moe_serve.hf.routers import correction_of
 from moe_serve_kernels.cpu.decoder import DecoderBlock, DecoderShape, Latents
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, are_readable, as_tensor
 from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.native_model import most_choices
@@ -115,7 +115,9 @@ def _block(
 
 def weights_of(layer: nn.Linear, rounds: bool) -> LinearWeights:
     """A linear layer's parameters, where they lie; `rounds`: for tokens rounded to bf16."""
-    return layer.stored if isinstance(layer, StoredLinear) else LinearWeights(layer.weight, layer.bias, rounds)
+    if isinstance(layer, StoredLinear):
+        return layer.weights(rounds) if rounds else layer.stored
+    return LinearWeights(layer.weight, layer.bias, rounds)
 
 
 def _weights(module: Any, rounds: bool, *names: str) -> Any:
@@ -136,9 +138,12 @@ def _latents(attention: Any, rounds: bool) -> Latents:
 
 
 def _mlp(module: Any, rounds: bool) -> MLPWeights:
-    """A dense MLP's parameters, where they lie."""
-    layers = (module.gate_proj, module.up_proj, module.down_proj)
-    return MLPWeights(*(layer.weight for layer in layers), *(layer.bias for layer in layers), rounds=rounds)
+    """A dense MLP's parameters, where they lie; as float32 where they are not of one kind."""
+    layers = [weights_of(layer, rounds) for layer in (module.gate_proj, module.up_proj, module.down_proj)]
+    gate, up, down = (layer.weight for layer in layers)
+    if not are_readable((gate, up, down)):
+        gate, up, down = (as_tensor(matrix, torch.float32) for matrix in (gate, up, down))
+    return MLPWeights(gate, up, down, *(layer.bias for layer in layers), rounds=rounds)
 
 
 def _child(module: Any, *names: str) -> Any:

@@ -54,13 +54,36 @@ class Repository:
         except Exception as error:  # huggingface_hub lets those of its HTTP library through
             raise self._explained(error) from error
 
-    def _download(self, variant: str | None, check: CheckConfig) -> Path:
+    @property
+    def files_url(self) -> str:
+        """Each file's URL is this, a slash and its name."""
+        return f"{self._endpoint}/{self.model_id}/resolve/{self.revision}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of requests for files."""
+        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
+
+    def names(self, variant: str | None) -> list[str]:
+        """The files that a download would bring. Argument and errors as in `download`."""
+        try:
+            return wanted_files(self.model_id, self._listing()[0], variant)
+        except ConfigError:
+            raise
+        except Exception as error:  # huggingface_hub lets those of its HTTP library through
+            raise self._explained(error) from error
+
+    def _listing(self) -> tuple[dict[str, int], str | None]:
+        """(bytes of every file by name, the commit)."""
         info = self._api.model_info(self.model_id, revision=self.revision, files_metadata=True, timeout=TIMEOUT_S)
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}, info.sha
+
+    def _download(self, variant: str | None, check: CheckConfig) -> Path:
+        sizes, commit = self._listing()
         names = wanted_files(self.model_id, sizes, variant)
         if CONFIG in names:
             check(json.loads((self._snapshot([CONFIG]) / CONFIG).read_text(encoding="utf-8")))
-        self._check_room({name: sizes[name] for name in names}, info.sha)
+        self._check_room({name: sizes[name] for name in names}, commit)
         folder = self._snapshot(names)
         return folder / names[0] if names[0].endswith(SUFFIX) else folder
 

@@ -61,7 +61,7 @@ def _library() -> Any:
     try:
         from deepspeed.ops.op_builder import AsyncIOBuilder
     except ImportError as error:
-        raise ConfigError("--moe-io deepspeed: install it with pip install 'moe-serve[distributed]'") from error
+        raise ConfigError("--moe-io deepspeed: install it with pip install 'moe-serve-engine[distributed]'") from error
     builder = AsyncIOBuilder()
     if not builder.is_compatible():
         raise ConfigError(

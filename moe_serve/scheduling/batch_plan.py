@@ -10,12 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_serve.scheduling.sequence import Sequence, TokenLogprob
+
+
+class SavedAt(NamedTuple):
+    """A copy of a recurrent model's state to keep."""
+
+    place: int
+    """Tokens of the sequence that are in it."""
+    row: int
+    """Of moe_serve/scheduling/saved_states.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,10 @@ class ScheduledSequence:
     """Position of the first token to compute; equals seq.num_computed when planned."""
     count: int
     """Tokens to compute, >= 1."""
+    restored: int | None = None
+    """Row of the saved state that the run goes on from; None: the sequence's own, or that of an empty sequence."""
+    saves: tuple[SavedAt, ...] = ()
+    """States to keep, in order of their places."""
 
     @property
     def end(self) -> int:
@@ -59,6 +72,11 @@ class BatchPlan:
     """Sequences that lost their pages to make room; they wait and are recomputed later."""
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+
+    @property
+    def num_restored(self) -> int:
+        """Sequences that go on from a saved state."""
+        return sum(s.restored is not None for s in self.scheduled)
 
     @property
     def num_tokens(self) -> int:

@@ -10,16 +10,18 @@ Host integers only: imports no torch, no tokenizer, no HTTP.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.scheduling.fair_shares import FairShares
 from moe_serve.scheduling.finish import FinishReason
-from moe_serve.scheduling.kv_pages import PagePool, page_hash
+from moe_serve.scheduling.kv_pages import PagePool
+from moe_serve.scheduling.prefixes import Prefixes
 from moe_serve.scheduling.seats import NO_SEAT, Seats
 from moe_serve.scheduling.sequence import Sequence
+from moe_serve.scheduling.waiting_line import WaitingLine
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,9 @@ class SchedulerLimits:
     max_scored_tokens: int = 512
     """Prompt tokens of one step whose log-probabilities are computed: each needs a row of logits, the vocabulary's
     size. Without chunked prefill a prompt is scored whole."""
+    state_block: int | None = None
+    """Tokens in a block of moe_serve/scheduling/prefixes.py; None: the model has no states."""
+    num_saved_states: int = 0
 
 
 class _StepDraft:
@@ -42,16 +47,15 @@ class _StepDraft:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.budget = limits.max_num_batched_tokens
-        self.score_budget = limits.max_scored_tokens
+        self.score_budget = max(limits.max_scored_tokens, limits.state_block or 0)
         self.scheduled: list[ScheduledSequence] = []
         self.preempted: list[Sequence] = []
         self.queried = 0
         self.hits = 0
 
-    def add(self, seq: Sequence, count: int) -> None:
-        item = ScheduledSequence(seq, seq.num_computed, count)
+    def add(self, item: ScheduledSequence) -> None:
         self.scheduled.append(item)
-        self.budget -= count
+        self.budget -= item.count
         self.score_budget -= len(item.scored)
 
     def drop(self, seq: Sequence) -> None:
@@ -74,24 +78,25 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.seats = Seats(limits.max_num_seqs)
+        self.prefixes = Prefixes(pool, limits.enable_prefix_caching, limits.state_block, limits.num_saved_states)
         self._eos = eos_token_ids
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
-        self.waiting: deque[Sequence] = deque()
+        self.shares = FairShares()
+        self.waiting = WaitingLine(self.shares)
         self.running: list[Sequence] = []
         """In order of admission: the last one is preempted first."""
 
     # ---- queues ---------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence behind those of the same or a lower priority value, and behind preempted ones."""
-        place = len(self.waiting)
-        while place > 0 and _goes_before(seq, self.waiting[place - 1]):
-            place -= 1
-        self.waiting.insert(place, seq)
+        """Queue a new sequence; moe_serve/scheduling/waiting_line.py says where."""
+        self.shares.enter(seq.client)
+        self.waiting.add(seq)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Something can be computed; a paused sequence cannot."""
+        return any(not seq.is_paused for seq in self.live())
 
     def live(self) -> Iterator[Sequence]:
         """Every unfinished sequence."""
@@ -107,10 +112,14 @@ class Scheduler:
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
+        else:
+            return  # it was never queued
+        self.shares.leave(seq.client)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.page_ids)
         self.seats.give_back(seq.seat)
+        self.prefixes.drop(seq)
         seq.page_ids, seq.seat = [], NO_SEAT
 
     # ---- plan -----------------------------------------------------------------------------------
@@ -118,17 +127,25 @@ class Scheduler:
     def schedule(self) -> BatchPlan:
         """Decide one step. Every sequence in the plan owns the pages its tokens go to.
 
-        Admission comes last, and not at all in a step that had to preempt: a sequence admitted
-        then would take the pages that the preempted one is waiting for.
+        Admission comes last, but for clients that were served less than one in the middle of its prompt. There is none
+        in a step that had to preempt: a sequence admitted then would take the pages that the preempted one waits for.
         """
         draft = _StepDraft(self.limits)
-        for seq in self._chosen([s for s in self.running if s.num_tokens - s.num_computed == 1]):
+        active = [s for s in self.running if not s.is_paused]
+        for seq in self._chosen([s for s in active if s.num_tokens - s.num_computed == 1]):
             self._schedule_running(seq, draft)
-        for seq in [s for s in self.running if s.num_tokens - s.num_computed > 1]:
+        for seq in self._in_turn([s for s in active if s.num_tokens - s.num_computed > 1]):
+            if self.shares.are_shared:
+                self._admit_waiting(draft, ahead_of=seq)
             self._schedule_running(seq, draft)
-        if not draft.preempted:
-            self._admit_waiting(draft)
+        self._admit_waiting(draft)
         return draft.finish()
+
+    def _in_turn(self, prompts: list[Sequence]) -> Iterable[Sequence]:
+        """Sequences in the middle of their prompts: the client that was served least goes first."""
+        if not self.shares.are_shared:
+            return prompts
+        return sorted(prompts, key=lambda seq: self.shares.served(seq.client))
 
     def _chosen(self, decoding: list[Sequence]) -> list[Sequence]:
         """Of the sequences that could decode, those that do. The others keep their pages."""
@@ -144,11 +161,15 @@ class Scheduler:
         if count == 0:
             return
         while not self._grow(seq, seq.num_computed + count):
-            victim = self.running[-1]
+            victim = self._paused() or self.running[-1]
             self._preempt(victim, draft)
             if victim is seq:
                 return
-        draft.add(seq, count)
+        self._plan(seq, count, draft)
+
+    def _plan(self, seq: Sequence, count: int, draft: _StepDraft, restored: int | None = None) -> None:
+        saves = self.prefixes.saves(seq, seq.num_computed + count)
+        draft.add(ScheduledSequence(seq, seq.num_computed, count, restored, saves))
 
     def _affordable(self, seq: Sequence, draft: _StepDraft) -> int:
         """Tokens of `seq` that fit the budgets: all that are missing, a chunk of them, or none."""
@@ -157,7 +178,7 @@ class Scheduler:
             return missing if missing <= draft.budget else 0
         if seq.num_unscored > draft.score_budget:
             missing = min(missing, len(seq.prompt_logprobs) + draft.score_budget - seq.num_computed)
-        return min(missing, draft.budget)
+        return self.prefixes.whole_blocks(seq, min(missing, draft.budget))
 
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` pages for `num_tokens` tokens; False, and nothing changed, if there are too few."""
@@ -170,30 +191,49 @@ class Scheduler:
     def _preempt(self, seq: Sequence, draft: _StepDraft) -> None:
         """Free everything `seq` holds; it goes to the head of the queue and is recomputed later."""
         draft.drop(seq)
+        self._put_back(seq)
+        draft.preempted.append(seq)
+
+    def _put_back(self, seq: Sequence) -> None:
         self._release(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.running.remove(seq)
         self.waiting.appendleft(seq)
-        draft.preempted.append(seq)
 
     def requeue_running(self) -> None:
         """Their keys and values are lost: every running sequence waits again, in order, to be recomputed."""
-        for seq in reversed(self.running):
-            self._release(seq)
-            seq.num_computed = 0
-            seq.num_preemptions += 1
-        self.waiting.extendleft(reversed(self.running))
-        self.running.clear()
+        for seq in reversed(list(self.running)):
+            self._put_back(seq)
         self.pool.clear_cache()
 
-    def _admit_waiting(self, draft: _StepDraft) -> None:
-        while self.waiting and draft.budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            seq = self.waiting[0]
-            if self._awaits_leader(seq) or not self._admit(seq, draft):
+    def _admit_waiting(self, draft: _StepDraft, ahead_of: Sequence | None = None) -> None:
+        """Give waiting sequences places; with `ahead_of`, only new ones of clients served no more than its."""
+        while not draft.preempted and draft.budget > 0 and (seq := self.waiting.next()) is not None:
+            if ahead_of is not None and not self._is_ahead(seq, ahead_of):
                 return
-            self.waiting.popleft()
+            if len(self.running) >= self.limits.max_num_seqs:
+                self._make_room(draft)
+                return
+            if self._awaits_leader(seq):
+                return
+            if not self._admit(seq, draft):
+                self._make_room(draft)
+                return
+            self.waiting.remove(seq)
             self.running.append(seq)
+
+    def _is_ahead(self, new: Sequence, running: Sequence) -> bool:
+        is_other = new.client != running.client and not new.num_preemptions
+        return is_other and self.shares.served(new.client) <= self.shares.served(running.client)
+
+    def _paused(self) -> Sequence | None:
+        return next((seq for seq in reversed(self.running) if seq.is_paused), None)
+
+    def _make_room(self, draft: _StepDraft) -> None:
+        """Sequences that nothing is computed for hold up no other: the next step finds what one of them held."""
+        if (paused := self._paused()) is not None:
+            self._preempt(paused, draft)
 
     def _awaits_leader(self, seq: Sequence) -> bool:
         """True for samples 2..n of a request while the first computes the prompt they will share, or scores it."""
@@ -203,7 +243,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, draft: _StepDraft) -> bool:
         """Put a waiting sequence into the step if pages and budget allow; prefix hits come free."""
-        cached = self._cached_prefix(seq)
+        prefix = self.prefixes.find(seq)
+        cached = list(prefix.pages)
         num_cached = len(cached) * self.pool.page_size
         seq.num_computed = num_cached
         count = self._affordable(seq, draft)
@@ -221,24 +262,8 @@ class Scheduler:
             draft.hits += num_cached
         if seq.num_preemptions == 0:
             seq.num_cached = num_cached
-        draft.add(seq, count)
+        self._plan(seq, count, draft, prefix.row)
         return True
-
-    def _cached_prefix(self, seq: Sequence) -> list[int]:
-        """Pages of the longest cached prefix; the last token, and what has to be scored, is left to compute."""
-        if not self.limits.enable_prefix_caching:
-            return []
-        self._extend_hashes(seq, seq.num_tokens)
-        end = len(seq.prompt_logprobs) if seq.num_unscored else seq.num_tokens - 1
-        usable = end // self.pool.page_size
-        return self.pool.match(seq.page_hashes[:usable])
-
-    def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
-        """Hash the full pages among the first `num_tokens` tokens that have no hash yet."""
-        size = self.pool.page_size
-        for page in range(len(seq.page_hashes), num_tokens // size):
-            parent = seq.page_hashes[-1] if seq.page_hashes else seq.prefix_root
-            seq.page_hashes.append(page_hash(parent, seq.token_ids[page * size : (page + 1) * size]))
 
     # ---- apply ----------------------------------------------------------------------------------
 
@@ -258,10 +283,13 @@ class Scheduler:
             seq = item.seq
             if seq.is_finished or seq in result.errors:
                 continue
+            self.shares.charge(seq.client, item.count)
             is_late = seq in result.late
             seq.num_computed = item.end - is_late
             seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
-            self._publish_pages(seq, item)
+            self.prefixes.publish(item)
+            if is_late and self.limits.state_block is not None:
+                self._put_back(seq)  # its state has the token already
             if token is None or is_late:
                 continue
             advanced.append(seq)
@@ -274,15 +302,6 @@ class Scheduler:
             self._check_finished(seq)
         return advanced
 
-    def _publish_pages(self, seq: Sequence, item: ScheduledSequence) -> None:
-        """Make pages that this step filled up findable for others."""
-        if not self.limits.enable_prefix_caching:
-            return
-        self._extend_hashes(seq, seq.num_computed)
-        size = self.pool.page_size
-        for page in range(item.start // size, seq.num_computed // size):
-            self.pool.register(seq.page_ids[page], seq.page_hashes[page])
-
     def _check_finished(self, seq: Sequence) -> None:
         token = seq.token_ids[-1]
         params = seq.params
@@ -294,7 +313,3 @@ class Scheduler:
             self.finish(seq, FinishReason.STOP)
         elif seq.num_tokens >= seq.max_total_tokens:
             self.finish(seq, FinishReason.LENGTH)
-
-
-def _goes_before(new: Sequence, waiting: Sequence) -> bool:
-    return new.request.priority < waiting.request.priority and waiting.num_preemptions == 0

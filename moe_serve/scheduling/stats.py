@@ -33,6 +33,8 @@ class StepStats:
     """For each sequence that got its first token: seconds since its request arrived."""
     experts: ExpertTotals = field(default_factory=ExpertTotals)
     """What the expert cache did in this step."""
+    num_restored_states: int = 0
+    """Sequences that went on from a saved state of the recurrent layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class EngineLoad:
     num_waiting: int
     kv_usage_frac: float
     """Used fraction of the KV pages; cached but unreferenced pages count as free."""
+    num_saved_states: int = 0
+    """States of recurrent layers that are kept for later prompts."""
 
 
 class StatsObserver(Protocol):

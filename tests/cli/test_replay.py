@@ -145,7 +145,7 @@ def test_a_missing_matplotlib_is_said_before_the_replay(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["replay", trace, "--plot", str(tmp_path / "r.png")]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "moe-serve: error: --plot needs matplotlib: pip install 'moe-serve[plot]'\n"
+    assert captured.err == "moe-serve: error: --plot needs matplotlib: pip install 'moe-serve-engine[plot]'\n"
     assert captured.out == ""
 
 

@@ -100,7 +100,7 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["command"] == "moe-serve serve"
     assert found["sizes"]["num_experts"] == 8
-    assert set(found) == {"hardware", "rates", "sizes", "fit", "findings", "command"}
+    assert set(found) == {"hardware", "rates", "sizes", "fit", "findings", "known", "download_bytes", "command"}
 
 
 def test_a_folder_without_a_model_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

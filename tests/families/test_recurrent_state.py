@@ -27,7 +27,7 @@ FAMILIES = ("qwen3_next", "granitemoehybrid", "lfm2_moe", "jamba")
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_sequence_takes_as_much_state_as_the_doctor_says(case: str, checkpoint: Checkpoint) -> None:
     said = sizes_of(str(checkpoint(case)), torch.float32).state_bytes_per_sequence
-    states = runner_of(load(checkpoint(case)))._states
+    states = runner_of(load(checkpoint(case), num_saved_states=0))._states
     kept = [tensor for layer in states.layers.values() for tensor in layer.values()]
     assert 0 < said == sum(tensor.nbytes for tensor in kept) / SMALL_ENGINE["max_num_seqs"]
     assert states.num_bytes == said * SMALL_ENGINE["max_num_seqs"]
@@ -43,9 +43,11 @@ def test_a_delta_net_keeps_a_matrix_per_value_head_and_the_last_inputs_of_its_co
     assert bytes_per_sequence(shapes) == 2 * 4 * (128 * 4 + 4 * 16 * 16)
 
 
-def test_prefix_caching_is_off_and_the_log_says_so(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_prefix_caching_is_off_where_a_step_has_no_room_for_a_page_and_the_log_says_so(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "moe_serve"):
-        llm = load(checkpoint("lfm2_moe"))
+        llm = load(checkpoint("lfm2_moe"), max_num_batched_tokens=16)
     assert "prefix caching is off" in caplog.text
     assert not llm.engine.scheduler.limits.enable_prefix_caching
 

@@ -22,6 +22,10 @@ class FakeHub:
     error: str | None = None
     """X-Error-Code of the answer to everything."""
     url: str = ""
+    knows_ranges: bool = True
+    """Whether parts of files are sent."""
+    sent_bytes: int = 0
+    """Of all bodies."""
     requests: list[str] = field(default_factory=list)
     """Methods and paths."""
     tokens: set[str] = field(default_factory=set)
@@ -93,12 +97,19 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def _send_file(self, name: str, with_body: bool) -> None:
-        data = self.hub.files[name]
+        data = self.hub.files.get(name)
+        if data is None:
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body)
+            return
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        start = int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(206 if start else 200, data[start:], headers, with_body)
+        asked = self.headers.get("range") if self.hub.knows_ranges else None
+        if asked is None:
+            self._send(200, data, headers, with_body)
+            return
+        first, last = asked.removeprefix("bytes=").split("-")
+        part = data[int(first) : int(last) + 1 if last else None]
+        headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        self._send(206, part, headers, with_body)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], with_body: bool) -> None:
         self.send_response(status)
@@ -107,4 +118,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if with_body:
+            self.hub.sent_bytes += len(body)
             self.wfile.write(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize(
     ("front", "back", "least"),
     [
-        *((front, back, 4.5) for front in ("ink", "muted", "accent", "bad") for back in ("card", "page")),
+        *((front, back, 4.5) for front in ("ink", "muted", "accent", "bad", "watch") for back in ("card", "page")),
         ("on-accent", "accent", 4.5),
         ("edge", "card", 3),
         ("edge", "page", 3),
@@ -152,6 +153,37 @@ def test_before_anything_ran_there_are_gaps_and_no_errors(served: Any) -> None:
     assert data["experts"]["tokens_since_start"]
     assert data["experts"]["by_layer"]["hit_frac"] == [None, None]
     assert data["experts"]["cache"]["link_limit_frac"] is None
+
+
+def test_requests_in_flight_have_a_stage_and_no_text(make: Any) -> None:
+    """One that answers and one that waits; what they say is not there."""
+    served = make(delay_s=0.01)
+
+    async def run() -> list[dict[str, Any]]:
+        async with served.running() as client:
+            long = asyncio.create_task(client.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 300}))
+            while (
+                not (rows := (await client.get("/dashboard/data")).json()["requests"]) or not rows[0]["output_tokens"]
+            ):
+                await asyncio.sleep(0.005)
+            long.cancel()
+            return list(rows)
+
+    (row,) = asyncio.run(run())
+    assert row["stage"] == "answering"
+    assert (row["prompt_tokens"], row["max_tokens"]) == (3, 300)
+    assert 0 < row["output_tokens"] <= 300
+    assert row["age_s"] > 0
+    assert set(row) == {"id", "age_s", "stage", "prompt_tokens", "output_tokens", "max_tokens"}
+
+
+def test_a_refusal_and_a_dead_engine_are_findings(make: Any) -> None:
+    served = make(failing_steps=3)
+    data = data_after(served, *[GOOD] * 4)
+    (finding,) = data["findings"]
+    assert finding["severity"] == "problem"
+    assert "dead" in finding["title"]
+    assert served.async_engine.state == "dead"
 
 
 def test_an_engine_without_experts_has_the_rest(make: Any) -> None:

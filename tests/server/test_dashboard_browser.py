@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_serve.engine.async_engine import EngineState
+
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the `browser` extra)")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -125,8 +127,40 @@ def test_nothing_sticks_out_with_a_big_model(page: Page, big: Any, serve: Live, 
         page.open(url, width)
         assert "60 layers of 256 experts" in page.text("experts-caption")
         assert page.run(OVERFLOWING) == []
-        least = page.run("return document.getElementById('map').getBoundingClientRect().width")
-        assert least >= 256 * 4
+        box = page.run("const b = document.getElementById('map').getBoundingClientRect(); return [b.width, b.height]")
+        sides = sorted([256, 60], reverse=box[0] > box[1])
+        assert [side > 4 * count for side, count in zip(box, sides, strict=True)] == [True, True], "squares of 4 pixels"
+
+
+def test_a_big_models_map_is_as_wide_as_a_phone_and_its_arrows_go_where_they_point(
+    page: Page, big: Any, serve: Live
+) -> None:
+    """Layers go across, because 256 experts would not fit."""
+    with serve(big.app) as url:
+        page.open(url, 400)
+        widths = page.run("const s = document.getElementById('map-scroll'); return [s.scrollWidth, s.clientWidth]")
+        assert widths[0] == widths[1]
+        page.find("map").send_keys(Keys.ARROW_RIGHT)
+        assert page.text("cell").startswith("Layer 0, expert 0:")
+        page.find("map").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+        assert page.text("cell").startswith("Layer 1, expert 2:")
+        page.find("map").send_keys(*[Keys.ARROW_DOWN] * 150)
+        assert page.text("cell").startswith("Layer 1, expert 152:")
+        box = "document.getElementById('map-scroll')"
+        top, most = page.run(f"return [{box}.scrollTop, {box}.scrollHeight - {box}.clientHeight]")
+        assert 0 < top < most, "the box follows the marked square"
+
+
+@pytest.mark.parametrize(("width", "first"), [(400, "chat-title"), (1024, "now-title"), (1600, "now-title")])
+def test_the_chat_comes_first_where_it_cannot_be_beside(page: Page, live: str, width: int, first: str) -> None:
+    page.open(live, width)
+    tops = page.run(
+        "return ['findings', 'chat-title', 'tiles', 'experts-title']"
+        ".map(id => document.getElementById(id).getBoundingClientRect()).map(b => [b.top, b.left])"
+    )
+    (findings, _), (chat, chat_left), (tiles, tiles_left), (experts, _) = tops
+    assert findings < chat < experts
+    assert (chat < tiles) if first == "chat-title" else (chat_left > tiles_left and abs(chat - tiles) < 60)
 
 
 @pytest.mark.parametrize(("scheme", "colour"), [("light", "rgb(245, 246, 246)"), ("dark", "rgb(17, 21, 24)")])
@@ -157,6 +191,7 @@ def test_nothing_moves_for_those_who_asked_for_that(page: Page, live: str) -> No
 
 
 def test_it_talks_to_nobody_else_and_breaks_no_rule(page: Page, live: str) -> None:
+    page.driver.get("about:blank")  # the last test's page still asks its own server
     page.driver.get_log("performance")
     page.open(live)
     page.say("Hello")
@@ -214,6 +249,28 @@ def test_a_server_that_has_gone_is_noticed_and_found_again(page: Page, make: Any
         page.open(url)
     page.until(lambda: page.text("status").startswith("no answer; next try in"))
     assert page.find("status").get_attribute("data-kind") == "trouble"
+
+
+def test_requests_in_flight_are_listed_with_their_stage(page: Page, make: Any, serve: Live) -> None:
+    with serve(make(delay_s=0.05).app) as url:
+        page.open(url)
+        assert page.text("requests-caption") == "No request is in flight."
+        page.say("Hello")
+        page.until(lambda: "answering" in page.text("requests"))
+        assert page.text("requests-caption").startswith("1 in flight")
+        page.find("chat-stop").click()
+        page.until(lambda: page.text("requests-caption") == "No request is in flight.")
+
+
+def test_what_is_wrong_stands_first_and_says_what_to_do(page: Page, make: Any, serve: Live) -> None:
+    served = make()
+    with serve(served.app) as url:
+        page.open(url)
+        page.until(lambda: page.text("findings").startswith("✓"))
+        served.async_engine.state = EngineState.DEAD
+        page.until(lambda: "The engine is dead" in page.text("findings"))
+        assert page.text("findings").split("\n")[:2] == ["✕", "Problem"]
+        assert "Restart" in page.text("findings")
 
 
 # ---- the chat -------------------------------------------------------------------------------------

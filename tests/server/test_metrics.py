@@ -24,7 +24,14 @@ from moe_serve.server.transport.guard import guard
 ROOT = Path(__file__).resolve().parents[2]
 
 COUNTERS = (
-    *("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions"),
+    *(
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "saved_state_hits",
+        "prompt_tokens",
+        "generation_tokens",
+        "num_preemptions",
+    ),
     *("request_success", "admission_rejections", "http_requests"),
     *expert_metrics.COUNTERS,
 )
@@ -32,6 +39,7 @@ GAUGES = (
     "num_requests_running",
     "num_requests_waiting",
     "kv_cache_usage_perc",
+    "saved_states",
     "cache_config_info",
     "compute_info",
     *expert_metrics.GAUGES,

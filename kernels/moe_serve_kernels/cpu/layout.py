@@ -42,7 +42,7 @@ class Layout:
     values: dict[str, int] = field(default_factory=dict)
     functions: dict[str, Signature] = field(default_factory=dict)
     isa: str = ""
-    """The instruction set that the kernels use here: avx512, avx2 or generic."""
+    """The instruction set that the kernels use here: amx (AVX-512 with bf16 tiles), avx512, avx2 or generic."""
 
 
 def parse(text: str) -> Layout:

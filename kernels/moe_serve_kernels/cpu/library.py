@@ -41,7 +41,7 @@ class Native:
 
     @property
     def isa(self) -> str:
-        """The instruction set that the kernels use here: avx512, avx2 or generic."""
+        """The instruction set that the kernels use here: amx (AVX-512 with bf16 tiles), avx512, avx2 or generic."""
         return self._layout.isa
 
     def new(self, struct: str, **fields: Any) -> Any:

@@ -45,6 +45,10 @@ class RecentTimes:
         """One more, that ended now."""
         self._values.append((now, seconds))
 
+    def count(self, now: float) -> int:
+        """How many ended within the window, of the newest MAX_TIMES."""
+        return sum(ended >= now - WINDOW_S for ended, _ in self._values)
+
     def percentiles(self, now: float) -> Percentiles:
         """Of those that ended within the window."""
         values = [seconds for ended, seconds in self._values if ended >= now - WINDOW_S]
@@ -69,6 +73,7 @@ class LastMinute:
         self._totals = Totals()
         self._ttft = RecentTimes()
         self._inter_token = RecentTimes()
+        self._refusals = RecentTimes()
         self._moments: deque[Moment] = deque()
         self.load = EngineLoad(0, 0, 0.0)
         """The newest."""
@@ -119,6 +124,16 @@ class LastMinute:
         return Moment(now, self._totals, self._report())
 
     # ---- any thread -----------------------------------------------------------------------------
+
+    def on_rejected(self) -> None:
+        """A request was refused with 503."""
+        with self._lock:
+            self._refusals.add(self._clock(), 0.0)
+
+    def num_rejected(self) -> int:
+        """Requests refused in the window."""
+        with self._lock:
+            return self._refusals.count(self._clock())
 
     def window(self) -> Interval:
         """The last WINDOW_S seconds, or as many as there are."""

@@ -62,10 +62,12 @@ GAUGES = {
     "num_requests_running": "Samples in the running batch.",
     "num_requests_waiting": "Samples waiting for a place in the batch.",
     "kv_cache_usage_perc": "Used fraction of the KV pages, 0 to 1.",
+    "saved_states": "States of recurrent layers kept for later prompts.",
 }
 COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "saved_state_hits": "Samples that went on from a saved state of the recurrent layers.",
     "prompt_tokens": "Prompt tokens computed.",
     "generation_tokens": "Tokens sampled.",
     "num_preemptions": "Samples that lost their pages and were recomputed.",
@@ -150,6 +152,7 @@ class Metrics:
 
     def on_rejected(self, reason: str) -> None:
         """A request found no place in the queue, or no engine."""
+        self.live.on_rejected()
         self._rejections.labels(*self._label_values, reason).inc()
 
     def on_step(self, stats: StepStats) -> None:
@@ -157,6 +160,7 @@ class Metrics:
         for name, amount in (
             ("prefix_cache_queries", stats.prefix_queried_tokens),
             ("prefix_cache_hits", stats.prefix_hit_tokens),
+            ("saved_state_hits", stats.num_restored_states),
             ("prompt_tokens", stats.num_prompt_tokens),
             ("generation_tokens", stats.num_generated_tokens),
             ("num_preemptions", stats.num_preemptions),
@@ -173,6 +177,7 @@ class Metrics:
         self._gauges["num_requests_running"].set(load.num_running)
         self._gauges["num_requests_waiting"].set(load.num_waiting)
         self._gauges["kv_cache_usage_perc"].set(load.kv_usage_frac)
+        self._gauges["saved_states"].set(load.num_saved_states)
 
     def on_aborted(self, num_samples: int) -> None:
         """Samples ended because their client left, or the server did."""

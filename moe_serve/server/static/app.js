@@ -3,16 +3,19 @@
 import { showCache } from "./cache.js";
 import { chatWith } from "./chat.js";
 import { byId, setText } from "./dom.js";
+import { showFindings } from "./findings.js";
 import * as format from "./format.js";
 import { redrawMap, showMap } from "./heatmap.js";
 import { keyHeaders } from "./key.js";
 import { showLayers } from "./layers.js";
+import { showRequests } from "./requests.js";
 import { followTheme } from "./theme.js";
 import { showTiles } from "./tiles.js";
 
 const PERIOD_MS = 1000;
 const MOST_MS = 30000;
 const TIMEOUT_MS = 5000;
+const NO_ANSWER = { "no answer": "Is the server running, and can this computer reach it? Its log says why it ended." };
 let waitMs = PERIOD_MS;
 let timer = 0;
 let newest = 0; // of the chains of polls: an older one ends where it is
@@ -25,7 +28,9 @@ function setStatus(kind, text) {
 function show(data) {
   setText(byId("about"), `${data.model} · version ${data.version} · up ${format.duration(data.uptime_s)}`);
   chatWith(data.model);
+  showFindings(data.findings);
   showTiles(data);
+  showRequests(data);
   byId("expert-cards").hidden = data.experts === null;
   if (data.experts === null) return;
   showMap(data.experts);
@@ -52,6 +57,7 @@ async function poll(chain) {
     waitMs = Math.min(MOST_MS, 2 * waitMs);
     const reason = failure instanceof TypeError || failure.name === "TimeoutError" ? "no answer" : failure.message;
     setStatus("trouble", `${reason}; next try in ${Math.round(waitMs / 1000)} s`);
+    showFindings([{ severity: "problem", title: `The numbers are old: ${reason}`, advice: NO_ANSWER[reason] ?? "See the server's log." }]);
   }
   timer = setTimeout(poll, waitMs, chain);
 }

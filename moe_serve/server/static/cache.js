@@ -10,11 +10,11 @@ let bars = [];
 function rowsOf(cache, hitFrac) {
   const part = (hits) => (cache.queries ? hits / cache.queries : null);
   const rows = [[`${cache.policy}, this cache`, part(cache.hits), true]];
-  for (const [name, hits] of Object.entries(cache.shadow_hits)) rows.push([`${name}, in its place`, part(hits)]);
+  for (const [name, hits] of Object.entries(cache.shadow_hits)) rows.push([`with policy ${name}`, part(hits)]);
   if (cache.belady_gap_frac !== null && hitFrac !== null) {
-    rows.push(["perfect foresight", hitFrac + cache.belady_gap_frac * (1 - hitFrac)]);
+    rows.push(["the best possible", hitFrac + cache.belady_gap_frac * (1 - hitFrac)]);
   }
-  rows.push(["decoding, of the link's limit", cache.link_limit_frac, true]);
+  rows.push(["decoding speed, of what reads allow", cache.link_limit_frac, true]);
   return rows;
 }
 
@@ -34,7 +34,7 @@ function caption(cache) {
   const held = `${format.count(cache.num_slots)} experts fit (${format.joined(format.bytes(cache.capacity_bytes))})`;
   const shadows = Object.keys(cache.shadow_hits).length ? "" : " Add --moe-cache-shadow lru,lfu to compare policies.";
   return `${held}; missing ones come from ${cache.slow_tier === "disk" ? "the disk" : "host memory"}. Hits since the start; ` +
-    `foresight and limit: recent.${shadows}`;
+    `the best possible and the speed: recent.${shadows}`;
 }
 
 function limit(cache) {

@@ -93,7 +93,7 @@ async function answer(body, signal) {
     const piece = event.choices?.[0]?.delta?.content;
     if (piece) {
       firstAt ??= performance.now();
-      append(body, piece);
+      append(body, body.textContent ? piece : piece.trimStart());
     }
   }
   return { usage, firstS: ((firstAt ?? performance.now()) - started) / 1000, restS: (performance.now() - (firstAt ?? started)) / 1000 };

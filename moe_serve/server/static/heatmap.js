@@ -1,18 +1,21 @@
-// The heat map: a square per expert, a row per layer. Lightness says how much of its layer's tokens an expert
-// got; a full square says that it is in memory, a small one that it is not.
+// The heat map: a square per expert, a row per layer, or a column per layer where that alone keeps squares readable.
+// Lightness says how much of its layer's tokens an expert got; a full square says that it is in memory, a small one
+// that it is not.
 
 import { byId, element, setText } from "./dom.js";
 import * as format from "./format.js";
 
 const MOST_EVEN = 4; // the scale ends at four times the even share
 const MIN_CELL = 4;
-const MIN_HEIGHT = 10;
+const LEAST_HEIGHT = 10;
+const UPRIGHT_HEIGHT = 6;
 const MAX_WIDTH = 64;
 const MAX_HEIGHT = 44;
 const MOST_ROWS = 590; // pixels for all layers, where rows need not become unreadable for it
-const LEFT = 40;
+const LEFT = 48;
 const TOP = 34;
 const TICK_ROOM = 26;
+const TICK_HEIGHT = 13;
 const GAP_FROM = 8; // smaller squares touch
 const AWAY_FRAC = 0.36; // side of the square of an absent expert
 const FETCHED_AHEAD = 2;
@@ -23,7 +26,7 @@ let experts = null;
 let view = "both";
 let cursor = null; // { layer, expert } by index
 let isFocused = false;
-let grid = null; // { cellWidth, cellHeight, width, height }
+let grid = null; // { upright, across, down, cellWidth, cellHeight, width, height }
 
 // ---- numbers ---------------------------------------------------------------------------------------
 
@@ -42,7 +45,7 @@ function describe({ layer, expert }) {
   const total = layerTotal(layer);
   const share = total ? `${format.percent(tokens / total, 1)} of the layer's tokens` : "no tokens yet";
   const even = format.percent(1 / experts.num_experts, 1);
-  return `Layer ${experts.layers[layer]}, expert ${expert}: ${format.count(tokens)} tokens, ${share} (even would be ${even}), ` +
+  return `Layer ${experts.layers[layer]}, expert ${expert}: ${format.count(tokens)} tokens, ${share} (an equal share is ${even}), ` +
     `${memory(experts.residency[layer][expert])}.`;
 }
 
@@ -73,17 +76,30 @@ function shade(ramp, position) {
   return `rgb(${mixed.slice(0, 3).join(" ")})`;
 }
 
+// Layers go down, unless experts across would need scrolling sideways and layers across would not.
 function layOut() {
   const room = byId("map-scroll").clientWidth - LEFT - 1;
-  const cellWidth = Math.max(MIN_CELL, Math.min(MAX_WIDTH, Math.floor(room / experts.num_experts)));
-  const fitting = Math.floor(MOST_ROWS / experts.layers.length);
-  const cellHeight = Math.max(MIN_HEIGHT, Math.min(fitting, MAX_HEIGHT, Math.max(cellWidth, MIN_HEIGHT)));
+  const [numLayers, numExperts] = [experts.layers.length, experts.num_experts];
+  const upright = numExperts * MIN_CELL > room && numLayers < numExperts;
+  const [across, down] = upright ? [numLayers, numExperts] : [numExperts, numLayers];
+  const cellWidth = Math.max(MIN_CELL, Math.min(MAX_WIDTH, Math.floor(room / across)));
+  const least = upright ? UPRIGHT_HEIGHT : LEAST_HEIGHT;
+  const cellHeight = Math.max(least, Math.min(Math.floor(MOST_ROWS / down), MAX_HEIGHT, cellWidth));
   return {
+    upright,
+    across,
+    down,
     cellWidth,
     cellHeight,
-    width: LEFT + cellWidth * experts.num_experts + 1,
-    height: TOP + cellHeight * experts.layers.length + 1,
+    width: LEFT + cellWidth * across + 1,
+    height: TOP + cellHeight * down + 1,
   };
+}
+
+// Left upper corner of a square.
+function place(layer, expert) {
+  const [column, row] = grid.upright ? [layer, expert] : [expert, layer];
+  return [LEFT + column * grid.cellWidth, TOP + row * grid.cellHeight];
 }
 
 function draw() {
@@ -105,29 +121,30 @@ function drawAxes(palette) {
   context.fillStyle = palette.muted;
   context.font = `11px ${getComputedStyle(document.body).fontFamily}`;
   context.textBaseline = "middle";
+  const names = { layer: (i) => experts.layers[i], expert: (i) => i };
+  const [across, down] = grid.upright ? ["layer", "expert"] : ["expert", "layer"];
   context.textAlign = "left";
-  context.fillText("expert", LEFT, 8);
+  context.fillText(across, LEFT, 8);
   context.textAlign = "center";
-  for (let i = 0; i < experts.num_experts; i += tickStep(grid.cellWidth)) {
-    context.fillText(i, LEFT + (i + 0.5) * grid.cellWidth, TOP - 9);
+  for (let i = 0; i < grid.across; i += tickStep(grid.cellWidth, TICK_ROOM)) {
+    context.fillText(names[across](i), LEFT + (i + 0.5) * grid.cellWidth, TOP - 9);
   }
   context.textAlign = "right";
-  context.fillText("layer", LEFT - 8, TOP - 9);
-  for (let i = 0; i < experts.layers.length; i += tickStep(grid.cellHeight * 1.6)) {
-    context.fillText(experts.layers[i], LEFT - 8, TOP + (i + 0.5) * grid.cellHeight);
+  context.fillText(down, LEFT - 8, TOP - 9);
+  for (let i = 0; i < grid.down; i += tickStep(grid.cellHeight, TICK_HEIGHT)) {
+    context.fillText(names[down](i), LEFT - 8, TOP + (i + 0.5) * grid.cellHeight);
   }
 }
 
-function tickStep(size) {
-  return [1, 2, 4, 8, 16, 32, 64].find((step) => step * size >= TICK_ROOM) ?? 64;
+function tickStep(size, room) {
+  return [1, 2, 4, 8, 16, 32, 64].find((step) => step * size >= room) ?? 64;
 }
 
 function drawRow(row, layer, palette) {
   const total = layerTotal(layer);
   const gap = grid.cellWidth >= GAP_FROM && grid.cellHeight >= GAP_FROM ? 2 : 0;
   row.forEach((tokens, expert) => {
-    const x = LEFT + expert * grid.cellWidth;
-    const y = TOP + layer * grid.cellHeight;
+    const [x, y] = place(layer, expert);
     const width = grid.cellWidth - gap;
     const height = grid.cellHeight - gap;
     context.fillStyle = shade(palette.ramp, view === "residency" ? 0.75 : heat(tokens, total));
@@ -162,8 +179,7 @@ function drawCorner(right, top, size, palette) {
 function drawCursor(palette) {
   context.strokeStyle = palette.ink;
   context.lineWidth = 2;
-  const x = LEFT + cursor.expert * grid.cellWidth;
-  const y = TOP + cursor.layer * grid.cellHeight;
+  const [x, y] = place(cursor.layer, cursor.expert);
   context.strokeRect(x, y, Math.max(3, grid.cellWidth - 2), Math.max(3, grid.cellHeight - 2));
 }
 
@@ -177,8 +193,9 @@ function point(next) {
 
 function cellAt(event) {
   const box = canvas.getBoundingClientRect();
-  const expert = Math.floor((event.clientX - box.left - LEFT) / grid.cellWidth);
-  const layer = Math.floor((event.clientY - box.top - TOP) / grid.cellHeight);
+  const column = Math.floor((event.clientX - box.left - LEFT) / grid.cellWidth);
+  const row = Math.floor((event.clientY - box.top - TOP) / grid.cellHeight);
+  const [layer, expert] = grid.upright ? [column, row] : [row, column];
   const isInside = layer >= 0 && expert >= 0 && layer < experts.layers.length && expert < experts.num_experts;
   return isInside ? { layer, expert } : null;
 }
@@ -190,11 +207,24 @@ function move(event) {
   event.preventDefault();
   const clamp = (value, count) => Math.min(count - 1, Math.max(0, value));
   const [down, right] = cursor ? MOVES[event.key] : [0, 0];
+  const [byLayer, byExpert] = grid.upright ? [right, down] : [down, right];
   const from = cursor ?? { layer: 0, expert: 0 };
   point({
-    layer: clamp(from.layer + down, experts.layers.length),
-    expert: clamp(from.expert + right, experts.num_experts),
+    layer: clamp(from.layer + byLayer, experts.layers.length),
+    expert: clamp(from.expert + byExpert, experts.num_experts),
   });
+  keepInView(place(cursor.layer, cursor.expert));
+}
+
+// The map may be larger than its box.
+function keepInView([x, y]) {
+  const box = byId("map-scroll");
+  box.scrollLeft = inView(box.scrollLeft, box.clientWidth, x - LEFT, x + grid.cellWidth);
+  box.scrollTop = inView(box.scrollTop, box.clientHeight, y - TOP, y + grid.cellHeight);
+}
+
+function inView(start, room, from, to) {
+  return Math.min(from, Math.max(start, to - room));
 }
 
 canvas.addEventListener("pointermove", (event) => grid && point(cellAt(event)));

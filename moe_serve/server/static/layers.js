@@ -4,7 +4,7 @@ import { byId, element, meter, setText } from "./dom.js";
 import * as format from "./format.js";
 
 const COLUMNS = [
-  { title: "Hits", of: "hit_frac", meaning: "Uses whose expert was in memory when the router asked" },
+  { title: "Hits", of: "hit_frac", low: 0.5, meaning: "Uses whose expert was in memory when the router asked" },
   { title: "Recall", of: "recall", meaning: "Of the experts used, those that had been foreseen" },
   { title: "Precision", of: "precision", meaning: "Of the experts foreseen, those that were then used" },
   { title: "Evenness", of: "balancedness", meaning: "Mean over maximum of the experts' tokens: 100 % is even" },
@@ -12,15 +12,17 @@ const COLUMNS = [
 let rows = [];
 let shape = "";
 
-function percentCell() {
+function percentCell({ low = 0 }) {
   const { bar, set } = meter();
   const amount = element("span", { className: "amount" });
   const cell = element("td", {}, bar, amount);
   return {
     cell,
     show: (fraction) => {
+      const isLow = fraction !== null && fraction < low;
+      cell.classList.toggle("low", isLow);
       set(fraction);
-      setText(amount, format.percent(fraction));
+      setText(amount, `${isLow ? "▼ " : ""}${format.percent(fraction)}`);
     },
   };
 }
@@ -28,7 +30,7 @@ function percentCell() {
 function build(experts) {
   const head = element("tr", {}, element("th", { text: "Layer", scope: "col" }));
   for (const column of COLUMNS) head.append(element("th", { text: column.title, scope: "col", title: column.meaning }));
-  head.append(element("th", { text: "Held", scope: "col" }), element("th", { text: "Waited", scope: "col" }));
+  head.append(element("th", { text: "In memory", scope: "col" }), element("th", { text: "Waited", scope: "col" }));
   rows = experts.layers.map((layer) => {
     const cells = COLUMNS.map(percentCell);
     const [resident, waited] = [element("td"), element("td")];

@@ -7,6 +7,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 100;
 const HEIGHT = 28;
 const RECENT_S = 5;
+const FEW_HITS = 0.5; // as the server's own findings
 
 const TILES = [
   {
@@ -33,18 +34,20 @@ const TILES = [
   },
   {
     name: "Running",
+    judge: (data) => (data.load.num_waiting && data.load.num_running >= data.num_seats ? "▲ full" : ""),
     value: (data) => [format.count(data.load.num_running), ""],
     note: (data) => `${format.count(data.load.num_waiting)} waiting, KV pages ${format.percent(data.load.kv_usage_frac)} full`,
   },
   {
     name: "Expert hits",
+    judge: (data) => (data.experts?.cache && data.experts.hit_frac !== null && data.experts.hit_frac < FEW_HITS ? "▼ low" : ""),
     value: (data) => [format.percent(data.experts?.hit_frac), ""],
     note: (data) => (data.experts?.cache ? `waited ${format.percent(data.experts.stall_frac)} of the time` : "no cache: all are mapped"),
     curve: "hit_frac",
     most: 1,
   },
   {
-    name: "Of the link's limit",
+    name: "Speed, of what reads allow",
     value: (data) => [format.percent(data.experts?.cache?.link_limit_frac), ""],
     note: (data) => limitNote(data.experts?.cache),
   },
@@ -91,7 +94,8 @@ function makeTile(tile) {
   const value = element("span");
   const unit = element("span", { className: "unit" });
   const note = element("dd", { className: "note" });
-  const box = element("div", { className: "tile" }, element("dt", { text: tile.name }),
+  const judgement = element("span", { className: "judgement" });
+  const box = element("div", { className: "tile" }, element("dt", { text: tile.name }, " ", judgement),
     element("dd", { className: "value" }, value, " ", unit), note);
   const line = svgPath("line");
   if (tile.curve) {
@@ -104,7 +108,7 @@ function makeTile(tile) {
     svg.append(base, line);
     box.append(element("dd", { className: "curve", "aria-hidden": "true" }, svg));
   }
-  return { box, update: (data) => show(tile, data, { value, unit, note, line }) };
+  return { box, update: (data) => show(tile, data, { value, unit, note, judgement, line }) };
 }
 
 function show(tile, data, nodes) {
@@ -112,6 +116,7 @@ function show(tile, data, nodes) {
   setText(nodes.value, number);
   setText(nodes.unit, unit);
   setText(nodes.note, tile.note(data));
+  setText(nodes.judgement, tile.judge?.(data) ?? "");
   if (tile.curve) nodes.line.setAttribute("d", curve(data, tile.curve, tile.most));
 }
 

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "contract/api.h"
+#include "simd/amx.h"
 
 using namespace moe_serve;
 
@@ -220,6 +221,7 @@ void tell_functions(std::ostream& text) {
     TELL_FUNCTION(moe_serve_combine);
     TELL_FUNCTION(moe_serve_linear);
     TELL_FUNCTION(moe_serve_linears);
+    TELL_FUNCTION(moe_serve_unpack_rows);
     TELL_FUNCTION(moe_serve_paged_decode_f32);
     TELL_FUNCTION(moe_serve_decode_memory);
     TELL_FUNCTION(moe_serve_decode_step);
@@ -236,6 +238,7 @@ void tell_functions(std::ostream& text) {
 
 const char* isa() {
 #ifdef X86_VERSIONS
+    if (has_amx()) return "amx";
     return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "generic";
 #else
     return "generic";

@@ -36,7 +36,10 @@
 
 namespace moe_serve {
 
-constexpr int64_t MOST_GRAIN = 128;  // columns that rows of Tokens are filled up to, whatever the weights' format
+constexpr int SIDE_BY_SIDE = 3;  // linear layers on the same tokens, each of a format of its own at worst
+
+// Floats of a row of Tokens, whatever the weights' format: filled up to 128 columns, which may be 3 bf16 numbers each.
+inline int64_t most_stride(int64_t columns) { return round_up(columns, 128) / 2 * 3; }
 
 // Memory of one step, in floats from one allocation. Shared by all threads first, then each thread's own.
 struct Memory {
@@ -46,8 +49,8 @@ struct Memory {
     Memory(const Model& model, int64_t num_tokens, float* base) {
         const int64_t pairs = num_tokens * (model.top_k + 1);  // the shared expert's come last
         const Sizes& sizes = model.sizes;
-        input_stride = round_up(sizes.width, MOST_GRAIN);
-        inner_stride = round_up(sizes.intermediate, MOST_GRAIN);
+        input_stride = most_stride(sizes.width);
+        inner_stride = most_stride(sizes.intermediate);
         scratch = round_up(sizes.scratch, 16);
         float* next = base;
         const auto take = [&](int64_t count) { return std::exchange(next, next + round_up(count, 16)); };
@@ -61,10 +64,10 @@ struct Memory {
         scores = take(num_tokens * model.num_experts);
         inputs = take(pairs * input_stride);
         inners = take(num_tokens * model.top_k * inner_stride);
-        shared_inners = take(num_tokens * round_up(sizes.shared_intermediate, MOST_GRAIN));
+        shared_inners = take(num_tokens * most_stride(sizes.shared_intermediate));
         threads = next;
-        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
-                        heads_size(model, num_tokens) + attend_size(model) +
+        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) +
+                        SIDE_BY_SIDE * num_tokens * input_stride + heads_size(model, num_tokens) + attend_size(model) +
                         round_up(model.num_experts + model.num_groups, 16);
     }
 

@@ -36,7 +36,7 @@ Segment moe_serve::plan(const Pairs& pairs) {
     const int64_t count = pairs.end - pairs.begin;
     const Expert& expert = *pairs.expert;
     const Steps steps = FOR_THIS_CPU(steps)(expert);
-    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, round_up(columns, steps.grain)}; };
+    const auto tokens = [&](int64_t columns) { return Tokens{nullptr, count, steps.stride(columns, count)}; };
     return {pairs.expert, pairs.begin, steps, tokens(expert.gate.columns), tokens(expert.down.columns)};
 }
 

@@ -22,20 +22,17 @@
 
 namespace moe_serve {
 
-constexpr int SUM_TILES = 4, LEFT_TILES = 2, RIGHT_TILE = SUM_TILES + LEFT_TILES;  // 0 to 3, 4 and 5, 6
-
-// Shapes of all tiles, for `columns` (at most 16) of sums.
-inline void configure_tiles(int64_t columns) {
+// Shapes of the eight tiles: 16 rows of so many bytes each.
+inline void configure_tiles(const int64_t (&row_bytes)[8]) {
     struct {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
     } config;
     static_assert(sizeof(config) == 64);
-    for (int tile = 0; tile <= RIGHT_TILE; ++tile) {
-        const bool is_left = tile >= SUM_TILES && tile < RIGHT_TILE;
+    for (int tile = 0; tile < 8; ++tile) {
         config.rows[tile] = 16;
-        config.row_bytes[tile] = static_cast<uint16_t>(is_left ? 64 : 4 * columns);
+        config.row_bytes[tile] = static_cast<uint16_t>(row_bytes[tile]);
     }
     asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
@@ -56,7 +53,7 @@ inline bool check_tiles() {
         left[i / 32][i % 32] = bf16(left_at(i / 32, i % 32));
         right[i / 32][i / 2 % 16][i % 2] = bf16(right_at(i / 32 * 2 + i % 2, i / 2 % 16));
     }
-    configure_tiles(16);
+    configure_tiles({64, 64, 64, 64, 64, 64, 64, 64});
     TILE_ZERO(0);
     TILE_LOAD(4, left, 64);
     TILE_LOAD(6, right, 64);
