@@ -29,6 +29,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
 from moe_serve.hf import attention, loading, rope
+from moe_serve.hf.dense_loading import model_class_of
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import family_of
 from moe_serve.hf.loading import LoadedModel
@@ -185,7 +186,7 @@ def _runner(config: Any, num_pages: int) -> ModelRunner:
     kv_shapes, state_shapes = loading.shapes_of(config)
     attention.register()
     with replacing(family.experts_class), META:
-        model = loading._model_class(config, family)._from_config(
+        model = model_class_of(config, family)._from_config(
             config, attn_implementation=attention.NAME, dtype=torch.bfloat16
         )
     for name, buffer in list(model.named_buffers()):  # those that transformers computes on the CPU
