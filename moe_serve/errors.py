@@ -14,6 +14,7 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── SlowClientError             408  the body did not arrive in time
     ├── BodyTooLargeError           413
     ├── MediaTypeError              415  the body is no JSON in UTF-8, by its headers
+    ├── TooManyRequestsError        429  this client has as many requests in flight as it may; carries `retry_after_s`
     ├── OverloadedError             503  the queue is full; carries `retry_after_s`
     │   └── NotServingError         503  the server is loading or shutting down
     ├── RequestTimeoutError         504  the request took longer than the server allows
@@ -124,6 +125,17 @@ class RequestTimeoutError(MoEServeError):
 
     http_status = 504
     error_type = "timeout_error"
+
+
+class TooManyRequestsError(MoEServeError):
+    """The client has as many requests in flight as one may. It should retry after `retry_after_s` seconds."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class OverloadedError(MoEServeError):

@@ -33,6 +33,7 @@ AT_LEAST_ONE = re.compile(
     r"vocab_size|hidden_size|num_hidden_layers|num_attention_heads|num_key_value_heads|head_dim|max_position_embeddings"
     r"|num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_experts_per_tok|moe_topk|moe_k"
     r"|kv_lora_rank|qk_nope_head_dim|qk_rope_head_dim|v_head_dim|moe_intermediate_size|n_group|topk_group"
+    r"|attention_chunk_size"
 )
 AT_LEAST_NOUGHT = re.compile(
     r"intermediate_size|\w+_intermediate_size|q_lora_rank|n_shared_experts|num_shared_experts|sliding_window"
