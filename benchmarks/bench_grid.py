@@ -1,10 +1,11 @@
 """The grid: decoding at several widths and prompts of several lengths, moe-serve beside llama.cpp, in turn.
 
     python benchmarks/bench_grid.py WORK [--llama TREE] [--models mixtral-300m qwen3-1b] [--weights bf16 int8 int4]
-        [--dtypes auto float32 bfloat16] [--isa avx2 --llama-build build-avx2]
+        [--dtypes auto float32 bfloat16] [--isa avx2 --llama-build build-avx2] [--same-file]
 
 WORK is a folder for the random checkpoints and their GGUF twins; what is there is used again. `--weights`: bf16 beside
 GGUF's BF16, int8 beside Q8_0, int4 (groups of 128) beside Q4_K_M, which rounds otherwise and takes 4.5 to 4.8 bits.
+With --same-file moe-serve runs the GGUF files too: the same weights on both sides.
 A cell is tokens/s of wall time, the median over the rounds. Every round runs each side once, with prompts of its own.
 `floor`: the rate at which the weights of one token can be read, by the fastest loop of this run; bf16, width 1 only.
 Without --llama the peer is left out. `--isa` holds moe-serve to a lesser instruction set. The last line is JSON.
@@ -52,8 +53,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--isa", help="MOE_SERVE_MAX_CPU_ISA for moe-serve: avx512, avx2 or generic")
+    parser.add_argument("--same-file", action="store_true", help="moe-serve runs llama.cpp's GGUF files as well")
     parser.add_argument("--json", type=Path, help="where to keep what is known so far")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.same_file and not args.llama:
+        parser.error("--same-file needs --llama, which makes the files")
+    return args
 
 
 def main() -> int:
@@ -68,6 +73,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     llama = LlamaCpp(args.llama, args.llama_build, args.threads) if args.llama else None
     report: dict[str, Any] = {"grids": {}, "isa": args.isa, "llama_cpp": llama and llama.version()}
+    report["same_file"] = args.same_file
     report |= {"hardware": hardware(), "versions": versions(), "threads": args.threads}
     for model in args.models:
         for weights in args.weights:
@@ -84,7 +90,7 @@ def run_grid(args: argparse.Namespace, model: str, weights: str, llama: LlamaCpp
 
     folder = make_checkpoint(model, args.work / model)
     gguf = llama.convert(folder, GGUF_KINDS[weights]) if llama else None
-    sides = open_sides(args, folder, weights)
+    sides = open_sides(args, folder, weights, gguf)
     speeds: Speeds = {}
     rates: list[float] = []
     for number in range(args.rounds + 1):  # the first touches pages
@@ -99,14 +105,19 @@ def run_grid(args: argparse.Namespace, model: str, weights: str, llama: LlamaCpp
     sides.clear()
     gc.collect()
     floor = max(rates) * 1e9 / token_bytes(str(folder)) if weights == "bf16" else None
-    return summary(f"{model} {weights}", speeds, floor)
+    name = GGUF_KINDS[weights] if args.same_file else weights
+    return summary(f"{model} {name}", speeds, floor)
 
 
-def open_sides(args: argparse.Namespace, folder: Path, weights: str) -> dict[str, Any]:
+def open_sides(args: argparse.Namespace, folder: Path, weights: str, gguf: Path | None) -> dict[str, Any]:
     """One engine per compute dtype."""
     from engine_sides import MoEServe
 
+    from moe_serve.hub.find import find_model
+
     model = folder if weights == "bf16" else quantised(folder, BITS[weights])
+    if args.same_file:
+        model = Path(find_model(str(gguf)))
     dtypes: Sequence[str] = args.dtypes if weights == "bf16" else ["auto"]
     longest = max([*args.prompts, DECODE_PROMPT]) + args.new_tokens + 1
     width = max(args.widths)

@@ -14,11 +14,13 @@ field and the fix. This module knows nothing of HTTP beyond the number, and impo
     ├── SlowClientError             408  the body did not arrive in time
     ├── BodyTooLargeError           413
     ├── MediaTypeError              415  the body is no JSON in UTF-8, by its headers
+    ├── TooManyRequestsError        429  this client has as many requests in flight as it may; carries `retry_after_s`
     ├── OverloadedError             503  the queue is full; carries `retry_after_s`
     │   └── NotServingError         503  the server is loading or shutting down
     ├── RequestTimeoutError         504  the request took longer than the server allows
     ├── EngineDeadError             503  the engine thread died; the server must be restarted
     │   └── CheckpointChangedError  503  a mapped checkpoint file was written to
+    ├── BatchStoppedError                a batch of which not all requests are answered
     └── ConfigError                      found at start-up, before any request
         ├── UnsupportedModelError        a model family we cannot run
         ├── CheckpointError              a missing, truncated or inconsistent checkpoint file
@@ -125,6 +127,17 @@ class RequestTimeoutError(MoEServeError):
     error_type = "timeout_error"
 
 
+class TooManyRequestsError(MoEServeError):
+    """The client has as many requests in flight as one may. It should retry after `retry_after_s` seconds."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class OverloadedError(MoEServeError):
     """The waiting queue is full. Clients should retry after `retry_after_s` seconds."""
 
@@ -151,6 +164,12 @@ class EngineDeadError(MoEServeError):
 
 class CheckpointChangedError(EngineDeadError):
     """A file of the checkpoint was written to while the server had it mapped. The message names it."""
+
+
+class BatchStoppedError(MoEServeError):
+    """Not all requests of a batch are answered; the next run goes on from there."""
+
+    error_type = "batch_error"
 
 
 class ConfigError(MoEServeError):

@@ -78,8 +78,8 @@ class QuantizedRows:
         """All that is stored."""
         return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
 
-    def rows(self, which: slice) -> QuantizedRows:
-        """Some of the rows, e.g. every other one. Only where each row has its own scales."""
+    def rows(self, which: slice | torch.Tensor) -> QuantizedRows:
+        """Some of the rows, e.g. every other one, or in another order. Only where each row has its own scales."""
         assert self.rows_per_scale == 1
         zeros = None if self.zeros is None else self.zeros[which]
         return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
@@ -129,8 +129,8 @@ class BlockRows:
         """All that is stored."""
         return (self.blocks,)
 
-    def rows(self, which: slice) -> BlockRows:
-        """Some of the rows, e.g. every other one."""
+    def rows(self, which: slice | torch.Tensor) -> BlockRows:
+        """Some of the rows, e.g. every other one, or in another order."""
         return BlockRows(self.type, self.blocks[which], self.columns)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""`moe-serve quantize MODEL -o FOLDER`: a checkpoint whose experts take four or eight bits per weight."""
+"""`moe-serve quantize MODEL -o FOLDER`: a checkpoint whose experts take four or eight bits per weight; the other linear
+layers too, if asked."""
 
 from __future__ import annotations
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         help="Columns that share a scale; 0: one scale per row. Default: 128 for 4 bits, 0 for 8.",
     )
     parser.add_argument(
+        "--dense",
+        choices=("int8", "int4"),
+        help="Quantise attention, shared experts and the output layer too, which changes answers further: int8 with one"
+        " scale per row, int4 with one for 128 columns. Default: they stay as they are.",
+    )
+    parser.add_argument(
         "--calibration",
         metavar="FILE",
         type=Path,
@@ -46,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     args.model = preflight.model_of(args)
     from tqdm import tqdm
 
+    from moe_serve.quantization.dense_choice import DENSE
     from moe_serve.quantization.writing import num_matrices, write_quantized
 
+    dense = DENSE.get(args.dense)
     group = args.group_size if args.group_size is not None else 128 if args.bits == 4 else 0
     if group < 0 or group % 8:
         raise ConfigError(f"--group-size {group}: give a multiple of 8, or 0 for one scale per row")
@@ -59,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
         importance = record(args.model, text, args.calibration_tokens).importance
     with (
-        tqdm(total=num_matrices(args.model), desc="Quantising", unit="matrix", disable=None) as bar,
+        tqdm(total=num_matrices(args.model, dense), desc="Quantising", unit="matrix", disable=None) as bar,
         whole_folder(args.out) as partial,
     ):
-        size = write_quantized(args.model, partial, args.bits, group, importance, lambda: bar.update())
+        size = write_quantized(args.model, partial, args.bits, group, importance, lambda: bar.update(), dense)
     print(f"{args.out}: {size >> 20} MiB of tensors", file=sys.stderr)
     print(f"moe-serve serve {args.out}")
     return 0

@@ -30,6 +30,12 @@ class QueueConfig(Settings):
         bound="positive",
         aliases=("max_queue_wait",),
     )
+    max_concurrent_per_client: int | None = option(
+        None,
+        "Most requests that one client may have in flight, each prompt counted; the server refuses further ones with"
+        " 429. A client is an API key; without keys, an address. Default: no limit.",
+        bound="positive",
+    )
     max_prompt_tokens: int | None = option(
         None,
         "Longest prompt, in tokens; the server refuses longer ones with 400. Default: the context length.",

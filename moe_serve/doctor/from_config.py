@@ -20,10 +20,11 @@ from moe_serve.doctor.fit import Sizes
 from moe_serve.execution.kv_cache import bytes_per_token
 from moe_serve.execution.state_cache import bytes_per_sequence
 from moe_serve.hf.config_file import read_config, scheme_in
+from moe_serve.hf.dense_loading import empty_model
 from moe_serve.hf.experts import find_experts
 from moe_serve.hf.family import family_of
-from moe_serve.hf.loading import empty_model, shapes_of
-from moe_serve.hf.quantization_scheme import Scheme
+from moe_serve.hf.loading import shapes_of
+from moe_serve.hf.scheme import Scheme
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels.quantized import BITS
 

@@ -50,6 +50,7 @@ class EngineLike(Protocol):
     def begin_check(self, request: Request) -> Future[Any] | None: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    def pause(self, request_id: str, is_paused: bool) -> None: ...
     def is_waiting(self, request_id: str) -> bool: ...
     def step(self) -> list[SampleOutput]: ...
     def has_work(self) -> bool: ...
@@ -82,7 +83,8 @@ class AsyncEngine:
         """A sentence for clients on why it is dead, where that is known."""
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._reception = RequestQueue(engine.config, functools.partial(self._post, self._give_up))
+        give_up = functools.partial(self._post, self._give_up)
+        self._reception = RequestQueue(engine.config, give_up, functools.partial(self._post, engine.pause))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="moe-serve-engine", daemon=True)
@@ -110,7 +112,8 @@ class AsyncEngine:
         return self._reception.num_queued
 
     async def generate(self, request: Request) -> AsyncGenerator[SampleOutput]:
-        """Outputs of all samples of a request, as they come; leaving the iterator aborts it.
+        """Outputs of all samples of a request, as they come; leaving the iterator aborts it. It is computed no further
+        while MAX_UNREAD outputs wait for the iterator.
 
         Raises InvalidRequestError, OverloadedError or EngineDeadError before the first output.
         """
@@ -119,6 +122,7 @@ class AsyncEngine:
         try:
             while in_flight.unfinished > 0:
                 output = await in_flight.mailbox.get()
+                self._reception.note_read(in_flight)
                 if isinstance(output, MoEServeError):
                     raise output
                 in_flight.unfinished -= output.finish_reason is not None

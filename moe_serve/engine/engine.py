@@ -154,6 +154,11 @@ class Engine:
             self.observer.on_aborted(len(running))
         self._report_load()
 
+    def pause(self, request_id: str, is_paused: bool) -> None:
+        """Compute nothing for a request while its client does not read; unknown ids are ignored."""
+        for seq in self._sequences.get(request_id, []):
+            seq.is_paused = is_paused
+
     def is_waiting(self, request_id: str) -> bool:
         """True while no sample of the request has been in a step. Any thread may call."""
         sequences = self._sequences.get(request_id, [])

@@ -16,6 +16,10 @@ class Mailbox(Generic[T]):
         self._items: deque[T] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        """Items that were not read yet."""
+        return len(self._items)
+
     def put(self, item: T) -> None:
         """Never waits."""
         self._items.append(item)

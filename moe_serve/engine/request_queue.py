@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe_serve.config import EngineConfig
 from moe_serve.engine.mailbox import Mailbox
-from moe_serve.errors import InvalidRequestError, MoEServeError, OverloadedError, RequestTimeoutError
+from moe_serve.errors import (
+    InvalidRequestError,
+    MoEServeError,
+    OverloadedError,
+    RequestTimeoutError,
+    TooManyRequestsError,
+)
 from moe_serve.scheduling.admission import Admission
 from moe_serve.scheduling.sequence import Request, SampleOutput
+
+MAX_UNREAD = 256
+"""Outputs of each sample that wait for the client, before the request is paused."""
+RESUME_UNREAD = 64
 
 
 @dataclass(slots=True)
@@ -30,17 +41,24 @@ class Pending:
     num_output_tokens: int = 0
     """Of all samples so far."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    is_paused: bool = False
+    """Its client does not read."""
 
 
 class RequestQueue:
     """Requests in flight, and the limits of the queue."""
 
-    def __init__(self, config: EngineConfig, give_up: Callable[[str, str], None]) -> None:
-        """`give_up(request_id, reason)`: has `refuse_late` called, unless the batch has taken the request meanwhile."""
+    def __init__(
+        self, config: EngineConfig, give_up: Callable[[str, str], None], pause: Callable[[str, bool], None]
+    ) -> None:
+        """`give_up(request_id, reason)`: has `refuse_late` called, unless the batch has taken the request meanwhile.
+        `pause(request_id, whether)`: nothing more, or more again, is computed for the request."""
         self._config = config
         self._give_up = give_up
+        self._pause = pause
         self._admission = Admission(config)
         self._in_flight: dict[str, Pending] = {}
+        self._by_client: Counter[str] = Counter()
 
     @property
     def num_in_flight(self) -> int:
@@ -64,10 +82,16 @@ class RequestQueue:
         return max(0, without_output - max(0, self._config.max_num_seqs - running))
 
     def enter(self, request: Request) -> Pending:
-        """Take a request in. InvalidRequestError if its id is in flight already, OverloadedError if it may not wait."""
+        """Take a request in.
+
+        InvalidRequestError: its id is in flight already. TooManyRequestsError: too many of its client's are.
+        OverloadedError: it may not wait.
+        """
         if request.request_id in self._in_flight:
             raise InvalidRequestError("request_id", f"a request with id {request.request_id!r} is already running")
+        self._check_client(request.client)
         self._check_queue(request)
+        self._by_client[request.client] += 1
         in_flight = self._in_flight[request.request_id] = Pending(request, unfinished=request.params.n)
         self._set_timers(in_flight)
         return in_flight
@@ -75,6 +99,10 @@ class RequestQueue:
     def leave(self, in_flight: Pending) -> None:
         """The client has all it wants, or has left."""
         del self._in_flight[in_flight.request.request_id]
+        client = in_flight.request.client
+        self._by_client[client] -= 1
+        if not self._by_client[client]:
+            del self._by_client[client]
         for timer in in_flight.timers:
             timer.cancel()
 
@@ -88,8 +116,22 @@ class RequestQueue:
                     in_flight.first_output_s = now
                 in_flight.num_output_tokens += len(output.token_ids)
                 in_flight.mailbox.put(output)
+                self._note_unread(in_flight)
                 if output.finish_reason is not None:
                     self._admission.note_finished(now - in_flight.first_output_s)
+
+    def note_read(self, in_flight: Pending) -> None:
+        """The client has taken an output."""
+        if in_flight.is_paused and len(in_flight.mailbox) <= RESUME_UNREAD:
+            self._set_paused(in_flight, False)
+
+    def _note_unread(self, in_flight: Pending) -> None:
+        if not in_flight.is_paused and len(in_flight.mailbox) >= MAX_UNREAD * in_flight.request.params.n:
+            self._set_paused(in_flight, True)
+
+    def _set_paused(self, in_flight: Pending, is_paused: bool) -> None:
+        in_flight.is_paused = is_paused
+        self._pause(in_flight.request.request_id, is_paused)
 
     def refuse(self, request_id: str, error: MoEServeError) -> None:
         """End one request with an error."""
@@ -112,6 +154,12 @@ class RequestQueue:
         if wait_s is not None:
             reason = f"no seat in the batch became free within {wait_s:g} s"
             in_flight.timers.append(loop.call_later(wait_s, self._give_up, request_id, reason))
+
+    def _check_client(self, client: str) -> None:
+        most = self._config.queue.max_concurrent_per_client
+        if most is not None and self._by_client[client] >= most:
+            message = f"this client has {most} requests in flight, the most that this server takes of one"
+            raise TooManyRequestsError(f"{message}; wait for their answers", self._admission.retry_after_s)
 
     def _check_queue(self, request: Request) -> None:
         """OverloadedError if every seat is taken and the queue has no room."""

@@ -137,7 +137,7 @@ class Zygote:
                 env=_environ(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=fds,
-                start_new_session=True,
+                process_group=0,  # no session: Linux gives each session equal time, and niceness counts only within one
             )
         return ours, process
 

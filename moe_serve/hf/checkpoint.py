@@ -13,7 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from expert_cache.storage import expert_file
+from expert_cache.storage import dense_codes, expert_file
+from expert_cache.storage.dense_codes import DenseCodes
+from expert_cache.storage.encoding import Encoding
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
 from expert_cache.storage.store import ExpertStore, FusedLayout, StoredTensor, part_name
@@ -27,7 +29,7 @@ from moe_serve.hf.expert_checks import Parts, check_present, check_shapes, is_tr
 from moe_serve.hf.family import FURTHER, PART_OF, Family, family_of
 from moe_serve.hf.gguf_tensors import expert_tensors
 from moe_serve.hf.leftovers import refuse_codes, refuse_unused_experts
-from moe_serve.hf.quantization_scheme import Scheme
+from moe_serve.hf.scheme import Scheme
 from moe_serve.hf.shard_index import INDEX, read_index, refuse_false_index
 from moe_serve.hf.size_guard import refuse_missing_layers
 from moe_serve.spec import ModelSpec
@@ -84,8 +86,8 @@ def open_experts(
         refuse_zero_points(_named(folder, scheme.all_zero), scheme)
         tensors = settled_experts(folder, tensors, scheme)
     scaled = any(part.endswith("_scale") for part, _ in tensors[layers[0]])
-    codes = next(stored.tensor.dtype for (part, _), stored in tensors[layers[0]].items() if part == "down")
-    encoding = scheme.encoding_of(codes) if scheme is not None and scaled else None
+    codes = next(stored for (part, _), stored in tensors[layers[0]].items() if part == "down")
+    encoding = _encoding_of(codes, scheme) if scheme is not None and scaled else None
     # Quantised fused tensors hold rows as they are multiplied, whatever the family does with floats; so do GGUF files.
     transposed = encoding is None and listing is None and is_transposed(family, tensors[layers[0]], spec)
     fused = FusedLayout(transposed=transposed, interleaved=family.interleaved and listing is None)
@@ -93,6 +95,11 @@ def open_experts(
     store = ExpertStore(tensors, spec.num_experts, fused, encoding=encoding, shape=shape)
     check_shapes(folder, store, spec)
     return store
+
+
+def _encoding_of(codes: StoredTensor, scheme: Scheme) -> Encoding:
+    name, _ = scheme.split(codes.name) or (codes.name, "codes")
+    return scheme.encoding_of(codes.tensor.dtype, name)
 
 
 def dense_dtypes(folder: str, family: Family, quantized: bool = False) -> set[str]:
@@ -249,6 +256,20 @@ def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec)
         raise CheckpointError(f"--moe-expert-file {path} does not hold the experts that {folder}/config.json asks for")
     check_shapes(path, store, spec)
     return store
+
+
+def dense_codes_in(path: str, is_checked: bool = True) -> DenseCodes:
+    """Dense weights in 12-bit codes of an expert file that `open_expert_file` took; CheckpointError: it is damaged.
+
+    `is_checked`: all are read, and compared with their checksums.
+    """
+    try:
+        found = dense_codes.read(Path(path))
+        if is_checked:
+            dense_codes.refuse_damage(Path(path), found)
+        return found
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"--moe-expert-file {path}: {error}") from error
 
 
 def checkpoint_fingerprint(folder: str) -> str:

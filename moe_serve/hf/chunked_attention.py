@@ -56,8 +56,11 @@ class AttendToChunk(Attend):
 
 
 def install(model: nn.Module, config: Any) -> None:
-    """Tell each attention module of a chunked layer how long its chunks are (`attention_chunk`)."""
-    chunk = getattr(config, "attention_chunk_size", None)
+    """Tell each attention module of a chunked layer how long its chunks are (`attention_chunk`).
+
+    A config keeps fields that its class does not know, and their models do not read them: no more do we.
+    """
+    chunk = config.attention_chunk_size if hasattr(type(config), "attention_chunk_size") else None
     kinds = getattr(config, "layer_types", None) or [CHUNKED] * config.num_hidden_layers
     modules: list[Any] = list(model.modules()) if chunk else []
     for module in modules:

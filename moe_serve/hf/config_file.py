@@ -21,7 +21,8 @@ from moe_serve.errors import CheckpointError, ConfigError, MoEServeError, one_li
 from moe_serve.hf.composites import text_config_of
 from moe_serve.hf.families import family_in
 from moe_serve.hf.family import FAMILY_NAME, find
-from moe_serve.hf.quantization_scheme import Scheme, modelopt_scheme, scheme_of
+from moe_serve.hf.quantization_scheme import modelopt_scheme, scheme_of
+from moe_serve.hf.scheme import Scheme
 from moe_serve.spec import ModelSpec
 
 MODELOPT_NOTE = "hf_quant_config.json"
@@ -32,6 +33,7 @@ AT_LEAST_ONE = re.compile(
     r"vocab_size|hidden_size|num_hidden_layers|num_attention_heads|num_key_value_heads|head_dim|max_position_embeddings"
     r"|num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_experts_per_tok|moe_topk|moe_k"
     r"|kv_lora_rank|qk_nope_head_dim|qk_rope_head_dim|v_head_dim|moe_intermediate_size|n_group|topk_group"
+    r"|attention_chunk_size"
 )
 AT_LEAST_NOUGHT = re.compile(
     r"intermediate_size|\w+_intermediate_size|q_lora_rank|n_shared_experts|num_shared_experts|sliding_window"

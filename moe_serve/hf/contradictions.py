@@ -14,7 +14,7 @@ import torch
 from expert_cache.storage.encoding import ROLES, unpack
 from expert_cache.storage.store import LayerTensors, StoredTensor, part_name
 from moe_serve.errors import CheckpointError
-from moe_serve.hf.quantization_scheme import Scheme
+from moe_serve.hf.scheme import Scheme
 from moe_serve_kernels.quantized import BITS
 
 Parts = dict[tuple[str, int | None], StoredTensor]

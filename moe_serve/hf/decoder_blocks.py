@@ -19,7 +19,7 @@ from moe_serve.hf.family import Family
 from moe_serve.hf.routers import correction_of
 from moe_serve_kernels.cpu.decoder import DecoderBlock, DecoderShape, Latents
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights
+from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, are_readable, as_tensor
 from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.native_model import most_choices
@@ -40,9 +40,14 @@ def why_not(family: Family, config: Any) -> str | None:
         return "its router chooses in another way"
     if getattr(config, "clip_qkv", None) is not None:
         return "queries and keys are clipped"
-    if _rope(config).get("rope_type", "default") not in STATIC_ROPES:
+    if not has_static_rope(config):
         return "its rotation changes with the context"
     return None
+
+
+def has_static_rope(config: Any) -> bool:
+    """Its rotation depends on a token's position alone."""
+    return _rope(config).get("rope_type", "default") in STATIC_ROPES
 
 
 def shape_of(model: Any, family: Family, config: Any, activation: Activation, page_size: int) -> DecoderShape:
@@ -99,7 +104,7 @@ def _block(
         q_norm=_weight(attention, "q_norm"),
         k_norm=_weight(attention, "k_norm"),
         sinks=None if (sinks := getattr(attention, "sinks", None)) is None else sinks.float(),
-        window=_window(attention, config, index),
+        window=window_of(attention, config, index),
         router=None if router is None else LinearWeights(*router),
         correction=None if router is None else correction_of(mlp),
         experts=experts,
@@ -110,7 +115,9 @@ def _block(
 
 def weights_of(layer: nn.Linear, rounds: bool) -> LinearWeights:
     """A linear layer's parameters, where they lie; `rounds`: for tokens rounded to bf16."""
-    return layer.stored if isinstance(layer, StoredLinear) else LinearWeights(layer.weight, layer.bias, rounds)
+    if isinstance(layer, StoredLinear):
+        return layer.weights(rounds) if rounds else layer.stored
+    return LinearWeights(layer.weight, layer.bias, rounds)
 
 
 def _weights(module: Any, rounds: bool, *names: str) -> Any:
@@ -131,9 +138,12 @@ def _latents(attention: Any, rounds: bool) -> Latents:
 
 
 def _mlp(module: Any, rounds: bool) -> MLPWeights:
-    """A dense MLP's parameters, where they lie."""
-    layers = (module.gate_proj, module.up_proj, module.down_proj)
-    return MLPWeights(*(layer.weight for layer in layers), *(layer.bias for layer in layers), rounds=rounds)
+    """A dense MLP's parameters, where they lie; as float32 where they are not of one kind."""
+    layers = [weights_of(layer, rounds) for layer in (module.gate_proj, module.up_proj, module.down_proj)]
+    gate, up, down = (layer.weight for layer in layers)
+    if not are_readable((gate, up, down)):
+        gate, up, down = (as_tensor(matrix, torch.float32) for matrix in (gate, up, down))
+    return MLPWeights(gate, up, down, *(layer.bias for layer in layers), rounds=rounds)
 
 
 def _child(module: Any, *names: str) -> Any:
@@ -150,8 +160,9 @@ def _rope(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-def _window(attention: Any, config: Any, index: int) -> int | None:
-    """Families keep it on the layers that have one, or pass the config's on to all."""
+def window_of(attention: Any, config: Any, index: int) -> int | None:
+    """Tokens that a layer's queries see; None: all. Families keep it on the layers that have one, or pass the config's
+    on to all."""
     if (types := getattr(config, "layer_types", None)) is not None and types[index] != "sliding_attention":
         return None
     window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))

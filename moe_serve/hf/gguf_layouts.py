@@ -53,6 +53,12 @@ def joined(parameter: str, tensors: Tensors, hf_config: Any) -> torch.Tensor:
     return torch.cat(list(tensors))
 
 
+def is_changed(architecture: str, name: str) -> bool:
+    """Whether `undone` changes a matrix."""
+    matrix = r"^blk\.\d+\.(attn_gate|attn_qkv|ssm_alpha|ssm_beta|ssm_out|ssm_conv1d)\.weight$"
+    return architecture == "qwen35moe" and re.match(matrix, name) is not None
+
+
 def undone(architecture: str, name: str, values: torch.Tensor, hf_config: Any) -> torch.Tensor:
     """A tensor of the file without what llama.cpp's converter did to it."""
     name = re.sub(r"^blk\.\d+\.", "", name)

@@ -22,7 +22,10 @@ from moe_serve.errors import CheckpointError
 from moe_serve.gguf_files.folder import Listing
 from moe_serve.gguf_files.reading import GgufTensor
 from moe_serve.hf import gguf_layouts
-from moe_serve_kernels.quantized import row_bytes
+from moe_serve.hf.dense import rows_of
+from moe_serve.hf.stand_ins import StandIns
+from moe_serve_kernels.cpu.expert_mlp import Matrix
+from moe_serve_kernels.quantized import READABLE_BLOCKS, BlockRows, row_bytes
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EXPERT = re.compile(
@@ -61,19 +64,38 @@ def expert_tensors(listing: Listing, has_gate: bool = True) -> Iterator[tuple[in
                 yield int(match["layer"]), "gate", expert, stored
 
 
-def dense_values(listing: Listing) -> int:
-    """How many values the file has that are no expert's."""
-    return sum(math.prod(tensor.shape) for name, tensor in listing.tensors.items() if not EXPERT.match(name))
+def dense_bytes(listing: Listing, dtype: torch.dtype, as_stored: bool) -> int:
+    """Of all but the experts in memory. `as_stored`: matrices that kernels read stay as they are. All else becomes
+    values of `dtype`."""
+    dense = (tensor for name, tensor in listing.tensors.items() if not EXPERT.match(name))
+    return sum(_bytes_in_memory(tensor, dtype, as_stored) for tensor in dense)
 
 
-def dense_state(listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any) -> dict[str, torch.Tensor]:
-    """float32 tensors for the parameters in `shapes`, without experts. What the file lacks is left out.
+def _bytes_in_memory(tensor: GgufTensor, dtype: torch.dtype, as_stored: bool) -> int:
+    values = math.prod(tensor.shape)
+    is_multiplied = as_stored and len(tensor.shape) == 2
+    if is_multiplied and tensor.type in FLOATS:
+        return values * min(FLOATS[tensor.type].itemsize, dtype.itemsize)
+    if is_multiplied and tensor.type in READABLE_BLOCKS:
+        return tensor.shape[0] * row_bytes(tensor.type, tensor.shape[1])
+    return values * dtype.itemsize
+
+
+def dense_state(
+    listing: Listing, shapes: Mapping[str, tuple[int, ...]], hf_config: Any, stand_ins: StandIns | None = None
+) -> dict[str, torch.Tensor]:
+    """float32 tensors, and stand-ins of matrices that stay as they are stored, for the parameters in `shapes`, without
+    experts. What the file lacks is left out.
 
     CheckpointError names a tensor of the file that the model has no place for, or one of a wrong size.
     """
     named = _names(listing, shapes, hf_config)
     sources = _Sources(listing, hf_config)
-    state = {name: sources.parameter(name, found).reshape(shapes[name]) for name, found in named.items()}
+    state: dict[str, torch.Tensor] = {}
+    for name, found in named.items():
+        matrix = sources.matrix(found) if stand_ins is not None and len(shapes[name]) == 2 else None
+        stand_in = None if stand_ins is None or matrix is None else stand_ins.offer(name, matrix)
+        state[name] = sources.parameter(name, found).reshape(shapes[name]) if stand_in is None else stand_in
     sources.refuse_rope_factors()
     _refuse_leftovers(listing, sources.read, hf_config.num_hidden_layers)
     return state
@@ -181,6 +203,22 @@ class _Sources:
         parts = [self._values(name) for name in names]
         return parts[0] if len(parts) == 1 else gguf_layouts.joined(parameter, parts, self._config)
 
+    def matrix(self, names: tuple[str, ...]) -> Matrix | None:
+        """A parameter's [N, K] as the file stores it; None where its values must be changed first."""
+        tensor = self._listing.tensors.get(names[0])
+        is_same = tensor is not None and len(tensor.shape) == 2
+        if len(names) > 1 or not is_same or gguf_layouts.is_changed(self._listing.architecture, names[0]):
+            return None
+        self.read.add(names[0])
+        stored = self._maps.stored(self._listing.tensors[names[0]])
+        matrix: torch.Tensor | BlockRows = stored.tensor
+        if stored.block_type is not None:
+            matrix = BlockRows(stored.block_type, stored.tensor, self._listing.tensors[names[0]].shape[1])
+        if (heads := self._heads_to_permute(names[0])) is None:
+            return matrix
+        order = _halves_apart(torch.arange(matrix.shape[0]), heads)
+        return rows_of(matrix, order)
+
     def refuse_rope_factors(self) -> None:
         """CheckpointError, unless they are all 1 or there are none."""
         if ROPE_FACTORS in self._listing.tensors and not (self._stored(ROPE_FACTORS) == 1).all():
@@ -194,12 +232,16 @@ class _Sources:
         if name not in self._listing.tensors:
             return self._joined(name)
         values = gguf_layouts.undone(self._listing.architecture, name, self._stored(name), self._config)
+        heads = self._heads_to_permute(name)
+        return values if heads is None else _halves_apart(values, heads)
+
+    def _heads_to_permute(self, name: str) -> int | None:
+        """How many heads a tensor has whose halves are interleaved; None for another tensor."""
         match = PERMUTED.match(name)
         if match is None or self._listing.architecture not in PERMUTED_ARCHITECTURES:
-            return values
-        return _halves_apart(
-            values, self._config.num_attention_heads if match["which"] == "q" else self._config.num_key_value_heads
-        )
+            return None
+        heads: int = self._config.num_attention_heads if match["which"] == "q" else self._config.num_key_value_heads
+        return heads
 
     def _stored(self, name: str) -> torch.Tensor:
         self.read.add(name)

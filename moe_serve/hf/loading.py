@@ -6,44 +6,24 @@ itself; the experts stay in the files. Knows nothing of batches, pages or reques
 
 from __future__ import annotations
 
-import copy
 import logging
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.store import ExpertStore, matrices_of
-from moe_serve.errors import CheckpointError, UnsupportedModelError
+from moe_serve.errors import UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
-from moe_serve.gguf_files.folder import listing_in
-from moe_serve.hf import attention, chunked_attention, dense, fixed_order, gguf_tensors, latent_attention, recurrent
-from moe_serve.hf.checkpoint import (
-    dense_dtypes,
-    dense_tensors,
-    has_usual_names,
-    open_expert_file,
-    open_experts,
-    tensor_names,
-    weight_files,
-)
-from moe_serve.hf.composites import OTHER_TOWERS, key_mapping, towers_in
+from moe_serve.hf import attention, chunked_attention, dense, fixed_order, latent_attention, recurrent
+from moe_serve.hf.checkpoint import dense_codes_in, open_expert_file, open_experts, tensor_names, weight_files
 from moe_serve.hf.config_file import naming, scheme_in
-from moe_serve.hf.experts import find_experts, replacing
+from moe_serve.hf.dense_loading import DenseLoader, dense_shapes, empty_model
+from moe_serve.hf.experts import find_experts
 from moe_serve.hf.family import Family, family_of
-from moe_serve.hf.leftovers import refuse_gaps, refuse_leftovers
-from moe_serve.hf.progress_bar import bar_only_on_terminals
-from moe_serve.hf.quantization_scheme import Scheme
-from moe_serve.hf.quantized_dense import dense_state
+from moe_serve.hf.scheme import Scheme
 from moe_serve.hf.shard_index import refuse_false_index
 from moe_serve.hf.size_guard import refuse_wrong_sizes
 from moe_serve.spec import ModelSpec
@@ -99,12 +79,9 @@ def _load(
     family, scheme = family_of(hf_config), scheme_in(folder, hf_config)
     refuse_false_index(folder)
     refuse_wrong_sizes(
-        folder, weight_files(folder), tensor_names(folder), spec.num_layers, lambda: _dense_shapes(hf_config)
+        folder, weight_files(folder), tensor_names(folder), spec.num_layers, lambda: dense_shapes(hf_config)
     )
-    keeps_bf16 = _dense_types(folder, family, scheme) == {"BF16"} and dense.is_available(device, dtype)
-    model = _load_dense(folder, hf_config, family, torch.bfloat16 if keeps_bf16 else dtype, scheme).to(device)
-    if keeps_bf16:
-        dense.compute_in_float32(model, family.widened)
+    model = DenseLoader(folder, hf_config, family, scheme).load(spec, dtype, device)
     layers = sorted(find_experts(model))
     if not layers:
         raise UnsupportedModelError(f"{folder}: this {hf_config.model_type} config has no MoE layer")
@@ -112,6 +89,8 @@ def _load(
         store = open_experts(folder, family, layers, spec, scheme)
     else:
         store = open_expert_file(expert_file, folder, layers, spec)
+        if dense.is_available(device, dtype) and (count := dense.use_codes(model, dense_codes_in(expert_file))):
+            log.info("%d linear layers are computed from 12-bit codes", count)
     _say_how_experts_run(store, scheme)
     _adapt(model, hf_config, family)
     if family.recurrence is not None and dense.is_available(device, dtype):
@@ -130,16 +109,6 @@ def _refuse_unknown_layers(folder: str, hf_config: Any, known: set[int]) -> None
             f"{folder}: {len(unknown)} of the {len(kinds)} layers of this {hf_config.model_type} model"
             f" ({', '.join(sorted(set(unknown.values())))}) cache no keys; state of another kind is not carried here"
         )
-
-
-def _dense_types(folder: str, family: Family, scheme: Scheme | None) -> set[str]:
-    """safetensors' names of the types in which everything but experts is stored; none for blocks, which are decoded."""
-    if listing_in(folder) is not None:
-        return set()
-    stored = dense_dtypes(folder, family, scheme is not None)
-    if scheme is None:
-        return stored
-    return {DTYPE_NAMES.get(tensor.tensor.dtype, "") for tensor in dense_tensors(folder, family, scheme)}
 
 
 def _say_how_experts_run(store: ExpertStore, scheme: Scheme | None) -> None:
@@ -166,86 +135,6 @@ def _unreadable(store: ExpertStore) -> str | None:
     matrices = [matrix for layer in store.layers for matrix in matrices_of(store.weights(layer, 0))]
     types = {matrix.type for matrix in matrices if isinstance(matrix, BlockRows) and not are_readable([matrix])}
     return f"in blocks of type {', '.join(sorted(types))}" if types else None
-
-
-def _load_dense(
-    folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None = None
-) -> nn.Module:
-    attention.register()
-    model_class, names = _model_class(hf_config, family), tensor_names(folder)
-    try:
-        with replacing(family.experts_class), _ignoring_expert_keys(model_class, family), bar_only_on_terminals():
-            loaded: Any = model_class.from_pretrained(
-                **_source(folder, hf_config, family, dtype, scheme, model_class),
-                dtype=dtype,
-                key_mapping=key_mapping(names),
-                attn_implementation=attention.NAME,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they come back in the info, by name
-            )
-            model, info = loaded
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    refuse_gaps(folder, info)
-    _say_what_is_left_out(names)
-    refuse_leftovers(folder, weight_files(folder), info["unexpected_keys"], hf_config)
-    loaded_model: nn.Module = model.eval()
-    return loaded_model
-
-
-def _model_class(hf_config: Any, family: Family) -> Any:
-    """The text model's causal class; imports its modeling file."""
-    if family.model_class is not None:
-        return getattr(transformers, family.model_class)
-    return AutoModelForCausalLM._model_mapping[type(hf_config)]
-
-
-def _say_what_is_left_out(names: Iterable[str]) -> None:
-    towers = ", ".join(f"{tower} ({count} tensors)" for tower, count in towers_in(names).items())
-    if towers:
-        log.info("only the text model is served; not read: %s", towers)
-
-
-def _source(
-    folder: str, hf_config: Any, family: Family, dtype: torch.dtype, scheme: Scheme | None, model_class: Any
-) -> dict[str, Any]:
-    """Where transformers takes the dense part from: the folder or, if that is quantised or its files have names that
-    transformers does not look for, the tensors themselves."""
-    if (listing := listing_in(folder)) is not None:
-        with torch.device("meta"):
-            empty = model_class._from_config(hf_config, attn_implementation=attention.NAME)
-        shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-        state = gguf_tensors.dense_state(listing, shapes, hf_config)
-        wide = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
-        log.info("all but the experts of a GGUF file is kept as %s: %d MiB", str(dtype)[6:], wide >> 20)
-        return _given(hf_config, state)
-    if scheme is None and has_usual_names(folder):
-        return {"pretrained_model_name_or_path": folder, "config": hf_config}
-    if scheme is None:
-        tensors = {stored.name: stored.tensor for stored in dense_tensors(folder, family, None)}
-        return _given(hf_config, tensors)
-    plain = copy.deepcopy(hf_config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    state = dense_state(dense_tensors(folder, family, scheme), scheme, dtype)
-    return _given(plain, state)
-
-
-def _given(config: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
-
-
-@contextmanager
-def _ignoring_expert_keys(model_class: Any, family: Family) -> Iterator[None]:
-    """Expert tensors are not "unexpected", and towers are known. Without this they fill the log."""
-    before = model_class._keys_to_ignore_on_load_unexpected
-    # transformers joins all patterns into one, which forbids repeated group names.
-    patterns = [re.sub(r"\(\?P<\w+>", "(?:", p.pattern) for p in family.patterns]
-    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns, OTHER_TOWERS.pattern]
-    try:
-        yield
-    finally:
-        model_class._keys_to_ignore_on_load_unexpected = before
 
 
 def _adapt(model: nn.Module, hf_config: Any, family: Family) -> None:
@@ -275,19 +164,6 @@ def shapes_of(hf_config: Any) -> Shapes:
     _adapt(model, hf_config, family_of(hf_config))
     shapes: Shapes = _probe_shapes(model, META)
     return shapes
-
-
-def empty_model(hf_config: Any, **options: Any) -> nn.Module:
-    """The model without experts and without memory: all its parameters are on the meta device."""
-    family = family_of(hf_config)
-    with replacing(family.experts_class), META:
-        model: nn.Module = _model_class(hf_config, family)._from_config(copy.deepcopy(hf_config), **options)
-    return model
-
-
-def _dense_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Every dense parameter's shape."""
-    return {name: tuple(parameter.shape) for name, parameter in empty_model(hf_config).named_parameters()}
 
 
 @torch.inference_mode()

@@ -7,58 +7,16 @@ compressed-tensors, ModelOpt, GPTQ, AWQ, fine-grained fp8 (DeepSeek-V3, Qwen3) a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from expert_cache.storage.encoding import Encoding
 from moe_serve.hf import auto_round
+from moe_serve.hf.compressed_tensors import NVFP4_GROUP, compressed_tensors
 from moe_serve.hf.quantization_fields import Fields
-from moe_serve_kernels.quantized import Kind
+from moe_serve.hf.scheme import SCALED_WEIGHT, Scheme, promises
 
-SCALED_WEIGHT = {".weight": "codes", ".weight_scale": "scale"}
-PACKED_WEIGHT = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_zero_point": "zero"}
-NVFP4_GROUP = 16
-FOUR_BIT_FLOATS = {"nvfp4-pack-quantized": NVFP4_GROUP, "mxfp4-pack-quantized": 32}
-"""compressed-tensors' format -> columns of a group."""
 COLUMN_WORDS = {".qweight": "codes", ".scales": "scale", ".qzeros": "zero"}
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """One checkpoint's way to store quantised matrices."""
-
-    encoding: Encoding
-    suffixes: Mapping[str, str]
-    """End of a tensor's name -> its role (expert_cache.storage.encoding.ROLES)."""
-    unused: tuple[str, ...] = (".weight_shape", ".input_scale", ".k_scale", ".v_scale", ".input_global_scale")
-    """Ends of names of what we do without."""
-    stem: str = ".weight"
-    """What the matrix's name would end in, were it not quantised."""
-    by_dtype: Mapping[torch.dtype, Encoding] = field(default_factory=dict)
-    """Encodings of matrices whose codes have another type than most, in checkpoints of several formats."""
-    rounds_activations: bool = False
-    """Made for engines that quantise activations too; we do not."""
-    is_symmetric: bool = False
-    """Zero points are half of what the codes can say, whatever the form that stores them."""
-    promised: Mapping[str, str] = field(default_factory=dict)
-    """Role that every matrix must have -> the field that says so, in words."""
-    all_zero: str = ""
-    """End of the names of zero points that are not read, since `symmetric_field` says that all are zero."""
-    symmetric_field: str = ""
-    """The field and its value, in words."""
-
-    def encoding_of(self, dtype: torch.dtype) -> Encoding:
-        """Of a matrix, by the type of its codes."""
-        return self.by_dtype.get(dtype, self.encoding)
-
-    def split(self, name: str) -> tuple[str, str] | None:
-        """(name the matrix would have unquantised, role), or None for a tensor of no quantised matrix."""
-        for suffix, role in self.suffixes.items():
-            if name.endswith(suffix):
-                return name.removesuffix(suffix) + self.stem, role
-        return None
 
 
 def scheme_of(values: object, dtype: torch.dtype, where: str) -> Scheme:
@@ -79,75 +37,6 @@ def modelopt_scheme(note: object, dtype: torch.dtype, where: str) -> Scheme:
     return _modelopt(fields, dtype if dtype == torch.bfloat16 else torch.float32)
 
 
-def _only_group(fields: Fields) -> Fields:
-    groups = fields.object("config_groups")
-    if len(groups.names()) != 1:
-        raise fields.unsupported("config_groups", "exactly one group")
-    group = groups.object(groups.names()[0])
-    group.refuse_unknown(GROUP)
-    group.object("weights").refuse_unknown(WEIGHTS)
-    return group
-
-
-def _compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
-    fields.object("sparsity_config").choice("format", ("dense",), "dense")
-    known = ("pack-quantized", "int-quantized", "float-quantized", *FOUR_BIT_FLOATS)
-    layout = fields.choice("format", known)
-    group = _only_group(fields)
-    weights = group.object("weights")
-    if layout in FOUR_BIT_FLOATS:
-        return _four_bit_floats(weights, group.has("input_activations"), FOUR_BIT_FLOATS[layout])
-    if layout == "pack-quantized":
-        weights.choice("type", ("int",))
-        bits = weights.choice("num_bits", (4, 8))
-        kind: Kind = "int4" if bits == 4 else "uint8"
-        encoding = Encoding("packed", kind, zero=1 << (bits - 1), float_dtype=float_dtype, **_strategy(weights))
-        promised = _promises(
-            zero=None if weights.flag("symmetric", default=True) else weights.says("symmetric"),
-            order=weights.says("actorder") if weights.get("actorder") in ("group", "dynamic", True) else None,
-        )
-        return Scheme(encoding, {**PACKED_WEIGHT, ".weight_g_idx": "order"}, promised=promised)
-    weights.choice("type", ("int",) if layout == "int-quantized" else ("float",))
-    weights.choice("num_bits", (8,))
-    weights.choice("symmetric", (True,))
-    encoding = Encoding(
-        "rows", "int8" if layout == "int-quantized" else "fp8", float_dtype=float_dtype, **_strategy(weights)
-    )
-    return Scheme(
-        encoding,
-        SCALED_WEIGHT,
-        unused=(*Scheme(encoding, {}).unused, ".weight_zero_point"),
-        rounds_activations=group.has("input_activations"),
-        all_zero=".weight_zero_point",
-        symmetric_field=weights.says("symmetric"),
-    )
-
-
-def _promises(**fields: str | None) -> dict[str, str]:
-    """By role: the field that promises its tensor, in words; None where none does."""
-    return {role: text for role, text in fields.items() if text is not None}
-
-
-def _four_bit_floats(weights: Fields, rounds_activations: bool, size: int) -> Scheme:
-    """compressed-tensors' NVFP4 (e4m3 scales, divided by one factor per matrix) and MXFP4 (e8m0 scales)."""
-    weights.choice("num_bits", (4,))
-    weights.choice("type", ("float",))
-    weights.choice("group_size", (size,))
-    encoding = Encoding("rows", "fp4", group=size, divides=True)
-    suffixes = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_global_scale": "factor"}
-    return Scheme(encoding, suffixes, rounds_activations=rounds_activations)
-
-
-def _strategy(weights: Fields) -> dict[str, Any]:
-    strategy = weights.choice("strategy", ("channel", "group", "tensor", "block"))
-    if strategy == "group":
-        return {"group": weights.integer("group_size", 1)}
-    if strategy == "block":
-        rows, columns = weights.pair("block_structure")
-        return {"rows_per_scale": rows, "group": columns}
-    return {"rows_per_scale": 0 if strategy == "tensor" else 1}
-
-
 def _gptq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     bits = fields.choice("bits", (4, 8))
     fields.choice("pack_dtype", ("int32",), "int32")
@@ -161,7 +50,7 @@ def _gptq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
         float_dtype=float_dtype,
     )
     is_symmetric = fields.flag("sym", default=True)
-    promised = _promises(
+    promised = promises(
         zero=None if is_symmetric else fields.says("sym"),
         order=fields.says("desc_act") if fields.flag("desc_act", default=False) else None,
     )
@@ -184,7 +73,7 @@ def _awq(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     return Scheme(
         Encoding("awq", "int4", group=size, zero=8, float_dtype=float_dtype),
         COLUMN_WORDS,
-        promised=_promises(zero=fields.says("zero_point", True) if has_zeros else None),
+        promised=promises(zero=fields.says("zero_point", True) if has_zeros else None),
     )
 
 
@@ -234,7 +123,7 @@ def _mxfp4(fields: Fields, float_dtype: torch.dtype) -> Scheme:
 
 
 METHODS: Mapping[str, Callable[[Fields, torch.dtype], Scheme]] = {
-    "compressed-tensors": _compressed_tensors,
+    "compressed-tensors": compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
     "fp8": _fp8,
@@ -249,13 +138,6 @@ MODELOPT_NOTE = {"quant_algo", "kv_cache_quant_algo", "exclude_modules", "group_
 """Of hf_quant_config.json; caches stay floats here."""
 COMMON = {"quant_method", "modules_to_not_convert", "ignored_layers", "ignore", "backend", "version", "meta"}
 """Fields of several methods: which modules stay floats is seen from their tensors."""
-GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
-"""Of a group of compressed-tensors."""
-WEIGHTS = {
-    *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
-    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
-}
-"""Of a group's weights."""
 KNOWN: Mapping[str, Collection[str]] = {
     "compressed-tensors": {
         *COMMON,

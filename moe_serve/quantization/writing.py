@@ -1,6 +1,7 @@
-"""Writing a checkpoint whose experts are quantised, in compressed-tensors' pack-quantized format.
+"""Writing a checkpoint whose experts, and dense weights if asked, are quantised, in compressed-tensors' pack-quantized
+format.
 
-Shard by shard, so that memory holds one shard. Everything that is not an expert's matrix is copied as it is.
+Shard by shard, so that memory holds one shard. Everything else is copied as it is.
 The layout is the one that compressed-tensors documents and that vLLM and SGLang read as well.
 """
 
@@ -22,6 +23,7 @@ from moe_serve.hf.checkpoint import safetensors_files
 from moe_serve.hf.config_file import read_config
 from moe_serve.hf.family import FURTHER, PART_OF, PER_EXPERT, Family, family_of
 from moe_serve.hf.shard_index import INDEX
+from moe_serve.quantization.dense_choice import EXPERTS, OTHERS, DenseChoice, Precision
 from moe_serve.quantization.rounding import Rounded, round_matrix
 
 Importance = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -36,25 +38,29 @@ def write_quantized(
     group: int,
     importance: Importance | None,
     on_matrix: Callable[[], object] = lambda: None,
+    dense: Precision | None = None,
 ) -> int:
-    """Quantise the experts of the checkpoint in `source` into the folder `target`.
+    """Quantise the experts of the checkpoint in `source` into the folder `target`; with `dense` its other linear layers
+    too.
 
     Returns the bytes of the tensors written.
     `group` 0: one scale per row. `target` is made where it is missing. ConfigError or UnsupportedModelError.
     """
     config = read_config(source)
-    _check(source, config, family_of(config), group)
+    family = family_of(config)
+    _check(source, config, family, group)
     target.mkdir(exist_ok=True)
     index: dict[str, str] = {}
-    dense: list[str] = []
+    ignored: list[str] = []
     total_bytes = 0
+    quantizer = _Quantizer(Precision(bits, group), importance, DenseChoice(config, family, dense), on_matrix)
     for file in safetensors_files(source):
-        tensors, kept = _quantized_shard(file, config.num_hidden_layers, bits, group, importance, on_matrix)
+        tensors, kept = quantizer.shard(file)
         _save(tensors, target / file.name)
-        dense += kept
+        ignored += kept
         index |= dict.fromkeys(tensors, file.name)
         total_bytes += sum(t.nbytes for t in tensors.values())
-    _write_rest(Path(source), target, quantization_config(bits, group, dense))
+    _write_rest(Path(source), target, quantization_config(bits, group, ignored, dense))
     if (Path(source) / INDEX).is_file():
         metadata = {"total_size": total_bytes}
         (target / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": index}, indent=2))
@@ -69,12 +75,15 @@ def _save(tensors: Tensors, file: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def num_matrices(source: str) -> int:
-    """Expert matrices that `write_quantized` would quantise."""
-    count, layers = 0, read_config(source).num_hidden_layers
+def num_matrices(source: str, dense: Precision | None = None) -> int:
+    """Matrices that `write_quantized` would quantise."""
+    count, config = 0, read_config(source)
+    choice = DenseChoice(config, family_of(config), dense)
     for file in safetensors_files(source):
         with safe_open(file, framework="pt") as handle:
-            count += sum(_expert_of(name, layers) is not None for name in handle.keys())  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
+                is_expert = _expert_of(name, config.num_hidden_layers) is not None
+                count += is_expert or choice.of(name, tuple(handle.get_slice(name).get_shape())) is not None
     return count
 
 
@@ -105,30 +114,46 @@ def _check(source: str, config: Any, family: Family, group: int) -> None:
         )
 
 
-def _quantized_shard(
-    file: Path, num_layers: int, bits: int, group: int, importance: Importance | None, on_matrix: Callable[[], object]
-) -> tuple[Tensors, list[str]]:
-    """The shard's tensors, and the names of linear layers left as they were."""
-    tensors: Tensors = {}
-    dense: list[str] = []
-    with safe_open(file, framework="pt") as handle:
-        for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
-            tensor = handle.get_tensor(name)
-            match = _expert_of(name, num_layers)
-            if match is None:
+class _Quantizer:
+    """Turns a shard's tensors into those of the quantised checkpoint."""
+
+    def __init__(
+        self,
+        experts: Precision,
+        importance: Importance | None,
+        dense: DenseChoice,
+        on_matrix: Callable[[], object],
+    ) -> None:
+        self._experts, self._importance, self._dense, self._on_matrix = experts, importance, dense, on_matrix
+
+    def shard(self, file: Path) -> tuple[Tensors, list[str]]:
+        """The shard's tensors, and the names of linear layers left as they were."""
+        tensors: Tensors = {}
+        left: list[str] = []
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - safe_open is not a dict
+                tensor = handle.get_tensor(name)
+                rounded = self._rounded(name, tensor)
+                if rounded is not None:
+                    prefix = name.removesuffix("weight")
+                    tensors |= {prefix + end: part for end, part in rounded.items()}
+                    self._on_matrix()
+                    continue
                 tensors[name] = tensor
                 if tensor.ndim == 2 and name.endswith(".weight") and "embed" not in name:
-                    dense.append(name.removesuffix(".weight"))
-                continue
-            weights = None
-            if importance is not None:
-                is_down = PART_OF[match["part"]] == "down"
-                weights = importance(int(match["layer"]), int(match["expert"]))[is_down]
-            rounded = round_matrix(tensor, bits, group, weights)
-            prefix = name.removesuffix("weight")
-            tensors |= {prefix + end: part for end, part in packed(rounded, bits).items()}
-            on_matrix()
-    return tensors, dense
+                    left.append(name.removesuffix(".weight"))
+        return tensors, left
+
+    def _rounded(self, name: str, tensor: torch.Tensor) -> Tensors | None:
+        """What is written of a matrix that is quantised; None for another tensor."""
+        match = _expert_of(name, self._dense.num_layers)
+        if match is None:
+            precision = self._dense.of(name, tuple(tensor.shape))
+            return None if precision is None else packed(round_matrix(tensor, *precision), precision.bits)
+        weights = None
+        if self._importance is not None:
+            weights = self._importance(int(match["layer"]), int(match["expert"]))[PART_OF[match["part"]] == "down"]
+        return packed(round_matrix(tensor, *self._experts, weights), self._experts.bits)
 
 
 def packed(rounded: Rounded, bits: int) -> Tensors:
@@ -149,27 +174,33 @@ def packed(rounded: Rounded, bits: int) -> Tensors:
     }
 
 
-def quantization_config(bits: int, group: int, ignore: list[str]) -> dict[str, Any]:
+def quantization_config(bits: int, group: int, ignore: list[str], dense: Precision | None = None) -> dict[str, Any]:
     """What config.json says about such a checkpoint."""
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group" if group else "channel",
-        "group_size": group or None,
-        "dynamic": False,
-        "actorder": None,
-        "observer": "minmax",
-    }
-    linear = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    groups = {"group_0": _group(["Linear"], Precision(bits, group))}
+    if dense not in (None, Precision(bits, group)):
+        groups = {"group_0": _group([EXPERTS], Precision(bits, group)), "group_1": _group([OTHERS], dense)}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": linear},
+        "config_groups": groups,
         "ignore": sorted(ignore),
         "kv_cache_scheme": None,
     }
+
+
+def _group(targets: list[str], precision: Precision) -> dict[str, Any]:
+    weights = {
+        "num_bits": precision.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if precision.group else "channel",
+        "group_size": precision.group or None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
 def _write_rest(source: Path, target: Path, fields: dict[str, Any]) -> None:

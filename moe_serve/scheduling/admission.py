@@ -128,6 +128,12 @@ class Admission:
             return 0.0
         return num_queued * statistics.fmean(self._seat_times_s) / self._config.max_num_seqs
 
+    @property
+    def retry_after_s(self) -> int:
+        """When one of a client's own requests should have ended: the mean time that samples kept their seats."""
+        seconds = math.ceil(statistics.fmean(self._seat_times_s)) if self._seat_times_s else 1
+        return max(1, min(MAX_RETRY_AFTER_S, seconds))
+
     def refusal(self, num_queued: int, reason: str) -> OverloadedError:
         """The error for a request that is refused now: come back when half the queue should be gone."""
         self._last_refusal_s = self._clock()

@@ -10,17 +10,18 @@ Host integers only: imports no torch, no tokenizer, no HTTP.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.scheduling.fair_shares import FairShares
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool
 from moe_serve.scheduling.prefixes import Prefixes
 from moe_serve.scheduling.seats import NO_SEAT, Seats
 from moe_serve.scheduling.sequence import Sequence
+from moe_serve.scheduling.waiting_line import WaitingLine
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +82,21 @@ class Scheduler:
         self._eos = eos_token_ids
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
-        self.waiting: deque[Sequence] = deque()
+        self.shares = FairShares()
+        self.waiting = WaitingLine(self.shares)
         self.running: list[Sequence] = []
         """In order of admission: the last one is preempted first."""
 
     # ---- queues ---------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence behind those of the same or a lower priority value, and behind preempted ones."""
-        place = len(self.waiting)
-        while place > 0 and _goes_before(seq, self.waiting[place - 1]):
-            place -= 1
-        self.waiting.insert(place, seq)
+        """Queue a new sequence; moe_serve/scheduling/waiting_line.py says where."""
+        self.shares.enter(seq.client)
+        self.waiting.add(seq)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Something can be computed; a paused sequence cannot."""
+        return any(not seq.is_paused for seq in self.live())
 
     def live(self) -> Iterator[Sequence]:
         """Every unfinished sequence."""
@@ -111,6 +112,9 @@ class Scheduler:
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
+        else:
+            return  # it was never queued
+        self.shares.leave(seq.client)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.page_ids)
@@ -123,17 +127,25 @@ class Scheduler:
     def schedule(self) -> BatchPlan:
         """Decide one step. Every sequence in the plan owns the pages its tokens go to.
 
-        Admission comes last, and not at all in a step that had to preempt: a sequence admitted
-        then would take the pages that the preempted one is waiting for.
+        Admission comes last, but for clients that were served less than one in the middle of its prompt. There is none
+        in a step that had to preempt: a sequence admitted then would take the pages that the preempted one waits for.
         """
         draft = _StepDraft(self.limits)
-        for seq in self._chosen([s for s in self.running if s.num_tokens - s.num_computed == 1]):
+        active = [s for s in self.running if not s.is_paused]
+        for seq in self._chosen([s for s in active if s.num_tokens - s.num_computed == 1]):
             self._schedule_running(seq, draft)
-        for seq in [s for s in self.running if s.num_tokens - s.num_computed > 1]:
+        for seq in self._in_turn([s for s in active if s.num_tokens - s.num_computed > 1]):
+            if self.shares.are_shared:
+                self._admit_waiting(draft, ahead_of=seq)
             self._schedule_running(seq, draft)
-        if not draft.preempted:
-            self._admit_waiting(draft)
+        self._admit_waiting(draft)
         return draft.finish()
+
+    def _in_turn(self, prompts: list[Sequence]) -> Iterable[Sequence]:
+        """Sequences in the middle of their prompts: the client that was served least goes first."""
+        if not self.shares.are_shared:
+            return prompts
+        return sorted(prompts, key=lambda seq: self.shares.served(seq.client))
 
     def _chosen(self, decoding: list[Sequence]) -> list[Sequence]:
         """Of the sequences that could decode, those that do. The others keep their pages."""
@@ -149,7 +161,7 @@ class Scheduler:
         if count == 0:
             return
         while not self._grow(seq, seq.num_computed + count):
-            victim = self.running[-1]
+            victim = self._paused() or self.running[-1]
             self._preempt(victim, draft)
             if victim is seq:
                 return
@@ -195,13 +207,33 @@ class Scheduler:
             self._put_back(seq)
         self.pool.clear_cache()
 
-    def _admit_waiting(self, draft: _StepDraft) -> None:
-        while self.waiting and draft.budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            seq = self.waiting[0]
-            if self._awaits_leader(seq) or not self._admit(seq, draft):
+    def _admit_waiting(self, draft: _StepDraft, ahead_of: Sequence | None = None) -> None:
+        """Give waiting sequences places; with `ahead_of`, only new ones of clients served no more than its."""
+        while not draft.preempted and draft.budget > 0 and (seq := self.waiting.next()) is not None:
+            if ahead_of is not None and not self._is_ahead(seq, ahead_of):
                 return
-            self.waiting.popleft()
+            if len(self.running) >= self.limits.max_num_seqs:
+                self._make_room(draft)
+                return
+            if self._awaits_leader(seq):
+                return
+            if not self._admit(seq, draft):
+                self._make_room(draft)
+                return
+            self.waiting.remove(seq)
             self.running.append(seq)
+
+    def _is_ahead(self, new: Sequence, running: Sequence) -> bool:
+        is_other = new.client != running.client and not new.num_preemptions
+        return is_other and self.shares.served(new.client) <= self.shares.served(running.client)
+
+    def _paused(self) -> Sequence | None:
+        return next((seq for seq in reversed(self.running) if seq.is_paused), None)
+
+    def _make_room(self, draft: _StepDraft) -> None:
+        """Sequences that nothing is computed for hold up no other: the next step finds what one of them held."""
+        if (paused := self._paused()) is not None:
+            self._preempt(paused, draft)
 
     def _awaits_leader(self, seq: Sequence) -> bool:
         """True for samples 2..n of a request while the first computes the prompt they will share, or scores it."""
@@ -251,6 +283,7 @@ class Scheduler:
             seq = item.seq
             if seq.is_finished or seq in result.errors:
                 continue
+            self.shares.charge(seq.client, item.count)
             is_late = seq in result.late
             seq.num_computed = item.end - is_late
             seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
@@ -280,7 +313,3 @@ class Scheduler:
             self.finish(seq, FinishReason.STOP)
         elif seq.num_tokens >= seq.max_total_tokens:
             self.finish(seq, FinishReason.LENGTH)
-
-
-def _goes_before(new: Sequence, waiting: Sequence) -> bool:
-    return new.request.priority < waiting.request.priority and waiting.num_preemptions == 0

@@ -169,6 +169,8 @@ class Request:
     """Among waiting requests, lower goes first; equals in order of arrival."""
     cache_salt: str = ""
     """Cached prefixes are shared only between requests of one salt (vLLM): no client can time what others asked."""
+    client: str = ""
+    """The API key or address that asked, if known: fair_shares.py shares steps between clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,8 @@ class Sequence:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if any."""
     num_preemptions: int = 0
+    is_paused: bool = False
+    """Its client does not read: it is not computed, and gives way where memory is short."""
     home_rank: int = 0
     """With several ranks, the one whose KV pages hold it (moe_serve/parallel)."""
     prefix_root: bytes = b""
@@ -229,6 +233,10 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def client(self) -> str:
+        return self.request.client
 
     @property
     def num_prompt(self) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from moe_serve.engine.async_engine import AsyncEngine
     from moe_serve.engine.engine import Engine
+    from moe_serve.parallel.front.engine import ParallelEngine
     from moe_serve.server.monitoring.request_spans import Tracing
 
 log = logging.getLogger("moe_serve")
@@ -87,22 +88,42 @@ def _load(
     tracing: Tracing | None,
 ) -> FastAPI:
     """The application with its engine; runs on a thread while the port already answers."""
-    from moe_serve.engine.async_engine import AsyncEngine
     from moe_serve.engine.engine import Engine
     from moe_serve.parallel.front.start import engine_over_ranks
-    from moe_serve.server.app import create_app
-    from moe_serve.text.generation_defaults import read_generation_defaults
 
     started = time.monotonic()
     log.info("loading %s", engine_config.model)
     ranks = engine_over_ranks(engine_config, parallel_config)
     engine = ranks or Engine.from_config(engine_config)
     _log_engine(engine, time.monotonic() - started)
-    name = server_config.served_model_name or model_name_of(engine_config.model)
-    app = create_app(
+    app = _app(engine, server_config, engine_config, tracing, ranks)
+    _keep_for_good()
+    _announce(server_config, port, app.state.service.model_name)
+    return app
+
+
+def app_without_port(server_config: ServerConfig, engine_config: EngineConfig) -> FastAPI:
+    """The application with its engine, for a client in this process."""
+    from moe_serve.engine.engine import Engine
+
+    return _app(Engine.from_config(engine_config), server_config, engine_config)
+
+
+def _app(
+    engine: Engine,
+    server_config: ServerConfig,
+    engine_config: EngineConfig,
+    tracing: Tracing | None = None,
+    ranks: ParallelEngine | None = None,
+) -> FastAPI:
+    from moe_serve.engine.async_engine import AsyncEngine
+    from moe_serve.server.app import create_app
+    from moe_serve.text.generation_defaults import read_generation_defaults
+
+    return create_app(
         AsyncEngine(engine),
         engine.tokenizer,
-        model_name=name,
+        model_name=server_config.served_model_name or model_name_of(engine_config.model),
         model_path=engine_config.model,
         version=__version__,
         sampling_defaults=read_generation_defaults(engine_config.model, engine_config.generation_config),
@@ -115,9 +136,6 @@ def _load(
         tracing=tracing,
         ranks=ranks,
     )
-    _keep_for_good()
-    _announce(server_config, port, name)
-    return app
 
 
 def _keep_for_good() -> None:

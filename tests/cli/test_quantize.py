@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli import main
 from moe_serve.cli.flags import default_model
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.hf.checkpoint import open_all_experts
+from moe_serve.hf.dense import StoredLinear
+from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
+from moe_serve_kernels.quantized import QuantizedRows
 from predictors.shape import MoELayer
 
 TEXT = "The old captain looked at the sea and said that it was a cold morning in November. " * 8
@@ -104,3 +108,25 @@ def test_an_existing_folder_and_a_quantised_model_are_refused(
     err = capsys.readouterr().err
     assert "exists" in err
     assert "is quantised already" in err
+
+
+@pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+@pytest.mark.parametrize(("dense", "most"), [("int8", 0.012), ("int4", 0.13)])
+def test_dense_weights_are_quantised_where_that_is_asked_for(tmp_path: Path, dense: str, most: float) -> None:
+    """With other bits than the experts' where --dense says so; embeddings, routers and norms stay."""
+    folder = quantize(tmp_path / "out", "--dense", dense)
+    written, original = (load_file(Path(f) / "model.safetensors") for f in (folder, default_model()))
+    fields = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert all(name.endswith(".gate") for name in fields["ignore"])
+    assert torch.equal(written["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+    runner = LLM(str(folder), **SETTINGS).engine.runner
+    assert isinstance(runner, ModelRunner)
+    layers = runner.model.named_modules()
+    coded = {n: m.matrix for n, m in layers if isinstance(m, StoredLinear) and isinstance(m.matrix, QuantizedRows)}
+    assert len(coded) == 4 * 8
+    for name, matrix in coded.items():
+        wanted = original[f"{name}.weight"].float()
+        assert float((as_tensor(matrix, torch.float32) - wanted).norm() / wanted.norm()) < most
+        assert matrix.kind == ("uint8" if dense == "int8" else "int4")
+    assert max(errors(folder)) < 0.13
+    assert len(continuation(str(folder))) == 6

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine.request_queue import RequestQueue
-from moe_serve.errors import InvalidRequestError, OverloadedError
+from moe_serve.engine.request_queue import MAX_UNREAD, RESUME_UNREAD, RequestQueue
+from moe_serve.errors import InvalidRequestError, OverloadedError, TooManyRequestsError
 from moe_serve.scheduling.sequence import Request, SampleOutput, SamplingParams
 
 
@@ -18,12 +18,15 @@ class Desk:
 
     def __init__(self, **settings: Any) -> None:
         self.given_up: list[str] = []
+        self.paused: list[tuple[str, bool]] = []
         self.reception = RequestQueue(
-            EngineConfig.of(**settings), lambda request_id, reason: self.given_up.append(request_id)
+            EngineConfig.of(**settings),
+            lambda request_id, reason: self.given_up.append(request_id),
+            lambda request_id, is_paused: self.paused.append((request_id, is_paused)),
         )
 
-    def enter(self, request_id: str, priority: int = 0) -> Any:
-        return self.reception.enter(Request(request_id, (1, 2), SamplingParams(), priority=priority))
+    def enter(self, request_id: str, priority: int = 0, client: str = "") -> Any:
+        return self.reception.enter(Request(request_id, (1, 2), SamplingParams(), priority=priority, client=client))
 
     def give_output(self, request_id: str) -> None:
         self.reception.deliver([SampleOutput(request_id, 0, "x", (1,), (), None, None, 2, 0, 1)])
@@ -78,5 +81,35 @@ def test_who_waits_for_too_long_is_given_up_and_who_has_left_is_not() -> None:
         desk.reception.leave(gone)
         await asyncio.sleep(0.05)
         assert desk.given_up == ["waiting"]
+
+    asyncio.run(run())
+
+
+def test_one_client_has_at_most_so_many_in_flight() -> None:
+    async def run() -> None:
+        desk = Desk(max_concurrent_per_client=2)
+        first, _ = desk.enter("a", client="x"), desk.enter("b", client="x")
+        with pytest.raises(TooManyRequestsError, match="2 requests in flight") as refused:
+            desk.enter("c", client="x")
+        assert refused.value.retry_after_s >= 1
+        desk.enter("d", client="y")
+        desk.reception.leave(first)
+        desk.enter("c", client="x")
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_client_does_not_read_is_paused_until_it_has_read() -> None:
+    async def run() -> None:
+        desk = Desk()
+        pending = desk.enter("a")
+        for _ in range(MAX_UNREAD + 5):
+            desk.give_output("a")
+        assert desk.paused == [("a", True)]
+        while len(pending.mailbox) > RESUME_UNREAD:
+            assert desk.paused == [("a", True)]
+            await pending.mailbox.get()
+            desk.reception.note_read(pending)
+        assert desk.paused == [("a", True), ("a", False)]
 
     asyncio.run(run())

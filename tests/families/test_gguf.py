@@ -13,9 +13,11 @@ import torch
 from gguf import GGMLQuantizationType as T
 
 from expert_cache.storage import expert_file
+from moe_serve import LLM
 from moe_serve.cli import main
 from moe_serve.errors import CheckpointError, UnsupportedModelError
 from moe_serve.hf.checkpoint import checkpoint_fingerprint, open_all_experts
+from moe_serve.hf.dense import StoredEmbedding, StoredLinear
 from moe_serve.hub.find import find_model
 from moe_serve.text.tokenizer import Tokenizer
 from moe_serve_kernels.cpu.expert_mlp import MLPWeights
@@ -23,7 +25,7 @@ from moe_serve_kernels.quantized import BlockRows
 
 from .gguf_checkpoints import Types, write_pair
 from .references import compute_reference
-from .serving import experts_of, greedy, load, tokens
+from .serving import experts_of, greedy, load, runner_of, tokens
 from .tiny_checkpoints import write_checkpoint
 from .tiny_configs import CASES
 
@@ -104,6 +106,25 @@ def test_the_kernel_reads_blocks_where_they_lie(mixtral: tuple[Path, Path]) -> N
     assert isinstance(weights.gate, BlockRows)
     assert not experts.store.is_copied
     assert experts.store.expert_bytes == 3 * 64 * 64 * 34 // 32
+
+
+def dense_blocks(llm: LLM) -> dict[str, BlockRows]:
+    modules = runner_of(llm).model.named_modules()
+    stored = ((name, m.matrix) for name, m in modules if isinstance(m, StoredLinear | StoredEmbedding))
+    return {name: matrix for name, matrix in stored if isinstance(matrix, BlockRows)}
+
+
+def test_dense_weights_are_computed_where_they_lie(mixtral: tuple[Path, Path]) -> None:
+    """All but queries and keys, whose rows are put in another order; and in bfloat16 as well."""
+    size = mixtral[0].stat().st_size
+    for dtype in ("float32", "bfloat16"):
+        llm = load(Path(find_model(str(mixtral[0]))), dtype=dtype)
+        found = dense_blocks(llm)
+        mapped = {name for name, each in found.items() if each.blocks.untyped_storage().nbytes() == size}
+        assert {name.split(".")[-1] for name in mapped} == {"embed_tokens", "lm_head", "v_proj", "o_proj"}
+        assert {name.split(".")[-1] for name in found.keys() - mapped} == {"q_proj", "k_proj"}
+        prompts = [[5, 6, 7, 8], [9, 10, 11]]
+        assert tokens(greedy(llm, prompts)) == tuple(tokens(greedy(llm, [prompt]))[0] for prompt in prompts)
 
 
 def test_a_cache_smaller_than_the_model_and_an_expert_file(mixtral: tuple[Path, Path], tmp_path: Path) -> None:

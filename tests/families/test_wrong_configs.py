@@ -46,6 +46,7 @@ YARN_WITHOUT_FACTOR = {"rope_type": "yarn", "rope_theta": 1e6}
         ("num_local_experts", True),
         ("num_hidden_layers", [3, "3"]),
         ("sliding_window", -1),
+        ("attention_chunk_size", []),
         ("rms_norm_eps", "small"),
         ("rms_norm_eps", float("nan")),
         ("dtype", "x"),

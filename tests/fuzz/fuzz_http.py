@@ -33,7 +33,7 @@ ANSWER_S = 10.0
 QUIET_S = 0.5
 """Nothing more has come: the answer is over, or none will come."""
 STATUS = re.compile(rb"^HTTP/1\.[01] (\d{3}) ", re.MULTILINE)
-KEPT: list[Script] = []
+KEPT = [Script([b"M-SEARCH /metrics HTTP/1.1\r\nHost: h\r\n\r\nno HTTP\r\n\r\n"], [0.0], Ending.RESET)]
 """What once ended a server, or was a 5xx."""
 Properties = dict[str, Callable[[int, int], int]]
 

@@ -19,6 +19,12 @@ from tests.server.serve_process import ROOT, Serve, complete
 MAY_GROW_MIB = 50
 SETTLE_S = 30.0
 WARM_UPS = 3
+PROBE = ROOT / "benchmarks" / "live_probe.py"
+TRIVIAL = ROOT / "benchmarks" / "trivial_server.py"
+
+
+def _probe(port: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, str(PROBE), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 class WatchedServer:
@@ -29,8 +35,10 @@ class WatchedServer:
         self.port = server.port
         self.url = server.url
         self._before_mib = self.resident_mib()
-        command = [sys.executable, str(ROOT / "benchmarks" / "live_probe.py"), str(self.port)]
-        self._probe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._trivial = subprocess.Popen([sys.executable, str(TRIVIAL)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._trivial.stdout is not None
+        ports = {"live": self.port, "machine": int(self._trivial.stdout.readline())}
+        self._probes = {name: _probe(port) for name, port in ports.items()}
         self._found: dict[str, Any] | None = None
 
     def resident_mib(self) -> float:
@@ -46,20 +54,24 @@ class WatchedServer:
         assert start < 0, self.server.log[max(start - 500, 0) : start + 4000]
 
     def report(self) -> dict[str, Any]:
-        """Times of /live and memory, once the attack is over. Memory has SETTLE_S to come back."""
+        """Times of /live and of the machine, and memory, once the attack is over. Memory has SETTLE_S to come back.
+
+        `machine` is a server that does nothing, asked in the same way at the same time: what it took is not ours.
+        """
         self.check()
         if self._found is None:
-            said, _ = self._probe.communicate()
+            said = {name: json.loads(probe.communicate()[0]) for name, probe in self._probes.items()}
             deadline_s = time.monotonic() + SETTLE_S
             while self.resident_mib() > self._before_mib + MAY_GROW_MIB and time.monotonic() < deadline_s:
                 time.sleep(0.5)
             grown = round(self.resident_mib() - self._before_mib, 1)
-            self._found = {"live": json.loads(said), "grown_mib": grown}
+            self._found = said | {"grown_mib": grown}
         return self._found
 
     def end(self) -> None:
-        self._probe.kill()
-        self._probe.communicate()
+        for process in (*self._probes.values(), self._trivial):
+            process.kill()
+            process.communicate()
         self.server.process.kill()
         self.server.process.wait()
 

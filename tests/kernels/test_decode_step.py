@@ -13,12 +13,13 @@ from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.decode_step import DecodeStep, most_tokens
 from moe_serve_kernels.cpu.decoder import DecodeInputs, DecoderBlock, DecoderShape, Latents, Rotary
 from moe_serve_kernels.cpu.expert_layer import ExpertLayer, combine
-from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
+from moe_serve_kernels.cpu.expert_mlp import Activation, Matrix, MLPWeights, expert_mlp
 from moe_serve_kernels.cpu.latent_heads import LatentHeads
 from moe_serve_kernels.cpu.linear import LinearWeights
 from moe_serve_kernels.cpu.native_model import NativeModel
 from moe_serve_kernels.routings import Routing
-from tests.kernels.quantized_experts import FORMS, Form, make_expert
+from tests.kernels.quantized_experts import FORMS, Form, make_expert, make_matrix
+from tests.kernels.test_blocks import random_rows
 from tests.support.decode_reference import decode_step_reference, in_float64
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
@@ -59,6 +60,8 @@ class Case:
     shared_gate: bool = False
     dense: tuple[int, ...] = ()
     """Layers that have an MLP instead of experts."""
+    forms: tuple[Form | str, ...] = ()
+    """Of linear layers, drawn for each: quantised, or ggml's blocks by name. Empty: `dtype`."""
 
     @property
     def shape(self) -> DecoderShape:
@@ -83,6 +86,7 @@ class Case:
         return [i for i in range(LAYERS) if i not in self.dense]
 
 
+MIXED: tuple[Form | str, ...] = ("Q8_0", "Q5_1", "MXFP4", Form("int4", 32, zeros=True), Form("fp8"), Form("int8"))
 CASES = {
     "mixtral": Case(routing=Routing(2, "softmax_of_chosen")),
     "qwen2": Case(routing=Routing(3, "softmax"), shared=90, shared_gate=True, dense=(1,)),
@@ -130,6 +134,10 @@ CASES = {
         q_rank=80,
         value_dim=24,
         shared=48,
+    ),
+    "forms": Case(hidden=96, routing=Routing(3, "softmax"), forms=MIXED, biases=True, shared=48),
+    "forms_of_latents": Case(
+        routing=Routing(3, "softmax"), kv_heads=1, rotary_dim=16, kv_rank=48, q_rank=64, value_dim=24, forms=MIXED
     ),
     "granite": Case(routing=Routing(3, "softmax_of_chosen"), residual_scale=0.3, shared=16),
     "odd": Case(
@@ -227,7 +235,18 @@ def latents(case: Case) -> Latents:
 
 def linear(case: Case, rows: int, columns: int) -> LinearWeights:
     bias = torch.randn(rows).to(case.dtype) if case.biases else None
+    if case.forms:
+        return LinearWeights(
+            coded(case.forms[int(torch.randint(len(case.forms), ()))], rows, columns), bias, case.rounds
+        )
     return LinearWeights((torch.randn(rows, columns) / columns**0.5).to(case.dtype), bias, case.rounds)
+
+
+def coded(form: Form | str, rows: int, columns: int) -> Matrix:
+    generator = torch.Generator().manual_seed(rows)
+    if isinstance(form, Form):
+        return make_matrix(form, rows, columns, generator)
+    return random_rows(form, rows, columns, generator)
 
 
 def mlp(case: Case, inner: int) -> MLPWeights:
@@ -359,6 +378,7 @@ def test_the_first_of_equal_scores_is_chosen(routing: Routing) -> None:
     model = tiny(Case(routing=routing))
     for b in model.blocks:
         assert b.router is not None
+        assert isinstance(b.router.weight, torch.Tensor)
         b.router.weight.zero_()
     _, ids, weights = model.step().run(inputs_of(model.case, 2))
     assert ids.tolist() == [[[0, 1, 2]] * 2] * LAYERS

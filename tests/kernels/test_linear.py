@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.library import native
-from moe_serve_kernels.cpu.linear import LinearTable, LinearWeights, linear, linears
+from moe_serve_kernels.cpu.linear import BlockTable, LinearTable, LinearWeights, linear, linears
+from moe_serve_kernels.quantized import READABLE_BLOCKS
+from tests.kernels.quantized_experts import FORMS, Form, make_matrix
+from tests.kernels.test_blocks import random_rows
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
@@ -21,6 +24,34 @@ def test_matches_float64(tokens: int, rows: int, columns: int, dtype: torch.dtyp
     x, weight, bias = torch.randn(tokens, columns), torch.randn(rows, columns).to(dtype), torch.randn(rows).to(dtype)
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(linear(x, LinearWeights(weight, bias)).double(), expected, rtol=0, atol=1e-6 * columns)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_codes_match_float64(form: Form) -> None:
+    weight, x, bias = (
+        make_matrix(form, 70, 384, torch.Generator().manual_seed(1)),
+        torch.randn(40, 384),
+        torch.randn(70),
+    )
+    whole = linear(x, LinearWeights(weight, bias))
+    expected = F.linear(x.double(), weight.dequantized(torch.float64), bias.double())
+    torch.testing.assert_close(whole.double(), expected, rtol=0, atol=1e-4)
+    for count in (1, 3, 6, 7):
+        assert torch.equal(linear(x[:count], LinearWeights(weight, bias)), whole[:count])
+
+
+@pytest.mark.parametrize("kind", READABLE_BLOCKS)
+def test_blocks_have_the_bits_of_their_floats(kind: str) -> None:
+    weight, x = random_rows(kind, 70, 512, torch.Generator().manual_seed(2)), torch.randn(40, 512)
+    floats = LinearWeights(weight.dequantized())
+    for count in (1, 2, 3, 6, 7, 40):
+        assert torch.equal(linear(x[:count], LinearWeights(weight)), linear(x[:count], floats))
+
+
+@pytest.mark.parametrize("kind", READABLE_BLOCKS)
+def test_rows_of_a_table_of_blocks(kind: str) -> None:
+    weight, ids = random_rows(kind, 9, 768, torch.Generator().manual_seed(3)), torch.tensor([[8, 0], [3, 3]])
+    assert torch.equal(BlockTable(weight).rows(ids), weight.dequantized()[ids])
 
 
 def test_leading_axes_and_no_bias() -> None:

@@ -101,6 +101,7 @@ class FakeEngine:
     route_observers: list[RouteObserver] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    paused: set[str] = field(default_factory=set)
     waiting: list[Sample] = field(default_factory=list)
     running: list[Sample] = field(default_factory=list)
     num_steps: int = 0
@@ -145,11 +146,14 @@ class FakeEngine:
         if self.refuse_abort:
             raise RuntimeError("cannot abort")
 
+    def pause(self, request_id: str, is_paused: bool) -> None:
+        self.paused = self.paused - {request_id} | ({request_id} if is_paused else set())
+
     def is_waiting(self, request_id: str) -> bool:
         return any(s.request.request_id == request_id for s in self.waiting)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting) or any(s.request.request_id not in self.paused for s in self.running)
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         if moe_cache_mib > 100:
@@ -188,7 +192,7 @@ class FakeEngine:
         if self.failing_steps:
             self.failing_steps -= 1
             raise RuntimeError("the step failed")
-        outputs = [self._advance(s) for s in self.running]
+        outputs = [self._advance(s) for s in self.running if s.request.request_id not in self.paused]
         self._report(admitted)
         self.running = [s for s in self.running if not s.done]
         return outputs

@@ -82,6 +82,27 @@ def test_full_queue_is_503_with_retry_after(make: Any, stream: bool) -> None:
     run(served, scenario)
 
 
+@pytest.mark.parametrize(("path", "kind"), [(PATH, "rate_limit_error"), ("/v1/messages", "rate_limit_error")])
+def test_one_client_has_only_so_many_requests_in_flight(make: Any, path: str, kind: str) -> None:
+    served = make(config=EngineConfig.of(max_concurrent_per_client=2))
+    bodies = {PATH: SHORT, "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}}
+
+    async def scenario(client: Any) -> None:
+        served.engine.gate.clear()
+        two = asyncio.create_task(client.post(PATH, json={**SHORT, "prompt": ["x", "y"]}))
+        await until(lambda: served.async_engine.num_in_flight == 2)
+        refused = await client.post(path, json=bodies[path])
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == kind
+        served.engine.gate.set()
+        assert (await two).status_code == 200
+        assert (await client.post(path, json=bodies[path])).status_code == 200
+        assert 'reason="rate_limit"} 1.0' in (await client.get("/metrics")).text
+
+    run(served, scenario)
+
+
 def test_queued_prompt_tokens_are_limited(make: Any) -> None:
     served = make(config=EngineConfig.of(max_num_seqs=1, max_num_queued_tokens=10))
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import resource
 import socket
+import threading
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from moe_serve.server.transport.connections import connection_class
 from tests.patience import PATIENCE_S
 from tests.server.test_connections import Firehose, serving
 
@@ -37,6 +43,47 @@ def answer_to(*pieces: bytes) -> tuple[int, dict[str, object]]:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"Connection: close" in head
     return int(head.split()[1]), json.loads(body)["error"]
+
+
+class GoneClient(asyncio.Transport):
+    """A transport whose client has reset the connection, which asyncio has not noticed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_closed = threading.Event()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    def is_closing(self) -> bool:
+        return self.is_closed.is_set()
+
+    def close(self) -> None:
+        self.is_closed.set()
+
+
+def test_a_refusal_to_a_client_that_has_gone_is_no_error() -> None:
+    """Found by tests/fuzz/fuzz_http.py: an unknown method, then bytes that are no HTTP, then a reset."""
+
+    async def run() -> None:
+        config = uvicorn.Config(body_reader, lifespan="off", log_config=None)
+        config.load()
+        make: Any = connection_class(5, 5, 10)
+        connection = make(config=config, server_state=ServerState(), app_state={})
+        transport = GoneClient()
+        connection.connection_made(transport)
+        connection.data_received(b"no HTTP\r\n\r\n")
+        while not transport.is_closing():
+            await asyncio.sleep(0.05)
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
 
 
 LINES = b"".join(b"h%d: x\r\n" % i for i in range(2000))

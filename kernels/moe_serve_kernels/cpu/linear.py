@@ -1,9 +1,9 @@
-"""A linear layer on weights as checkpoints store them: float32 activations, float32 or bf16 weights.
+"""A linear layer on weights as checkpoints store them: float32 activations; weights in any format of `expert_mlp`.
 
     out[t] = weight @ x[t] + bias
 
-Half the memory and half the bytes per token of a layer widened to float32, with the products and sums that
-the widened one would have. The kernel is the second half of `expert_mlp`.
+The memory and the bytes per token are those of the stored weights. Products and sums are those of float32 weights with
+their values. The kernel is the second half of `expert_mlp`.
 
 Shape alphabet: T tokens, N rows of the weight (outputs), K columns (inputs), L layers.
 """
@@ -15,18 +15,17 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_serve_kernels.cpu.expert_mlp import WEIGHT_DTYPES, product_kind
+from moe_serve_kernels.cpu.expert_mlp import Matrix, are_readable, product_kind, weight_kind
 from moe_serve_kernels.cpu.expert_record import ExpertRecord
 from moe_serve_kernels.cpu.library import native
 
 
 class LinearWeights:
-    """weight [N, K] with contiguous rows, bias [N] or None, each float32 or bf16; neither may move in memory."""
+    """weight [N, K], one that `are_readable` allows; bias [N] float32 or bf16, or None. Neither may move in memory."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, rounds: bool = False) -> None:
+    def __init__(self, weight: Matrix, bias: torch.Tensor | None = None, rounds: bool = False) -> None:
         """`rounds`: tokens are rounded to bf16 where they meet bf16 weights."""
-        assert weight.stride(1) == 1
-        assert weight.dtype in WEIGHT_DTYPES
+        assert are_readable([weight])
         self.weight, self.bias = weight, bias
         self.num_rows, self.num_columns = weight.shape
         self._record = ExpertRecord.of(product_kind(weight, rounds), None, None, weight, None, None, bias)
@@ -68,3 +67,20 @@ def linears(x: torch.Tensor, table: LinearTable) -> torch.Tensor:
     if x.shape[1] and not native().moe_serve_linears(*places, x.shape[1], torch.get_num_threads()):
         raise MemoryError("no memory for the scratch space of linears")
     return out
+
+
+class BlockTable:
+    """A table in ggml's blocks of which single rows are wanted, such as that of embedded tokens. It may not move."""
+
+    def __init__(self, rows: Matrix) -> None:
+        assert weight_kind(rows) == "blocks"
+        self._columns = rows.shape[1]
+        self._weights = LinearWeights(rows)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [..] -> float32 [.., K]: ggml's values, to the bit."""
+        assert ids.dtype == torch.int64
+        ids = ids.contiguous()
+        out = torch.empty(*ids.shape, self._columns)
+        native().moe_serve_unpack_rows(self._weights.address, ids.data_ptr(), ids.numel(), out.data_ptr())
+        return out

@@ -56,8 +56,6 @@ def _block(library: Native, block: DecoderBlock, route: int) -> Any:
         weights |= {"q_latent": latents.q, "kv_latent": latents.kv}
         weights |= {"into_latents": latents.heads.into, "from_latents": latents.heads.back}
     assert all(t is None or (t.dtype == _dtype_of(name, block) and t.is_contiguous()) for name, t in tensors.items())
-    side_by_side = (block.q, block.k, block.v) if latents is None else (latents.q or block.q, latents.kv)
-    assert len({w.weight.dtype for w in side_by_side if w is not None}) == 1
     pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
     addresses = {name: None if stored is None else stored.address for name, stored in weights.items()}
     return library.new(

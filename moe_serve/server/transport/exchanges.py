@@ -88,6 +88,8 @@ class Exchanges(BoundedHead):
         if not self.is_answering or (self._running is self.cycle and self.cycle.more_body):
             return None
         self._is_half_closed = True
+        if self._running is not None:
+            self._running.scope.setdefault("state", {})["is_half_closed"] = True
         self._probe_later()
         return True
 

@@ -15,7 +15,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from moe_serve.errors import BodyTooLargeError, ContextTooLongError, MoEServeError, OverloadedError, SlowClientError
+from moe_serve.errors import (
+    BodyTooLargeError,
+    ContextTooLongError,
+    MoEServeError,
+    OverloadedError,
+    SlowClientError,
+    TooManyRequestsError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +37,7 @@ ANTHROPIC_TYPES = MappingProxyType(
         403: "permission_error",
         404: "not_found_error",
         413: "request_too_large",
+        429: "rate_limit_error",
         504: "timeout_error",
     }
 )
@@ -42,13 +50,15 @@ WHAT_IS_SERVED = (
 )
 """For a path that is not there."""
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+COME_BACK = (OverloadedError, TooManyRequestsError)
+"""Errors that say when to try again."""
 CLOSE = {"Connection": "close"}
 """For answers given before the body was read: what is still under way would be taken for the next request."""
 
 
 def error_response(error: MoEServeError, path: str, headers: Mapping[str, str] = NO_HEADERS) -> JSONResponse:
     """The whole answer to a request for `path`, for code outside the endpoints."""
-    retry = {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else {}
+    retry = {"Retry-After": str(error.retry_after_s)} if isinstance(error, COME_BACK) else {}
     return JSONResponse(error_body(error, path), error.http_status, {**retry, **headers})
 
 

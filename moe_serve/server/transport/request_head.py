@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from moe_serve.server.transport.http_errors import body_of
@@ -90,7 +91,8 @@ class BoundedHead(HTTPProtocol):
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             self.transport.write(_answer(status, message))
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with suppress(OSError):  # the client has gone, and asyncio does not know it yet
+                self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 
 

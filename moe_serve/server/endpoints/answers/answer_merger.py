@@ -15,7 +15,7 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from moe_serve.engine.async_engine import AsyncEngine
-from moe_serve.engine.mailbox import Mailbox
+from moe_serve.engine.request_queue import MAX_UNREAD
 from moe_serve.errors import MoEServeError
 from moe_serve.scheduling.finish import FinishedStats
 from moe_serve.scheduling.sequence import Completion, Request, SampleOutput, TokenLogprob
@@ -100,7 +100,7 @@ async def stream(engine: AsyncEngine, merger: AnswerMerger) -> AsyncGenerator[tu
                 merger.count(output)
                 yield merger.choice_index(0, output), output
         return
-    queue: Mailbox[tuple[int, SampleOutput] | BaseException | None] = Mailbox()
+    queue: asyncio.Queue[tuple[int, SampleOutput] | BaseException | None] = asyncio.Queue(MAX_UNREAD)
     tasks = [asyncio.create_task(_pump(engine, i, r, queue)) for i, r in enumerate(merger.requests)]
     try:
         running = len(tasks)
@@ -123,15 +123,15 @@ async def _pump(
     engine: AsyncEngine,
     position: int,
     request: Request,
-    queue: Mailbox[tuple[int, SampleOutput] | BaseException | None],
+    queue: asyncio.Queue[tuple[int, SampleOutput] | BaseException | None],
 ) -> None:
     try:
         async with aclosing(engine.generate(request)) as outputs:
             async for output in outputs:
-                queue.put((position, output))
+                await queue.put((position, output))
     except MoEServeError as error:
-        queue.put(error)
-    queue.put(None)
+        await queue.put(error)
+    await queue.put(None)
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

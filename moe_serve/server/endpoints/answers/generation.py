@@ -5,6 +5,7 @@ Knows AsyncEngine and what an answer's shape can do; knows no fields of any API.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError
+from moe_serve.errors import EngineDeadError, MoEServeError, OverloadedError, TooManyRequestsError
 from moe_serve.scheduling.sequence import Completion, SampleOutput
 from moe_serve.server.endpoints.answers import sse
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, Usage, collect, stream, unless_disconnected
@@ -63,7 +64,8 @@ async def answer(
     events: AsyncGenerator[bytes] | None,
 ) -> Response:
     """Run a body's requests. `whole` shapes the answer, unless it is to be the stream `events`."""
-    _keep_prefixes_apart(merger, http)
+    await asyncio.sleep(0)  # a connection's end that came with the request is known then
+    _tell_clients_apart(merger, http)
     for request in merger.requests:  # refuse the whole body before any part of it runs
         if request.params.grammar is None:
             service.engine.core.check_request(request)
@@ -77,7 +79,7 @@ async def answer(
             return await _whole_answer(service, merger, choices, whole, headers)
         # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
         first = await unless_disconnected(http, anext(events))
-    except (OverloadedError, EngineDeadError) as error:
+    except (OverloadedError, TooManyRequestsError, EngineDeadError) as error:
         service.metrics.on_rejected(error.error_type.removesuffix("_error"))
         raise
     return sse.EventStream(first, events, headers)
@@ -95,11 +97,20 @@ async def _whole_answer(
     return Response(content, media_type="application/json", headers=headers)
 
 
-def _keep_prefixes_apart(merger: AnswerMerger, http: HttpRequest) -> None:
-    """Where keys are told apart, cached_tokens must not tell what another key's user has sent."""
+def _tell_clients_apart(merger: AnswerMerger, http: HttpRequest) -> None:
+    """Steps are shared between clients. Where keys are told apart, cached_tokens must not tell what another key's user
+    has sent."""
     owner = getattr(http.state, "prefix_owner", "")
-    if owner:
-        merger.requests = [replace(r, cache_salt=f"{owner}:{r.cache_salt}") for r in merger.requests]
+    salt = f"{owner}:" if owner else ""
+    client = _client_of(http)
+    merger.requests = [replace(r, client=client, cache_salt=salt + r.cache_salt) for r in merger.requests]
+
+
+def _client_of(http: HttpRequest) -> str:
+    """The API key; without keys, the address. Connections that are closed on one side are a client of their own: one
+    share for all that an address may have left behind."""
+    client = owner_of(http) or (http.client.host if http.client is not None else "")
+    return f"{client}, half closed" if getattr(http.state, "is_half_closed", False) else client
 
 
 async def chunks(

@@ -26,6 +26,7 @@ void moe_serve_combine(const float* pairs, const int64_t* place_of, const float*
 bool moe_serve_linear(const float* x, const moe_serve::Expert* layer, float* out, int64_t count, int32_t num_threads);
 bool moe_serve_linears(const float* x, const moe_serve::Expert* const* layers, int64_t num_layers, float* out,
                        int64_t count, int32_t num_threads);
+void moe_serve_unpack_rows(const moe_serve::Expert* table, const int64_t* rows, int64_t count, float* out);
 
 void moe_serve_paged_decode_f32(const float* query, const float* keys, const float* values, const int64_t* page_table,
                                 const int64_t* lengths, const float* sinks, float* out, int64_t num_seqs,

@@ -221,6 +221,7 @@ void tell_functions(std::ostream& text) {
     TELL_FUNCTION(moe_serve_combine);
     TELL_FUNCTION(moe_serve_linear);
     TELL_FUNCTION(moe_serve_linears);
+    TELL_FUNCTION(moe_serve_unpack_rows);
     TELL_FUNCTION(moe_serve_paged_decode_f32);
     TELL_FUNCTION(moe_serve_decode_memory);
     TELL_FUNCTION(moe_serve_decode_step);

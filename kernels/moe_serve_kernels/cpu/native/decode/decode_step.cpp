@@ -36,6 +36,8 @@
 
 namespace moe_serve {
 
+constexpr int SIDE_BY_SIDE = 3;  // linear layers on the same tokens, each of a format of its own at worst
+
 // Floats of a row of Tokens, whatever the weights' format: filled up to 128 columns, which may be 3 bf16 numbers each.
 inline int64_t most_stride(int64_t columns) { return round_up(columns, 128) / 2 * 3; }
 
@@ -64,8 +66,8 @@ struct Memory {
         inners = take(num_tokens * model.top_k * inner_stride);
         shared_inners = take(num_tokens * most_stride(sizes.shared_intermediate));
         threads = next;
-        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + num_tokens * input_stride +
-                        heads_size(model, num_tokens) + attend_size(model) +
+        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) +
+                        SIDE_BY_SIDE * num_tokens * input_stride + heads_size(model, num_tokens) + attend_size(model) +
                         round_up(model.num_experts + model.num_groups, 16);
     }
 
