@@ -6,7 +6,8 @@ a multiple of BLOCK_BYTES: one direct read brings a whole expert. The metadata h
 the fingerprint of the checkpoint it was made from.
 
 Made with --lossless, bf16 matrices are in 12-bit codes (moe_serve_kernels.cpu.coded): `gate` is then its codes,
-`gate_exponents` its table, `gate_rare` its list of rare weights.
+`gate_exponents` its table, `gate_rare` its list of rare weights. Dense weights in codes may follow the experts
+(dense_codes.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import IO, Any
 import torch
 import xxhash
 
-from expert_cache.storage import lossless
+from expert_cache.storage import dense_codes, lossless
+from expert_cache.storage.dense_codes import DenseCodes
 from expert_cache.storage.direct_io import BLOCK_BYTES
 from expert_cache.storage.encoding import Encoding
 from expert_cache.storage.safetensors_file import stored_tensors
@@ -63,24 +65,33 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def write(
-    store: ExpertStore, path: Path, source: str, on_expert: Callable[[], None], *, is_coded: bool = False
+    store: ExpertStore,
+    path: Path,
+    source: str,
+    on_expert: Callable[[], None],
+    *,
+    is_coded: bool = False,
+    dense: DenseCodes | None = None,
 ) -> None:
     """Write every expert of `store`. `source`: the fingerprint of its checkpoint. `on_expert`: after each one.
-    `is_coded`: bf16 matrices, which all must be, as 12-bit codes where that takes less memory.
+    `is_coded`: bf16 matrices, which all must be, as 12-bit codes where that takes less memory. `dense` follows the
+    experts then.
 
     The file appears under its name only when it is complete. OutputError (an OSError) if the disk is full.
     """
-    contents = _largest_contents(store, is_coded)
+    contents, dense = _largest_contents(store, is_coded), dense or {}
     with whole_file(path) as partial, partial.open("wb") as stream:
-        start = len(_header_bytes(store, source, contents, {}, is_coded))
+        start = len(_header_bytes(store, source, contents, {}, is_coded, dense))
         stream.seek(start)
         checksums: dict[Key, str] = {}
         for key in _keys(store, on_expert):
             weights = lossless.coded(store.weights(*key)) if is_coded else store.weights(*key)
             contents[key] = _content(weights)
             checksums[key] = _write_expert(stream, weights)
+        for _, tensor in dense_codes.tensors_of(dense):
+            stream.write(dense_codes.octets(tensor))
         stream.seek(0)
-        header = _header_bytes(store, source, contents, checksums, is_coded)
+        header = _header_bytes(store, source, contents, checksums, is_coded, dense)
         assert len(header) <= start, "the header has grown"
         stream.write(_filled(header, start))
 
@@ -195,7 +206,7 @@ def _encoding_from(text: str) -> tuple[Encoding | None, tuple[int, int]]:
 def _write_expert(stream: IO[bytes], weights: ExpertWeights) -> str:
     digest, size = xxhash.xxh3_64(), 0
     for _, tensor in _present(weights):
-        data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        data = dense_codes.octets(tensor)
         digest.update(data)
         stream.write(data)
         size += len(data)
@@ -208,7 +219,7 @@ def _padding(size: int) -> int:
 
 
 def _header_bytes(
-    store: ExpertStore, source: str, contents: Contents, checksums: dict[Key, str], is_coded: bool
+    store: ExpertStore, source: str, contents: Contents, checksums: dict[Key, str], is_coded: bool, dense: DenseCodes
 ) -> bytes:
     """Length and header, filled up with blanks so that the data starts on a block; the same length for any sums."""
     keys = _keys(store, lambda: None)
@@ -221,6 +232,9 @@ def _header_bytes(
     if (blocks := _blocks_of(store))["types"]:
         metadata["blocks"] = json.dumps(blocks)
     entries = _entries(store, contents, is_coded)
+    if dense:
+        metadata[dense_codes.METADATA] = dense_codes.note(dense)
+        entries |= _dense_entries(dense, next(reversed(entries.values()))["data_offsets"][1])
     text = json.dumps({**entries, "__metadata__": metadata}).encode()
     size = LENGTH_BYTES + len(text)
     return _filled(len(text).to_bytes(LENGTH_BYTES, "little") + text, size + _padding(size))
@@ -245,6 +259,14 @@ def _entries(store: ExpertStore, contents: Contents, is_coded: bool) -> dict[str
         if padding or is_coded:
             entries[f"{name}.{PADDING}"] = _entry(torch.uint8, (padding,), offset)
             offset += padding
+    return entries
+
+
+def _dense_entries(dense: DenseCodes, offset: int) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for name, tensor in dense_codes.tensors_of(dense):
+        entries[name] = _entry(tensor.dtype, tensor.shape, offset)
+        offset += tensor.nbytes
     return entries
 
 

@@ -17,6 +17,7 @@ from moe_serve_base.whole_files import refusal
 
 if TYPE_CHECKING:
     from expert_cache.storage import ExpertStore
+    from expert_cache.storage.dense_codes import DenseCodes
 
 HELP = "Write the experts into one aligned file with checksums, for --moe-expert-file."
 
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--lossless",
         action="store_true",
-        help="Write bf16 experts in 12 bits a weight: every bit comes back, and the CPU computes from the codes.",
+        help="Write bf16 experts, and the other linear layers, in 12 bits a weight: every bit comes back, and the CPU"
+        " computes from the codes.",
     )
     add_force_flag(parser)
 
@@ -48,11 +50,33 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--lossless: the experts of this checkpoint are not bf16; pack it without that flag")
     _check_space(args.file, store.num_total * store.slot_bytes)
     source = checkpoint.checkpoint_fingerprint(args.model)
+    dense = _dense_codes(args.model) if args.lossless else None
     with tqdm(total=store.num_total, desc="Packing experts", disable=None) as bar:
-        expert_file.write(store, args.file, source, lambda: bar.update(), is_coded=args.lossless)
+        expert_file.write(store, args.file, source, lambda: bar.update(), is_coded=args.lossless, dense=dense)
     _say_size(args.file, store, expert_file.read(args.file)[0])
     print(f"moe-serve serve {given} --moe-expert-file {args.file} --moe-cache-mib N")
     return 0
+
+
+def _dense_codes(model: str) -> DenseCodes:
+    """Of attention, shared experts, dense MLPs and the output layer."""
+    import torch
+
+    from expert_cache.storage import dense_codes
+    from moe_serve.hf.checkpoint import dense_tensors
+    from moe_serve.hf.config_file import read_config
+    from moe_serve.hf.family import family_of
+    from moe_serve.quantization.dense_choice import DenseChoice
+
+    config = read_config(model)
+    family = family_of(config)
+    choice = DenseChoice(config, family, None)
+    stored = ((each.name, each.tensor) for each in dense_tensors(model, family, None))
+    return dense_codes.coded(
+        (name, tensor)
+        for name, tensor in stored
+        if tensor.dtype == torch.bfloat16 and choice.is_linear(name, tuple(tensor.shape))
+    )
 
 
 def _say_size(file: Path, original: ExpertStore, packed: ExpertStore) -> None:

@@ -5,6 +5,7 @@ Arithmetic over sizes and measured rates (docs/offload.md); loads no weights.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_serve.execution.kv_cache import bytes_per_token
 from moe_serve.execution.state_cache import bytes_per_sequence
 from moe_serve.gguf_files.folder import listing_in
 from moe_serve.hf import stand_ins
-from moe_serve.hf.checkpoint import dense_tensors, open_all_experts, open_expert_file
+from moe_serve.hf.checkpoint import dense_codes_in, dense_tensors, open_all_experts, open_expert_file
 from moe_serve.hf.config_file import read_config, scheme_in
 from moe_serve.hf.dense import is_available
 from moe_serve.hf.family import family_of
@@ -84,8 +85,9 @@ def sizes_of(folder: str, dtype: torch.dtype, device: torch.device = CPU, expert
     if expert_file is not None:
         store = open_expert_file(expert_file, folder, list(store.decoder_layers), spec)
     kv_shapes, state_shapes = shapes_of(hf_config)
+    saved = _saved_by_codes(expert_file) if expert_file is not None and is_available(device, dtype) else 0
     return Sizes(
-        dense_bytes=_dense_bytes(folder, hf_config, spec, dtype, device),
+        dense_bytes=_dense_bytes(folder, hf_config, spec, dtype, device) - saved,
         expert_bytes=store.expert_bytes,
         num_layers=len(store.layers),
         num_experts=store.num_experts,
@@ -107,6 +109,12 @@ def _dense_bytes(folder: str, hf_config: Any, spec: ModelSpec, dtype: torch.dtyp
     stays_bf16 = spec.dtype == torch.bfloat16 and is_available(device, dtype)
     as_stored = stays_bf16 or (scheme is not None and stays_coded)
     return dense if as_stored else dense * dtype.itemsize // spec.dtype.itemsize
+
+
+def _saved_by_codes(expert_file: str) -> int:
+    """Bytes that dense weights in 12-bit codes take less than in bf16."""
+    dense = dense_codes_in(expert_file, is_checked=False).values()
+    return sum(math.prod(each.shape) * torch.bfloat16.itemsize - each.num_bytes for each in dense)
 
 
 def fit(sizes: Sizes, rates: Rates, free_bytes: int, is_cpu: bool) -> Fit:

@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from expert_cache.storage import expert_file
+from expert_cache.storage import dense_codes, expert_file
+from expert_cache.storage.dense_codes import DenseCodes
 from expert_cache.storage.encoding import Encoding
 from expert_cache.storage.expert_file import DTYPE_NAMES
 from expert_cache.storage.safetensors_file import stored_tensors
@@ -255,6 +256,20 @@ def open_expert_file(path: str, folder: str, layers: list[int], spec: ModelSpec)
         raise CheckpointError(f"--moe-expert-file {path} does not hold the experts that {folder}/config.json asks for")
     check_shapes(path, store, spec)
     return store
+
+
+def dense_codes_in(path: str, is_checked: bool = True) -> DenseCodes:
+    """Dense weights in 12-bit codes of an expert file that `open_expert_file` took; CheckpointError: it is damaged.
+
+    `is_checked`: all are read, and compared with their checksums.
+    """
+    try:
+        found = dense_codes.read(Path(path))
+        if is_checked:
+            dense_codes.refuse_damage(Path(path), found)
+        return found
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"--moe-expert-file {path}: {error}") from error
 
 
 def checkpoint_fingerprint(folder: str) -> str:

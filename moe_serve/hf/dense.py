@@ -8,7 +8,7 @@ floats. What is small (norms, routers, biases of routers) is widened. Products a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -118,6 +118,21 @@ def compute_in_float32(model: nn.Module, widened: Collection[str] = ()) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in kept and tensor.is_floating_point():
             tensor.data = tensor.data.float()
+
+
+def use_codes(model: nn.Module, codes: Mapping[str, CodedRows]) -> int:
+    """Have layers that `compute_in_float32` made compute from 12-bit codes of their weights, by parameters' names. All
+    bits stay the same. Returns how many layers do."""
+    count = 0
+    for prefix, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            found = codes.get(f"{prefix}.{name}.weight" if prefix else f"{name}.weight")
+            if found is None or not isinstance(child, StoredLinear) or child.weight.shape != found.shape:
+                continue
+            if child.weight.dtype == torch.bfloat16:
+                setattr(parent, name, StoredLinear.of(child, found))
+                count += 1
+    return count
 
 
 def copy_from_files(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from moe_serve.errors import UnsupportedModelError
 from moe_serve.execution.kv_cache import LayerKVShape
 from moe_serve.execution.state_cache import StateShapes
 from moe_serve.hf import attention, chunked_attention, dense, fixed_order, latent_attention, recurrent
-from moe_serve.hf.checkpoint import open_expert_file, open_experts, tensor_names, weight_files
+from moe_serve.hf.checkpoint import dense_codes_in, open_expert_file, open_experts, tensor_names, weight_files
 from moe_serve.hf.config_file import naming, scheme_in
 from moe_serve.hf.dense_loading import DenseLoader, dense_shapes, empty_model
 from moe_serve.hf.experts import find_experts
@@ -89,6 +89,8 @@ def _load(
         store = open_experts(folder, family, layers, spec, scheme)
     else:
         store = open_expert_file(expert_file, folder, layers, spec)
+        if dense.is_available(device, dtype) and (count := dense.use_codes(model, dense_codes_in(expert_file))):
+            log.info("%d linear layers are computed from 12-bit codes", count)
     _say_how_experts_run(store, scheme)
     _adapt(model, hf_config, family)
     if family.recurrence is not None and dense.is_available(device, dtype):

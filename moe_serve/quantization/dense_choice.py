@@ -43,9 +43,15 @@ class DenseChoice:
 
     def of(self, name: str, shape: tuple[int, ...]) -> Precision | None:
         """Of a tensor that is no expert's; None where it stays as it is."""
-        found = LINEAR.search(name)
-        if self._precision is None or found is None or len(shape) != 2 or found["module"] in self._floats:
+        if self._precision is None or not self.is_linear(name, shape):
             return None
-        is_foreign = OTHER_TOWERS.search(name) or FURTHER.search(name) or layer_of(name, -1) >= self.num_layers
         is_cut = self._precision.group and shape[1] % self._precision.group
-        return None if is_foreign or is_cut else self._precision
+        return None if is_cut else self._precision
+
+    def is_linear(self, name: str, shape: tuple[int, ...]) -> bool:
+        """A linear layer's weight that kernels read in any format, unless it is an expert's."""
+        found = LINEAR.search(name)
+        if found is None or len(shape) != 2 or found["module"] in self._floats:
+            return False
+        is_foreign = OTHER_TOWERS.search(name) or FURTHER.search(name)
+        return not is_foreign and layer_of(name, -1) < self.num_layers

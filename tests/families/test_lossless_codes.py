@@ -15,20 +15,22 @@ from typing import Any
 import pytest
 import torch
 
-from expert_cache.storage import expert_file
+from expert_cache.storage import dense_codes, expert_file
 from expert_cache.storage.expert_file import fingerprint
 from expert_cache.storage.store import matrices_of
 from moe_serve import LLM, SamplingParams
 from moe_serve.cli import main
+from moe_serve.doctor.fit import sizes_of
 from moe_serve.errors import CheckpointError, MoEServeError
 from moe_serve.hf.checkpoint import open_all_experts
+from moe_serve.hf.dense import StoredLinear
 from moe_serve_base.safetensors_header import read_header
 from moe_serve_kernels.cpu import library
 from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.expert_mlp import MLPWeights, as_tensor
 
 from .references import make_prompts
-from .serving import SMALL_ENGINE, experts_of
+from .serving import SMALL_ENGINE, experts_of, runner_of
 from .tiny_checkpoints import random_model, tiny_tokenizer
 from .tiny_configs import CASES
 
@@ -107,6 +109,40 @@ def test_the_doctor_counts_the_bytes_of_codes(
     assert f"--moe-expert-file {codes}" in told["command"]
     assert main(["doctor", str(folder), "--moe-expert-file", str(codes) + "x"]) == 2
     assert f"--moe-expert-file: there is no file {codes}x" in capsys.readouterr().err
+
+
+def dense_layers(llm: LLM) -> dict[str, StoredLinear]:
+    modules = runner_of(llm).model.named_modules()
+    return {f"{name}.weight": layer for name, layer in modules if isinstance(layer, StoredLinear)}
+
+
+@pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_layers_are_computed_from_codes(packed: Callable[[str], Packed], family: str) -> None:
+    """Mapped from the file, or copied beside a cache; and the doctor counts what they take."""
+    folder, codes = packed(family)
+    plain = dense_layers(LLM(str(folder), **SMALL_ENGINE))
+    for settings in ({}, {"moe_cache_mib": 1}):
+        found = dense_layers(LLM(str(folder), **SMALL_ENGINE, moe_expert_file=str(codes), **settings))
+        matrices = {name: layer.matrix for name, layer in found.items() if layer.matrix is not None}
+        assert matrices.keys() == dense_codes.read(codes).keys()
+        for name, matrix in matrices.items():
+            assert torch.equal(as_tensor(matrix, torch.bfloat16), plain[name].weight)
+    sizes = [sizes_of(str(folder), torch.float32, expert_file=file).dense_bytes for file in (None, str(codes))]
+    stored = dense_codes.read(codes).values()
+    assert sizes[0] - sizes[1] == sum(2 * rows.shape[0] * rows.shape[1] - rows.num_bytes for rows in stored) > 0
+
+
+@pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
+def test_damaged_dense_codes_are_found_at_the_start(packed: Callable[[str], Packed], tmp_path: Path) -> None:
+    folder, codes = packed("mixtral")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    header, start = read_header(codes)
+    contents = bytearray(codes.read_bytes())
+    contents[start + header[f"dense.{name}"]["data_offsets"][0] + 7] ^= 1
+    (tmp_path / "damaged").write_bytes(contents)
+    with pytest.raises(CheckpointError, match=rf"damaged: {name}: the checksum is wrong; the file is damaged"):
+        LLM(str(folder), **SMALL_ENGINE, moe_expert_file=str(tmp_path / "damaged"))
 
 
 @pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")

@@ -59,6 +59,11 @@ REFUSED: dict[str, GrammarSpec] = {
     "integers above 64 bits": schema({"type": "integer", "minimum": 10**19, "maximum": 2 * 10**19}),
     "integers above, as a float": schema({"type": "integer", "minimum": 1e30, "maximum": 1e31}),
     "the upper bound of 64 bits without sign": schema({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}),
+    "the lowest 64-bit integer as a value": schema({"pattern": "^a+$", "enum": [-(2**63)]}),
+    "the lowest 64-bit integer, as a float": schema({"type": "integer", "enum": [-(2.0**63)]}),
+    "an integer of 10^19, as a float": schema({"allOf": [{"type": "integer"}, {"const": 1e19}]}),
+    "an integer of -10^300, as a float": schema({"type": ["integer", "null"], "enum": [-1e300]}),
+    "the lowest 64-bit integer in a value": schema({"const": {"a": [-(2**63)]}}),
     "the lowest 64-bit integer alone": schema({"type": "integer", "minimum": -(2**63), "maximum": -(2**63)}),
     "an odd integer beyond a float's precision": schema(
         {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 1}

@@ -36,10 +36,11 @@ MAX_MULTIPLE = 20_000
 def check(root: Any) -> None:
     """Replace bounds that would be rounded, everywhere in a document; RefusedError names what cannot be kept."""
     multiple = 1
+    has_integers = any(_may_be_integer(schema) for _, schema in subschemas(root))
     for path, schema in subschemas(root):
         _check_sizes(schema, path)
         _check_bounds(schema, path)
-        _check_data(schema, path)
+        _check_data(schema, path, has_integers)
         multiple = math.lcm(multiple, _multiple_of(schema, path))
         if multiple > MAX_MULTIPLE:
             where = shown(path, "multipleOf")
@@ -135,19 +136,29 @@ def _inwards(value: Number, is_lower: bool) -> float:
     return math.nextafter(near, -math.inf) if not is_lower and near > value else near
 
 
-def _check_data(schema: Schema, path: Path) -> None:
-    """Values of const and enum are written as they are."""
+def _may_be_integer(schema: Schema) -> bool:
+    kind = schema.get("type")
+    return "integer" in (kind if isinstance(kind, list) else [kind]) or "multipleOf" in schema
+
+
+def _check_data(schema: Schema, path: Path, has_integers: bool) -> None:
+    """Values of const and enum are written as they are; where they must be integers, llguidance clips large floats."""
     for key in ("const", "enum"):
         for value in _leaves(schema.get(key)):
             number = _number(value)
-            if number is None or (isinstance(number, float) and math.isfinite(number)):
+            if number is None:
                 continue
-            if isinstance(number, float) or not _is_written_exactly(number):
+            is_kept = _is_kept_float(number, has_integers) if isinstance(number, float) else _is_written_exactly(number)
+            if not is_kept:
                 raise RefusedError(f"{shown(path, key)}: {value} cannot be written exactly; use a string")
 
 
+def _is_kept_float(value: float, has_integers: bool) -> bool:
+    return math.isfinite(value) and (abs(value) < -INT64[0] or not has_integers)
+
+
 def _is_written_exactly(value: int) -> bool:
-    return abs(value) <= EXACT or (value in INT64 and min(int(float(value)), INT64[-1]) == value)
+    return abs(value) <= EXACT or (LOWEST_INT <= value <= INT64[-1] and min(int(float(value)), INT64[-1]) == value)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
