@@ -48,7 +48,8 @@ class Server:
         """Text of a greedy answer, seconds to its first token, and the usage."""
         body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
         body |= {"stream_options": {"include_usage": True}}
-        start_s, first_s, text, usage = time.monotonic(), 0.0, "", {}
+        start_s, first_s, text = time.monotonic(), 0.0, ""
+        usage: dict[str, Any] = {}
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=WAIT_S) as response:
             response.raise_for_status()
             for line in response.iter_lines():

@@ -292,8 +292,6 @@ class SampleOutput:
     num_cached_tokens: int
     num_output_tokens: int
     """Tokens sampled so far in this sample."""
-    num_disk_tokens: int = 0
-    """Of the cached tokens, those that came from disk."""
     error: MoEServeError | None = None
     """Set with FinishReason.ERROR: what the client is told."""
     stats: FinishedStats | None = None
@@ -302,6 +300,8 @@ class SampleOutput:
     """With sample 0's first output when SamplingParams.prompt_logprobs is set: of the prompt but its first token."""
     text_starts: tuple[int, ...] = ()
     """One per new token, aligned with `logprobs`: where its text begins in the sample's text, in characters."""
+    num_disk_tokens: int = 0
+    """Of the cached tokens, those that came from disk."""
 
 
 @dataclass(slots=True)
