@@ -16,6 +16,7 @@ from expert_cache.running.experts import Experts
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
+from moe_serve.engine import warm_up
 from moe_serve.engine.mapped_files import MappedFiles
 from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
@@ -23,6 +24,7 @@ from moe_serve.execution.current_device import on_device
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.execution.state_cache import StateCache
+from moe_serve.execution.step_memory import step_bytes
 from moe_serve.grammars.masks import MaskThread
 from moe_serve.hf import attend, dense, device_routers, loading, recurrent, rope, whole_steps
 from moe_serve.hf.checkpoint import weight_files
@@ -245,6 +247,8 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRun
     resolved, loaded, spec = load_model(config)
     runner = ModelRunner(resolved, loaded, spec, eos_token_ids, build.experts(resolved, loaded, spec))
     runner.run_whole_steps()
+    if runner.device.type == "cuda":
+        _warm_up(runner)
     if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
     runner.watch(mapped_files(resolved))
@@ -258,6 +262,21 @@ def mapped_files(config: EngineConfig) -> MappedFiles:
         return MappedFiles()
     expert_file = config.experts.expert_file
     return MappedFiles(weight_files(config.model) + ([Path(expert_file)] if expert_file else []))
+
+
+def _warm_up(runner: ModelRunner) -> None:
+    """Prompts up to the largest that a step takes, where the host has no books of them to keep. ConfigError."""
+    config = runner.config
+    assert config.kv.num_pages is not None
+    assert config.max_model_len is not None
+    if runner.experts.padding is None or runner.loaded.state_shapes:
+        return
+    largest = min(config.max_num_batched_tokens, config.kv.num_pages * config.kv.page_size, config.max_model_len - 1)
+    before = torch.cuda.memory_allocated(runner.device)
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    warm_up.warm_up(runner.run, max(1, largest), config.kv.page_size)
+    shape = resolve.step_shape(config, runner.spec, runner.loaded.kv_shapes, config.max_model_len)
+    warm_up.log_peak(runner.device, before, step_bytes(shape))
 
 
 def _capture(runner: ModelRunner) -> None:
