@@ -16,8 +16,10 @@ from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
+from moe_serve.execution.decode_graphs import sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import LayerKVShape, bytes_per_token
 from moe_serve.execution.state_cache import StateShapes, bytes_per_sequence
+from moe_serve.execution.step_memory import Shares, StepShape, divide, step_bytes
 from moe_serve.memory import free_bytes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
@@ -92,9 +94,15 @@ def resolve(
     max_model_len = _max_model_len(config, spec)
     config, free = _with_states(config, memory, _token_budget(config, max_model_len), free_bytes(device))
     page_bytes = bytes_per_token(memory.kv_shapes, dtype) * config.kv.page_size
-    num_pages = _num_kv_pages(config, max_model_len, page_bytes, free)
+    slot_bytes = device_bytes(store, dtype, device)
+    everything, wanted = -(-store.num_total * slot_bytes // MIB) * MIB, _wanted_pages(config, max_model_len)
+    shares = Shares(int(free * EXPERT_SHARE_OF_FREE), int(free * KV_SHARE_OF_FREE))
+    if device.type != "cpu":
+        step = step_bytes(_step_shape(config, spec, memory, max_model_len, dtype))
+        shares = divide(free, step, everything, _given_pages(config, page_bytes) or wanted * page_bytes)
+    num_pages = _num_kv_pages(config, wanted, page_bytes, free, shares.pages)
     max_model_len = min(max_model_len, num_pages * config.kv.page_size)
-    cache_mib = _moe_cache_mib(config, store.num_total, device_bytes(store, dtype, device), device, free)
+    cache_mib = _moe_cache_mib(config, everything, slot_bytes, device, shares.experts)
     _warn_of_idle_flags(config, cache_mib)
     return config.replace(
         dtype=str(dtype).removeprefix("torch."),
@@ -183,15 +191,22 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return config.max_model_len or limit
 
 
-def _num_kv_pages(config: EngineConfig, max_model_len: int, page_bytes: int, free: int) -> int:
-    """Enough for max_num_seqs full sequences, within the memory given or a share of what is free."""
+def _wanted_pages(config: EngineConfig, max_model_len: int) -> int:
+    """For --max-num-seqs full sequences."""
+    return config.max_num_seqs * -(-max_model_len // config.kv.page_size)
+
+
+def _given_pages(config: EngineConfig, page_bytes: int) -> int | None:
+    """Bytes of the pages that the user asks for; None: whatever there is room for."""
     if config.kv.num_pages is not None:
-        pages = config.kv.num_pages
-    elif config.kv.cache_mib is not None:
-        pages = config.kv.cache_mib * MIB // page_bytes
-    else:
-        wanted = config.max_num_seqs * -(-max_model_len // config.kv.page_size)
-        pages = min(wanted, int(free * KV_SHARE_OF_FREE) // page_bytes)
+        return config.kv.num_pages * page_bytes
+    return None if config.kv.cache_mib is None else config.kv.cache_mib * MIB // page_bytes * page_bytes
+
+
+def _num_kv_pages(config: EngineConfig, wanted: int, page_bytes: int, free: int, share: int) -> int:
+    """Enough for max_num_seqs full sequences, within the memory given or the pages' share of what is free."""
+    given = _given_pages(config, page_bytes)
+    pages = min(wanted, share // page_bytes) if given is None else given // page_bytes
     if pages < 1:
         raise ConfigError(f"no memory for a single KV page of {page_bytes} bytes; raise --kv-cache-mib")
     if pages * page_bytes > free:
@@ -202,6 +217,27 @@ def _num_kv_pages(config: EngineConfig, max_model_len: int, page_bytes: int, fre
     return pages
 
 
+def _step_shape(
+    config: EngineConfig, spec: ModelSpec, memory: SequenceMemory, max_model_len: int, dtype: torch.dtype
+) -> StepShape:
+    rows = config.max_num_batched_seqs or config.max_num_seqs
+    widths = widths_up_to(max_model_len, config.kv.page_size)
+    latent_dims = (shape.key_dim for shape in memory.kv_shapes.values() if shape.values_in_keys)
+    return StepShape(
+        num_tokens=_token_budget(config, max_model_len),
+        num_seqs=rows,
+        num_graphs=0 if config.enforce_eager else len(sizes_up_to(rows)) * len(widths),
+        num_layers=spec.num_layers,
+        hidden=spec.hidden_size,
+        inner=spec.expert_intermediate_size,
+        top_k=spec.top_k,
+        vocab=spec.vocab_size,
+        latent_dim=max(latent_dims, default=0),
+        max_model_len=max_model_len,
+        itemsize=dtype.itemsize,
+    )
+
+
 def _token_budget(config: EngineConfig, max_model_len: int) -> int:
     """Without chunked prefill, a step must be able to take the longest prompt whole."""
     if config.enable_chunked_prefill:
@@ -209,15 +245,15 @@ def _token_budget(config: EngineConfig, max_model_len: int) -> int:
     return max(config.max_num_batched_tokens, max_model_len)
 
 
-def _moe_cache_mib(config: EngineConfig, num_total: int, slot_bytes: int, device: torch.device, free: int) -> int:
+def _moe_cache_mib(config: EngineConfig, all_bytes: int, slot_bytes: int, device: torch.device, share: int) -> int:
     """On a CPU, experts that fit are best used where they are mapped: 0. See ExpertCacheConfig.cache_mib."""
-    everything = -(-num_total * slot_bytes // MIB)
-    fits = everything <= free * EXPERT_SHARE_OF_FREE / MIB
+    everything = all_bytes // MIB
+    fits = all_bytes <= share
     budget = config.experts.cache_mib
     if budget is None:
         if fits:
             return 0 if device.type == "cpu" else everything
-        budget = int(free * EXPERT_SHARE_OF_FREE / MIB)
+        budget = share // MIB
     if device.type != "cpu" and budget == 0:
         raise ConfigError("--moe-cache-mib 0 works on a CPU only: a GPU cannot compute from the mapped checkpoint")
     if 0 < budget * MIB < slot_bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,45 @@ def test_importing_the_package_loads_none_of_its_modules() -> None:
     code = "import sys, moe_serve; print([m for m in sys.modules if m.startswith('moe_serve.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+LIBRARIES = {
+    "expert_cache": {
+        *("Capacity", "Events", "ExpertReport", "Policy", "ReplayResult", "ShadowCache", "compare", "events_of"),
+        *("find_policy", "global_pool", "per_layer", "policy_names", "replay_belady", "replay_events"),
+    },
+    "placement": {
+        *("PlacementError", "PlacementPlan", "PlacementProblem", "Topology"),
+        *("find_plan", "find_solver", "load_plan", "prove", "save_plan"),
+    },
+    "predictors": {
+        *("Predictor", "RouterShape", "RoutingTrace", "Scores", "TraceError", "Training", "evaluate", "find_method"),
+        *("load_predictor", "load_trace", "method_names", "save_predictor", "split_sequences"),
+    },
+    "moe_serve_kernels": {"Activation", "LinearWeights", "MLPWeights", "expert_mlp", "linear", "load_library"},
+}
+"""Package -> its public names. A name that leaves is an incompatible change."""
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_each_package_is_a_library_with_these_names(name: str) -> None:
+    package = importlib.import_module(name)
+    assert set(package.__all__) == LIBRARIES[name] == set(package.HOMES)
+    for public in package.__all__:
+        assert getattr(package, public) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_each_library_has_a_page_that_shows_its_names(name: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "libraries.md").read_text()
+    (section,) = re.findall(rf"^## {name}\b.*?(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL)
+    missing = {public for public in LIBRARIES[name] if f"`{public}`" not in section}
+    assert missing == set()
+
+
+def test_importing_a_library_loads_no_torch() -> None:
+    code = f"import sys; [__import__(name) for name in {list(LIBRARIES)}]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

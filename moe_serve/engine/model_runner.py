@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,6 +34,10 @@ from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.offload import build
 from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
+from moe_serve_kernels import gpu
+
+if TYPE_CHECKING:
+    from moe_serve.hf.device_steps import DeviceSteps
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +75,7 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
         self._graphs: DecodeGraphs | None = None
-        self._whole_steps: WholeSteps | None = None
+        self._whole_steps: WholeSteps | DeviceSteps | None = None
         self._files = MappedFiles()
         connect(self.model, experts)
         recurrent.connect(self.model, self._states)
@@ -84,12 +89,23 @@ class ModelRunner:
     def run_whole_steps(self) -> None:
         """From now on run steps without the model's modules, where there are kernels for that. Only for a
         runner that has all experts."""
-        dtype = getattr(torch, self.config.dtype)
-        is_ours = whole_steps.is_available(self.device, dtype) and not self.config.enforce_eager
-        if is_ours and self.experts.padding is None:
+        if self.config.enforce_eager:
+            return
+        dtype, page_size = getattr(torch, self.config.dtype), self.config.kv.page_size
+        if self.experts.padding is not None or not whole_steps.is_available(self.device, dtype):
+            self._whole_steps = self._device_steps(dtype)
+        else:
             routers = find_routers(self.model, self.spec.num_experts, self.spec.hidden_size)
-            page_size = self.config.kv.page_size
             self._whole_steps = whole_steps.whole_steps(self.loaded, self.kv_cache, self.experts, routers, page_size)
+
+    def _device_steps(self, dtype: torch.dtype) -> DeviceSteps | None:
+        if not gpu.is_available(self.device) or attend.in_place_kernel(self.device, dtype) is None:
+            return None
+        from moe_serve.hf.device_steps import device_steps  # needs triton, which machines without a GPU may lack
+
+        assert self.config.max_model_len is not None
+        sizes = self.config.kv.page_size, self.config.max_model_len
+        return device_steps(self.loaded, self.kv_cache, self.experts, *sizes)
 
     def capture_decoding(self, capture: Capture) -> None:
         """From now on replay decoding steps as graphs. RuntimeError: a step cannot be captured; nothing has changed."""
@@ -215,6 +231,8 @@ def load_model(config: EngineConfig) -> tuple[EngineConfig, LoadedModel, ModelSp
     resolved = resolve.resolve(config, spec, loaded.store, memory, dtype, device)
     assert resolved.max_model_len is not None
     rope.fix_length(loaded.model, resolved.max_model_len)
+    if device.type != "cpu" and loaded.family.tabulates_rotary:
+        rope.tabulate(loaded.model, resolved.max_model_len, device)
     if resolved.experts.cache_mib and device.type == "cpu":
         dense.copy_from_files(loaded.model)
         if not config.experts.page_cache:
@@ -226,9 +244,9 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRun
     """A runner with all of a model's experts, in the fastest way of this machine."""
     resolved, loaded, spec = load_model(config)
     runner = ModelRunner(resolved, loaded, spec, eos_token_ids, build.experts(resolved, loaded, spec))
+    runner.run_whole_steps()
     if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
-    runner.run_whole_steps()
     runner.watch(mapped_files(resolved))
     return runner
 

@@ -115,6 +115,7 @@ class DecodeGraphs:
         self._inputs = inputs
         self._forward = forward
         self._padding = padding
+        self._logits: torch.Tensor | None = None
         self.sizes = sizes
         self.widths = widths
         start = time.perf_counter()
@@ -133,11 +134,17 @@ class DecodeGraphs:
         def work() -> torch.Tensor:
             self._padding.mask = self._inputs.is_padding(rows) if may_be_padded else None
             try:
-                return self._forward(batch)
+                return self._kept(self._forward(batch))
             finally:
                 self._padding.mask = None
 
         return work
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """In one tensor for all graphs: they run one after the other, and each would keep its own alive."""
+        if self._logits is None:
+            self._logits = logits.new_empty(self.sizes[-1], *logits.shape[1:])
+        return self._logits[: len(logits)].copy_(logits)
 
     def takes(self, plan: BatchPlan) -> bool:
         """Every sequence decodes one token in this step, and a graph is large enough for them."""

@@ -40,9 +40,14 @@ def why_not(family: Family, config: Any) -> str | None:
         return "its router chooses in another way"
     if getattr(config, "clip_qkv", None) is not None:
         return "queries and keys are clipped"
-    if _rope(config).get("rope_type", "default") not in STATIC_ROPES:
+    if not has_static_rope(config):
         return "its rotation changes with the context"
     return None
+
+
+def has_static_rope(config: Any) -> bool:
+    """Its rotation depends on a token's position alone."""
+    return _rope(config).get("rope_type", "default") in STATIC_ROPES
 
 
 def shape_of(model: Any, family: Family, config: Any, activation: Activation, page_size: int) -> DecoderShape:
@@ -99,7 +104,7 @@ def _block(
         q_norm=_weight(attention, "q_norm"),
         k_norm=_weight(attention, "k_norm"),
         sinks=None if (sinks := getattr(attention, "sinks", None)) is None else sinks.float(),
-        window=_window(attention, config, index),
+        window=window_of(attention, config, index),
         router=None if router is None else LinearWeights(*router),
         correction=None if router is None else correction_of(mlp),
         experts=experts,
@@ -155,8 +160,9 @@ def _rope(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-def _window(attention: Any, config: Any, index: int) -> int | None:
-    """Families keep it on the layers that have one, or pass the config's on to all."""
+def window_of(attention: Any, config: Any, index: int) -> int | None:
+    """Tokens that a layer's queries see; None: all. Families keep it on the layers that have one, or pass the config's
+    on to all."""
     if (types := getattr(config, "layer_types", None)) is not None and types[index] != "sliding_attention":
         return None
     window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))

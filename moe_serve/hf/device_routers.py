@@ -30,15 +30,26 @@ class DeviceRouter(nn.Module):
         self._weight = weight.detach().to(logits_dtype)
         self._bias = None if bias is None else bias.detach().to(logits_dtype)
         self._correction = correction_of(router)
+        self.logits_dtype = logits_dtype
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [.., H] -> logits [T, E], weights [T, K] float32, ids [T, K] int64: what the families' blocks take."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self.logits_dtype)
+        logits = self._logits(rows)
+        ids, weights = self._route(logits)
+        return logits, weights, ids
+
+    def choose(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows [T, H] of `logits_dtype` -> ids [T, K] int64, weights [T, K] float32."""
+        return self._route(self._logits(rows))
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(rows, self._weight, self._bias)
+
+    def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from moe_serve_kernels.gpu.routing import route  # needs triton, which machines without a GPU may lack
 
-        rows = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)
-        logits = nn.functional.linear(rows, self._weight, self._bias)
-        ids, weights = route(logits, self.routing, self._correction)
-        return logits, weights, ids
+        return route(logits, self.routing, self._correction)
 
 
 def install(model: nn.Module, routing: Routing | None, num_experts: int) -> None:
@@ -50,6 +61,16 @@ def install(model: nn.Module, routing: Routing | None, num_experts: int) -> None
             for name, child in list(block.named_children()):
                 if _is_router(child, num_experts):
                     setattr(block, name, DeviceRouter(child, routing, _logits_dtype(child)))
+
+
+def router_in(block: nn.Module, routing: Routing) -> DeviceRouter | None:
+    """The DeviceRouter of a block with experts: the one that is there, or one for the router that is."""
+    for child in block.children():
+        if isinstance(child, DeviceRouter):
+            return child
+        if hasattr(child, "top_k") and isinstance(getattr(child, "weight", None), torch.Tensor):
+            return DeviceRouter(child, routing, _logits_dtype(child))
+    return None
 
 
 def _is_router(module: nn.Module, num_experts: int) -> bool:

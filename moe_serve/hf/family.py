@@ -99,6 +99,9 @@ class Family:
     masks_by_config_window: bool = False
     """The sliding window is in the config only and never passed to the attention function."""
 
+    tabulates_rotary: bool = False
+    """Its rotary embedding computes on the CPU in every step: on a GPU a table takes its place (hf/rope.py)."""
+
     def match(self, tensor_name: str) -> re.Match[str] | None:
         """The match of an expert tensor's name, or None for a dense one."""
         if FURTHER.search(tensor_name):

@@ -5,6 +5,9 @@ tokens would depend on the others beside it, and keys in the cache on when they 
 once, from max_model_len, as vLLM does. A server of short sequences says so with --max-model-len: up to
 `original_max_position_embeddings` it takes the short factors.
 
+Phi-3.5-MoE computes its rotation on the CPU and asks the device for the largest position, in every step, which no CUDA
+graph can hold. On a GPU a table of all positions stands in its place.
+
 Knows no batches.
 """
 
@@ -55,3 +58,24 @@ class _Fixed:
         if isinstance(output, torch.Tensor):
             return output[..., :-1, :]
         return tuple(table[..., :-1, :] for table in output)
+
+
+def tabulate(model: nn.Module, max_model_len: int, device: torch.device) -> None:
+    """Put a table on `device` in the place of every rotary embedding of `model`; after `fix_length`, if at all."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "rope_init_fn"):
+                setattr(parent, name, Tabulated(child, max_model_len, device))
+
+
+class Tabulated(nn.Module):
+    """A rotary embedding as a table of what it gives for each position."""
+
+    def __init__(self, embedding: nn.Module, positions: int, device: torch.device) -> None:
+        super().__init__()
+        cos, sin = embedding(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
+        self._cos, self._sin = cos[0], sin[0]
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids [.., T] -> cosines and sines [.., T, D] of x's dtype."""
+        return self._cos[position_ids].to(x.dtype), self._sin[position_ids].to(x.dtype)

@@ -4,8 +4,8 @@
 
 Prints one line per kernel: registers, spilled instructions, shared memory and kind of matrix instruction, as cuobjdump
 (bundled with triton) finds them in the machine code. Exits with 1 if one spills, needs more shared memory than a block
-can have, or lacks the large matrix instruction of its GPU where it should have it: faults that would otherwise show as
-a launch error or an unexplained slowness on the first GPU.
+can have, lacks the large matrix instruction of its GPU where it should have it, or waits for each load of a loop. Such
+faults would otherwise show as a launch error or an unexplained slowness on the first GPU.
 
 What is compiled is what the launchers launch: they are called on tensors without memory, and the call is caught.
 """
@@ -45,6 +45,8 @@ TYPE_OF = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+PIPELINED = "gemv_"
+"""Kernels of this name have loops without a matrix product, which are pipelined only if they say so."""
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -129,6 +131,8 @@ def inspect(name: str, expected_mma: str, compiled: Any, arch: int) -> Compiled:
     mma = "wgmma" if "HGMMA" in code else "mma" if "HMMA" in code else "-"
     shared = int(compiled.metadata.shared)
     faults = list(_faults(arch, local, shared, mma, expected_mma))
+    if name.startswith(PIPELINED) and "cp.async" not in compiled.asm["ptx"]:
+        faults.append("no load is ahead of its use")
     return Compiled(name, arch, int(_number(r"REG:(\d+)", usage)), local, shared, mma, faults)
 
 

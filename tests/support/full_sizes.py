@@ -6,7 +6,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from moe_serve.execution.step_memory import StepShape
+from moe_serve.spec import ModelSpec
+
 LAYERS = 4
+ALL_LAYERS = {"mixtral": 32, "qwen3_moe": 48, "gpt_oss": 24, "deepseek_v2": 27}
+GRAPHS, SEQS = 38, 128
+"""Of a server with default flags and contexts beyond 8,192 tokens."""
 
 FIELDS: dict[str, dict[str, Any]] = {
     "mixtral": {
@@ -75,3 +81,22 @@ FIELDS: dict[str, dict[str, Any]] = {
 def full_size(model_type: str) -> Any:
     """Its config, LAYERS deep."""
     return AutoConfig.for_model(model_type, num_hidden_layers=LAYERS, **FIELDS[model_type])
+
+
+def step_shape(model_type: str, num_tokens: int) -> StepShape:
+    """Its steps, with all its layers, in bf16."""
+    config = full_size(model_type)
+    spec = ModelSpec.from_hf(config)
+    return StepShape(
+        num_tokens=num_tokens,
+        num_seqs=SEQS,
+        num_graphs=GRAPHS,
+        num_layers=ALL_LAYERS[model_type],
+        hidden=spec.hidden_size,
+        inner=spec.expert_intermediate_size,
+        top_k=spec.top_k,
+        vocab=spec.vocab_size,
+        latent_dim=config.kv_lora_rank + config.qk_rope_head_dim if model_type == "deepseek_v2" else 0,
+        max_model_len=spec.max_position_embeddings,
+        itemsize=2,
+    )

@@ -8,11 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import get_args
 
 import torch
 
+from moe_serve_kernels.cpu.decoder import Rotary
 from moe_serve_kernels.cpu.expert_mlp import Activation
-from moe_serve_kernels.gpu import align, combine, configs, gemv, grouped, paged_attention, residency, routing
+from moe_serve_kernels.gpu import (
+    add_norm,
+    align,
+    combine,
+    configs,
+    gemv,
+    grouped,
+    mlp_activation,
+    paged_attention,
+    prompt_attention,
+    residency,
+    rotary,
+    routing,
+)
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.gpu_model import GpuModel
 from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
@@ -97,6 +112,18 @@ def _around() -> Iterator[Launch]:
         yield Launch(f"head dim {head_dim}", partial(_attention, head_dim), {"attend_split": MMA})
     for num_heads in (16, 128):
         yield Launch(f"latents, {num_heads} heads", partial(_latent_attention, num_heads), {"attend_split": MMA})
+    for head_dim in (64, 128, 192):
+        for window in (None, 128):
+            name = f"head dim {head_dim}, {'all' if window is None else 'a window'}"
+            yield Launch(name, partial(_prompts, head_dim, window), {"attend_prompts": WGMMA})
+    yield Launch("float32", partial(_prompts, 128, None, torch.float32))
+    yield Launch("latents", _prompts_of_latents, {"attend_prompts": WGMMA})
+    for kind in get_args(Rotary):
+        yield Launch(kind, partial(_rotate_heads, kind))
+        yield Launch(kind, partial(_rotate_latents, kind))
+    for hidden in (2048, 4096, 7168):
+        yield Launch(f"{hidden}", partial(_add_norm, hidden))
+    yield Launch("", partial(mlp_activation.mlp_activation, _new(4, 2 * INNER), SILU.kind, SILU.alpha, SILU.limit))
     for num_slots in (32, 1024):
         yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
     yield Launch("", _copy)
@@ -142,6 +169,59 @@ def _latent_attention(num_heads: int, dtype: torch.dtype = torch.bfloat16) -> No
     rows = _new(1, 4096, 512 + 64, dtype=dtype)
     query = _new(4, num_heads, 512 + 64, dtype=dtype)
     paged_attention.paged_decode(query, rows, rows[:, :, :512], pages, lengths, page_size=16, scale=0.1)
+
+
+def _prompts(head_dim: int, window: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Four query heads to a key; GPT-OSS, whose layers have windows, has sinks too."""
+    query, keys = _new(64, 32, head_dim, dtype=dtype), _new(8, 4096, head_dim, dtype=dtype)
+    values = _new(8, 4096, min(head_dim, 128), dtype=dtype)
+    prompts = prompt_attention.Prompts(_new(4, 4, dtype=torch.int32), _new(64, dtype=torch.int64))
+    sinks = None if window is None else _new(32, dtype=dtype)
+    out = _new(64, 32, values.shape[2], dtype=dtype)
+    prompt_attention.attend_to_prompts(
+        query, keys, values, prompts, out, page_size=16, scale=0.1, window=window, sinks=sinks
+    )
+
+
+def _prompts_of_latents() -> None:
+    """DeepSeek's: keys of 128 and 64 numbers, the second part for all heads."""
+    query, rest = _new(64, 16, 192), _new(64, 16, 64)
+    made, rows = _new(4096, 16, 256).transpose(0, 1), _new(4096, 576)
+    prompts = prompt_attention.Prompts(_new(4, 4, dtype=torch.int32), _new(64, dtype=torch.int64))
+    prompt_attention.attend_to_prompts(
+        query[..., :128],
+        made[..., :128],
+        made[..., 128:],
+        prompts,
+        _new(64, 16, 128),
+        page_size=16,
+        scale=0.1,
+        rest=prompt_attention.Rest(rest, rows[:, 512:]),
+    )
+
+
+def _turns(kind: Rotary) -> rotary.Turns:
+    table = _new(4096, 32, dtype=torch.float32)
+    return rotary.Turns(table, table, _new(4, dtype=torch.int64), kind)
+
+
+def _rotate_heads(kind: Rotary) -> None:
+    """Qwen3's norms of heads."""
+    norms = rotary.HeadNorms(_new(128), _new(128), 1e-6)
+    cache = _new(4, 4096, 128)
+    rotary.rotate_heads(_new(4, 40 * 128), _turns(kind), norms, _new(4, dtype=torch.int64), cache, cache)
+
+
+def _rotate_latents(kind: Rotary) -> None:
+    query, latents, rows = _new(4, 16, 192), _new(4, 576), _new(1, 4096, 576)
+    slots, rotated = _new(4, dtype=torch.int64), _new(4, 16, 576)[..., 512:]
+    rotary.rotate_latents(query, latents, _turns(kind), _new(512), 1e-6, slots, rows, rotated)
+
+
+def _add_norm(hidden: int) -> None:
+    x = _new(4, hidden)
+    added = add_norm.Added(_new(4, hidden), _new(4, hidden), _new(4, 1))
+    add_norm.add_norm(x, _new(hidden), 1e-6, added, wide=_new(4, hidden, dtype=torch.float32))
 
 
 def _plan(num_slots: int) -> None:

@@ -28,7 +28,8 @@ from expert_cache.running.usage import RouteBuffer
 from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
-from moe_serve.hf import attention, loading
+from moe_serve.hf import attention, loading, rope
+from moe_serve.hf.dense_loading import model_class_of
 from moe_serve.hf.experts import find_experts, replacing
 from moe_serve.hf.family import family_of
 from moe_serve.hf.loading import LoadedModel
@@ -84,7 +85,8 @@ class Note(TorchDispatchMode):
         if any(t.device.type == "cpu" for t in before + made):
             self.noted.from_host.append(name)
         self._follow(name, before, made)
-        if any(t.device == META for t in before + made) and _launches(name, before, made):
+        is_filling = "out" in (kwargs or {})
+        if any(t.device == META for t in before + made) and (is_filling or _launches(name, before, made)):
             self.noted.operations[name] += 1
         return out
 
@@ -184,13 +186,15 @@ def _runner(config: Any, num_pages: int) -> ModelRunner:
     kv_shapes, state_shapes = loading.shapes_of(config)
     attention.register()
     with replacing(family.experts_class), META:
-        model = loading._model_class(config, family)._from_config(
+        model = model_class_of(config, family)._from_config(
             config, attn_implementation=attention.NAME, dtype=torch.bfloat16
         )
     for name, buffer in list(model.named_buffers()):  # those that transformers computes on the CPU
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer.to(META)
     loading._adapt(model, config, family)
+    if family.tabulates_rotary:
+        rope.tabulate(model, spec.max_position_embeddings, META)
     store: Any = SimpleNamespace(layers=range(len(find_experts(model))))
     loaded = LoadedModel(model.eval(), config, family, store, kv_shapes, state_shapes)
     experts: Any = MetaExperts(

@@ -40,7 +40,7 @@ class Gemv:
     block_f: int
     block_c: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ GEMV = {
     "plain": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
     "int8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
     "fp8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
-    "int4": GemvConfig(Gemv(32, 128, 4), Gemv(32, 128, 4)),
+    "int4": GemvConfig(Gemv(32, 128, 4, 4), Gemv(32, 128, 4, 4)),
 }
 """By weight format."""
 

@@ -9,6 +9,8 @@ pairs and one output tile are neighbours: where two tokens share an expert, its 
 
 Per program, in torch terms, w [F, C] tiles and one row x:  acc += (w * x).sum(1)
 
+Triton pipelines loads that feed no matrix product only where the loop itself says so (`num_stages` of tl.range).
+
 Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate; tiles: F outputs, C inputs.
 """
 
@@ -51,6 +53,7 @@ def gemv_gate_up(
             KIND=activation.kind,
             **bank_arguments(bank),
             **loop_arguments(gemv, bank),
+            STAGES=gemv.num_stages,
         )
     return act
 
@@ -79,6 +82,7 @@ def gemv_down(
             TOP_K=ids.shape[1],
             **bank_arguments(bank),
             **loop_arguments(gemv, bank),
+            STAGES=gemv.num_stages,
         )
 
 
@@ -105,6 +109,7 @@ def gemv_gate_up_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid (P, cdiv(I, BLOCK_F))."""
     pair = tl.program_id(0)
@@ -119,12 +124,14 @@ def gemv_gate_up_kernel(
     scale_ptr += scales
     zero_ptr += scales
     if FORMAT == "int4":
-        gate = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
-        up = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F)
+        gate = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F, STAGES)
+        up = _product_int4(
+            x_ptr, w_ptr, scale_ptr, zero_ptr, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F, STAGES
+        )
     else:
         gates = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
         ups = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
-        for first in tl.range(0, hidden, BLOCK_C):
+        for first in tl.range(0, hidden, BLOCK_C, num_stages=STAGES):
             c = first + tl.arange(0, BLOCK_C)
             x = _load_x(x_ptr, c, hidden)
             gates += load_rows(w_ptr, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
@@ -159,6 +166,7 @@ def gemv_down_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid (T, cdiv(H, BLOCK_F))."""
     token = tl.program_id(0)
@@ -174,11 +182,11 @@ def gemv_down_kernel(
             scales = scales_of_slot(slot, hidden, inner, FORMAT, GROUP)
             if FORMAT == "int4":
                 one = _product_int4(
-                    x_ptr, own, scale_ptr + scales, zero_ptr + scales, f, f_ok, hidden, inner, GROUP, BLOCK_F
+                    x_ptr, own, scale_ptr + scales, zero_ptr + scales, f, f_ok, hidden, inner, GROUP, BLOCK_F, STAGES
                 )
             else:
                 sums = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
-                for first in tl.range(0, inner, BLOCK_C):
+                for first in tl.range(0, inner, BLOCK_C, num_stages=STAGES):
                     c = first + tl.arange(0, BLOCK_C)
                     sums += load_rows(own, f, c, hidden, inner, tl.float32, FORMAT, EVEN) * _load_x(x_ptr, c, inner)
                 one = _scaled(tl.sum(sums, axis=1), scale_ptr + scales, f, f_ok, FORMAT)
@@ -204,12 +212,22 @@ def _scaled(sums, scale_ptr, f, f_ok, FORMAT: tl.constexpr):
 
 @triton.jit
 def _product_int4(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, stride, num_inputs, GROUP: tl.constexpr, BLOCK_F: tl.constexpr
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    f,
+    f_ok,
+    stride,
+    num_inputs,
+    GROUP: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One row x times an int4 matrix -> [F]."""
     half: tl.constexpr = GROUP // 2
     sums = tl.zeros([half, BLOCK_F], tl.float32)
-    for group in tl.range(0, num_inputs // GROUP):
+    for group in tl.range(0, num_inputs // GROUP, num_stages=STAGES):
         c = group * GROUP + tl.arange(0, half)
         x_low = tl.load(x_ptr + c).to(tl.float32)[:, None]
         x_high = tl.load(x_ptr + half + c).to(tl.float32)[:, None]

@@ -60,8 +60,9 @@ def paged_decode(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one query token per sequence -> [N, Hk*G, Dv] of the query's dtype.
+    """Attention of one query token per sequence -> [N, Hk*G, Dv] of the query's dtype, in `out` if it is given.
 
     query [N, Hk*G, D]; keys [Hk, P*B, D]; values [Hk, P*B, Dv]; page_table [N, max pages] int64; lengths [N] int64,
     each >= 1; sinks [Hk*G]. All on one GPU, and contiguous but for the rows of page_table, which may be the beginnings
@@ -78,7 +79,8 @@ def paged_decode(
     splits = max(1, triton.cdiv(page_table.shape[1] * page_size, SPLIT_TOKENS))
     partial = torch.empty(num_seqs, heads, splits, value_dim, dtype=torch.float32, device=query.device)
     state = torch.empty(2, num_seqs, heads, splits, dtype=torch.float32, device=query.device)
-    out = query.new_empty(num_seqs, heads, value_dim)
+    out = query.new_empty(num_seqs, heads, value_dim) if out is None else out
+    assert out.is_contiguous()
     if num_seqs:
         _attend(query, keys, values, page_table, lengths, partial, state, page_size, scale, window, latent)
         _join(partial, state, lengths, window, sinks, out)

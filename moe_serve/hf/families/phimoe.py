@@ -2,4 +2,4 @@
 
 from moe_serve.hf.family import Family
 
-FAMILY = Family(experts_class="PhimoeExperts", masks_by_config_window=True)
+FAMILY = Family(experts_class="PhimoeExperts", masks_by_config_window=True, tabulates_rotary=True)
