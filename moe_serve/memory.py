@@ -38,9 +38,10 @@ CGROUP_VERSIONS = (
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that may still be taken on the device."""
+    """Memory that may still be taken on the device. torch keeps what it has freed, and gives it out again."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return min(_available(), *(_left(root, v) for root in _cgroup_roots() for v in CGROUP_VERSIONS))
 
 

@@ -98,7 +98,7 @@ def resolve(
     everything, wanted = -(-store.num_total * slot_bytes // MIB) * MIB, _wanted_pages(config, max_model_len)
     shares = Shares(int(free * EXPERT_SHARE_OF_FREE), int(free * KV_SHARE_OF_FREE))
     if device.type != "cpu":
-        step = step_bytes(_step_shape(config, spec, memory, max_model_len, dtype))
+        step = step_bytes(step_shape(config, spec, memory.kv_shapes, max_model_len, dtype))
         shares = divide(free, step, everything, _given_pages(config, page_bytes) or wanted * page_bytes)
     num_pages = _num_kv_pages(config, wanted, page_bytes, free, shares.pages)
     max_model_len = min(max_model_len, num_pages * config.kv.page_size)
@@ -217,12 +217,18 @@ def _num_kv_pages(config: EngineConfig, wanted: int, page_bytes: int, free: int,
     return pages
 
 
-def _step_shape(
-    config: EngineConfig, spec: ModelSpec, memory: SequenceMemory, max_model_len: int, dtype: torch.dtype
+def step_shape(
+    config: EngineConfig,
+    spec: ModelSpec,
+    kv_shapes: dict[int, LayerKVShape],
+    max_model_len: int,
+    dtype: torch.dtype | None = None,
 ) -> StepShape:
+    """What the largest steps depend on; without `dtype`, that of a resolved `config`."""
+    dtype = dtype or getattr(torch, config.dtype)
     rows = config.max_num_batched_seqs or config.max_num_seqs
     widths = widths_up_to(max_model_len, config.kv.page_size)
-    latent_dims = (shape.key_dim for shape in memory.kv_shapes.values() if shape.values_in_keys)
+    latent_dims = (shape.key_dim for shape in kv_shapes.values() if shape.values_in_keys)
     return StepShape(
         num_tokens=_token_budget(config, max_model_len),
         num_seqs=rows,

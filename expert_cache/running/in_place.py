@@ -47,7 +47,11 @@ class InPlaceExperts:
         if self._routes.is_on:
             for chosen, weight in zip(ids, weights, strict=True):
                 self._routes.add(chosen, weight)
+        once = [1] * ids.shape[2]
         for layer, experts in enumerate(ids.flatten(1).tolist()):
+            if len(experts) == len(once):  # of one token, which chooses no expert twice
+                self._count(MoELayer(layer), experts, once)
+                continue
             counts = Counter(experts)
             self._count(MoELayer(layer), list(counts), list(counts.values()))
 

@@ -16,6 +16,7 @@ from expert_cache.running.experts import Experts
 from expert_cache.storage.direct_io import drop_cached_pages
 from moe_serve import resolve
 from moe_serve.config import EngineConfig
+from moe_serve.engine import warm_up
 from moe_serve.engine.mapped_files import MappedFiles
 from moe_serve.execution import broken_logits, forward_batch, prompt_logprobs, sampler
 from moe_serve.execution.cuda_graph import Capture, CudaCapture
@@ -23,6 +24,7 @@ from moe_serve.execution.current_device import on_device
 from moe_serve.execution.decode_graphs import DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
 from moe_serve.execution.kv_cache import KVCache, LayerKVShape
 from moe_serve.execution.state_cache import StateCache
+from moe_serve.execution.step_memory import step_bytes
 from moe_serve.grammars.masks import MaskThread
 from moe_serve.hf import attend, dense, device_routers, loading, recurrent, rope, whole_steps
 from moe_serve.hf.checkpoint import weight_files
@@ -32,6 +34,7 @@ from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.offload import build
+from moe_serve.prefix_disk.open import PrefixFacts
 from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
@@ -68,9 +71,7 @@ class ModelRunner:
         self.experts = experts
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
-        self._states = StateCache(
-            loaded.state_shapes, config.max_num_seqs, config.kv.num_saved_states or 0, self.device
-        )
+        self.states = StateCache(loaded.state_shapes, config.max_num_seqs, config.kv.num_saved_states or 0, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
@@ -78,9 +79,13 @@ class ModelRunner:
         self._whole_steps: WholeSteps | DeviceSteps | None = None
         self._files = MappedFiles()
         connect(self.model, experts)
-        recurrent.connect(self.model, self._states)
+        recurrent.connect(self.model, self.states)
         if experts.padding is not None:
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
+
+    def prefix_facts(self) -> PrefixFacts:
+        """What a prefix cache on disk has to know."""
+        return PrefixFacts(self.config, self.kv_cache, self.states)
 
     def watch(self, files: MappedFiles) -> None:
         """From now on, steps raise CheckpointChangedError once one of these was written to."""
@@ -191,7 +196,7 @@ class ModelRunner:
             rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         if self._whole_steps is not None:
             return self._whole_steps.run(batch, rows)
-        self._states.begin(batch)
+        self.states.begin(batch)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -245,6 +250,8 @@ def load_runner(config: EngineConfig, eos_token_ids: frozenset[int]) -> ModelRun
     resolved, loaded, spec = load_model(config)
     runner = ModelRunner(resolved, loaded, spec, eos_token_ids, build.experts(resolved, loaded, spec))
     runner.run_whole_steps()
+    if runner.device.type == "cuda":
+        _warm_up(runner)
     if runner.device.type == "cuda" and not config.enforce_eager:
         _capture(runner)
     runner.watch(mapped_files(resolved))
@@ -258,6 +265,21 @@ def mapped_files(config: EngineConfig) -> MappedFiles:
         return MappedFiles()
     expert_file = config.experts.expert_file
     return MappedFiles(weight_files(config.model) + ([Path(expert_file)] if expert_file else []))
+
+
+def _warm_up(runner: ModelRunner) -> None:
+    """Prompts up to the largest that a step takes, where the host has no books of them to keep. ConfigError."""
+    config = runner.config
+    assert config.kv.num_pages is not None
+    assert config.max_model_len is not None
+    if runner.experts.padding is None or runner.loaded.state_shapes:
+        return
+    largest = min(config.max_num_batched_tokens, config.kv.num_pages * config.kv.page_size, config.max_model_len - 1)
+    before = torch.cuda.memory_allocated(runner.device)
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    warm_up.warm_up(runner.run, max(1, largest), config.kv.page_size)
+    shape = resolve.step_shape(config, runner.spec, runner.loaded.kv_shapes, config.max_model_len)
+    warm_up.log_peak(runner.device, before, step_bytes(shape))
 
 
 def _capture(runner: ModelRunner) -> None:

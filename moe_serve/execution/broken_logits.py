@@ -7,6 +7,7 @@ knows no model.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence as Rows
 
 import torch
@@ -32,7 +33,7 @@ def find(plan: BatchPlan, logits: torch.Tensor, rows: Rows[int]) -> dict[Sequenc
 def _broken(logits: torch.Tensor) -> list[int]:
     """Rows with a number that is not finite."""
     # A sum is not finite where a number is not; only then is it worth looking at every number.
-    if logits.sum(dim=-1, dtype=torch.float32).isfinite().all():
+    if all(map(math.isfinite, logits.sum(dim=-1, dtype=torch.float32).tolist())):
         return []
     broken: list[int] = (~logits.isfinite().all(dim=-1)).nonzero()[:, 0].tolist()
     return broken

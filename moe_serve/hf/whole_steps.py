@@ -43,19 +43,21 @@ class RotaryTable:
         """`embedding`: the model's own, called with positions."""
         self._embedding = embedding
         self._half = rotary_dim // 2
-        self._cos = self._sin = torch.empty(0, self._half)
+        self._turns = torch.empty(2, 0, self._half)
 
     def at(self, positions: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of `positions` [T], none beyond `last`."""
-        if last >= len(self._cos):
-            self._grow(max(2 * len(self._cos), last + 1, 512))
-        return self._cos[positions], self._sin[positions]
+        known = self._turns.shape[1]
+        if last >= known:
+            self._grow(max(2 * known, last + 1, 512))
+        cos, sin = self._turns.index_select(1, positions)
+        return cos, sin
 
     def _grow(self, count: int) -> None:
-        turns = self._embedding(self._cos, torch.arange(count)[None])
+        turns = self._embedding(self._turns[0], torch.arange(count)[None])
         parts = (turns.real, turns.imag) if isinstance(turns, torch.Tensor) else turns
         # Some families repeat the values for the other half of a head.
-        self._cos, self._sin = (part[0, :, : self._half].contiguous() for part in parts)
+        self._turns = torch.stack([part[0, :, : self._half] for part in parts])
 
 
 class WholeSteps:

@@ -119,7 +119,9 @@ def _host_managed(
     predictor = _predictor(config, store, spec, policy)
     advisor = predictor if config.experts.prefetch == "predictor" else _advisor(config, loaded, spec)
     audit = PrefetchAudit(cache.counters, store.expert_bytes) if advisor and config.experts.prefetch_audit else None
-    guard = MemoryGuard(cache.num_slots, store.slot_bytes, partial(free_bytes, device))
+    # A GPU's pool is one piece of memory: fewer slots would give nothing back.
+    gives_back = not isinstance(compute, GpuCompute)
+    guard = MemoryGuard(cache.num_slots, store.slot_bytes, partial(free_bytes, device)) if gives_back else None
     return HostManagedExperts(
         cache, compute, advisor, audit, host, predictor, guard, slot_bytes=slot_bytes_of(config, store)
     )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moe_serve.execution.step_memory import prompt_bytes
+from moe_serve.execution.step_memory import FIXED_BYTES, prompt_bytes
 
 from ..families.tiny_configs import CASES
-from ..support.full_sizes import FIELDS, LAYERS, full_size, step_shape
+from ..support.full_sizes import FIELDS, LAYERS, SEQS, full_size, step_shape
 
 if TYPE_CHECKING:
     from ..support.meta_step import MetaModel, Noted
@@ -31,6 +31,8 @@ DECODING = {
     "deepseek_v2": (15.75, 17.25),
 }
 """Launches of a step per layer, of 1 and of 16 sequences; 3 of the step are outside all layers."""
+LARGEST_GRAPH = {"mixtral": 80, "qwen3_moe": 86, "gpt_oss": 140, "deepseek_v2": 288}
+"""MiB that a graph of 128 sequences keeps alive."""
 PROMPTS = {"mixtral": (15.5, 245), "qwen3_moe": (15.5, 190), "gpt_oss": (15.5, 185), "deepseek_v2": (19.5, 405)}
 """Launches of a step with prompts per layer, and the MiB that 2,048 tokens at a context of 32,768 keep alive."""
 WAITING = {"deepseek_v32", "axk2", "axk2_light", "glm_moe_dsa", "llama4"}
@@ -74,6 +76,15 @@ def test_decoding(made: Callable[[str], MetaModel], model: str) -> None:
         assert noted.from_host == []
         assert noted.kernels["route_kernel"] > 0
         assert noted.launches / LAYERS <= launches, noted
+
+
+@pytest.mark.parametrize("model", FIELDS)
+def test_sizing_leaves_room_for_the_largest_graph(made: Callable[[str], MetaModel], model: str) -> None:
+    """Its attention keeps partial results for the longest context that there may be."""
+    noted = made(model).graph(SEQS)
+    assert noted.from_host == []
+    assert noted.peak_bytes <= FIXED_BYTES // 2, noted.peak_at
+    assert noted.peak_bytes / MIB <= LARGEST_GRAPH[model], noted.peak_at
 
 
 @pytest.mark.parametrize("model", FIELDS)

@@ -28,6 +28,7 @@ from expert_cache.running.usage import RouteBuffer
 from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.execution import forward_batch
+from moe_serve.execution.decode_graphs import StepInputs, widths_up_to
 from moe_serve.hf import attention, loading, rope
 from moe_serve.hf.dense_loading import model_class_of
 from moe_serve.hf.experts import find_experts, replacing
@@ -168,13 +169,21 @@ class MetaModel:
 
     def step(self, num_seqs: int, context: int, new_tokens: int) -> Noted:
         """What a step does in which each sequence computes its last `new_tokens` of `context`."""
+        plan, limits = _plan(num_seqs, context, new_tokens), self.runner._group_limits
+        return self._noted(forward_batch.make(plan, PAGE_SIZE, META, limits))
+
+    def _noted(self, batch: forward_batch.ForwardBatch) -> Noted:
         note = Note()
-        with _as_if_on_a_gpu(note), torch.inference_mode():
-            batch = forward_batch.make(_plan(num_seqs, context, new_tokens), PAGE_SIZE, META, self.runner._group_limits)
-            with note:
-                logits = self.runner._forward(batch)
-                assert logits.shape[0] == num_seqs
+        with _as_if_on_a_gpu(note), torch.inference_mode(), note:
+            logits = self.runner._forward(batch)
+            assert logits.shape[0] == len(batch.sample_rows)
         return note.noted
+
+    def graph(self, num_seqs: int) -> Noted:
+        """What a graph holds that decodes `num_seqs` sequences of any length."""
+        width = widths_up_to(self.runner.spec.max_position_embeddings, PAGE_SIZE)[-1]
+        inputs = StepInputs(num_seqs, width, PAGE_SIZE, spare_page=0, device=META)
+        return self._noted(inputs.batch(num_seqs, width))
 
     def close(self) -> None:
         """Ends the runner's thread."""

@@ -3,7 +3,7 @@
     out[n, h*G + g] = softmax(scale * query[n, h*G + g] . keys[h, context of n]) @ values[h, context of n]
 
 The meaning, window and sinks included, is that of `moe_serve_kernels.cpu.paged_attention`, whose reference holds for
-both. A program takes one sequence, one key/value head with its G query heads, and SPLIT_TOKENS of the context; a second
+both. A program takes one sequence, one key/value head with its G query heads, and a split of the context; a second
 kernel joins the splits (Flash-Decoding). Splits lie at fixed positions, so a sequence's bits depend on its own context
 alone; their number follows from the page table's width, so that a graph can be captured for a width.
 
@@ -30,6 +30,9 @@ from moe_serve_kernels.gpu import is_interpreted
 from moe_serve_kernels.gpu.fallback import run_first_that_fits
 
 SPLIT_TOKENS = 512
+"""Of the first splits."""
+SPLITS_OF_A_SIZE = 16
+"""Then they double: 131,072 tokens are 65 splits, where 256 partial results would take 0.5 GiB for 128 sequences."""
 MIN_SIDE = 16
 """Of a matrix product: fewer query heads are padded to it."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,6 +50,16 @@ class _Tile(NamedTuple):
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """True when `paged_decode` can run on such tensors here."""
     return dtype in DTYPES and _gpu_is_available(device)
+
+
+def splits_of(num_tokens: int) -> int:
+    """Splits that a context of so many tokens needs: at least one."""
+    count, end, size = 0, 0, SPLIT_TOKENS
+    while end < num_tokens or count == 0:
+        end += size
+        count += 1
+        size <<= count % SPLITS_OF_A_SIZE == 0
+    return count
 
 
 def paged_decode(
@@ -76,7 +89,7 @@ def paged_decode(
     assert query.dtype == keys.dtype == values.dtype
     num_seqs, heads, _ = query.shape
     value_dim = values.shape[2]
-    splits = max(1, triton.cdiv(page_table.shape[1] * page_size, SPLIT_TOKENS))
+    splits = splits_of(page_table.shape[1] * page_size)
     partial = torch.empty(num_seqs, heads, splits, value_dim, dtype=torch.float32, device=query.device)
     state = torch.empty(2, num_seqs, heads, splits, dtype=torch.float32, device=query.device)
     out = query.new_empty(num_seqs, heads, value_dim) if out is None else out
@@ -124,6 +137,7 @@ def _attend(
             VALUE_DIM=value_dim,
             PAGE_SIZE=page_size,
             SPLIT_TOKENS=SPLIT_TOKENS,
+            SPLITS_OF_A_SIZE=SPLITS_OF_A_SIZE,
             BLOCK_D=_block(value_dim if latent else key_dim),
             BLOCK_V=_block(value_dim),
             BLOCK_REST=_block(key_dim - value_dim) if latent else 0,
@@ -167,6 +181,7 @@ def _join(
         HAS_SINKS=sinks is not None,
         VALUE_DIM=value_dim,
         SPLIT_TOKENS=SPLIT_TOKENS,
+        SPLITS_OF_A_SIZE=SPLITS_OF_A_SIZE,
         BLOCK_V=triton.next_power_of_2(value_dim),
         num_warps=1,
         enable_fp_fusion=True,
@@ -194,6 +209,15 @@ def _block(size: int) -> int:
 
 
 @triton.jit
+def _split(split, SPLIT_TOKENS: tl.constexpr, SPLITS_OF_A_SIZE: tl.constexpr):
+    """Where a split begins, and its tokens."""
+    doubled = split // SPLITS_OF_A_SIZE
+    tokens = SPLIT_TOKENS << doubled
+    begin = SPLITS_OF_A_SIZE * (tokens - SPLIT_TOKENS) + split % SPLITS_OF_A_SIZE * tokens
+    return begin, tokens
+
+
+@triton.jit
 def attend_split(
     query_ptr,
     keys_ptr,
@@ -212,6 +236,7 @@ def attend_split(
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    SPLITS_OF_A_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -234,8 +259,9 @@ def attend_split(
     begin = 0
     if window > 0:
         begin = tl.maximum(end - window, 0)
-    first = tl.maximum(split * SPLIT_TOKENS, begin // BLOCK_N * BLOCK_N)
-    last = tl.minimum(split * SPLIT_TOKENS + SPLIT_TOKENS, end)
+    split_begin, split_tokens = _split(split, SPLIT_TOKENS, SPLITS_OF_A_SIZE)
+    first = tl.maximum(split_begin, begin // BLOCK_N * BLOCK_N)
+    last = tl.minimum(split_begin + split_tokens, end)
     if first >= last:
         return
     g = tl.program_id(0) % CHUNKS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -308,6 +334,7 @@ def join_splits(
     HAS_SINKS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    SPLITS_OF_A_SIZE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Grid (N, heads). Splits in ascending order; those without a visible token were never written."""
@@ -325,14 +352,16 @@ def join_splits(
         total = 1.0
     acc = tl.zeros([BLOCK_V], tl.float32)
     row = (n * tl.num_programs(1) + head) * num_splits
-    for split in range(begin // SPLIT_TOKENS, tl.cdiv(end, SPLIT_TOKENS)):
-        own = tl.load(max_ptr + row + split)
-        new_largest = tl.maximum(largest, own)
-        shrink = tl.exp2(largest - new_largest)
-        grow = tl.exp2(own - new_largest)
-        part = tl.load(partial_ptr + (row + split) * VALUE_DIM + v, mask=v < VALUE_DIM, other=0.0)
-        acc = acc * shrink + part * grow
-        total = total * shrink + tl.load(sum_ptr + row + split) * grow
-        largest = new_largest
+    for split in range(0, num_splits):
+        split_begin, split_tokens = _split(split, SPLIT_TOKENS, SPLITS_OF_A_SIZE)
+        if (split_begin < end) & (split_begin + split_tokens > begin):
+            own = tl.load(max_ptr + row + split)
+            new_largest = tl.maximum(largest, own)
+            shrink = tl.exp2(largest - new_largest)
+            grow = tl.exp2(own - new_largest)
+            part = tl.load(partial_ptr + (row + split) * VALUE_DIM + v, mask=v < VALUE_DIM, other=0.0)
+            acc = acc * shrink + part * grow
+            total = total * shrink + tl.load(sum_ptr + row + split) * grow
+            largest = new_largest
     out = (acc / total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (n * tl.num_programs(1) + head) * VALUE_DIM + v, out, mask=v < VALUE_DIM)

@@ -68,9 +68,10 @@ def make_layer(
     dtype: torch.dtype = torch.float32,
     format: Format = "plain",
     with_bias: bool = False,
+    group_size: int = 32,
 ) -> Layer:
     """`routing`: random, "one" expert for all, "all" experts used evenly; weights of plain pools are in `dtype`."""
-    pool, slot_of = make_pool(num_experts, hidden, inner, device, format, dtype, with_bias)
+    pool, slot_of = make_pool(num_experts, hidden, inner, device, format, dtype, with_bias, group_size)
     x = torch.randn(num_tokens, hidden, device=device).to(dtype)
     weights = torch.rand(num_tokens, top_k, device=device)
     return Layer(x, make_ids(num_tokens, top_k, num_experts, routing).to(device), weights, slot_of, pool)

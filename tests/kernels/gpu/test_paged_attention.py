@@ -86,14 +86,23 @@ def test_narrow_types(device: torch.device, dtype: torch.dtype, tolerance: float
 
 
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("with_sinks", "sizes"), [(False, 1), (True, 1), (False, 2)])
 def test_several_splits(
-    device: torch.device, window: int | None, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, window: int | None, with_sinks: bool, sizes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of 64 tokens, 128 and so on."""
     monkeypatch.setattr(module, "SPLIT_TOKENS", 64)
-    tensors = case(2, 150, 1, 2, 16, 16, 16, device)
+    monkeypatch.setattr(module, "SPLITS_OF_A_SIZE", sizes)
+    tensors = case(2, 210, 1, 2, 16, 16, 16, device)
     sinks = torch.randn(2, device=device) if with_sinks else None
     check(tensors, 16, 5e-6, scale=0.3, window=window, sinks=sinks)
+
+
+def test_splits_cover_contexts() -> None:
+    """In the places where the kernels look for them."""
+    assert [module.splits_of(tokens) for tokens in (0, 1, 512, 513, 8192, 8193, 24576, 131072)] == [
+        *(1, 1, 1, 2, 16, 17, 32, 65)
+    ]
 
 
 def test_large_scores_do_not_overflow(device: torch.device) -> None:
