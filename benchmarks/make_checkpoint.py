@@ -40,6 +40,7 @@ class Size:
     shared: int = 0
     """Intermediate size of the shared expert; of Qwen2-MoE."""
     head_dim: int = 64
+    positions: int = 4096
 
     def config(self, dtype: torch.dtype) -> PreTrainedConfig:
         make: Callable[..., PreTrainedConfig] = self.kind  # the base class does not name its families' fields
@@ -49,7 +50,7 @@ class Size:
             num_hidden_layers=self.layers,
             num_attention_heads=self.hidden // self.head_dim,
             num_key_value_heads=self.kv_heads,
-            max_position_embeddings=4096,
+            max_position_embeddings=self.positions,
             num_experts_per_tok=self.top_k,
             bos_token_id=0,
             eos_token_id=2,
@@ -109,6 +110,7 @@ SIZES = {
     "mixtral-1.4g": Size(MixtralConfig, 1024, 3456, layers=8, kv_heads=4),
     "mixtral-4g": Size(MixtralConfig, 1024, 3584, layers=24, kv_heads=4),
     "mixtral-8x7b-4l": Size(MixtralConfig, 4096, 14336, layers=4, kv_heads=8),
+    "qwen3-moe-30m": Size(Qwen3MoeConfig, 256, 128, layers=4, kv_heads=2, experts=64, top_k=4, positions=32768),
     "qwen3-moe-500m": Size(Qwen3MoeConfig, 512, 128, layers=10, kv_heads=2, experts=128, top_k=8),
     "qwen3-1b": Size(Qwen3MoeConfig, 1024, 256, layers=18, kv_heads=4, experts=64, top_k=8),
     "qwen2-1b": Size(Qwen2MoeConfig, 1024, 256, layers=18, kv_heads=4, experts=60, top_k=4, shared=1024),

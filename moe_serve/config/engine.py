@@ -101,4 +101,4 @@ class EngineConfig(Settings):
         for name in ("max_skipped_steps", "expert_aware_batching"):
             if name in given and self.max_num_batched_seqs is None:
                 return f"{given[name].flag} has no effect without --max-num-batched-seqs"
-        return self.experts.no_effect()
+        return self.kv.no_effect() or self.experts.no_effect()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_serve.config.settings import Settings, option
+from moe_serve.config.settings import Settings, changed_settings, option
+from moe_serve.errors import ConfigError
 
 HEADING = "KV pages and batching"
 
@@ -32,6 +33,15 @@ class KVConfig(Settings):
         aliases=("num_gpu_blocks_override",),
     )
     enable_prefix_caching: bool = option(True, "Share the KV pages of equal prompt prefixes between requests.")
+    prefix_cache_dir: str | None = option(
+        None,
+        "Folder for cached prefixes on disk: pages and states of finished requests are written there and loaded after a"
+        " restart. Made if it does not exist. Default: prefixes are cached in memory alone.",
+        metavar="FOLDER",
+    )
+    prefix_cache_disk_mib: int = option(
+        16384, "Most bytes of cached prefixes on disk, in MiB; the least recently used go first.", bound="positive"
+    )
     state_block_size: int | None = option(
         None,
         "Models with recurrent layers: prompts are computed in blocks of this many tokens, and a prefix can be shared"
@@ -49,3 +59,12 @@ class KVConfig(Settings):
     num_saved_states: int | None = option(
         None, "Number of states kept for later prompts; overrides --state-cache-mib.", bound="not negative"
     )
+
+    def check(self) -> None:
+        if self.prefix_cache_dir is not None and not self.enable_prefix_caching:
+            raise ConfigError("--prefix-cache-dir keeps cached prefixes; it cannot go with --no-enable-prefix-caching")
+
+    def no_effect(self) -> str | None:
+        if self.prefix_cache_dir is None and "prefix_cache_disk_mib" in changed_settings(self):
+            return "--prefix-cache-disk-mib has no effect without --prefix-cache-dir"
+        return None

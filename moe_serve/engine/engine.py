@@ -9,21 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol
 
 from expert_cache.report import ExpertReport
 from expert_cache.running.experts import ExpertsControl, ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine import expert_aware
+from moe_serve.engine.arrivals import Arrivals
 from moe_serve.engine.model_runner import load_runner
-from moe_serve.engine.step_stats import StepRecorder, finished_stats
+from moe_serve.engine.outputs import output_of, told
+from moe_serve.engine.step_stats import StepRecorder
 from moe_serve.engine.trouble import Trouble
-from moe_serve.errors import ContextTooLongError, InvalidRequestError, MoEServeError, OverloadedError
+from moe_serve.errors import ContextTooLongError, InvalidRequestError, MoEServeError
 from moe_serve.expert_routes.route_recorder import RouteObserver
 from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.grammars.matcher import Place
-from moe_serve.scheduling.batch_plan import BatchPlan, Blame, StepError, StepResult
+from moe_serve.prefix_disk.open import open_tier
+from moe_serve.prefix_disk.tier import DiskTier
+from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
 from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -71,6 +76,7 @@ class Engine:
         self.page_size = config.kv.page_size
         self._sequences: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
+        self._arrivals: Arrivals | None = None
         self._choose_batches_by_experts()
 
     @staticmethod
@@ -79,7 +85,13 @@ class Engine:
         eos = frozenset(read_eos_token_ids(config.model))
         runner = load_runner(config, eos)
         tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
-        return Engine(runner, tokenizer, runner.spec, eos | frozenset(tokenizer.eos_token_ids))
+        engine = Engine(runner, tokenizer, runner.spec, eos | frozenset(tokenizer.eos_token_ids))
+        engine.cache_on_disk(open_tier(runner.prefix_facts(), engine.pool, engine.scheduler.prefixes))
+        return engine
+
+    def cache_on_disk(self, tier: DiskTier | None) -> None:
+        """From now on, prefixes of ended requests are written to disk and loaded from there."""
+        self._arrivals = None if tier is None else Arrivals(tier)
 
     def _choose_batches_by_experts(self) -> None:
         """Install expert-aware batching where settings and model ask for it."""
@@ -142,6 +154,11 @@ class Engine:
             if params.grammar is not None:
                 seq.matcher = self._grammars.start(params.grammar)
             self._detokenizers[seq] = IncrementalDetokenizer(self.tokenizer, params, request.prompt_token_ids)
+        if self._arrivals is None or not self._arrivals.begin(sequences, len(self.scheduler.running)):
+            self._queue(sequences)
+
+    def _queue(self, sequences: Iterable[Sequence]) -> None:
+        for seq in sequences:
             self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
@@ -173,14 +190,20 @@ class Engine:
     def _fail(self, seq: Sequence, error: MoEServeError) -> SampleOutput:
         self._end(seq, FinishReason.ERROR)
         self._forget(seq)
-        return _output(seq, "", 0, error)
+        return output_of(seq, "", 0, error)
 
     def _report_load(self) -> None:
         if self.observer is not None:
             scheduler = self.scheduler
             num_saved = scheduler.prefixes.saved.num_used
-            load = EngineLoad(len(scheduler.running), len(scheduler.waiting), self.pool.usage_frac, num_saved)
+            num_waiting = len(scheduler.waiting) + len(self._arriving())
+            load = EngineLoad(len(scheduler.running), num_waiting, self.pool.usage_frac, num_saved)
+            if self._arrivals is not None:
+                load = replace(load, disk=self._arrivals.tier.totals)
             self.observer.on_load(load)
+
+    def _arriving(self) -> list[Sequence]:
+        return [] if self._arrivals is None else self._arrivals.live()
 
     def resize_expert_cache(self, moe_cache_mib: int) -> None:
         """Change the memory for experts, between steps. InvalidRequestError says why it cannot be."""
@@ -206,6 +229,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads behind the model; the engine is of no use afterwards."""
+        if self._arrivals is not None:
+            self._arrivals.tier.close()
         self.runner.close()
         self._grammars.close()
 
@@ -214,12 +239,14 @@ class Engine:
         return None
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or bool(self._arriving())
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def step(self) -> list[SampleOutput]:
         """Plan, run, apply; returns what each sequence that got a token gained."""
+        if self._arrivals is not None:
+            self._queue(self._arrivals.landed(is_idle=not self.scheduler.has_work()))
         recorder = StepRecorder(self.runner.experts, self.observer)
         plan = self.scheduler.schedule()
         if plan.is_empty:
@@ -234,7 +261,7 @@ class Engine:
                 observer.on_routes(plan, result)
         outputs = [self._emit(seq) for seq in advanced]
         recorder.report(outputs)
-        outputs += [self._fail(seq, _told(seq, e)) for seq, e in result.errors.items() if not seq.is_finished]
+        outputs += [self._fail(seq, told(seq, e)) for seq, e in result.errors.items() if not seq.is_finished]
         self._report_load()
         return outputs
 
@@ -242,7 +269,7 @@ class Engine:
         """Text of the newest token; may end the sequence at a stop string."""
         if not seq.num_generated:  # only the prompt was wanted
             self._forget(seq)
-            return _output(seq, "", 0)
+            return output_of(seq, "", 0)
         detokenizer = self._detokenizers[seq]
         text, stop = detokenizer.push(seq.token_ids[-1:])
         if stop is not None:
@@ -252,7 +279,7 @@ class Engine:
                 self._end(seq, FinishReason.STOP, stop)
         elif seq.is_finished:
             text += detokenizer.flush()
-        output = _output(seq, text, 1, start=detokenizer.token_start)
+        output = output_of(seq, text, 1, start=detokenizer.token_start)
         if seq.is_finished:
             self._forget(seq)
         return output
@@ -263,6 +290,8 @@ class Engine:
     def _forget(self, seq: Sequence) -> None:
         """Drop the engine's references to an ended sequence."""
         self._detokenizers.pop(seq, None)
+        if self._arrivals is not None and seq.finish_reason is not FinishReason.ERROR:
+            self._arrivals.tier.keep(seq)
         if seq.matcher is not None:
             seq.matcher.close()
         siblings = self._sequences.get(seq.request.request_id)
@@ -271,10 +300,11 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Prove that pages, sequences and detokenisers agree; AssertionError says what does not."""
-        live = list(self.scheduler.live())
-        self.pool.check_integrity(seq.page_ids for seq in live)
+        live = [*self.scheduler.live(), *self._arriving()]
+        held, rows = ([], []) if self._arrivals is None else (self._arrivals.held_pages(), self._arrivals.held_rows())
+        self.pool.check_integrity([*(seq.page_ids for seq in live), *held])
         self.scheduler.seats.check_integrity(seq.seat for seq in live)
-        self.scheduler.prefixes.check_integrity()
+        self.scheduler.prefixes.check_integrity(rows)
         assert set(self._detokenizers) == set(live), "detokenisers of ended sequences are left"
         listed = [s for seqs in self._sequences.values() for s in seqs if not s.is_finished]
         assert set(listed) == set(live), "the request table and the scheduler disagree"
@@ -289,35 +319,4 @@ def _limits(config: EngineConfig) -> SchedulerLimits:
         max_num_batched_seqs=config.max_num_batched_seqs,
         state_block=config.kv.state_block_size,
         num_saved_states=config.kv.num_saved_states or 0,
-    )
-
-
-def _told(seq: Sequence, error: StepError) -> MoEServeError:
-    """What the client is told of a failure in a step."""
-    if error.blame is Blame.GRAMMAR:
-        param = seq.params.grammar.param if seq.params.grammar is not None else "grammar"
-        return InvalidRequestError(param, f"{param}: {error.message}")
-    if error.blame is Blame.LOAD:
-        return OverloadedError(error.message, retry_after_s=10)
-    return MoEServeError(error.message)
-
-
-def _output(seq: Sequence, text: str, num_new: int, error: MoEServeError | None = None, start: int = 0) -> SampleOutput:
-    """`start`: where the new token's text begins in the sample's."""
-    wants_logprobs = seq.params.logprobs is not None and num_new > 0
-    return SampleOutput(
-        request_id=seq.request.request_id,
-        index=seq.index,
-        text=text,
-        token_ids=tuple(seq.token_ids[len(seq.token_ids) - num_new :]),
-        logprobs=tuple(seq.logprobs[-num_new:]) if wants_logprobs else (),
-        finish_reason=seq.finish_reason,
-        stop_reason=seq.stop_reason,
-        num_prompt_tokens=seq.num_prompt,
-        num_cached_tokens=seq.num_cached,
-        num_output_tokens=seq.num_generated,
-        error=error,
-        prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
-        text_starts=(start,) if wants_logprobs else (),
-        stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

@@ -34,6 +34,7 @@ from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.offload import build
+from moe_serve.prefix_disk.open import PrefixFacts
 from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult, StepRoutes
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
@@ -70,9 +71,7 @@ class ModelRunner:
         self.experts = experts
         # The page beyond the scheduler's is where rows that only fill up a graph's batch write.
         self.kv_cache = KVCache(loaded.kv_shapes, config.kv.num_pages + 1, config.kv.page_size, dtype, self.device)
-        self._states = StateCache(
-            loaded.state_shapes, config.max_num_seqs, config.kv.num_saved_states or 0, self.device
-        )
+        self.states = StateCache(loaded.state_shapes, config.max_num_seqs, config.kv.num_saved_states or 0, self.device)
         self._group_limits = _group_limits(loaded.kv_shapes, dtype, self.device)
         self.eos_token_ids = eos_token_ids
         self.masks = MaskThread(spec.vocab_size)
@@ -80,9 +79,13 @@ class ModelRunner:
         self._whole_steps: WholeSteps | DeviceSteps | None = None
         self._files = MappedFiles()
         connect(self.model, experts)
-        recurrent.connect(self.model, self._states)
+        recurrent.connect(self.model, self.states)
         if experts.padding is not None:
             device_routers.install(self.model, loaded.family.routing(loaded.hf_config), spec.num_experts)
+
+    def prefix_facts(self) -> PrefixFacts:
+        """What a prefix cache on disk has to know."""
+        return PrefixFacts(self.config, self.kv_cache, self.states)
 
     def watch(self, files: MappedFiles) -> None:
         """From now on, steps raise CheckpointChangedError once one of these was written to."""
@@ -193,7 +196,7 @@ class ModelRunner:
             rows = torch.cat([rows, torch.tensor(scored, dtype=torch.int64, device=self.device)])
         if self._whole_steps is not None:
             return self._whole_steps.run(batch, rows)
-        self._states.begin(batch)
+        self.states.begin(batch)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,

@@ -79,6 +79,11 @@ class LayerKV:
         """What takes memory: keys, and values unless they are in the keys."""
         return (self.keys,) if self.shape.values_in_keys else (self.keys, self.values)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of it, an indexer's keys included: [heads, P*B, dim] each."""
+        return (*self.stored, self.index_keys[None])
+
     def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys, values [heads, T, dim] at `slots` [T]."""
         for data, rows in zip(self.stored, (keys, values), strict=False):

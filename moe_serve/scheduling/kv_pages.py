@@ -49,6 +49,13 @@ class PagePool:
         # Popped from the end, so the lowest page numbers go first and runs stay consecutive.
         self._empty = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._versions = [0] * num_pages
+
+    def version_of(self, digest: bytes) -> tuple[int, int] | None:
+        """(page, version) of a known prefix; any thread may ask. A page whose version is still the same after it was
+        read held that prefix all the while."""
+        page = self._page_of.get(digest)
+        return None if page is None else (page, self._versions[page])
 
     @property
     def num_free(self) -> int:
@@ -85,6 +92,7 @@ class PagePool:
         assert digest is not None
         del self._page_of[digest]
         self._hash_of[page] = None
+        self._versions[page] += 1
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The pages that hold the longest known prefix of `hashes`; takes no reference."""

@@ -9,6 +9,7 @@ Knows pages, rows and hashes; knows no tensors and no queues.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_serve.scheduling.batch_plan import SavedAt, ScheduledSequence
@@ -37,7 +38,8 @@ class Prefixes:
         assert not is_on or state_block is None or state_block % pool.page_size == 0
         self._pool = pool
         self.is_on = is_on
-        self._block = state_block
+        self.block = state_block
+        """Tokens whose states are computed at once, or None."""
         self.saved = SavedStates(num_saved_states)
         self._pending: dict[Sequence, tuple[SavedAt, ...]] = {}
         """States that the step under way saves."""
@@ -48,12 +50,23 @@ class Prefixes:
         """The longest cached prefix; the last token, and what has to be scored, is left to compute."""
         if not self.is_on:
             return NOTHING
+        pages = self._pool.match(self.usable_hashes(seq))
+        return CachedPrefix(pages) if self.block is None else self._with_state(seq, pages, self.block)
+
+    def usable_hashes(self, seq: Sequence) -> list[bytes]:
+        """Of the pages that a sequence could take over, if they were there."""
         self._extend_hashes(seq, seq.num_tokens)
         end = len(seq.prompt_logprobs) if seq.num_unscored else seq.num_tokens - 1
-        if self._block is not None:
-            end = min(end, seq.num_prompt)
-        pages = self._pool.match(seq.page_hashes[: end // self._pool.page_size])
-        return CachedPrefix(pages) if self._block is None else self._with_state(seq, pages, self._block)
+        return seq.page_hashes[: self._offered(seq, end) // self._pool.page_size]
+
+    def offered_hashes(self, seq: Sequence) -> list[bytes]:
+        """Of the computed pages that others may take over."""
+        self._extend_hashes(seq, seq.num_computed)
+        return seq.page_hashes[: self._offered(seq, seq.num_computed) // self._pool.page_size]
+
+    def _offered(self, seq: Sequence, num_tokens: int) -> int:
+        """With states, the pages of a prompt alone."""
+        return num_tokens if self.block is None else min(num_tokens, seq.num_prompt)
 
     def _with_state(self, seq: Sequence, pages: list[int], block: int) -> CachedPrefix:
         """As many of the pages as end at a saved state."""
@@ -68,16 +81,16 @@ class Prefixes:
     def whole_blocks(self, seq: Sequence, count: int) -> int:
         """`count` tokens from `num_computed` on, or fewer: a run that ends within the prompt ends with a block."""
         end = seq.num_computed + count
-        if self._block is None or end >= seq.num_prompt:
+        if self.block is None or end >= seq.num_prompt:
             return count
-        return max(0, end // self._block * self._block - seq.num_computed)
+        return max(0, end // self.block * self.block - seq.num_computed)
 
     def saves(self, seq: Sequence, end: int) -> tuple[SavedAt, ...]:
         """Where a run from `num_computed` to `end` saves states: at its last whole block, and where another prompt
         has left this one. To be called once for a run that will be computed."""
-        if not self.is_on or self._block is None:
+        if not self.is_on or self.block is None:
             return ()
-        last = min(end, seq.num_prompt) // self._block * self._block
+        last = min(end, seq.num_prompt) // self.block * self.block
         wanted = sorted({self._shared_until.get(seq, 0), last})
         found = tuple(
             SavedAt(place, row)
@@ -99,8 +112,7 @@ class Prefixes:
             return
         seq, size = item.seq, self._pool.page_size
         self._extend_hashes(seq, seq.num_computed)
-        end = seq.num_computed if self._block is None else min(seq.num_computed, seq.num_prompt)
-        for page in range(item.start // size, end // size):
+        for page in range(item.start // size, self._offered(seq, seq.num_computed) // size):
             self._pool.register(seq.page_ids[page], seq.page_hashes[page])
         for place, row in self._pending.pop(seq, ()):
             self.saved.register(row, self._hash_until(seq, place))
@@ -113,9 +125,9 @@ class Prefixes:
         for _, row in self._pending.pop(seq, ()):
             self.saved.give_back(row)
 
-    def check_integrity(self) -> None:
-        """AssertionError if rows of saved states are lost or shared."""
-        self.saved.check_integrity(row for saves in self._pending.values() for _, row in saves)
+    def check_integrity(self, loading: Iterable[int] = ()) -> None:
+        """AssertionError if rows of saved states are lost or shared. `loading`: rows that others are writing to."""
+        self.saved.check_integrity([*loading, *(row for saves in self._pending.values() for _, row in saves)])
 
     def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
         """Hash the full pages among the first `num_tokens` tokens that have no hash yet."""

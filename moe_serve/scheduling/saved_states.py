@@ -19,6 +19,13 @@ class SavedStates:
         self.num_rows = num_rows
         self._row_of: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(range(num_rows - 1, -1, -1))
+        self._versions = [0] * num_rows
+
+    def version_of(self, digest: bytes) -> tuple[int, int] | None:
+        """(row, version) of a known prefix; any thread may ask. A row whose version is still the same after it was read
+        held that state all the while."""
+        row = self._row_of.get(digest)
+        return None if row is None else (row, self._versions[row])
 
     @property
     def num_used(self) -> int:
@@ -37,7 +44,11 @@ class SavedStates:
         """A row to write to; None if all are being written."""
         if self._free:
             return self._free.pop()
-        return self._row_of.popitem(last=False)[1] if self._row_of else None
+        if not self._row_of:
+            return None
+        row = self._row_of.popitem(last=False)[1]
+        self._versions[row] += 1
+        return row
 
     def register(self, row: int, digest: bytes) -> None:
         """Make a written row findable. The first row of a prefix stays; another's is empty again."""

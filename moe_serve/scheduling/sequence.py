@@ -206,6 +206,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
+    num_loaded: int = 0
+    """Of these, at most this many came from disk."""
     seat: int = NO_SEAT
     """Row of the recurrent layers' states while it runs (moe_serve/execution/state_cache.py)."""
     page_ids: list[int] = field(default_factory=list)
@@ -298,6 +300,8 @@ class SampleOutput:
     """With sample 0's first output when SamplingParams.prompt_logprobs is set: of the prompt but its first token."""
     text_starts: tuple[int, ...] = ()
     """One per new token, aligned with `logprobs`: where its text begins in the sample's text, in characters."""
+    num_disk_tokens: int = 0
+    """Of the cached tokens, those that came from disk."""
 
 
 @dataclass(slots=True)

@@ -37,6 +37,20 @@ class StepStats:
     """Sequences that went on from a saved state of the recurrent layers."""
 
 
+@dataclass(slots=True)
+class DiskTotals:
+    """What the prefix cache on disk has done so far; any thread may read it."""
+
+    num_bytes: int = 0
+    """On disk now."""
+    written_bytes: int = 0
+    read_bytes: int = 0
+    refused_files: int = 0
+    """Damaged or foreign ones."""
+    hit_tokens: int = 0
+    """Prompt tokens that were loaded instead of computed."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What the engine holds right now; reported whenever it may have changed, aborts included."""
@@ -48,6 +62,8 @@ class EngineLoad:
     """Used fraction of the KV pages; cached but unreferenced pages count as free."""
     num_saved_states: int = 0
     """States of recurrent layers that are kept for later prompts."""
+    disk: DiskTotals = field(default_factory=DiskTotals)
+    """What the prefix cache on disk has done so far; it changes while it is held."""
 
 
 class StatsObserver(Protocol):

@@ -27,7 +27,7 @@ FAMILIES = ("qwen3_next", "granitemoehybrid", "lfm2_moe", "jamba")
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_sequence_takes_as_much_state_as_the_doctor_says(case: str, checkpoint: Checkpoint) -> None:
     said = sizes_of(str(checkpoint(case)), torch.float32).state_bytes_per_sequence
-    states = runner_of(load(checkpoint(case), num_saved_states=0))._states
+    states = runner_of(load(checkpoint(case), num_saved_states=0)).states
     kept = [tensor for layer in states.layers.values() for tensor in layer.values()]
     assert 0 < said == sum(tensor.nbytes for tensor in kept) / SMALL_ENGINE["max_num_seqs"]
     assert states.num_bytes == said * SMALL_ENGINE["max_num_seqs"]

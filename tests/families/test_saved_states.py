@@ -111,7 +111,7 @@ def test_samples_of_one_prompt_share_its_state(checkpoint: Checkpoint) -> None:
 )
 def test_rows_for_saved_states(settings: dict[str, Any], rows: int, checkpoint: Checkpoint) -> None:
     llm = start(checkpoint("lfm2_moe"), **settings)
-    kept = next(iter(next(iter(runner_of(llm)._states.layers.values())).values()))
+    kept = next(iter(next(iter(runner_of(llm).states.layers.values())).values()))
     assert len(kept) == 8 + rows
     assert llm.engine.scheduler.limits.enable_prefix_caching == (rows > 0)
 

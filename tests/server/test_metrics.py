@@ -17,7 +17,7 @@ from moe_serve.config import EngineConfig, ServerConfig
 from moe_serve.parallel.front.team import TeamState
 from moe_serve.server.endpoints.expert_plan import DecisionCollector
 from moe_serve.server.endpoints.ranks import TeamCollector
-from moe_serve.server.monitoring import expert_metrics, http_counts
+from moe_serve.server.monitoring import expert_metrics, http_counts, prefix_disk_metrics
 from moe_serve.server.monitoring.scrape import Scrape
 from moe_serve.server.transport.guard import guard
 
@@ -33,6 +33,7 @@ COUNTERS = (
         "num_preemptions",
     ),
     *("request_success", "admission_rejections", "http_requests"),
+    *prefix_disk_metrics.COUNTERS,
     *expert_metrics.COUNTERS,
 )
 GAUGES = (
@@ -42,6 +43,7 @@ GAUGES = (
     "saved_states",
     "cache_config_info",
     "compute_info",
+    *prefix_disk_metrics.GAUGES,
     *expert_metrics.GAUGES,
 )
 HISTOGRAMS = (
@@ -189,9 +191,10 @@ def test_every_metric_is_in_the_docs_and_no_other(served: Any) -> None:
 
 
 def test_which_metrics_have_a_time_of_creation(served: Any) -> None:
-    """As docs/metrics.md says: every counter and histogram but those of experts, HTTP and refusals."""
+    """As docs/metrics.md says: every counter and histogram but those of experts, the disk, HTTP and refusals."""
     names = {f.name.removeprefix("moe_serve:") for f in ours(served.talk(("/metrics", None))[0].text)}
-    counted = {*COUNTERS, *HISTOGRAMS} - {*expert_metrics.COUNTERS, "http_requests", "admission_rejections"}
+    counted = {*COUNTERS, *HISTOGRAMS} - {"http_requests", "admission_rejections"}
+    counted -= {*expert_metrics.COUNTERS, *prefix_disk_metrics.COUNTERS}
     assert {n for n in names if n.endswith("_created")} == {f"{name}_created" for name in counted}
 
 

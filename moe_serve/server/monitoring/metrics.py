@@ -25,6 +25,7 @@ from moe_serve.scheduling.stats import EngineLoad, StepStats
 from moe_serve.server.monitoring.expert_metrics import ExpertCollector
 from moe_serve.server.monitoring.http_counts import HttpCollector
 from moe_serve.server.monitoring.last_minute import LastMinute
+from moe_serve.server.monitoring.prefix_disk_metrics import PrefixDiskCollector
 from moe_serve.server.monitoring.scrape import Scrape
 
 PREFIX = "moe_serve:"
@@ -137,6 +138,8 @@ class Metrics:
         help = "Device, type of activations, instruction set of the C++ kernels and threads."
         Gauge(PREFIX + "compute_info", help, list(compute), registry=self.registry).labels(**compute).set(1)
         self.registry.register(ExpertCollector(self.live, PREFIX, labels, predictor))
+        self._disk = PrefixDiskCollector(PREFIX, labels)
+        self.registry.register(self._disk)
         self.http = HttpCollector(PREFIX, labels)
         self.registry.register(self.http)
         ProcessCollector(registry=self.registry)
@@ -174,6 +177,7 @@ class Metrics:
 
     def on_load(self, load: EngineLoad) -> None:
         self.live.on_load(load)
+        self._disk.totals = load.disk
         self._gauges["num_requests_running"].set(load.num_running)
         self._gauges["num_requests_waiting"].set(load.num_waiting)
         self._gauges["kv_cache_usage_perc"].set(load.kv_usage_frac)

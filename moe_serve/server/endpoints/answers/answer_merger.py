@@ -37,19 +37,23 @@ class Usage:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    disk_tokens: int = 0
+    """Of the cached ones."""
     completion_tokens: int = 0
 
     def note_first(self, output: SampleOutput) -> None:
         """Count a prompt once, from the first output of its first sample."""
         self.prompt_tokens += output.num_prompt_tokens
         self.cached_tokens += output.num_cached_tokens
+        self.disk_tokens += output.num_disk_tokens
 
     def as_json(self) -> dict[str, object]:
+        cached = {"cached_tokens": self.cached_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "completion_tokens": self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": cached | ({"disk_tokens": self.disk_tokens} if self.disk_tokens else {}),
         }
 
 
