@@ -3,6 +3,7 @@
 #   make serve           serve the embedded demo model (or: make serve MODEL=/path/to/checkpoint)
 #   make test            the tests of a change: all but the long proofs
 #   make test-slow       the long proofs; CI runs both
+#   make test-cpus       of these, what tells kinds of CPUs apart: generic, AVX2, AVX-512, and this machine's own
 #   make check           lint, format check, types, tests: what CI runs first
 #   make fix             repair what ruff can repair
 #   make docs            build the documentation's site into site/
@@ -28,7 +29,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard kernels/moe_serve_kernels/cpu/native/*/*.[chi]*)
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-slow check lint types fix docs bench clean
+.PHONY: serve test test-slow test-cpus check lint types fix docs bench clean
 
 serve: $(READY)
 	$(BIN)/moe-serve serve $(MODEL) $(SERVE_ARGS)
@@ -43,6 +44,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -n $(SLOW_WORKERS) -m slow
+
+test-cpus: $(READY)
+	$(PYTEST) -n $(SLOW_WORKERS) $(foreach kind,engine families kernels,tests/$(kind)/test_instruction_sets.py) \
+		tests/families/test_batch_invariance.py
 
 check: lint types test
 

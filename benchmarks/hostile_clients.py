@@ -4,9 +4,13 @@
 
 Starts a server on the demo model. The ordinary clients stream alone, then beside the hostile ones, by turns, so that
 both see the same machine. A hostile client sends slowly, reads slowly, closes half, sends a huge body, huge headers
-or garbage, or leaves in the middle of compiling a grammar; then it starts again. /live is asked from a process of
-its own. Passed: no ordinary request is lost, the ordinary ones keep 80 % of their speed, no hostile answer is a 5xx
-but 503, and the server gives its memory back but 50 MB. The last line is one JSON object.
+or garbage, or leaves in the middle of compiling a grammar; then it starts again. The hostile ones share the machine
+here, which those of a network do not: the cores that each side used are told. `per_server_cpu_ratio` compares tokens
+per CPU second of the server, its grammars included; other work on the machine changes it little. /live is asked from a
+process of its own, and so is a server that does nothing: what that takes is the machine's.
+
+Passed: no ordinary request is lost, the ordinary ones keep 80 % of their speed, no hostile answer is a 5xx but 503, and
+the server gives its memory back but 50 MB. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import random
 import re
 import subprocess
@@ -35,6 +40,7 @@ HOST = "127.0.0.1"
 BODY = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "stream": True}
 KEPT_SPEED = 0.8
 GROWTH_MB = 50.0
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SETTLE_S = 10.0
 HEAD = "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
 STATUS = re.compile(rb"^HTTP/1\.1 (\d{3})", re.MULTILINE)
@@ -51,6 +57,19 @@ class Ordinary:
     seconds: float = 0.0
     ends: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    cpu_s: dict[str, float] = field(default_factory=lambda: {"server": 0.0, "grammars": 0.0})
+    """CPU time by side: the server, the processes of its grammars, the hostile clients."""
+
+    @property
+    def cores(self) -> dict[str, float]:
+        """That each side used on average."""
+        return {side: round(cpu_s / self.seconds, 3) for side, cpu_s in self.cpu_s.items()}
+
+    @property
+    def tokens_per_server_cpu_s(self) -> float:
+        """What the ordinary clients got for the server's CPU time, its grammars' included: other processes of the
+        machine change it little."""
+        return self.tokens / max(self.cpu_s["server"] + self.cpu_s["grammars"], 1e-3)
 
     @property
     def tokens_per_s(self) -> float:
@@ -146,6 +165,32 @@ async def ordinary(port: int, until_s: float, into: Ordinary) -> None:
             into.notes = [*into.notes, answer.note][:5]
 
 
+def cpu_seconds(pid: int) -> dict[str, float]:
+    """Of a server so far, and of its child processes with those of theirs that have ended."""
+    used = {"server": _ticks(pid)[0] / TICKS_PER_S, "grammars": 0.0}
+    waiting = _children(pid)
+    while waiting:
+        child = waiting.pop()
+        with suppress(OSError):
+            used["grammars"] += sum(_ticks(child)) / TICKS_PER_S
+            waiting += _children(child)
+    return used
+
+
+def _ticks(pid: int) -> tuple[int, int]:
+    """CPU time of a process, and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, thread.read_text().split())
+    return found
+
+
 async def ordinary_phase(port: int, seconds: float, clients: int, into: Ordinary) -> None:
     start_s = time.monotonic()
     await asyncio.gather(*(ordinary(port, start_s + seconds, into) for _ in range(clients)))
@@ -159,9 +204,11 @@ class Hostiles:
         command = [sys.executable, __file__, "--hostile-part", str(port), str(clients), str(seconds), str(seed)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
 
-    def wait(self) -> Counter[str]:
+    def wait(self) -> tuple[Counter[str], float]:
+        """Their answers, and their CPU time in seconds."""
         said, _ = self._process.communicate()
-        return Counter(json.loads(said))
+        answers, cpu_s = json.loads(said)
+        return Counter(answers), cpu_s
 
 
 async def hostile_part(port: int, clients: int, seconds: float, seed: int) -> Counter[str]:
@@ -171,6 +218,35 @@ async def hostile_part(port: int, clients: int, seconds: float, seed: int) -> Co
     return statuses
 
 
+class Probes:
+    """/live of the server, and a server that does nothing, asked in the same way."""
+
+    def __init__(self, port: int) -> None:
+        trivial = Path(__file__).with_name("trivial_server.py")
+        self._trivial = subprocess.Popen([sys.executable, str(trivial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._trivial.stdout is not None
+        ports = {"live": port, "machine": int(self._trivial.stdout.readline())}
+        self._probes = {name: self._start(port) for name, port in ports.items()}
+
+    @staticmethod
+    def _start(port: int) -> subprocess.Popen[bytes]:
+        probe = Path(__file__).with_name("live_probe.py")
+        return subprocess.Popen([sys.executable, str(probe), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def wait(self) -> dict[str, Any]:
+        """Their times, by name."""
+        times = {name: json.loads(probe.communicate()[0]) for name, probe in self._probes.items()}
+        self._trivial.communicate()
+        return times
+
+
+def counted_phase(pid: int, port: int, args: argparse.Namespace, into: Ordinary) -> None:
+    before = cpu_seconds(pid)
+    asyncio.run(ordinary_phase(port, args.phase_s, args.ordinary, into))
+    for side, cpu_s in cpu_seconds(pid).items():
+        into.cpu_s[side] += cpu_s - before[side]
+
+
 def measure(args: argparse.Namespace, server: StartedServer) -> dict[str, Any]:
     """Phases by turns: alone, beside the hostile ones."""
     assert server.pid is not None
@@ -178,23 +254,25 @@ def measure(args: argparse.Namespace, server: StartedServer) -> dict[str, Any]:
     alone, beside, statuses = Ordinary(), Ordinary(), Counter[str]()
     asyncio.run(ordinary_phase(port, 5, args.ordinary, Ordinary()))  # memory is taken at first use
     before_mb = rss_mb(server.pid)["RssAnon"]
-    probe = Path(__file__).with_name("live_probe.py")
-    live = subprocess.Popen([sys.executable, str(probe), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    probes = Probes(port)
     end_s, turn = time.monotonic() + args.minutes * 60, 0
     while time.monotonic() < end_s:
-        asyncio.run(ordinary_phase(port, args.phase_s, args.ordinary, alone))
+        counted_phase(server.pid, port, args, alone)
         hostiles = Hostiles(port, args.hostile, args.phase_s + 2, args.seed + turn)
-        asyncio.run(ordinary_phase(port, args.phase_s, args.ordinary, beside))
-        statuses += hostiles.wait()
+        counted_phase(server.pid, port, args, beside)
+        answers, cpu_s = hostiles.wait()
+        statuses += answers
+        beside.cpu_s["hostile"] = beside.cpu_s.get("hostile", 0.0) + cpu_s
         turn += 1
-    said, _ = live.communicate()
+    times = probes.wait()
     time.sleep(SETTLE_S)
     return {
-        "alone": vars(alone) | {"tokens_per_s": round(alone.tokens_per_s, 1)},
-        "beside": vars(beside) | {"tokens_per_s": round(beside.tokens_per_s, 1)},
+        "alone": vars(alone) | {"tokens_per_s": round(alone.tokens_per_s, 1), "cores": alone.cores},
+        "beside": vars(beside) | {"tokens_per_s": round(beside.tokens_per_s, 1), "cores": beside.cores},
         "speed_ratio": round(beside.tokens_per_s / alone.tokens_per_s, 3),
+        "per_server_cpu_ratio": round(beside.tokens_per_server_cpu_s / alone.tokens_per_server_cpu_s, 3),
         "hostile_answers": dict(sorted(statuses.items())),
-        "live": json.loads(said),
+        **times,
         "rss_mb": {"before": round(before_mb, 1), "after": round(rss_mb(server.pid)["RssAnon"], 1)},
     }
 
@@ -217,7 +295,8 @@ def faults(found: dict[str, Any]) -> list[str]:
 def main() -> int:
     if sys.argv[1:2] == ["--hostile-part"]:
         port, clients, seconds, seed = sys.argv[2:]
-        print(json.dumps(asyncio.run(hostile_part(int(port), int(clients), float(seconds), int(seed)))))
+        answers = asyncio.run(hostile_part(int(port), int(clients), float(seconds), int(seed)))
+        print(json.dumps([answers, sum(os.times()[:2])]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)

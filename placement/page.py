@@ -14,12 +14,26 @@ from placement.report import busy, table_rows
 from placement.topology import Floats
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-:root { color-scheme: light dark; } .table { overflow-x: auto; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8886; }
-td:first-child, th:first-child { text-align: left; } .maps { display: flex; flex-wrap: wrap; gap: 2rem; }
-figure { margin: 0; } figcaption { margin-bottom: .3rem; } svg { display: block; max-width: 100%; height: auto; }
+:root { color-scheme: light dark; --full: light-dark(#08306b, #9ecae1); --card: light-dark(#ffffff, #191e22); }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+  overflow-wrap: anywhere; background: light-dark(#f5f6f6, #111518); color: light-dark(#1b2227, #e4e9ec); }
+.table, figure { overflow-x: auto; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
+table { border-collapse: collapse; white-space: nowrap; }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8886; }
+td:first-child, th:first-child { text-align: left; } .maps { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; max-width: 100%;
+  box-sizing: border-box; }
+figcaption { margin-bottom: .3rem; } svg { display: block; }
+rect { fill: var(--full); stroke: #8884; stroke-width: .5; }
+text { fill: currentColor; font-size: 11px; } .down { text-anchor: end; dominant-baseline: central; }
+.across { text-anchor: middle; }
+@media (max-width: 30rem) { body { margin: 1rem auto; padding: 0 .5rem; } h1 { font-size: 1.3rem; }
+  h2 { font-size: 1.1rem; } }
 """
+LEFT, TOP, TICK_ROOM = 48, 34, 22
+"""Pixels left of a map and above it, and for each number on an axis."""
+SCALE, SCALE_STEP = 5, 58
+"""Squares of the scale below a map, and pixels from one to the next."""
 WORDS = {
     "traffic": "mean hop cost of a step from an expert to an expert of the next layer",
     "cut %": "steps that leave the GPU",
@@ -47,9 +61,9 @@ def as_page(
         _settings(after),
         _table(table_rows(problem, plans, unseen)),
         "<dl>" + "".join(f"<dt>{word}</dt><dd>{text}</dd>" for word, text in WORDS.items()) + "</dl>",
-        "<h2>Traffic from GPU (row) to GPU (column), share of all transitions</h2>",
+        "<h2>Traffic from GPU (down) to GPU (across), as a share of all transitions</h2>",
         _pair(before, after, [device_traffic(problem, plan.layout) for plan in (before, after)], "GPU"),
-        "<h2>Load over fair share, layer (row) by GPU (column)</h2>",
+        "<h2>Load over fair share: layer (down) by GPU (across); 1 is even</h2>",
         _pair(before, after, [busy(problem, plan) for plan in (before, after)], "layer"),
     ]
     body = "\n".join(parts)
@@ -75,35 +89,51 @@ def _pair(before: PlacementPlan, after: PlacementPlan, values: list[Floats], row
     """Two maps with one scale of colour, a GPU in each column."""
     top = max(float(v.max()) for v in values) or 1.0
     figures = [
-        f"<figure><figcaption>{html.escape(plan.solver)}: {_axes(v, row)}; white is 0, dark blue {top:.3g}"
-        f"</figcaption>{heat_map(v, top, row)}</figure>"
+        f"<figure><figcaption>{html.escape(plan.solver)}</figcaption>{heat_map(v, top, row)}{_scale(top)}</figure>"
         for plan, v in zip((before, after), values, strict=True)
     ]
     return f'<div class="maps">{"".join(figures)}</div>'
 
 
-def _axes(values: Floats, row: str) -> str:
-    rows, columns = values.shape
-    return f"{row} 0 to {rows - 1} down, GPU 0 to {columns - 1} across"
-
-
 def heat_map(values: Floats, top: float, row: str) -> str:
-    """[R, C] as SVG; darker is more, `top` the darkest; each cell says its value when pointed at."""
+    """[R, C] as SVG with numbered axes; fuller is more, `top` the fullest. A cell says its value when pointed at."""
     rows, columns = values.shape
-    size = int(np.clip(480 // max(rows, columns), 4, 28))
+    size = int(np.clip(480 // max(rows, columns), 6, 28))
     cells = [
-        f'<rect x="{c * size}" y="{r * size}" width="{size}" height="{size}" fill="{_colour(values[r, c] / top)}">'
-        f"<title>{row} {r}, GPU {c}: {values[r, c]:.4g}</title></rect>"
+        _cell(LEFT + c * size, TOP + r * size, size, values[r, c] / top, f"{row} {r}, GPU {c}: {values[r, c]:.4g}")
         for r in range(rows)
         for c in range(columns)
     ]
-    wide, high = columns * size, rows * size
-    return f'<svg width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" role="img">{"".join(cells)}</svg>'
+    wide, high = LEFT + columns * size + 1, TOP + rows * size + 1
+    label = f"{row} 0 to {rows - 1} down, GPU 0 to {columns - 1} across; the largest value is {values.max():.4g}"
+    body = "".join([*_axes(rows, columns, size, row), *cells])
+    return f'<svg width="{wide}" height="{high}" role="img" aria-label="{html.escape(label)}">{body}</svg>'
 
 
-def _colour(share: float) -> str:
-    """White to dark blue."""
-    light = np.array([247, 250, 255])
-    dark = np.array([8, 48, 107])
-    red, green, blue = (light + (dark - light) * float(np.clip(share, 0, 1))).round().astype(int).tolist()
-    return f"#{red:02x}{green:02x}{blue:02x}"
+def _cell(x: int, y: int, size: int, share: float, says: str) -> str:
+    opacity = float(np.clip(share, 0, 1))
+    place = f'x="{x}" y="{y}" width="{size}" height="{size}"'
+    return f'<rect {place} fill-opacity="{opacity:.3f}"><title>{html.escape(says)}</title></rect>'
+
+
+def _axes(rows: int, columns: int, size: int, row: str) -> list[str]:
+    """Names of both axes, and as many numbers as have room."""
+    step = -(-TICK_ROOM // size)
+    names = [f'<text class="down" x="{LEFT - 6}" y="{TOP - 10}">{row}</text>', f'<text x="{LEFT}" y="12">GPU</text>']
+    down = [f'<text class="down" x="{LEFT - 6}" y="{TOP + (r + 0.5) * size}">{r}</text>' for r in range(0, rows, step)]
+    across = [
+        f'<text class="across" x="{LEFT + (c + 0.5) * size}" y="{TOP - 6}">{c}</text>' for c in range(0, columns, step)
+    ]
+    return [*names, *down, *across]
+
+
+def _scale(top: float) -> str:
+    """What the fullness of a square means."""
+    shares = [step / (SCALE - 1) for step in range(SCALE)]
+    cells = "".join(
+        _cell(LEFT + i * SCALE_STEP, 4, 14, share, f"{share * top:.3g}")
+        + f'<text x="{LEFT + i * SCALE_STEP + 17}" y="15">{share * top:.2g}</text>'
+        for i, share in enumerate(shares)
+    )
+    opening = f'<svg width="{LEFT + SCALE * SCALE_STEP + 4}" height="24" role="img"'
+    return f'{opening} aria-label="scale: 0 to {top:.3g}">{cells}</svg>'

@@ -72,12 +72,14 @@ def refuse_unused_experts(folder: str, layer: int, experts: Iterable[int | None]
 
 
 def _further_layers(names: Iterable[str], hf_config: Any) -> set[int]:
-    """Numbers of the layers that predict several tokens at once, counted on from the model's own."""
+    """Numbers of the layers that predict several tokens at once, counted on from the model's own. Only layers that the
+    names have: a count in config.json may be any number."""
     own = hf_config.num_hidden_layers
     counts = (getattr(hf_config, field, 0) for field in FURTHER_COUNTS)
     named = range(own, own + max(count for count in (0, *counts) if isinstance(count, int)))
-    marked = (int(layer[1]) for name in names if FURTHER_PARTS.search(name) and (layer := LAYER.search(name)))
-    return {*named, *(layer for layer in marked if layer >= own)}
+    marked = {layer_of(name, -1) for name in names if FURTHER_PARTS.search(name)}
+    found = {layer_of(name, -1) for name in names}
+    return {layer for layer in found if layer in named or (layer in marked and layer >= own)}
 
 
 def layer_of(name: str, otherwise: int) -> int:

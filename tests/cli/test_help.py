@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": 0.3,
     "generate": 0.3,
     "chat": 0.3,
+    "batch": 0.3,
     "bench": 1.0,
     "bench serve": 1.0,
     "pack": 0.3,
@@ -62,7 +63,7 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     listed = re.findall(r"^    (\w+)(?= |$)", capsys.readouterr().out, re.MULTILINE)
     assert listed == [
-        *("bench", "chat", "completion", "doctor", "generate", "launch", "pack", "plan", "predictor"),
+        *("batch", "bench", "chat", "completion", "doctor", "generate", "launch", "pack", "plan", "predictor"),
         *("quantize", "replay", "serve", "trace", "tune"),
     ]
 

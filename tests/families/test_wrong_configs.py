@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,18 @@ def test_sizes_are_compared_with_the_files(fields: dict[str, Any], words: str, m
         load(with_fields(mixtral, **fields))
     assert str(mixtral) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("field", ["num_nextn_predict_layers", "mtp_num_layers"])
+def test_a_count_of_further_layers_costs_nothing(field: str, mixtral: Path) -> None:
+    """A set of 10^9 numbers was made of it, found by tests/fuzz/fuzz_checkpoints.py."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), limit[1]))
+    try:
+        load(with_fields(mixtral, **{field: 10**9}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def test_too_many_layers_are_refused_without_loading(mixtral: Path) -> None:

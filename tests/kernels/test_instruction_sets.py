@@ -16,7 +16,7 @@ NAMES = ("coded", "decode_step", "expert_layer", "expert_mlp", "linear", "paged_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_all_kernels(isa: str) -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -20,7 +20,7 @@ from tests.kernels.test_decode_step import CASES, LAYERS, PAGE_SIZE, Tiny, tiny
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
-COUNTS = (1, 2, 5, 6, 7, 8, 9, 31, 193, 400)
+COUNTS = (1, 2, 5, 6, 7, 8, 9, 11, 16, 31, 193, 400)
 SILU = Activation("silu")
 
 

@@ -153,7 +153,10 @@ def test_the_page_and_the_picture(tmp_path: Path) -> None:
     posed = problem()
     plans = [find_plan(posed, "contiguous"), find_plan(posed, "auto", effort=2)]
     page = as_page(posed, plans, plans[0], plans[1])
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == page.count('role="img"') == 8, "four maps, each with its scale"
+    assert page.count(">GPU</text>") == 6, "across each map, and down those of traffic"
+    assert "light-dark" in page
+    assert 'name="viewport"' in page
     assert "http" not in page
     save_picture(posed, plans[0], plans[1], tmp_path / "maps.png")
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")

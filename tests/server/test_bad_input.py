@@ -17,6 +17,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"temprature": 1}, "temprature"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
+    ({"temperature": 10_001}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
     ({"temperature": True}, "temperature"),

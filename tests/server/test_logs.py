@@ -61,8 +61,9 @@ def test_refusals_carry_an_id_too(served: Any, caplog: pytest.LogCaptureFixture)
 
 def test_probes_are_not_logged(served: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    answers = _talk(served, ("/health", None), ("/live", None), ("/ping", None), ("/load", None), ("/metrics", None))
-    assert [answer.status_code for answer in answers] == [200] * 5
+    paths = ("/health", "/live", "/ping", "/load", "/metrics", "/dashboard/data")
+    answers = _talk(served, *((path, None) for path in paths))
+    assert [answer.status_code for answer in answers] == [200] * 6
     assert answers[3].json() == {"server_load": 0, "num_queued": 0}
     assert _records(caplog) == []
 

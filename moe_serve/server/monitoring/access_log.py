@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 CLIENT_CLOSED = 499
 """As nginx: no answer was begun when the client left."""
 ID_HEADER = "X-Request-Id"
-QUIET_PATHS = frozenset({"/health", "/live", "/ping", "/metrics", "/load"})
-"""Asked every few seconds by machines."""
+QUIET_PATHS = frozenset({"/health", "/live", "/ping", "/metrics", "/load", "/dashboard/data"})
+"""Asked every few seconds by machines, and every second by an open dashboard."""
 
 
 class AccessLog:

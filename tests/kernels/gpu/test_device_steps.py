@@ -20,7 +20,9 @@ from moe_serve_kernels.cpu import paged_attention
 
 from ...families.tiny_configs import CASES, VOCAB
 
-PLAIN = [name for name, case in CASES.items() if family.find(case.config().model_type).plain_layers]
+CLIPPED = "olmoe_clipped"
+"""Its queries and keys are clipped, so it runs module by module."""
+PLAIN = [name for name, case in CASES.items() if family.find(case.config().model_type).plain_layers and name != CLIPPED]
 QUICK = {"gpt_oss", "deepseek_v3", "qwen2_moe"}
 """Biases, sinks and windows; latents and a dense layer; a gated MLP beside the experts."""
 PAGE_SIZE = 4

@@ -22,8 +22,8 @@ class CommonFields(BaseModel):
 
     model: str | None = None
     """The served model's name or path; may be left out."""
-    temperature: Number | None = in_range(0)
-    """0 is greedy. Default: the checkpoint's, else 1."""
+    temperature: Number | None = in_range(0, 10_000)
+    """0 to 10,000 (OpenAI: 2; vLLM: any); 0 is greedy. Default: the checkpoint's, else 1."""
     top_p: Number | None = in_range(0, 1)
     """Above 0, at most 1."""
     top_k: Int | None = in_range(-1)
