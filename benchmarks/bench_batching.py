@@ -27,8 +27,9 @@ from moe_serve.expert_routes.usage_forecast import UsageForecast
 from moe_serve.scheduling.batch_choice import BatchChoice, ExpertAware, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult, StepRoutes
 from moe_serve.scheduling.kv_pages import PagePool
-from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
+from moe_serve.scheduling.scheduler import Scheduler
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
+from moe_serve.scheduling.step_draft import SchedulerLimits
 from predictors.predictor import RouterShape
 from predictors.trace import RoutingTrace, load, merge
 

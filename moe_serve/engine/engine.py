@@ -17,8 +17,8 @@ from expert_cache.running.experts import ExpertsControl, ResizeError
 from moe_serve.config import EngineConfig
 from moe_serve.engine import expert_aware
 from moe_serve.engine.arrivals import Arrivals
-from moe_serve.engine.model_runner import load_runner
 from moe_serve.engine.outputs import output_of, told
+from moe_serve.engine.runner_loading import load_runner
 from moe_serve.engine.step_stats import StepRecorder
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError, MoEServeError
@@ -31,9 +31,10 @@ from moe_serve.prefix_disk.tier import DiskTier
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.kv_pages import PagePool, page_hash
-from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
+from moe_serve.scheduling.scheduler import Scheduler
 from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.scheduling.stats import EngineLoad, StatsObserver
+from moe_serve.scheduling.step_draft import SchedulerLimits
 from moe_serve.spec import ModelSpec
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.generation_defaults import eos_token_ids as read_eos_token_ids

@@ -17,7 +17,7 @@ from expert_cache.running.regroup import regroup
 from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
-from moe_serve.engine.model_runner import load_runner
+from moe_serve.engine.runner_loading import load_runner
 from moe_serve.errors import ConfigError
 from moe_serve.hf.experts import RunsExperts, connect
 from moe_serve.scheduling.sequence import Request, SamplingParams

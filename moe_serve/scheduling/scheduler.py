@@ -11,7 +11,6 @@ Host integers only: imports no torch, no tokenizer, no HTTP.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
@@ -21,54 +20,8 @@ from moe_serve.scheduling.kv_pages import PagePool
 from moe_serve.scheduling.prefixes import Prefixes
 from moe_serve.scheduling.seats import NO_SEAT, Seats
 from moe_serve.scheduling.sequence import Sequence
+from moe_serve.scheduling.step_draft import SchedulerLimits, StepDraft
 from moe_serve.scheduling.waiting_line import WaitingLine
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """The bounds of one step, from EngineConfig."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = True
-    max_num_batched_seqs: int | None = None
-    """Sequences that decode in one step; None: all that run."""
-    max_scored_tokens: int = 512
-    """Prompt tokens of one step whose log-probabilities are computed: each needs a row of logits, the vocabulary's
-    size. Without chunked prefill a prompt is scored whole."""
-    state_block: int | None = None
-    """Tokens in a block of moe_serve/scheduling/prefixes.py; None: the model has no states."""
-    num_saved_states: int = 0
-
-
-class _StepDraft:
-    """A BatchPlan in the making: the budget left and what was decided so far."""
-
-    def __init__(self, limits: SchedulerLimits) -> None:
-        self.budget = limits.max_num_batched_tokens
-        self.score_budget = max(limits.max_scored_tokens, limits.state_block or 0)
-        self.scheduled: list[ScheduledSequence] = []
-        self.preempted: list[Sequence] = []
-        self.queried = 0
-        self.hits = 0
-
-    def add(self, item: ScheduledSequence) -> None:
-        self.scheduled.append(item)
-        self.budget -= item.count
-        self.score_budget -= len(item.scored)
-
-    def drop(self, seq: Sequence) -> None:
-        """Take a just-scheduled sequence out again, because it was preempted."""
-        for item in self.scheduled:
-            if item.seq is seq:
-                self.scheduled.remove(item)
-                self.budget += item.count
-                self.score_budget += len(item.scored)
-                return
-
-    def finish(self) -> BatchPlan:
-        return BatchPlan(tuple(self.scheduled), tuple(self.preempted), self.queried, self.hits)
 
 
 class Scheduler:
@@ -130,7 +83,7 @@ class Scheduler:
         Admission comes last, but for clients that were served less than one in the middle of its prompt. There is none
         in a step that had to preempt: a sequence admitted then would take the pages that the preempted one waits for.
         """
-        draft = _StepDraft(self.limits)
+        draft = StepDraft(self.limits)
         active = [s for s in self.running if not s.is_paused]
         for seq in self._chosen([s for s in active if s.num_tokens - s.num_computed == 1]):
             self._schedule_running(seq, draft)
@@ -154,7 +107,7 @@ class Scheduler:
             return decoding
         return self.choice.choose(decoding, min(width, self.limits.max_num_batched_tokens))
 
-    def _schedule_running(self, seq: Sequence, draft: _StepDraft) -> None:
+    def _schedule_running(self, seq: Sequence, draft: StepDraft) -> None:
         if not seq.page_ids:
             return  # preempted by one scheduled before it
         count = self._affordable(seq, draft)
@@ -167,11 +120,11 @@ class Scheduler:
                 return
         self._plan(seq, count, draft)
 
-    def _plan(self, seq: Sequence, count: int, draft: _StepDraft, restored: int | None = None) -> None:
+    def _plan(self, seq: Sequence, count: int, draft: StepDraft, restored: int | None = None) -> None:
         saves = self.prefixes.saves(seq, seq.num_computed + count)
         draft.add(ScheduledSequence(seq, seq.num_computed, count, restored, saves))
 
-    def _affordable(self, seq: Sequence, draft: _StepDraft) -> int:
+    def _affordable(self, seq: Sequence, draft: StepDraft) -> int:
         """Tokens of `seq` that fit the budgets: all that are missing, a chunk of them, or none."""
         missing = seq.num_tokens - seq.num_computed
         if not self.limits.enable_chunked_prefill:
@@ -188,7 +141,7 @@ class Scheduler:
         seq.page_ids.extend(pages)
         return True
 
-    def _preempt(self, seq: Sequence, draft: _StepDraft) -> None:
+    def _preempt(self, seq: Sequence, draft: StepDraft) -> None:
         """Free everything `seq` holds; it goes to the head of the queue and is recomputed later."""
         draft.drop(seq)
         self._put_back(seq)
@@ -207,7 +160,7 @@ class Scheduler:
             self._put_back(seq)
         self.pool.clear_cache()
 
-    def _admit_waiting(self, draft: _StepDraft, ahead_of: Sequence | None = None) -> None:
+    def _admit_waiting(self, draft: StepDraft, ahead_of: Sequence | None = None) -> None:
         """Give waiting sequences places; with `ahead_of`, only new ones of clients served no more than its."""
         while not draft.preempted and draft.budget > 0 and (seq := self.waiting.next()) is not None:
             if ahead_of is not None and not self._is_ahead(seq, ahead_of):
@@ -230,7 +183,7 @@ class Scheduler:
     def _paused(self) -> Sequence | None:
         return next((seq for seq in reversed(self.running) if seq.is_paused), None)
 
-    def _make_room(self, draft: _StepDraft) -> None:
+    def _make_room(self, draft: StepDraft) -> None:
         """Sequences that nothing is computed for hold up no other: the next step finds what one of them held."""
         if (paused := self._paused()) is not None:
             self._preempt(paused, draft)
@@ -241,7 +194,7 @@ class Scheduler:
             return False
         return any(s.request is seq.request and s.num_computed < s.num_prompt for s in self.running)
 
-    def _admit(self, seq: Sequence, draft: _StepDraft) -> bool:
+    def _admit(self, seq: Sequence, draft: StepDraft) -> bool:
         """Put a waiting sequence into the step if pages and budget allow; prefix hits come free."""
         prefix = self.prefixes.find(seq)
         cached = list(prefix.pages)

@@ -7,9 +7,10 @@ from typing import Any
 
 from moe_serve.scheduling.batch_plan import BatchPlan, StepResult
 from moe_serve.scheduling.kv_pages import PagePool
-from moe_serve.scheduling.scheduler import Scheduler, SchedulerLimits
+from moe_serve.scheduling.scheduler import Scheduler
 from moe_serve.scheduling.sequence import Request, SamplingParams, TokenLogprob
 from moe_serve.scheduling.sequence import Sequence as Seq
+from moe_serve.scheduling.step_draft import SchedulerLimits
 
 MakeSeq = Callable[..., Seq]
 

@@ -29,7 +29,9 @@ PLAIN = {name for name, case in CASES.items() if find(case.config().model_type).
 
 
 def whole_steps_of(llm: LLM) -> WholeSteps | None:
-    return runner_of(llm)._whole_steps
+    steps = runner_of(llm)._whole_steps
+    assert steps is None or isinstance(steps, WholeSteps)
+    return steps
 
 
 class Calls:

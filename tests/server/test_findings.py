@@ -23,7 +23,8 @@ def window(
 ) -> Interval:
     """Ten seconds of a cache that starts empty."""
     empty, later = expert_report(0), expert_report(1)
-    counts = later.counts | {
+    counts = {
+        **later.counts,
         "hits": np.array([hits, 0]),
         "misses": np.array([misses, 0]),
         "stall_s": np.array([stall_s, 0]),

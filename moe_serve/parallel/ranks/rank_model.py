@@ -14,7 +14,8 @@ import torch.distributed as dist
 from expert_cache.running.local_experts import RegroupedExperts
 from moe_serve.config import EngineConfig, ParallelConfig
 from moe_serve.engine.mapped_files import MappedFiles
-from moe_serve.engine.model_runner import ModelRunner, load_model, mapped_files
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.engine.runner_loading import load_model, mapped_files
 from moe_serve.errors import ConfigError
 from moe_serve.offload import build
 from moe_serve.parallel.expert_plans import read_hosts
