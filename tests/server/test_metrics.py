@@ -18,7 +18,7 @@ from moe_serve.parallel.front.team import TeamState
 from moe_serve.server.endpoints.expert_plan import DecisionCollector
 from moe_serve.server.endpoints.ranks import TeamCollector
 from moe_serve.server.monitoring import expert_metrics, http_counts, prefix_disk_metrics
-from moe_serve.server.monitoring.scrape import Scrape
+from moe_serve.server.monitoring.scrape import MOST_REST_S, REST, Scrape
 from moe_serve.server.transport.guard import guard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,7 +257,7 @@ def test_a_crowd_of_scrapes_shares_one_rendering() -> None:
 
     def render() -> bytes:
         rendered.append(1)
-        time.sleep(0.2)
+        time.sleep(0.02)
         return b"x"
 
     async def ask() -> None:
@@ -267,3 +267,22 @@ def test_a_crowd_of_scrapes_shares_one_rendering() -> None:
 
     asyncio.run(ask())
     assert len(rendered) == 2
+
+
+def test_scrapes_one_after_the_other_take_a_tenth_of_a_core() -> None:
+    """A client that sends many requests for /metrics at once gets them answered in turn."""
+    spent_s: list[float] = []
+
+    def render() -> bytes:
+        begun_s = time.monotonic()
+        time.sleep(0.005)
+        spent_s.append(time.monotonic() - begun_s)
+        return b"x"
+
+    async def ask() -> float:
+        scrape, begun_s = Scrape(render), time.monotonic()
+        for _ in range(6):
+            assert await scrape.text() == b"x"
+        return time.monotonic() - begun_s
+
+    assert asyncio.run(ask()) > sum(min(MOST_REST_S, REST * each_s) for each_s in spent_s[:-1])
