@@ -32,6 +32,7 @@ SETTINGS = {
     "--ep-predictor": "moe-serve predictor tokens",
     "--api-key-file": BY_HAND,
     "--recording-dir": WRITTEN,
+    "--prefix-cache-dir": WRITTEN,
 }
 """Flags of serve, generate and others that load a model."""
 SOURCES = {
@@ -47,6 +48,7 @@ SOURCES = {
     "old": "moe-serve plan",
     "new": "moe-serve plan",
     "--prompts": BY_HAND,
+    "input": BY_HAND,
     "--dataset-path": BY_HAND,
     "--calibration": BY_HAND,
     "file": WRITTEN,

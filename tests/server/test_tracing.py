@@ -183,7 +183,7 @@ def test_it_is_off_without_an_endpoint() -> None:
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     monkeypatch.delitem(sys.modules, "moe_serve.server.monitoring.otlp")
-    with pytest.raises(ConfigError, match=r"pip install 'moe-serve\[otel\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'moe-serve-engine\[otel\]'"):
         tracing_of(ServerConfig(otlp_traces_endpoint="http://localhost:4318/v1/traces"))
 
 
