@@ -117,7 +117,7 @@ def dense_layers(llm: LLM) -> dict[str, StoredLinear]:
 
 
 @pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [n if n == "mixtral" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_dense_layers_are_computed_from_codes(packed: Callable[[str], Packed], family: str) -> None:
     """Mapped from the file, or copied beside a cache; and the doctor counts what they take."""
     folder, codes = packed(family)
