@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moe_serve.config.model_folder import CONFIG
-from moe_serve.errors import ConfigError
+from moe_serve.errors import ConfigError, one_line
 from moe_serve.gguf_files.paths import SUFFIX
 from moe_serve.hub.cache import INDEX
 from moe_serve.hub.download import CheckConfig, Repository
@@ -26,6 +26,8 @@ ON_A_HUB = re.compile(r"/(?P<id>[\w.-]+/[\w.-]+)(/(tree|blob|resolve)/(?P<revisi
 """The path of a model's page, or of a file in it."""
 QUANTIZATION = "hf_quant_config.json"
 ONE_FILE = "model.safetensors"
+SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+"""A file beside the index: no name leads out of the folder."""
 FIRST_BYTES = 1 << 18
 """Of a weight file: most headers end within them."""
 MOST_HEADER_BYTES = 1 << 28
@@ -81,9 +83,13 @@ def _shards(folder: Path) -> list[str]:
     if not path.is_file():
         return [ONE_FILE]
     try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{INDEX}: not an index of shards") from error
+    for name in names:
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise ConfigError(f"{INDEX}: {name!r} is not the name of a safetensors file in the same folder")
+    return sorted(names)
 
 
 def _small_files(files: RemoteFiles, names: Sequence[str], check: CheckConfig, into: Path) -> None:
@@ -141,6 +147,9 @@ def _gguf(files: RemoteFiles, names: Sequence[str], into: Path) -> Path:
 
 
 def _write_sparse(path: Path, start: bytes, size: int) -> None:
-    with path.open("wb") as stream:
-        stream.write(start)
-        stream.truncate(size)
+    try:
+        with path.open("wb") as stream:
+            stream.write(start)
+            stream.truncate(size)
+    except OSError as error:
+        raise ConfigError(f"{path.name}: an outline of {size} bytes cannot be made: {one_line(error)}") from error

@@ -78,6 +78,14 @@ def test_shards_of_a_folder_at_a_url(checkpoint: Path, stack: ExitStack, tmp_pat
     assert sizes_of(subject.folder, torch.float32) == sizes_of(str(checkpoint), torch.float32)
 
 
+@pytest.mark.parametrize("shard", ["../out.safetensors", "/out.safetensors", "a/b.safetensors", "a.bin", 5, None])
+def test_an_index_cannot_lead_out_of_the_folder(shard: object, stack: ExitStack, tmp_path: Path) -> None:
+    index = json.dumps({"weight_map": {"a": shard}}).encode()
+    hub = hub_of(stack, {"config.json": b'{"model_type": "mixtral"}', "model.safetensors.index.json": index})
+    with pytest.raises(ConfigError, match="is not the name of a safetensors file"):
+        found(stack, f"{hub.url}/org/name/resolve/main/config.json", hub, tmp_path)
+
+
 def test_a_gguf_file_that_is_not_here(checkpoint: Path, stack: ExitStack, tmp_path: Path) -> None:
     file, _ = write_pair(checkpoint, tmp_path / "pair", Types())
     hub = hub_of(stack, {"model-Q8_0.gguf": file.read_bytes()})
