@@ -43,7 +43,7 @@ test: $(READY)
 	$(PYTEST) -n $(TEST_WORKERS) -m "not slow"
 
 test-slow: $(READY)
-	$(PYTEST) -n $(SLOW_WORKERS) -m slow
+	$(PYTEST) -n $(SLOW_WORKERS) --durations 25 -m slow
 
 test-cpus: $(READY)
 	$(PYTEST) -n $(SLOW_WORKERS) $(foreach kind,engine families kernels,tests/$(kind)/test_instruction_sets.py) \
