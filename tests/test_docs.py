@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_serve.hf.families import family_names
-from tests.support.docs_scripts import docs_script
+from tests.support.scripts import docs_script
 
 ROOT = Path(__file__).resolve().parents[1]
 WALK = (ROOT / "docs" / "architecture.md").read_text()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+
+from tests.support.scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -47,15 +47,6 @@ def run(folder: Path, *command: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_example_is_run_by_a_test() -> None:
@@ -110,7 +101,7 @@ def test_a_batch_keeps_its_order_and_its_bad_lines(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_answers_inside_another_application(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fastapi_app.py"])
-    with TestClient(load("fastapi_app").app) as client:
+    with TestClient(script(EXAMPLES / "fastapi_app.py").app) as client:
         text = client.post("/answer", json={"text": "Hello!"}).json()["text"]
         streamed = client.post("/stream", json={"text": "Once upon a time"}).text
     assert text

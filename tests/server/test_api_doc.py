@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_serve.server.endpoints.reference.api_tables import tables
-from tests.support.docs_scripts import DOCS, docs_script
+from tests.support.scripts import DOCS, docs_script
 
 
 def test_the_tables_are_up_to_date() -> None:

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from moe_serve_kernels.gpu import is_available as _gpu_is_available
 from moe_serve_kernels.gpu import is_interpreted
+from moe_serve_kernels.gpu.dot import dot
 from moe_serve_kernels.gpu.fallback import run_first_that_fits
 
 SPLIT_TOKENS = 512
@@ -284,10 +285,10 @@ def attend_split(
         page = tl.load(table_ptr + n * table_stride + at // PAGE_SIZE, mask=at < last, other=0)
         slot = page * PAGE_SIZE + at % PAGE_SIZE
         k = _load(keys_ptr, slot, is_seen, d, FIRST_DIM, KEY_DIM)
-        scores = _dot(q, tl.trans(k), UPCAST)
+        scores = dot(q, tl.trans(k), UPCAST)
         if LATENT:
             k_rest = _load(keys_ptr, slot, is_seen, r, KEY_DIM, KEY_DIM)
-            scores += _dot(q_rest, tl.trans(k_rest), UPCAST)
+            scores += dot(q_rest, tl.trans(k_rest), UPCAST)
         scores *= scale
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -297,7 +298,7 @@ def attend_split(
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p, 1)
         w = k if LATENT else _load(values_ptr, slot, is_seen, v, VALUE_DIM, VALUE_DIM)
-        acc = acc * shrink[:, None] + _dot(p.to(w.dtype), w, UPCAST)
+        acc = acc * shrink[:, None] + dot(p.to(w.dtype), w, UPCAST)
         largest = new_largest
     at_state = row * tl.num_programs(2) + split
     tl.store(max_ptr + at_state, largest, mask=is_head)
@@ -311,14 +312,6 @@ def _load(ptr, row, is_row, column, END: tl.constexpr, WIDTH: tl.constexpr):
     """Columns of rows of WIDTH numbers; 0 from column END on and where not is_row."""
     mask = is_row[:, None] & (column < END)[None, :]
     return tl.load(ptr + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _dot(a, b, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit

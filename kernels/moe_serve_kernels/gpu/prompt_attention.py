@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from moe_serve_kernels.gpu import is_interpreted
+from moe_serve_kernels.gpu.dot import dot
 from moe_serve_kernels.gpu.fallback import run_first_that_fits
 
 LOG2_E = 1.4426950408889634
@@ -178,14 +179,6 @@ def _block(size: int) -> int:
 
 
 @triton.jit
-def _dot(a, b, UPCAST: tl.constexpr):
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def attend_prompts(
     query_ptr,
     query_rest_ptr,
@@ -262,14 +255,14 @@ def attend_prompts(
         k = tl.load(
             keys_ptr + (slot * key_row)[:, None] + d[None, :], mask=is_key[:, None] & (d < DIM)[None, :], other=0.0
         )
-        scores = _dot(q, tl.trans(k), UPCAST)
+        scores = dot(q, tl.trans(k), UPCAST)
         if REST > 0:
             k_rest = tl.load(
                 key_rest_ptr + (slot * key_rest_row)[:, None] + r[None, :],
                 mask=is_key[:, None] & (r < REST)[None, :],
                 other=0.0,
             )
-            scores += _dot(q_rest, tl.trans(k_rest), UPCAST)
+            scores += dot(q_rest, tl.trans(k_rest), UPCAST)
         is_seen = at[None, :] <= last_seen[:, None]
         if window > 0:
             is_seen = is_seen & (at[None, :] > last_seen[:, None] - window)
@@ -285,7 +278,7 @@ def attend_prompts(
             mask=is_key[:, None] & (v < VALUE_DIM)[None, :],
             other=0.0,
         )
-        acc = acc * shrink[:, None] + _dot(p.to(w.dtype), w, UPCAST)
+        acc = acc * shrink[:, None] + dot(p.to(w.dtype), w, UPCAST)
         largest = new_largest
     total = tl.where(is_row, total, 1.0)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
