@@ -108,8 +108,7 @@ def attend_to_prompts(
     def launch(tile: _Tile) -> None:
         _launch(query, keys, values, prompts, out, page_size, scale, window, sinks, rest, tile)
 
-    widest = max(query.shape[2], values.shape[2])
-    run_first_that_fits([_tile(widest, query.dtype), _Tile(MIN_SIDE, 4, 1)], launch)
+    run_first_that_fits([_tile(query.dtype), _Tile(MIN_SIDE, 4, 1)], launch)
 
 
 def _launch(
@@ -168,10 +167,10 @@ def _tokens(groups: int, dtype: torch.dtype) -> int:
     return max(1, (ROWS_FLOAT32 if dtype == torch.float32 else ROWS) // groups)
 
 
-def _tile(widest: int, dtype: torch.dtype) -> _Tile:
+def _tile(dtype: torch.dtype) -> _Tile:
     if dtype == torch.float32:
         return _Tile(MIN_SIDE, 4, 1)
-    return _Tile(64 if widest <= 64 else 32, 8, 2)
+    return _Tile(32, 8, 2)
 
 
 def _block(size: int) -> int:

@@ -66,8 +66,8 @@ struct Memory {
         inners = take(num_tokens * model.top_k * inner_stride);
         shared_inners = take(num_tokens * most_stride(sizes.shared_intermediate));
         threads = next;
-        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) +
-                        SIDE_BY_SIDE * num_tokens * input_stride + heads_size(model, num_tokens) + attend_size(model) +
+        thread_stride = scratch + round_up(num_tokens * sizes.width, 16) + SIDE_BY_SIDE * num_tokens * input_stride +
+                        heads_size(model, num_tokens) + attend_size(model) +
                         round_up(model.num_experts + model.num_groups, 16);
     }
 

@@ -131,9 +131,9 @@ struct Segment;
 
 // One instruction set's arithmetic for one weight format.
 struct Steps {
-    int64_t grain;                       // of `Tokens`: floats at the end of a row that may be no columns
+    int64_t grain;  // of `Tokens`: floats at the end of a row that may be no columns
     int64_t (*stride)(int64_t columns, int64_t count);  // floats of a row of `count` tokens
-    int64_t (*scratch)(const Segment&);  // floats that one thread needs to compute BLOCK_ROWS rows
+    int64_t (*scratch)(const Segment&);                 // floats that one thread needs to compute BLOCK_ROWS rows
     void (*gather)(const float* x, const int64_t* tokens, int64_t columns, const Tokens& target);
     void (*gate_up)(const Segment&, const Activation&, int64_t row, float* scratch);
     void (*down)(const Segment&, int64_t row, float* out, float* scratch);
