@@ -95,10 +95,14 @@ def _targets(group: Fields) -> list[re.Pattern[str]]:
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
         raise group.unsupported("targets", "lists of names, of patterns that begin with re:, and Linear")
-    return [_target(each) for each in targets]
+    try:
+        return [_target(each) for each in targets]
+    except (re.error, RecursionError, OverflowError) as error:
+        raise group.unsupported("targets", f"patterns that Python's re compiles ({error})") from error
 
 
 def _target(text: str) -> re.Pattern[str]:
+    """re.error for a pattern that is none."""
     if text == "Linear":
         return ANY
     return re.compile(text.removeprefix("re:") if text.startswith("re:") else f"{re.escape(text)}$")

@@ -124,6 +124,12 @@ def changed(folder: Path, target: Path, **fields: Any) -> Path:
     return target
 
 
+def groups_of(*targets: object) -> dict[str, Any]:
+    """compressed-tensors' groups a, b, ..., of one target each."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    return {name: {"targets": [target], "weights": weights} for name, target in zip("ab", targets, strict=True)}
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "named"),
     [
@@ -135,6 +141,8 @@ def changed(folder: Path, target: Path, **fields: Any) -> Path:
         ("auto-round", {"extra_config": {"model.layers.1": {"bits": 8}}}, "extra_config.model.layers.1.bits"),
         ("ct-int4", {"format": "marlin-24"}, "quantization_config.format"),
         ("ct-int4", {"config_groups": {}}, "quantization_config.config_groups"),
+        ("ct-int4", {"config_groups": groups_of("Linear", "re:(")}, "config_groups.b.targets"),
+        ("ct-int4", {"config_groups": groups_of("Linear", 5)}, "config_groups.b.targets"),
         ("fp8-blocks", {"fmt": "e5m2"}, "quantization_config.fmt"),
     ],
 )
