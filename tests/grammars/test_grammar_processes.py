@@ -89,7 +89,11 @@ def test_a_stopped_process_is_ended_after_its_time(
     monkeypatch.setattr("moe_serve.grammars.grammar_process.STEP_S", 0.5)
     stuck, other = sequence(own, regex("a+")), sequence(own, regex("b+"))
     assert not masks_of(tokenizer, stuck, other).errors
-    os.kill(stuck.matcher.process().pid, signal.SIGSTOP)  # type: ignore[union-attr]
+    process = psutil.Process(stuck.matcher.process().pid)  # type: ignore[union-attr]
+    process.suspend()
+    assert eventually(
+        lambda: process.status() == psutil.STATUS_STOPPED
+    )  # the signal takes effect later than it is sent
     masks = masks_of(tokenizer, stuck, other)
     assert list(masks.errors) == [stuck]
     assert "longer than 0.5 s" in masks.errors[stuck].message
