@@ -25,7 +25,7 @@ from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.text.tokenizer import Tokenizer
 from tests.grammars.hostile import slow_gbnf
-from tests.grammars.walking import allowed, masks_of, sequence
+from tests.grammars.walking import allowed, hold_up, masks_of, sequence
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -89,11 +89,7 @@ def test_a_stopped_process_is_ended_after_its_time(
     monkeypatch.setattr("moe_serve.grammars.grammar_process.STEP_S", 0.5)
     stuck, other = sequence(own, regex("a+")), sequence(own, regex("b+"))
     assert not masks_of(tokenizer, stuck, other).errors
-    process = psutil.Process(stuck.matcher.process().pid)  # type: ignore[union-attr]
-    process.suspend()
-    assert eventually(
-        lambda: process.status() == psutil.STATUS_STOPPED
-    )  # the signal takes effect later than it is sent
+    hold_up(stuck.matcher.process().pid)  # type: ignore[union-attr]
     masks = masks_of(tokenizer, stuck, other)
     assert list(masks.errors) == [stuck]
     assert "longer than 0.5 s" in masks.errors[stuck].message
