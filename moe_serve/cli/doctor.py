@@ -108,10 +108,10 @@ def _disk_files(subject: Subject, expert_file: str | None) -> AbstractContextMan
 def _downloads(subject: Subject) -> Iterator[Finding]:
     """Where the weights have no room."""
     from moe_serve.doctor.findings import Finding
+    from moe_serve.doctor.rates import existing
 
     folder = cache_folder(os.environ)
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing(folder)).free
     if subject.download_bytes > free:
         what = f"the download takes {_gb(subject.download_bytes)}, but only {_gb(free)} are free in {folder}"
         yield Finding(what, "set HF_HUB_CACHE to a folder on a larger disk", is_error=True)

@@ -18,6 +18,7 @@ from typing import Literal
 from moe_serve.cli import preflight
 from moe_serve.config.model_folder import CONFIG, read_config_json
 from moe_serve.errors import ConfigError
+from moe_serve.gguf_files.paths import LISTING
 from moe_serve.hf.families import refuse_unknown_family
 from moe_serve.hub.cache import INDEX, find_cached
 from moe_serve.hub.find import MODEL_ID
@@ -75,7 +76,7 @@ def _found(name: str, revision: str | None, offline: bool, environment: Mapping[
         return _outlined(UNKNOWN, found, environment, into)
     if path.suffix == ".json" and path.is_file():
         return _config_alone(path, into)
-    if (path / CONFIG).is_file() and not any(path.glob("*.safetensors")) and not (path / "tensors.json").is_file():
+    if (path / CONFIG).is_file() and not any(path.glob("*.safetensors")) and not (path / LISTING).is_file():
         return _config_alone(path / CONFIG, into)
     if path.exists() or match is None or offline or find_cached(match["id"], revision, match["variant"], environment):
         return Subject(name, preflight.check_model(name, revision, offline), "all")

@@ -138,13 +138,17 @@ def disk_rate(files: Sequence[Path]) -> float:
     return sum(done) / (time.perf_counter() - start)
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
 @contextmanager
 def scratch_file(folder: Path) -> Iterator[list[Path]]:
     """A file to measure the disk of `folder` with, gone afterwards; none where it cannot be written."""
     with ExitStack() as stack:
         try:
-            there = next(path for path in (folder, *folder.parents) if path.is_dir())
-            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=there, prefix=".moe-serve-rate-"))
+            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=existing(folder), prefix=".moe-serve-rate-"))
             for _ in range(SCRATCH_BYTES // CHUNK_BYTES):
                 file.write(os.urandom(CHUNK_BYTES))
             file.flush()

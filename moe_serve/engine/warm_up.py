@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import torch
 
+from moe_serve.config.units import MIB
 from moe_serve.errors import ConfigError
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
 
 log = logging.getLogger(__name__)
-MIB = 1 << 20
 
 
 def sizes_up_to(limit: int) -> list[int]:

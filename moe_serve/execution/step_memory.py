@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIB = 1 << 20
+from moe_serve.config.units import MIB
+
 FLOAT32_BYTES = 4
 ROWS_OF_HIDDEN = 6
 """[T, H] tensors that one layer has at a time: the stream, its norm, queries, what attention gives."""

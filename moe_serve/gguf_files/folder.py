@@ -18,11 +18,10 @@ from typing import Any
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.gguf_files.architectures import config_of
 from moe_serve.gguf_files.fields import Fields
-from moe_serve.gguf_files.paths import name_of, parts_of
+from moe_serve.gguf_files.paths import LISTING, name_of, parts_of
 from moe_serve.gguf_files.reading import Gguf, GgufTensor, read
 from moe_serve_base.whole_files import whole_folder
 
-LISTING = "tensors.json"
 NO_TOKENIZER = "no_tokenizer.txt"
 """Why there is no tokenizer.json in the folder."""
 VERSION = 1

@@ -11,6 +11,8 @@ from pathlib import Path
 from moe_serve.errors import CheckpointError
 
 SUFFIX = ".gguf"
+LISTING = "tensors.json"
+"""In the folder that stands for a checkpoint (folder.py)."""
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 PROJECTOR = "mmproj"
 """Begins the names of vision towers, which lie beside models."""

@@ -32,22 +32,24 @@ SHARED = ("shared_expert", "shared_experts")
 
 
 def why_not(family: Family, config: Any) -> str | None:
-    """Why the kernel cannot run this family's layers, or None if it can."""
+    """Why the CPU's kernel cannot run this family's layers, or None if it can."""
+    reason, routing = why_unknown(family, config), family.routing(config)
+    if reason is None and routing is not None and routing.top_k > most_choices():
+        return "its router chooses in another way"
+    return reason
+
+
+def why_unknown(family: Family, config: Any) -> str | None:
+    """What of this family's layers no kernel knows, on a CPU or a GPU; None if there is nothing."""
     if not family.plain_layers:
         return f"{config.model_type}'s layers are not plain"
-    routing = family.routing(config)
-    if routing is None or routing.top_k > most_choices():
+    if family.routing(config) is None:
         return "its router chooses in another way"
     if getattr(config, "clip_qkv", None) is not None:
         return "queries and keys are clipped"
-    if not has_static_rope(config):
+    if _rope(config).get("rope_type", "default") not in STATIC_ROPES:
         return "its rotation changes with the context"
     return None
-
-
-def has_static_rope(config: Any) -> bool:
-    """Its rotation depends on a token's position alone."""
-    return _rope(config).get("rope_type", "default") in STATIC_ROPES
 
 
 def shape_of(model: Any, family: Family, config: Any, activation: Activation, page_size: int) -> DecoderShape:

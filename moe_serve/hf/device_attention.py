@@ -15,15 +15,13 @@ import torch
 
 from moe_serve.execution.forward_batch import DecodeGroup, ForwardBatch
 from moe_serve.execution.kv_cache import LayerKV
+from moe_serve.execution.step_memory import EXPANDED_BYTES
 from moe_serve.hf.fused_weights import Fused, fuse
 from moe_serve_kernels.cpu.decoder import DecoderShape
 from moe_serve_kernels.gpu.add_norm import add_norm
 from moe_serve_kernels.gpu.paged_attention import paged_decode
 from moe_serve_kernels.gpu.prompt_attention import Prompt, Prompts, Rest, attend_to_prompts, tiles_of
 from moe_serve_kernels.gpu.rotary import HeadNorms, Turns, rotate_heads, rotate_latents
-
-EXPANDED_BYTES = 256 << 20
-"""Keys and values that may be made of latents at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class HeadAttention:
     def __init__(self, module: Any, shape: DecoderShape, layer: LayerKV, window: int | None) -> None:
         self._qkv = fuse([module.q_proj, module.k_proj, module.v_proj])
         self._out = fuse([module.o_proj])
-        norms = (None if (norm := getattr(module, name, None)) is None else norm for name in ("q_norm", "k_norm"))
+        norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
         query_norm, key_norm = (None if norm is None else norm.weight.detach() for norm in norms)
         self._norms = HeadNorms(query_norm, key_norm, shape.norm_eps)
         sinks = getattr(module, "sinks", None)

@@ -21,7 +21,7 @@ from torch import nn
 from expert_cache.running.experts import Experts
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache
-from moe_serve.hf import decoder_blocks
+from moe_serve.hf import decoder_blocks, rope
 from moe_serve.hf.dense import StoredLinear
 from moe_serve.hf.device_attention import HeadAttention, LatentAttention, step_of
 from moe_serve.hf.device_mlp import DenseMLP, RoutedExperts
@@ -87,7 +87,7 @@ class DeviceSteps:
         else:
             window = decoder_blocks.window_of(layer.self_attn, config, index)
             attention = HeadAttention(layer.self_attn, self._shape, kv, window)
-        mlp = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+        mlp = _mlp_of(layer)
         norms = (layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
         return _Layer(norms[0], attention, norms[1], self._mlp(mlp, layers.get(index), experts))
 
@@ -145,24 +145,15 @@ def _is_every_row(batch: ForwardBatch, rows: torch.Tensor) -> bool:
 def _table(embedding: Any, device: torch.device, positions: int, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [positions, rotary_dim / 2] float32 of the model's own rotary embedding."""
     like = torch.empty(0, dtype=torch.float32, device=device)
-    turns = embedding(like, torch.arange(positions, device=device)[None])
-    parts = (turns.real, turns.imag) if isinstance(turns, torch.Tensor) else turns
-    # Some families repeat the values for the other half of a head.
-    cos, sin = (part[0, :, : rotary_dim // 2].float().contiguous() for part in parts)
+    cos, sin = (part.float().contiguous() for part in rope.table_of(embedding, like, positions, rotary_dim // 2))
     return cos, sin
 
 
 def why_not(model: nn.Module, family: Family, config: Any) -> str | None:
     """Why a model's steps run module by module on a GPU; None: they need not."""
-    if not family.plain_layers:
-        return f"{config.model_type}'s layers are not plain"
-    routing = family.routing(config)
-    if routing is None:
-        return "its router chooses in another way"
-    if getattr(config, "clip_qkv", None) is not None:
-        return "queries and keys are clipped"
-    if not decoder_blocks.has_static_rope(config):
-        return "its rotation changes with the context"
+    reason, routing = decoder_blocks.why_unknown(family, config), family.routing(config)
+    if reason is not None or routing is None:
+        return reason
     if any(isinstance(module, StoredLinear) for module in model.modules()):
         return "its weights are kept as they are stored"
     if not all(_has_router(layer, routing) for layer in _moe_blocks(model)):
@@ -171,8 +162,13 @@ def why_not(model: nn.Module, family: Family, config: Any) -> str | None:
 
 
 def _moe_blocks(model: Any) -> list[Any]:
-    blocks = [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in model.model.layers]
-    return [block for i, block in enumerate(blocks) if i in moe_layers(model)]
+    with_experts = moe_layers(model)
+    return [_mlp_of(layer) for i, layer in enumerate(model.model.layers) if i in with_experts]
+
+
+def _mlp_of(layer: Any) -> Any:
+    """What follows attention in a layer: the block with experts, or an MLP."""
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
 
 
 def _has_router(block: Any, routing: Routing) -> bool:

@@ -60,6 +60,15 @@ class _Fixed:
         return tuple(table[..., :-1, :] for table in output)
 
 
+def table_of(embedding: Any, like: torch.Tensor, positions: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [positions, half] of a rotary embedding, on the device of `like`."""
+    turns = embedding(like, torch.arange(positions, device=like.device)[None])
+    parts = (turns.real, turns.imag) if isinstance(turns, torch.Tensor) else turns
+    # Some families repeat the values for the other half of a head.
+    cos, sin = (part[0, :, :half] for part in parts)
+    return cos, sin
+
+
 def tabulate(model: nn.Module, max_model_len: int, device: torch.device) -> None:
     """Put a table on `device` in the place of every rotary embedding of `model`; after `fix_length`, if at all."""
     for parent in list(model.modules()):

@@ -22,7 +22,7 @@ from expert_cache.running.in_place import InPlaceExperts
 from moe_serve.execution.forward_batch import ForwardBatch
 from moe_serve.execution.kv_cache import KVCache
 from moe_serve.execution.team_size import TeamSize
-from moe_serve.hf import decoder_blocks
+from moe_serve.hf import decoder_blocks, rope
 from moe_serve.hf.experts import moe_layers
 from moe_serve.hf.loading import LoadedModel
 from moe_serve.scheduling.batch_plan import BatchPlan
@@ -54,10 +54,7 @@ class RotaryTable:
         return cos, sin
 
     def _grow(self, count: int) -> None:
-        turns = self._embedding(self._turns[0], torch.arange(count)[None])
-        parts = (turns.real, turns.imag) if isinstance(turns, torch.Tensor) else turns
-        # Some families repeat the values for the other half of a head.
-        self._turns = torch.stack([part[0, :, : self._half] for part in parts])
+        self._turns = torch.stack(rope.table_of(self._embedding, self._turns[0], count, self._half))
 
 
 class WholeSteps:
