@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from expert_cache.gpu_managed.compute import GpuCompute
-from expert_cache.gpu_managed.converting import codes_on
 from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_slot
 from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.report import CacheCounters, ExpertTotals, Residency
 from expert_cache.running import LocalExperts, PaddingRows, Work, nothing
-from expert_cache.storage import ExpertStore, ExpertWeights
+from expert_cache.storage import ExpertStore, ExpertWeights, codes_on
 from moe_serve_kernels.gpu.pool import Bank
 from predictors.shape import MoELayer
 

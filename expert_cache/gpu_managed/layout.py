@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_cache.gpu_managed.converting import codes_on
-from expert_cache.storage import ExpertStore, ExpertWeights, Matrix
+from expert_cache.storage import ExpertStore, ExpertWeights, Matrix, codes_on
 from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from moe_serve_kernels.gpu.pool import GROUP_SIZE, Bank, ExpertPool, Format, empty_bank, pack_int4

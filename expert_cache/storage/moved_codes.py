@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from expert_cache.storage import ExpertWeights, Matrix
+from expert_cache.storage.encoding import Matrix
+from expert_cache.storage.store import ExpertWeights
 from moe_serve_kernels.quantized import QuantizedRows
 
 
