@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
+from moe_serve.config.model_folder import CONFIG, read_object
 from moe_serve.errors import ConfigError, one_line
 from moe_serve.text import model_file, remote_code, tekken_file, tiktoken_file, tokenizer_files
 
@@ -33,7 +34,9 @@ def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
 
 def _by_transformers(folder: Path) -> Any:
     try:  # mistral_format: a tekken.json beside a tokenizer.json would give a tokenizer without a fast vocabulary
-        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
+        hf = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, mistral_format=False, **_config_where_unknown(folder)
+        )
     except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong field leads to
         raise ConfigError(f"{folder}: cannot load its tokenizer ({one_line(error)})") from error
     if not hf.is_fast:
@@ -41,3 +44,10 @@ def _by_transformers(folder: Path) -> Any:
     if not (folder / tokenizer_files.WHOLE).is_file() and (file := folder / model_file.NAME).is_file():
         model_file.agree_with_sentencepiece(hf, file)
     return hf
+
+
+def _config_where_unknown(folder: Path) -> dict[str, Any]:
+    """A neutral config for a model_type that transformers does not know, whose fields it may refuse."""
+    file = folder / CONFIG
+    model_type = read_object(file).get("model_type") if file.is_file() else None
+    return {} if model_type is None or model_type in CONFIG_MAPPING else {"config": PreTrainedConfig()}
