@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moe_serve.execution.state_cache import Mix, StateKey, States, StateShape
+from moe_serve.hf import fixed_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,12 @@ class Mixer:
 
     def _mix(self, hidden: torch.Tensor, states: States, begins: bool) -> torch.Tensor:
         held = {self._recurrence.cache_argument: HeldStates(states)}
-        if begins or self._recurrence.continues_runs:
+        if hidden.shape[1] == 1:
             mixed: torch.Tensor = self._forward(hidden, **held)
             return mixed
+        if begins or self._recurrence.continues_runs:
+            with fixed_order.suspended():
+                return self._forward(hidden, **held)
         return torch.cat([self._forward(token, **held) for token in hidden.split(1, dim=1)], dim=1)
 
 
