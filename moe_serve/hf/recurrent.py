@@ -54,12 +54,14 @@ class Mixer:
 
     def _mix(self, hidden: torch.Tensor, states: States, begins: bool) -> torch.Tensor:
         held = {self._recurrence.cache_argument: HeldStates(states)}
+        mixed: torch.Tensor
         if hidden.shape[1] == 1:
-            mixed: torch.Tensor = self._forward(hidden, **held)
+            mixed = self._forward(hidden, **held)
             return mixed
         if begins or self._recurrence.continues_runs:
             with fixed_order.suspended():
-                return self._forward(hidden, **held)
+                mixed = self._forward(hidden, **held)
+            return mixed
         return torch.cat([self._forward(token, **held) for token in hidden.split(1, dim=1)], dim=1)
 
 
