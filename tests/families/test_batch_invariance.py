@@ -200,7 +200,7 @@ def test_every_family(family: tuple[str, str], checkpoint: Checkpoint) -> None:
         run(start(model, enable_prefix_caching=False, **{**settings, "max_num_batched_tokens": 23}), prompts, params)
         == alone
     )
-    llm = start(model, **settings, block_size=4, num_kv_pages=24)
+    llm = start(model, **settings, block_size=4, num_kv_pages=22)
     log = StepLog(llm)
     assert run(llm, prompts, params) == alone
     assert log.num_preemptions > 0
