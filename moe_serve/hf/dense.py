@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_serve.hf.plain_torch import plain_torch
 from moe_serve_kernels.cpu import expert_mlp
 from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.expert_mlp import Matrix, as_tensor
@@ -58,7 +59,8 @@ class StoredLinear(nn.Linear):
         return LinearWeights(self.weight if self.matrix is None else self.matrix, self.bias, rounds)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input.float(), self.stored).to(input.dtype)
+        with plain_torch():
+            return linear(input.float(), self.stored).to(input.dtype)
 
 
 class StoredEmbedding(nn.Embedding):

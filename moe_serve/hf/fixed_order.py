@@ -47,22 +47,18 @@ def install(model: nn.Module, widened: Collection[str] = ()) -> None:
     model.forward = in_order
 
 
-def suspended() -> Any:
-    """A context in which torch's own order holds again: for tokens of one sequence, cut where nothing else decides."""
-    return torch._C.DisableTorchFunction()
-
-
 class FixedOrder(TorchFunctionMode):
     """While it is entered, these functions are ours."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._weights: dict[int, LinearWeights] = {}
-        """By the address of a parameter."""
+        self._weights: dict[int, tuple[int, LinearWeights]] = {}
+        """By a parameter's id: where it lay, and what was made of it, which keeps the parameter alive."""
         self._functions: dict[Any, Callable[..., Any]] = {F.linear: self._linear, **FUNCTIONS}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._functions.get(func, func)(*args, **(kwargs or {}))
+        ours = self._functions.get(func, func)
+        return ours(*args, **kwargs) if kwargs else ours(*args)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if weight.dtype not in DTYPES or weight.dim() != 2:
@@ -74,10 +70,10 @@ class FixedOrder(TorchFunctionMode):
         """As the kernel reads them. A parameter may move in memory; other matrices live as long as one call."""
         if not isinstance(matrix, nn.Parameter):
             return _weights(matrix)
-        address = matrix.data_ptr()
-        if address not in self._weights:
-            self._weights[address] = _weights(matrix)
-        return self._weights[address]
+        known, address = self._weights.get(id(matrix)), matrix.data_ptr()
+        if known is None or known[0] != address:
+            known = self._weights[id(matrix)] = address, _weights(matrix)
+        return known[1]
 
 
 def _weights(matrix: torch.Tensor) -> LinearWeights:

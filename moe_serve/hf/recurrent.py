@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe_serve.execution.state_cache import Mix, StateKey, States, StateShape
-from moe_serve.hf import fixed_order
+from moe_serve.hf.plain_torch import plain_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Mixer:
             mixed = self._forward(hidden, **held)
             return mixed
         if begins or self._recurrence.continues_runs:
-            with fixed_order.suspended():
+            with plain_torch():
                 mixed = self._forward(hidden, **held)
             return mixed
         return torch.cat([self._forward(token, **held) for token in hidden.split(1, dim=1)], dim=1)
