@@ -208,7 +208,7 @@ def _declared() -> set[str]:
         *project["dependencies"],
         *(
             line
-            for name in ("gpu", "distributed", "plot", "otel", "sentencepiece", "tiktoken")
+            for name in ("gpu", "distributed", "plot", "otel", "ray", "sentencepiece", "tiktoken")
             for line in extras[name]
         ),
     ]
