@@ -14,6 +14,7 @@ import pytest
 
 from moe_serve.errors import UnsupportedModelError
 from moe_serve.hf.config_file import read_config
+from moe_serve.hf.families import family_in
 from moe_serve.text.generation_defaults import eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
 from tests.families.quantized_checkpoints import FORMATS, Format, modelopt_fp8, write_pair
@@ -32,7 +33,11 @@ SERVED = [
     for row in (*ROWS, *MORE)
     if row.twin
 ]
-REFUSED = [pytest.param(row, id=row.name) for row in ROWS if row.twin is None]
+REFUSED = [
+    pytest.param(row, id=row.name)
+    for row in ROWS
+    if row.twin is None and family_in({"model_type": row.model_type}) is None
+]
 CHUNKS: dict[str, Any] = {"max_num_batched_tokens": 16, "enable_prefix_caching": False}
 
 
@@ -51,7 +56,7 @@ def test_a_published_checkpoint_gives_the_tokens_of_its_twin(row: Row, tmp_path:
     assert tokenizer.decode(tokenizer.render_chat([{"role": "user", "content": "one"}])) == "user: one\n"
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in MORE])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in MORE if row.twin and not row.twin.composite])
 def test_a_tokenizer_needs_no_config_that_transformers_knows(row: Row, tmp_path: Path) -> None:
     assert row.twin is not None
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -90,3 +95,24 @@ def test_nvfp4_experts_beside_fp8_attention(tmp_path: Path) -> None:
     (older / "config.json").write_text(json.dumps(config))
     (older / "hf_quant_config.json").write_text(json.dumps({"quantization": note}))
     assert tokens(greedy(load(older), reference.prompts)) == reference.outputs
+
+
+@pytest.mark.slow
+def test_compressed_tensors_of_two_formats(tmp_path: Path) -> None:
+    """NVFP4 experts beside fp8 attention: each group has a format and names its modules."""
+    (tmp_path / "pair").mkdir()
+    source = write_checkpoint(CASES["qwen3_moe"], tmp_path / "source")
+    forms = {"re:.*self_attn.*": FORMATS["ct-fp8"], "re:.*mlp.experts.*": FORMATS["ct-nvfp4"]}
+
+    def form_of(name: str) -> Format:
+        return forms["re:.*self_attn.*" if "self_attn" in name else "re:.*mlp.experts.*"]
+
+    coded, twin = write_pair(source, tmp_path / "pair", FORMATS["ct-nvfp4"], form_of)
+    groups = {
+        f"group_{n}": {**form.config["config_groups"]["group_0"], "targets": [target], "format": form.config["format"]}
+        for n, (target, form) in enumerate(forms.items())
+    }
+    note = {**FORMATS["ct-nvfp4"].config, "format": "mixed-precision", "config_groups": groups}
+    edit(coded, {"quantization_config": note})
+    reference = compute_reference(twin)
+    assert tokens(greedy(load(coded), reference.prompts)) == reference.outputs
