@@ -30,7 +30,8 @@ from moe_serve_kernels.gpu import (
 )
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.gpu_model import GpuModel
-from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
+from moe_serve_kernels.gpu.pool import Bank, empty_bank
+from moe_serve_kernels.gpu.weight_format import FORMATS, GROUP_SIZE, Format
 from moe_serve_kernels.routings import Routing
 
 META = torch.device("meta")

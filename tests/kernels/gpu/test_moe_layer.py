@@ -12,7 +12,7 @@ from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile, choose
 from moe_serve_kernels.gpu.gpu_model import known
 from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
-from moe_serve_kernels.gpu.pool import FORMATS, Format
+from moe_serve_kernels.gpu.weight_format import FORMATS, Format
 from tests.support.gpu_references import combine_reference, moe_layer_reference
 
 from .cases import Layer, make_layer
@@ -49,7 +49,7 @@ def test_dtypes(device: torch.device, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats(device: torch.device, name: str, format: Format) -> None:
-    check(make_layer(3, 2, 3, 64, 96, device, format=format), CONFIGS[name])
+    check(make_layer(3, 2, 3, 64, 192, device, format=format), CONFIGS[name])
 
 
 @pytest.mark.parametrize("format", FORMATS)
