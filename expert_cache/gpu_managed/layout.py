@@ -16,7 +16,6 @@ import torch
 
 from expert_cache.gpu_managed import packed_codes, row_codes
 from expert_cache.storage import ExpertStore, ExpertWeights, Matrix
-from expert_cache.storage.store import matrices_of
 from moe_serve_kernels import gpu
 from moe_serve_kernels.gpu.pool import Bank, ExpertPool, empty_bank
 from moe_serve_kernels.gpu.weight_format import GROUP_SIZE, Format, weight_format
@@ -58,7 +57,7 @@ class SlotLayout:
 def layout_of(like: ExpertWeights, dtype: torch.dtype) -> SlotLayout:
     """The layout for experts like this one, computed with in `dtype`."""
     inner, hidden = like.gate.shape
-    shared = set.intersection(*(set(_formats_of(matrix)) for matrix in matrices_of(like)))
+    shared = set.intersection(*(set(_formats_of(matrix)) for matrix in (like.gate, like.up, like.down)))
     # Exact products of float32 activations with codes do not fit in registers.
     format, group_size = min(shared, default=PLAIN) if dtype != torch.float32 else PLAIN
     return SlotLayout(inner, hidden, format, dtype, like.gate_bias is not None, group_size)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from moe_serve_kernels.cpu.expert_mlp import as_tensor
+from moe_serve_kernels.cpu.expert_mlp import Matrix, as_tensor
 from moe_serve_kernels.gpu.weight_format import Format, weight_format
 from moe_serve_kernels.quantized import QuantizedRows
 
@@ -31,7 +31,7 @@ def formats_of(matrix: QuantizedRows) -> Iterator[Format]:
         yield GROUPED[per_output]
 
 
-def write_floats(matrix: object, target: Mapping[str, torch.Tensor]) -> None:
+def write_floats(matrix: Matrix, target: Mapping[str, torch.Tensor]) -> None:
     """A matrix of any kind as floats."""
     data = target["data"]
     data.copy_(as_tensor(matrix, data.dtype), non_blocking=True)

@@ -6,6 +6,7 @@ The names here are what other rooms of expert_cache use.
 from __future__ import annotations
 
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.copy_stream import SlotOrder
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.encoding import Matrix
 from expert_cache.storage.errors import ExpertReadError
@@ -24,5 +25,6 @@ __all__ = [
     "Matrix",
     "Read",
     "SlotArena",
+    "SlotOrder",
     "views_in",
 ]

@@ -187,14 +187,14 @@ def dequantize(bank: Bank, slot: int) -> torch.Tensor:
 def _packed_weights(bank: Bank, slot: int) -> torch.Tensor:
     assert bank.scale is not None
     nibbles = unpack(bank.data[slot], bank.form.half(bank.group_size))
-    scale, zero = bank.scale[slot], 0.0
+    scale = bank.scale[slot]
     if bank.format == "int4":
         assert bank.zero is not None
-        codes, zero = nibbles.double(), bank.zero[slot].double().t().repeat_interleave(bank.group_size, 1)
+        codes = nibbles.double() - bank.zero[slot].double().t().repeat_interleave(bank.group_size, 1)
     else:
         codes = torch.tensor(FP4_VALUES, dtype=torch.float64, device=nibbles.device)[nibbles.long()]
         scale = (scale.double() - 127).exp2() if bank.format == "mxfp4" else scale.view(torch.float8_e4m3fn).float()
-    return (codes - zero) * scale.double().t().repeat_interleave(bank.group_size, 1)
+    return codes * scale.double().t().repeat_interleave(bank.group_size, 1)
 
 
 def _row_weights(bank: Bank, slot: int) -> torch.Tensor:

@@ -62,6 +62,8 @@ def launches(gpu: GpuModel) -> Iterator[Launch]:
         gemvs = configs.GEMV[format]
         yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
         yield Launch(f"{format}", partial(_gemv_down, format, gemvs.down))
+        if gemv.is_split(_ids(1), HIDDEN, gemvs.down):
+            yield Launch(f"{format}, a pair each", partial(_gemv_down, format, gemvs.down, num_tokens=1))
         for config in configs.steps_of(gpu, format).values():
             for activation in (SILU, GPT_OSS):
                 name = f"{format} {_shape(config.gate_up)} {activation.kind}"
@@ -245,10 +247,12 @@ def _gemv_gate_up(format: Format, config: Gemv, group_size: int = GROUP_SIZE) ->
     gemv.gemv_gate_up(_new(4, HIDDEN), _ids(4), bank, _slot_of(), SILU, config)
 
 
-def _gemv_down(format: Format, config: Gemv, group_size: int = GROUP_SIZE) -> None:
-    weights = _new(4, TOP_K, dtype=torch.float32)
+def _gemv_down(format: Format, config: Gemv, group_size: int = GROUP_SIZE, num_tokens: int = 8) -> None:
+    """Eight tokens fill the GPU, one does not."""
+    weights = _new(num_tokens, TOP_K, dtype=torch.float32)
     bank = _bank((HIDDEN, INNER), format, group_size=group_size)
-    gemv.gemv_down(_new(4 * TOP_K, INNER), _ids(4), weights, bank, _slot_of(), _new(4, HIDDEN), config)
+    act, out = _new(num_tokens * TOP_K, INNER), _new(num_tokens, HIDDEN)
+    gemv.gemv_down(act, _ids(num_tokens), weights, bank, _slot_of(), out, config)
 
 
 def _aligned(num_tokens: int, block_t: int) -> align.Aligned:

@@ -4,7 +4,8 @@
     down:     out[t] = sum over k, in order, of weights[t, k] * (down act[t * K + k] + down_bias)
 
 One launch each, and the second one adds up a token's choices itself, so that a decode step of a model with small
-experts is two launches (one thread block per pair and output tile: vLLM's CUDA decode kernel). Programs of different
+experts is two launches (one thread block per pair and output tile: vLLM's CUDA decode kernel). It is split into two
+where one token has few output tiles. Programs of different
 pairs and one output tile are neighbours: where two tokens share an expert, its weights come from the L2 cache.
 
 Per program, in torch terms, w [F, C] tiles and one row x:  acc += (w * x).sum(1)
@@ -22,10 +23,14 @@ import triton.language as tl
 
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.activate import activate
+from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Gemv
 from moe_serve_kernels.gpu.grouped import bank_arguments, loop_arguments
 from moe_serve_kernels.gpu.operands import load_packed, load_rows, second_half, slot_of_choice
 from moe_serve_kernels.gpu.pool import Bank
+
+FEW_PROGRAMS = 256
+"""Fewer leave most of a large GPU idle: an H100 has 132 multiprocessors, and each takes several programs."""
 
 
 def gemv_gate_up(
@@ -67,19 +72,47 @@ def gemv_down(
     out: torch.Tensor,
     gemv: Gemv,
 ) -> None:
-    """act [P, I], weights [T, K] -> out [T, H], the sum over the choices whose expert is in a slot."""
+    """act [P, I], weights [T, K] -> out [T, H], the sum over the choices whose expert is in a slot.
+
+    Where that would leave most of a GPU idle, each pair is computed for itself, and `combine` adds them up: one launch
+    more, and the same order of the sum.
+    """
     assert weights.is_contiguous()
+    if is_split(ids, out.shape[1], gemv):
+        outputs = torch.empty(ids.numel(), out.shape[1], dtype=torch.float32, device=out.device)
+        _sum_pairs(act, ids, None, bank, slot_of, outputs, gemv)
+        combine(outputs, ids, weights, slot_of, out)
+    else:
+        _sum_pairs(act, ids, weights, bank, slot_of, out, gemv)
+
+
+def is_split(ids: torch.Tensor, hidden: int, gemv: Gemv) -> bool:
+    """Whether the second product of ids [T, K] takes each pair for itself."""
+    return ids.shape[1] > 1 and ids.shape[0] * triton.cdiv(hidden, gemv.block_f) < FEW_PROGRAMS
+
+
+def _sum_pairs(
+    act: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    bank: Bank,
+    slot_of: torch.Tensor,
+    out: torch.Tensor,
+    gemv: Gemv,
+) -> None:
+    """`out` [T, H], the weighted sums; without weights [P, H], each pair as it is, zeros where it is in no slot."""
     assert out.is_contiguous()
     if ids.numel():
-        gemv_down_kernel[(ids.shape[0], triton.cdiv(out.shape[1], gemv.block_f))](
+        gemv_down_kernel[(out.shape[0], triton.cdiv(out.shape[1], gemv.block_f))](
             act,
             out,
             slot_of,
             ids,
-            weights,
+            act if weights is None else weights,
             hidden=out.shape[1],
             inner=act.shape[1],
-            TOP_K=ids.shape[1],
+            PAIRS=ids.numel() // out.shape[0],
+            WEIGHTED=weights is not None,
             **bank_arguments(bank),
             **loop_arguments(gemv, bank),
             STAGES=gemv.num_stages,
@@ -164,7 +197,8 @@ def gemv_down_kernel(
     scale_stride,
     hidden,
     inner,
-    TOP_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -176,13 +210,13 @@ def gemv_down_kernel(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (T, cdiv(H, BLOCK_F))."""
-    token = tl.program_id(0)
+    """Grid (P / PAIRS, cdiv(H, BLOCK_F)). Each program adds up PAIRS pairs."""
+    row = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     f_ok = f < hidden
     total = tl.zeros([BLOCK_F], tl.float32)
-    for k in range(TOP_K):
-        pair = token * TOP_K + k
+    for k in range(PAIRS):
+        pair = row * PAIRS + k
         slot = slot_of_choice(ids_ptr, slot_of_ptr, pair)
         if slot >= 0:
             x_ptr = act_ptr + pair * inner
@@ -201,8 +235,10 @@ def gemv_down_kernel(
                 one *= tl.load(factor_ptr + slot * hidden + f, mask=f_ok, other=0.0)
             if HAS_BIAS:
                 one += tl.load(bias_ptr + slot * hidden + f, mask=f_ok, other=0.0)
-            total += tl.load(weights_ptr + pair).to(tl.float32) * one
-    tl.store(out_ptr + token * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f_ok)
+            if WEIGHTED:
+                one *= tl.load(weights_ptr + pair).to(tl.float32)
+            total += one
+    tl.store(out_ptr + row * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f_ok)
 
 
 @triton.jit
