@@ -92,13 +92,19 @@ def write_slot(weights: ExpertWeights, layout: SlotLayout, gate_up: Parts, down:
         for half, matrix in enumerate((weights.gate, weights.up)):
             _write_rows(matrix, {name: part[half] for name, part in gate_up.items()})
         _write_rows(weights.down, down)
-    if layout.has_bias:
-        assert weights.gate_bias is not None
-        assert weights.up_bias is not None
-        assert weights.down_bias is not None
-        for half, bias in enumerate((weights.gate_bias, weights.up_bias)):
-            gate_up["bias"][half].copy_(bias, non_blocking=True)
-        down["bias"].copy_(weights.down_bias, non_blocking=True)
+    write_biases(weights, gate_up, down)
+
+
+def write_biases(weights: ExpertWeights, gate_up: Parts, down: Parts) -> None:
+    """Fill one slot's biases, where it has any."""
+    if "bias" not in down:
+        return
+    assert weights.gate_bias is not None
+    assert weights.up_bias is not None
+    assert weights.down_bias is not None
+    for half, bias in enumerate((weights.gate_bias, weights.up_bias)):
+        gate_up["bias"][half].copy_(bias, non_blocking=True)
+    down["bias"].copy_(weights.down_bias, non_blocking=True)
 
 
 def _write_rows(matrix: Matrix, target: Parts) -> None:

@@ -17,6 +17,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import (
     add_norm,
     align,
+    coded_link,
     combine,
     configs,
     gemv,
@@ -129,6 +130,7 @@ def _around() -> Iterator[Launch]:
     for num_slots in (32, 1024):
         yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
     yield Launch("", _copy)
+    yield Launch("", _decode)
 
 
 def _small_groups(gpu: GpuModel) -> Iterator[Launch]:
@@ -235,6 +237,11 @@ def _copy() -> None:
     state = residency.new_residency(4, EXPERTS, 32, META)
     tables = _new(2, 4 * EXPERTS, dtype=torch.int64), _new(2, dtype=torch.int64), _new(2, dtype=torch.int64)
     residency.copy_experts(state, residency.Copies(*tables))
+
+
+def _decode() -> None:
+    state = residency.new_residency(4, EXPERTS, 32, META)
+    coded_link.decode(_new(8, 1 << 20, dtype=torch.uint8), _new(3, 7, dtype=torch.int64), state)
 
 
 def _combine() -> None:

@@ -147,7 +147,7 @@ AMPERE_STEPS = {
         64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
     },
     "mxfp4": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 2, True)),
         64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
     },
     "nvfp4": {
