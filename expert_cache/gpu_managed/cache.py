@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from expert_cache.gpu_managed.coded_records import record_layout, write_record
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_biases, write_slot
+from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.report import CacheCounters, ExpertTotals, Residency
 from expert_cache.running import LocalExperts, PaddingRows, Work, nothing
-from expert_cache.storage import ExpertStore
+from expert_cache.storage import ExpertStore, ExpertWeights, codes_on, record_layout, write_record
 from predictors.shape import MoELayer
 
 if TYPE_CHECKING:  # needs triton, which few machines without a GPU have
@@ -130,7 +130,7 @@ def shares(num_slots: int, num_layers: int) -> list[tuple[int, int]]:
 
 def host_bytes(store: ExpertStore, compute: GpuCompute) -> int:
     """Host memory that GpuManagedExperts take."""
-    layout = record_layout(store, compute.pool.layout)
+    layout = _records(store, compute)
     likes = _likes(compute, layout)
     parts = [part.nbytes for bank in likes for part in bank.values()]
     one = sum(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in (*parts, layout.num_bytes if layout else 0))
@@ -152,7 +152,7 @@ class HostSide:
 
 def _read_experts(store: ExpertStore, compute: GpuCompute, pinned: bool) -> HostSide:
     heap = HostHeap(host_bytes(store, compute), pinned)
-    layout = record_layout(store, compute.pool.layout)
+    layout = _records(store, compute)
     likes = _likes(compute, layout)
     host = HostSide({name: [] for name in likes[0]}, {name: [] for name in likes[1]}, [], layout)
     for layer in store.layers:
@@ -160,7 +160,7 @@ def _read_experts(store: ExpertStore, compute: GpuCompute, pinned: bool) -> Host
             weights = store.weights(layer, expert)
             gate_up, down = (_take(heap, bank) for bank in likes)
             if layout is None:
-                write_slot(weights, compute.pool.layout, gate_up, down)
+                _write(weights, compute.pool, gate_up, down)
             else:
                 host.records.append(heap.take(layout.num_bytes))
                 write_record(weights, layout, host.records[-1])
@@ -171,6 +171,14 @@ def _read_experts(store: ExpertStore, compute: GpuCompute, pinned: bool) -> Host
     return host
 
 
+def _records(store: ExpertStore, compute: GpuCompute) -> RecordLayout | None:
+    """The layout of the weights' records, where slots are bf16 and all of a store's weights are in 12-bit codes."""
+    layout = compute.pool.layout
+    if (layout.format, layout.dtype) != ("plain", torch.bfloat16):
+        return None
+    return record_layout(store, sum(layout.part_bytes()))
+
+
 def _likes(compute: GpuCompute, layout: RecordLayout | None) -> list[Parts]:
     """The parts of one slot of both banks that come as they are."""
     banks = (compute.pool.experts.gate_up, compute.pool.experts.down)
@@ -178,6 +186,20 @@ def _likes(compute: GpuCompute, layout: RecordLayout | None) -> list[Parts]:
         {name: part for name, part in slot_of_bank(bank, 0).items() if layout is None or name != "data"}
         for bank in banks
     ]
+
+
+def _write(weights: ExpertWeights, pool: SlotPool, gate_up: Parts, down: Parts) -> None:
+    """Fill a slot's parts in host memory. Codes that have to be converted go by a slot of the pool, which has no expert
+    yet: its device converts them."""
+    first = slot_of_bank(pool.experts.gate_up, 0), slot_of_bank(pool.experts.down, 0)
+    moved = codes_on(first[0]["data"].device, weights)
+    if moved is weights:
+        write_slot(weights, pool.layout, gate_up, down)
+        return
+    write_slot(moved, pool.layout, *first)
+    for parts, made in zip((gate_up, down), first, strict=True):
+        for name, part in parts.items():
+            part.copy_(made[name], non_blocking=True)
 
 
 def _take(heap: HostHeap, likes: Parts) -> Parts:

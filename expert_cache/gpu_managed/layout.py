@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from expert_cache.gpu_managed import packed_codes, row_codes
-from expert_cache.storage import ExpertStore, ExpertWeights, Matrix
+from expert_cache.storage import ExpertStore, ExpertWeights, Matrix, codes_on
 from moe_serve_kernels import gpu
 from moe_serve_kernels.gpu.pool import Bank, ExpertPool, empty_bank
 from moe_serve_kernels.gpu.weight_format import GROUP_SIZE, Format, weight_format
@@ -84,7 +84,8 @@ def slot_of_bank(bank: Bank, slot: int) -> dict[str, torch.Tensor]:
 
 
 def write_slot(weights: ExpertWeights, layout: SlotLayout, gate_up: Parts, down: Parts) -> None:
-    """Fill one slot's parts, on the device of the weights or another."""
+    """Fill one slot's parts, on the device of the weights or another, which converts codes then."""
+    weights = codes_on(gate_up["data"].device, weights)
     if weight_format(layout.format).is_packed:
         packed_codes.write([_codes(weights.gate), _codes(weights.up)], layout.format, gate_up)
         packed_codes.write([_codes(weights.down)], layout.format, down)

@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from expert_cache.gpu_managed.layout import SlotLayout
-from expert_cache.storage import ExpertStore, ExpertWeights
+from expert_cache.storage.store import ExpertStore, ExpertWeights
 from moe_serve_kernels.cpu.coded import CodedRows
 
 if TYPE_CHECKING:  # needs triton, which few machines without a GPU have
     from moe_serve_kernels.gpu.coded_link import RecordLayout
 
 
-def record_layout(store: ExpertStore, layout: SlotLayout) -> RecordLayout | None:
-    """The layout of a store's records, or None where not all matrices are coded, slots are not bf16, or the longest
-    lists of rare weights make records no smaller than slots."""
-    if (layout.format, layout.dtype) != ("plain", torch.bfloat16):
-        return None
+def record_layout(store: ExpertStore, slot_bytes: int) -> RecordLayout | None:
+    """The layout of a store's records, or None where not all matrices are coded, or the longest lists of rare weights
+    make records no smaller than `slot_bytes`."""
     first = _coded(store.weights(store.layers[0], 0))
     if first is None:
         return None
@@ -35,7 +32,7 @@ def record_layout(store: ExpertStore, layout: SlotLayout) -> RecordLayout | None
     from moe_serve_kernels.gpu.coded_link import RecordLayout
 
     records = RecordLayout(tuple(matrix.shape for matrix in first), tuple(most))
-    return records if records.num_bytes < sum(layout.part_bytes()) else None
+    return records if records.num_bytes < slot_bytes else None
 
 
 def write_record(weights: ExpertWeights, layout: RecordLayout, record: torch.Tensor) -> None:
