@@ -26,7 +26,7 @@ Matrices = dict[str, torch.Tensor]
 
 def made(rows: int, columns: int, special: bool) -> torch.Tensor:
     """bf16 [rows, columns] like trained ones; `special`: with rare weights at both ends of rows, and many in one."""
-    floats = (torch.randn(rows, columns) * columns**-0.5).to(torch.bfloat16)
+    floats: torch.Tensor = (torch.randn(rows, columns) * columns**-0.5).to(torch.bfloat16)
     if special:
         floats[0, -1] = floats[-1, 0] = torch.inf
         floats[1, : len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.bfloat16)
