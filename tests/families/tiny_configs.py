@@ -127,6 +127,21 @@ TOWER: dict[str, Any] = {
 }
 
 
+SPEECH: dict[str, Any] = {
+    "audio_config": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "num_mel_bins": 16,
+        "output_dim": 64,
+        "downsample_hidden_size": 8,
+    },
+    "vision_start_token_id": VOCAB - 1,
+}
+"""Of Qwen3-Omni's thinker."""
+
+
 @dataclass(frozen=True)
 class TinyCase:
     """One tiny model: a config and the seed of its weights."""
@@ -139,13 +154,15 @@ class TinyCase:
     """Of the random matrices."""
     tower: dict[str, Any] | None = None
     """vision_config of a composite; `fields` are its text_config's then."""
+    outside: dict[str, Any] = field(default_factory=dict)
+    """Other fields of a composite."""
 
     def config(self) -> Any:
         """The transformers config."""
         fields = {**COMMON, **self.fields}
         if self.tower is None:
             return AutoConfig.for_model(self.model_type, **fields)
-        outer = {"text_config": fields, "vision_config": self.tower, "tie_word_embeddings": False}
+        outer = {"text_config": fields, "vision_config": self.tower, "tie_word_embeddings": False, **self.outside}
         return AutoConfig.for_model(self.model_type, **outer)
 
 
@@ -442,7 +459,14 @@ CASES: dict[str, TinyCase] = {
     "qwen3_vl_moe": TinyCase(
         "qwen3_vl_moe", {**FINE, "decoder_sparse_step": 1, **rope_of_images(3, 3, 2)}, tower=TOWER
     ),
+    "qwen3_omni_moe": TinyCase(
+        "qwen3_omni_moe_thinker", {**FINE, **rope_of_images(3, 3, 2)}, tower=TOWER, outside=SPEECH
+    ),
     "glm4v_moe": TinyCase("glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, tower=TOWER),
+    "beam": TinyCase(
+        "beam", {**FINE, "n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"], **SLIDING}
+    ),
+    "aria": TinyCase("aria_text", {"intermediate_size": 64, "moe_num_experts": 8, "moe_topk": 2}),
     "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}),
     # More tokens than the indexer chooses, in prompts and in answers.
     "deepseek_v32": TinyCase("deepseek_v32", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER}),

@@ -53,8 +53,6 @@ def refuse_unknown_family(fields: Mapping[str, Any]) -> str:
 
 
 MISSING = {
-    "aria": "experts stored as two matrices under names of their own (fc1, fc2)",
-    "beam": "a test of its scaled residuals",
     "dbrx": "experts in flattened matrices",
     "deepseek_ocr2": "an image encoder: it reads pages and answers no text alone",
     "diffusion_gemma": "decoding of whole blocks by diffusion",
@@ -71,7 +69,6 @@ MISSING = {
     "muse_spark": "a norm behind each expert",
     "nllb-moe": "an encoder beside the decoder",
     "openai_privacy_filter": "a classifier's answer per token, which is no text",
-    "qwen3_omni_moe": "the thinker's text model taken out of a checkpoint that also speaks",
     "qwen4_exp": "sparse attention, hyper-connections and n-gram embeddings",
     "step3p7": "experts with a limit of their own in each layer",
     "switch_transformers": "an encoder beside the decoder",
