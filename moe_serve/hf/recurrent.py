@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from moe_serve.execution.state_cache import Mix, StateKey, States, StateShape
+from moe_serve.hf.plain_torch import plain_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,11 @@ class Mixer:
 
     def _mix(self, hidden: torch.Tensor, states: States, begins: bool) -> torch.Tensor:
         held = HeldStates(states, begins)
-        if begins or self._recurrence.continues_runs:
+        if hidden.shape[1] == 1:
             return self._call(hidden, held)
+        if begins or self._recurrence.continues_runs:
+            with plain_torch():
+                return self._call(hidden, held)
         return torch.cat([self._call(token, held) for token in hidden.split(1, dim=1)], dim=1)
 
     def _call(self, hidden: torch.Tensor, held: HeldStates) -> torch.Tensor:
