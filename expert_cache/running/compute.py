@@ -83,8 +83,16 @@ class ExpertCompute:
                     x, tokens, [(start, end)], [_readable_copy(expert, self._rounds)], self.activation, out
                 )
             else:
-                out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
+                for rows in self._rows_at_once(start, end):
+                    out[rows] = self._in_torch(hidden.index_select(0, tokens[rows]), expert)
         native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
+
+    def _rows_at_once(self, start: int, end: int) -> list[slice]:
+        """Where only the activation is unknown to the kernels, a row at a time: torch's sums depend on how many there
+        are."""
+        if self._device.type != "cpu" or native.has_function(self.activation):
+            return [slice(start, end)]
+        return [slice(row, row + 1) for row in range(start, end)]
 
     @property
     def _runs_copies(self) -> bool:

@@ -24,7 +24,8 @@ from moe_serve.execution.kv_cache import LayerKV, LayerKVShape
 from moe_serve.hf.attend import additive
 
 PIECE = 128
-"""Tokens of a prompt that are attended to at a time: the modules make scores for all of them and all heads."""
+"""Tokens of a prompt that are attended to at a time: the modules make scores for all of them and all heads. On a CPU it
+is one, so that a token's sums have the same length in any chunk."""
 POOLING = "compressor"
 INDEXING = "indexer"
 """transformers' names for the two kinds of pooling."""
@@ -164,7 +165,8 @@ class CompressedAttention:
             return out.zero_(), None
         cos, sin = position_embeddings[self._turns]
         layer = kv_cache.layers[self._row.layer_idx]
-        for rows, pages, start in _pieces(forward_batch):
+        piece = 1 if hidden_states.device.type == "cpu" else PIECE
+        for rows, pages, start in _pieces(forward_batch, piece):
             end = start + rows.stop - rows.start
             turns = {self._turns: (cos[:, rows], sin[:, rows])}
             held = SequenceRows(self._row, layer, pages, start, end)
@@ -179,16 +181,16 @@ class CompressedAttention:
         return additive((distance < 0) | (distance >= self._row.window), like.dtype)[None, None]
 
 
-def _pieces(batch: ForwardBatch) -> Iterator[tuple[slice, torch.Tensor, int]]:
+def _pieces(batch: ForwardBatch, piece: int) -> Iterator[tuple[slice, torch.Tensor, int]]:
     """(rows of the step, pages of the context, position of the first row) of one sequence at a time; prompts are cut
-    where their positions are whole multiples of PIECE."""
+    where their positions are whole multiples of `piece`."""
     for group in batch.decode_groups:
         for one in group.singly():
             yield slice(one.first_row, one.first_row + 1), one.page_table[0], one.max_length - 1
     for run in batch.prefill_runs:
         start = run.start
         while start < run.end:
-            end = min(run.end, (start // PIECE + 1) * PIECE)
+            end = min(run.end, (start // piece + 1) * piece)
             row = run.first_row + start - run.start
             yield slice(row, row + end - start), run.pages, start
             start = end

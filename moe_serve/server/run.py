@@ -100,7 +100,7 @@ def _load(
     engine = ranks or Engine.from_config(engine_config)
     _log_engine(engine, time.monotonic() - started)
     app = _app(engine, server_config, engine_config, tracing, ranks)
-    _say_how_answers_are_read(app.state.service)
+    say_how_answers_are_read(app.state.service)
     _keep_for_good()
     _announce(server_config, port, app.state.service.model_name)
     return app
@@ -148,10 +148,10 @@ def parsers_of(config: ServerConfig) -> ParserNames:
     return ParserNames(config.tool_call_parser, config.reasoning_parser)
 
 
-def _say_how_answers_are_read(service: Service) -> None:
+def say_how_answers_are_read(service: Service) -> None:
     """A format that is unknown is told now, rather than by the first request with tools."""
     if service.response_template is None and service.tokenizer.hf.chat_template:
-        log.warning(
+        log.info(
             "the chat template shows no answer format that is known here: reasoning stays in the content, and tools are"
             " refused unless tool_choice forces them. %s names a format: %s",
             flag_name("tool_call_parser"),

@@ -9,14 +9,17 @@ conversation that goes on is rendered in the form in which the answer was read.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moe_serve.errors import ConfigError
+from moe_serve.server.run import say_how_answers_are_read
 from moe_serve.text.answer_formats import FORMATS
 from moe_serve.text.parser_names import ParserNames, formats, tool_parser_names
 from moe_serve.text.response_templates import template_of
@@ -414,6 +417,17 @@ def test_a_format_is_found_by_name(name: str, tokenizer_folder: Path) -> None:
     found = template_of(tokenizer, ParserNames(tool_calls=FORMATS.find(CASES[name].file).tool_parsers[0]))
     assert found is not None
     assert "tool_calls" in found["fields"]
+
+
+def test_an_unknown_template_is_said_at_the_start(tokenizer_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer.from_path(str(tokenizer_folder))
+    for template, count in (("{{ messages }}", 1), (chat_template(CASES["hermes"]), 0)):
+        tokenizer.hf.chat_template = template
+        service: Any = SimpleNamespace(tokenizer=tokenizer, response_template=template_of(tokenizer))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "moe_serve"):
+            say_how_answers_are_read(service)
+        assert caplog.text.count("--tool-call-parser names a format: deepseek_v3,") == count
 
 
 def test_names_are_checked_and_combined(tokenizer_folder: Path) -> None:
