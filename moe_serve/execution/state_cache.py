@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -65,10 +64,9 @@ class StateCache:
         self._decodes: tuple[StateRun, ...] = ()
         self._prefills: tuple[tuple[StateRun, PrefillRun], ...] = ()
 
-    def saved_rows(self, layer: int) -> list[Callable[[int], torch.Tensor]]:
-        """For each tensor of a layer: number of a saved state -> a view of its row."""
-        first = self._num_seats
-        return [partial(_row_of, tensor, first) for tensor in self.layers[layer].values()]
+    def saved_rows(self, layer: int) -> list[torch.Tensor]:
+        """For each tensor of a layer: a view of the rows of saved states."""
+        return [tensor[self._num_seats :] for tensor in self.layers[layer].values()]
 
     def begin(self, batch: ForwardBatch) -> None:
         """To be called before each step. Sequences that begin in it begin with zeros, or with a saved state."""
@@ -115,10 +113,6 @@ def _decode(mix: Mix, hidden: torch.Tensor, states: States, seats: tuple[int, ..
     for key, tensor in states.items():
         tensor.index_copy_(0, index, gathered[key])
     return out
-
-
-def _row_of(tensor: torch.Tensor, first: int, row: int) -> torch.Tensor:
-    return tensor[first + row]
 
 
 def _row(states: States, seat: int) -> States:

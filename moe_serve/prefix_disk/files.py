@@ -8,13 +8,14 @@ The checksum covers everything but itself.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
+import xxhash
+
 MAGIC = b"moe-kv\r\n"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<8sHHQ16s16s16s")
 
 
@@ -54,27 +55,27 @@ def header(label: Label, payload: memoryview) -> bytes:
     return HEADER.pack(*fields, _checksum(fields, payload))
 
 
-def payload_of(content: memoryview, label: Label, num_bytes: int) -> memoryview:
-    """The payload of a file's `content`. ForeignFileError, DamagedFileError."""
-    if content[: len(MAGIC)] != MAGIC:
+def check(head: bytearray, payload: memoryview, num_read: int, label: Label) -> None:
+    """That a file is as it was written. `head` and `payload` are its first bytes, and `num_read` is more than their sum
+    if it is longer. ForeignFileError, DamagedFileError."""
+    if head[: min(num_read, len(MAGIC))] != MAGIC:
         raise ForeignFileError("it does not begin as a file of this cache")
-    if len(content) < HEADER.size:
-        raise DamagedFileError(f"it ends after {len(content)} bytes")
-    *fields, checksum = HEADER.unpack_from(content)
+    if num_read < HEADER.size:
+        raise DamagedFileError(f"it ends after {num_read} bytes")
+    *fields, checksum = HEADER.unpack(head)
     if fields[1] != VERSION:
         raise ForeignFileError(f"its format is version {fields[1]}, not {VERSION}")
-    expected = (MAGIC, VERSION, label.kind, num_bytes, label.fingerprint, label.digest)
-    payload = content[HEADER.size :]
-    if payload.nbytes != num_bytes:
-        raise DamagedFileError(f"it holds {payload.nbytes} bytes of {num_bytes}")
+    expected = (MAGIC, VERSION, label.kind, payload.nbytes, label.fingerprint, label.digest)
+    if num_read != HEADER.size + payload.nbytes:
+        raise DamagedFileError(f"it does not hold {payload.nbytes} bytes")
     if tuple(fields) != expected:
         raise DamagedFileError("its header is not that of its name")
     if _checksum(expected, payload) != checksum:
         raise DamagedFileError("its checksum is wrong")
-    return payload
 
 
 def _checksum(fields: tuple[bytes | int, ...], payload: memoryview) -> bytes:
-    found = hashlib.blake2b(repr(fields).encode(), digest_size=16)
+    """Finds accidents. It is as quick as memory; a cryptographic one took a third of a load's time."""
+    found = xxhash.xxh3_128(repr(fields).encode())
     found.update(payload)
     return found.digest()

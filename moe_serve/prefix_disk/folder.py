@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_serve.prefix_disk.files import HEADER, DamagedFileError, ForeignFileError, Kind, Label, header, payload_of
+from moe_serve.prefix_disk.files import HEADER, DamagedFileError, ForeignFileError, Kind, Label, check, header
 from moe_serve.scheduling.stats import DiskTotals
 from moe_serve_base.whole_files import OutputError, whole_file
 
@@ -80,20 +80,24 @@ class PrefixFolder:
             stream.write(head)
             stream.write(payload)
 
-    def read(self, kind: Kind, digest: bytes, num_bytes: int) -> memoryview | None:
-        """The payload of `num_bytes`; None, and a line in the log, if the file is not as it was written."""
-        path = self._path(kind, digest)
+    def read(self, kind: Kind, digest: bytes, payload: memoryview) -> bool:
+        """Fill `payload` with what was written; False, and a line in the log, if the file is not as it was written."""
         try:
-            content = _content_of(path)
-            payload = payload_of(content, Label(kind, self._fingerprint, digest), num_bytes)
+            self._read(self._path(kind, digest), Label(kind, self._fingerprint, digest), payload)
         except FileNotFoundError:
             self._forget(kind, digest)
-            return None
+            return False
         except (OSError, ForeignFileError, DamagedFileError) as error:
             self._refuse(kind, digest, error)
-            return None
-        self.totals.read_bytes += content.nbytes
-        return payload
+            return False
+        self.totals.read_bytes += HEADER.size + payload.nbytes
+        return True
+
+    def _read(self, path: Path, label: Label, payload: memoryview) -> None:
+        head, beyond = bytearray(HEADER.size), bytearray(1)
+        with path.open("rb", buffering=0) as stream:
+            num_read = os.readv(stream.fileno(), [head, payload, beyond])
+        check(head, payload, num_read, label)
 
     def touch(self, keys: Sequence[Key]) -> None:
         """A sequence has used these, in its order. Its last page goes first: a prefix is of use from its beginning."""
@@ -126,12 +130,6 @@ class PrefixFolder:
 
     def _path(self, kind: Kind, digest: bytes) -> Path:
         return self.path / (digest.hex() + kind.suffix)
-
-
-def _content_of(path: Path) -> memoryview:
-    with path.open("rb") as stream:
-        content = bytearray(os.fstat(stream.fileno()).st_size)
-        return memoryview(content)[: stream.readinto(content)]
 
 
 def _private(path: str, flags: int) -> int:

@@ -28,6 +28,8 @@ MAX_QUEUED = 256
 """Sequences that wait to be written; further ones are not kept."""
 CLOSE_S = 5.0
 """A server that ends writes for this long at most."""
+BATCH_BYTES = 1 << 19
+"""Pages that are read, and then copied to their places at once: they are still in the processor's cache then."""
 PAGES_PER_RUNNING = 4
 """Pages that loading leaves for each running sequence."""
 
@@ -144,19 +146,39 @@ class DiskTier:
 
     def _load(self, load: Load) -> int:
         """Fill pages in order, up to the first that cannot be read; on the loader's thread."""
-        for count, (page, digest) in enumerate(zip(load.pages, load.digests, strict=True)):
-            content = self._folder.read(Kind.PAGE, digest, self._content.page_bytes)
-            if content is None:
-                load.state = None if load.state is None else (b"", load.state[1])
-                return count
-            self._content.write_page(page, content)
-        if load.state is not None:
-            content = self._folder.read(Kind.STATE, load.state[0], self._content.state_bytes)
-            if content is None:
-                load.state = b"", load.state[1]
-            else:
-                self._content.write_state(load.state[1], content)
-        return len(load.pages)
+        most = max(1, BATCH_BYTES // self._content.page_bytes)
+        buffer = memoryview(bytearray(min(most, len(load.pages)) * self._content.page_bytes))
+        count = 0
+        while count < len(load.pages):
+            wanted = slice(count, count + most)
+            num_read = self._load_some(load.pages[wanted], load.digests[wanted], buffer)
+            count += num_read
+            if num_read < len(load.pages[wanted]):
+                break
+        self._load_state(load, is_whole=count == len(load.pages))
+        return count
+
+    def _load_some(self, pages: list[int], digests: list[bytes], buffer: memoryview) -> int:
+        """Fill as many of the pages as can be read, through `buffer`."""
+        size, count = self._content.page_bytes, 0
+        for digest in digests:
+            if not self._folder.read(Kind.PAGE, digest, buffer[count * size : (count + 1) * size]):
+                break
+            count += 1
+        if count:
+            self._content.write_pages(pages[:count], buffer[: count * size])
+        return count
+
+    def _load_state(self, load: Load, is_whole: bool) -> None:
+        """Fill the load's row, if it has one; the state of pages that are not all there is of no use."""
+        if load.state is None:
+            return
+        digest, row = load.state
+        content = memoryview(bytearray(self._content.state_bytes))
+        if is_whole and self._folder.read(Kind.STATE, digest, content):
+            self._content.write_state(row, content)
+        else:
+            load.state = b"", row
 
     def land(self, load: Load) -> None:
         """Make what a finished load has brought findable. The sequence then takes it as any cached prefix."""

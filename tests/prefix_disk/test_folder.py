@@ -34,8 +34,8 @@ def fill(folder: PrefixFolder, *numbers: int) -> None:
 
 
 def read(folder: PrefixFolder, number: int, kind: Kind = Kind.PAGE) -> bytes | None:
-    found = folder.read(kind, digest(number), len(PAYLOAD))
-    return None if found is None else bytes(found)
+    found = bytearray(len(PAYLOAD))
+    return bytes(found) if folder.read(kind, digest(number), memoryview(found)) else None
 
 
 def file_of(folder: PrefixFolder, number: int) -> Path:
