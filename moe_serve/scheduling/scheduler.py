@@ -37,7 +37,7 @@ class Scheduler:
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
         self.drafter: Drafter | None = None
-        """Guesses next tokens; None: nobody does."""
+        """Guesses next tokens; None: there are no guesses."""
         self.shares = FairShares()
         self.waiting = WaitingLine(self.shares)
         self.running: list[Sequence] = []

@@ -17,7 +17,7 @@ ASSUMED_COST = 0.25
 
 
 class Recent:
-    """The mean of the newest values without the least and the greatest: a busy machine's outliers do not fool it."""
+    """The mean of the middle half of the newest values: a busy machine's outliers do not fool it."""
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=RECENT)
@@ -30,9 +30,8 @@ class Recent:
 
     @property
     def mean(self) -> float:
-        kept = sorted(self._values)
-        if len(kept) >= FEWEST_PLAIN:
-            kept = kept[1:-1]
+        cut = len(self._values) // 4
+        kept = sorted(self._values)[cut : len(self._values) - cut]
         return sum(kept) / len(kept)
 
 

@@ -139,7 +139,7 @@ def test_one_at_a_time(case: str, checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("case", MODELS)
 def test_module_by_module(case: str, checkpoint: Checkpoint) -> None:
-    """Texts are the same; torch rounds a dense layer's sums by the number of its rows, so log-probabilities may not be."""
+    """Texts are the same. Log-probabilities may round: torch sums a dense layer by the number of its rows."""
     folder = checkpoint(case)
     expected = run(start(folder, enforce_eager=True), len(WAYS))
     llm = start(folder, enforce_eager=True)
