@@ -4,6 +4,7 @@
 #   make test            the tests of a change: all but the long proofs
 #   make test-slow       the long proofs; CI runs both
 #   make test-cpus       of these, what tells kinds of CPUs apart: generic, AVX2, AVX-512, and this machine's own
+#   make test-oldest     the GPU kernels' tests in Triton's interpreter, under the oldest torch and triton that are allowed
 #   make check           lint, format check, types, tests: what CI runs first
 #   make fix             repair what ruff can repair
 #   make docs            build the documentation's site into site/
@@ -29,7 +30,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard kernels/moe_serve_kernels/cpu/native/*/*.[chi]*)
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-slow test-cpus check lint types fix docs bench clean
+.PHONY: serve test test-slow test-cpus test-oldest check lint types fix docs bench clean
 
 serve: $(READY)
 	$(BIN)/moe-serve serve $(MODEL) $(SERVE_ARGS)
@@ -48,6 +49,19 @@ test-slow: $(READY)
 test-cpus: $(READY)
 	$(PYTEST) -n $(SLOW_WORKERS) $(foreach kind,engine families kernels,tests/$(kind)/test_instruction_sets.py) \
 		tests/families/test_batch_invariance.py
+
+# In an environment of its own. PyPI's torch 2.11 needs CUDA 13's libraries, several GB, also on a machine without a GPU.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.ready
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(OLDEST)/bin/python -m pytest -q -n $(SLOW_WORKERS) \
+		-p no:cacheprovider tests/kernels/gpu $(OLDEST_ARGS)
+
+$(OLDEST)/.ready: constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -v '^\(torch\|triton\|nvidia\|cuda\)' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt torch==2.11.0 triton==3.6.0 transformers gguf \
+		msgspec xxhash llguidance jinja2 scipy tqdm prometheus-client pytest pytest-xdist pytest-timeout hypothesis
+	touch $@
 
 check: lint types test
 
@@ -74,7 +88,7 @@ bench: $(READY)
 	$(BIN)/moe-serve bench serve --base-url http://127.0.0.1:$(BENCH_PORT) --ready-check-timeout-sec 600 $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and alone, so that TORCH_INDEX is asked for nothing else; where that index cannot
 # be reached, pip says so and takes the build it finds elsewhere.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine that has one: torch with CUDA, triton, no network.
+# Everything that needs a GPU, on a machine that has one: torch with CUDA, triton, no network. In 30 minutes; what is
+# wanted most, in ten: gpu_10min.sh.
 #
 #   benchmarks/gpu.sh [FOLDER]        results go into FOLDER (default: $OUT, else ./gpu-results)
 #

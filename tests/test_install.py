@@ -28,7 +28,19 @@ from moe_serve import __version__
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".git", ".venv", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__", "*.so", "site")
+LEFT_OUT = (
+    ".git",
+    ".venv*",
+    ".gpu-wheels",
+    "build",
+    "dist",
+    "*.egg-info",
+    ".*_cache",
+    ".hypothesis",
+    "__pycache__",
+    "*.so",
+    "site",
+)
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 ON_TOP = ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "setup.py")
 FOLDERS = ("docs", "deploy", "examples", "benchmarks", "tests", "tools", ".ci")

@@ -49,7 +49,7 @@ class QueueConfig(Settings):
     )
     grammar_timeout_s: float = option(
         10.0,
-        "Longest time for compiling one request's grammar or JSON schema, in seconds; then the server refuses it with"
+        "Most CPU time for compiling one request's grammar or JSON schema, in seconds; then the server refuses it with"
         " 400.",
         bound="positive",
     )

@@ -8,6 +8,7 @@ server ends with an error that names the flags, and not in the middle of an answ
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ def plan_of(num_tokens: int, page_size: int) -> BatchPlan:
     """One prompt of that many tokens, in the first pages."""
     tokens = [0] * num_tokens
     request = Request("warm-up", tuple(tokens), SamplingParams(max_tokens=1))
-    pages = list(range(-(-num_tokens // page_size)))
+    pages = array("q", range(-(-num_tokens // page_size)))
     sequence = Sequence(request, 0, tokens, num_tokens + 1, page_ids=pages)
     return BatchPlan((ScheduledSequence(sequence, 0, num_tokens),))
 

@@ -53,6 +53,7 @@ class StepInputs:
         self._spare_page = spare_page
         self._page_size = page_size
         self._columns = torch.empty_like(self._host, device=device)
+        self._staged = torch.empty(rows * width, dtype=torch.int64, device=device)
         self._table = torch.zeros_like(self._host_table, device=device)
         self._arange = torch.arange(rows, device=device)
         self.write(None, rows)
@@ -62,17 +63,22 @@ class StepInputs:
 
         The last step must be over on the device: its copies read the same host memory.
         """
-        count = 0
+        count, width = 0, 1
         if batch is not None:
             (group,) = batch.decode_groups
-            count = batch.num_tokens
+            count, width = group.page_table.shape
             columns = (batch.input_ids[0], batch.positions[0], batch.kv_slots, group.lengths)
             torch.stack(columns, out=self._host[:, :count])
-            self._host_table[:count, : group.page_table.shape[1]] = group.page_table
         self._host[:, count:rows] = self._padding
-        self._host_table[count:rows, 0] = self._spare_page
         self._columns.copy_(self._host, non_blocking=True)
-        self._table[:rows].copy_(self._host_table[:rows], non_blocking=True)
+        # Only the pages that are there travel, in one piece; what is beyond them nobody reads.
+        table = self._host_table.view(-1)[: rows * width].view(rows, width)
+        if batch is not None:
+            table[:count] = group.page_table
+        table[count:, 0] = self._spare_page
+        staged = self._staged[: rows * width].view(rows, width)
+        staged.copy_(table, non_blocking=True)
+        self._table[:rows, :width].copy_(staged)
 
     def batch(self, rows: int, width: int) -> ForwardBatch:
         """The first `rows` rows as a step of sequences of at most `width` pages; its tensors never move."""

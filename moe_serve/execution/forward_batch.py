@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Sequence
 
 Value = TypeVar("Value")
+Int64 = NDArray[np.int64]
 
 MIN_GROUP_PAGES = 64
 """Below this many pages, padding is cheaper than one more attention call."""
@@ -142,19 +145,16 @@ def make(
     not."""
     ordered = order_for_batch(plan)
     ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
     for item in ordered:
         ids += item.token_ids
-        positions += range(item.start, item.end)
-        slots += _kv_slots(item, page_size)
+    positions, slots = _places(ordered, page_size)
     decoding = [item for item in ordered if item.is_decoding]
     num_rows = sum(item.count for item in decoding)
     rows, order = _sample_rows(plan, ordered)
     return ForwardBatch(
         input_ids=_int64([ids], device),
-        positions=_int64([positions], device),
-        kv_slots=_int64(slots, device),
+        positions=torch.from_numpy(positions).to(device)[None],
+        kv_slots=torch.from_numpy(slots).to(device),
         decode_groups=tuple(_decode_groups(decoding, page_size, device, limits)),
         prefill_runs=tuple(_prefill_runs(ordered[len(decoding) :], num_rows, page_size, device, state_block)),
         sample_rows=_int64(rows, device),
@@ -228,9 +228,17 @@ def _int64(values: list[int] | list[list[int]], device: torch.device) -> torch.T
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _kv_slots(item: ScheduledSequence, page_size: int) -> list[int]:
-    pages = item.seq.page_ids
-    return [pages[p // page_size] * page_size + p % page_size for p in range(item.start, item.end)]
+def _places(items: list[ScheduledSequence], page_size: int) -> tuple[Int64, Int64]:
+    """[T] each token's position in its sequence, and the slot of its key and value."""
+    positions = [np.arange(item.start, item.end) for item in items]
+    pages = [_pages_of(item)[own // page_size] for item, own in zip(items, positions, strict=True)]
+    flat = np.concatenate(positions)
+    return flat, np.concatenate(pages) * page_size + flat % page_size
+
+
+def _pages_of(item: ScheduledSequence) -> Int64:
+    """Its pages. Of an array the same memory, which must not grow meanwhile."""
+    return np.asarray(item.seq.page_ids, dtype=np.int64)
 
 
 def _sample_rows(plan: BatchPlan, ordered: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
@@ -295,10 +303,13 @@ def _decode_group(
     """`rows`: sequences, and what each row of theirs sees of them."""
     lengths = [length for _, length in rows]
     width = -(-max(lengths) // page_size)
-    table = [(s.seq.page_ids[:width] + [0] * width)[:width] for s, _ in rows]
+    table = np.zeros((len(rows), width), dtype=np.int64)
+    for row, (item, _) in zip(table, rows, strict=True):
+        pages = _pages_of(item)[:width]
+        row[: len(pages)] = pages
     return DecodeGroup(
         first_row=first_row,
-        page_table=_int64(table, device),
+        page_table=torch.from_numpy(table).to(device),
         lengths=_int64(lengths, device),
         max_length=max(lengths),
         even=min(lengths) == max(lengths),
@@ -306,11 +317,11 @@ def _decode_group(
     )
 
 
-def _single_run(table: list[list[int]]) -> int | None:
-    pages = table[0]
-    if len(table) > 1 or pages != list(range(pages[0], pages[0] + len(pages))):
+def _single_run(table: Int64) -> int | None:
+    first = int(table[0, 0])
+    if len(table) > 1 or not np.array_equal(table[0], np.arange(first, first + table.shape[1])):
         return None
-    return pages[0]
+    return first
 
 
 def _prefill_runs(
@@ -318,6 +329,6 @@ def _prefill_runs(
 ) -> Iterator[PrefillRun]:
     for item in items:
         for start, end in pairwise(edges(item, block)):
-            pages = item.seq.page_ids[: -(-end // page_size)]
-            yield PrefillRun(first_row, start, end, _int64(pages, device))
+            pages = torch.tensor(_pages_of(item)[: -(-end // page_size)], device=device)  # a copy
+            yield PrefillRun(first_row, start, end, pages)
             first_row += end - start

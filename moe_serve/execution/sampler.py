@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 
+from moe_serve.execution import best_tokens
 from moe_serve.grammars.masks import Masks
 from moe_serve.scheduling.batch_plan import Position
 from moe_serve.scheduling.sequence import SamplingParams, TokenLogprob
 
 MASK64 = (1 << 64) - 1
+MOST_SORTED = 1024
+"""Tokens that top_k may leave for the best to be sorted; otherwise they are found without (best_tokens.py)."""
 
 
 def sample(
@@ -62,7 +66,7 @@ def _adjust(logits: torch.Tensor, seqs: Rows[Position], eos_token_ids: frozenset
     rows = [i for i, s in enumerate(seqs) if _needs_adjusting(s)]
     if not rows:
         return logits
-    adjusted = logits.float().clone()
+    adjusted = logits.to(torch.float32, copy=True)
     for i in rows:
         _adjust_row(adjusted[i], seqs[i], eos_token_ids)
     return adjusted
@@ -79,12 +83,12 @@ def _adjust_row(row: torch.Tensor, seq: Position, eos_token_ids: frozenset[int])
     """Apply one request's adjustments to its logits [V], in place."""
     params = seq.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(seq.token_ids)), device=row.device)
+        seen = torch.from_numpy(np.unique(np.asarray(seq.token_ids))).to(row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if (params.presence_penalty or params.frequency_penalty) and seq.num_generated:
-        generated = torch.tensor(seq.output_token_ids, device=row.device)
-        ids, counts = torch.unique(generated, return_counts=True)
+        generated = np.unique(np.asarray(seq.output_token_ids), return_counts=True)  # the host waits for no device
+        ids, counts = (torch.from_numpy(found).to(row.device) for found in generated)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         row[token_id] += bias
@@ -128,7 +132,7 @@ def _constrain(adjusted: torch.Tensor, logits: torch.Tensor, masks: Masks) -> to
     kept = adjusted[masks.rows].float().masked_fill(excluded, float("-inf"))
     plain = logits[masks.rows].float().masked_fill(excluded, float("-inf"))
     is_stuck = kept.amax(dim=-1, keepdim=True) == float("-inf")
-    result = adjusted.float().clone()
+    result = adjusted.to(torch.float32, copy=True)
     result[masks.rows] = torch.where(is_stuck, plain, kept)
     return result
 
@@ -158,17 +162,31 @@ def _truncate(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
     rows_of: dict[int, list[int]] = {}
     for row, p in enumerate(params):
         if p.top_k > 0 or p.top_p < 1.0:
-            rows_of.setdefault(min(p.top_k, probs.shape[1]) if p.top_k > 0 else probs.shape[1], []).append(row)
+            rows_of.setdefault(p.top_k if 0 < p.top_k <= MOST_SORTED else 0, []).append(row)
     if rows_of:
         probs = probs.clone()
     for top_k, rows in rows_of.items():
-        probs[rows] = _best(probs[rows], top_k, [params[row].top_p for row in rows])
+        own = [params[row] for row in rows]
+        cut = _best(probs[rows], top_k, [p.top_p for p in own]) if top_k else _best_of_many(probs[rows], own)
+        probs[rows] = cut
+    return probs
+
+
+def _best_of_many(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """As _best, where more tokens may be left than are worth sorting."""
+    vocab = probs.shape[1]
+    counts = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    if min(counts) < vocab:
+        probs = best_tokens.with_count(probs, torch.tensor(counts, device=probs.device)[:, None])
+    if min(p.top_p for p in params) < 1.0:
+        fractions = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probs.device)
+        probs = best_tokens.with_mass(probs, fractions[:, None])
     return probs
 
 
 def _best(probs: torch.Tensor, top_k: int, top_p: list[float]) -> torch.Tensor:
     """`probs` [n, V] with zeros outside the `top_k` best, and outside those of them that have `top_p` [n] together."""
-    best, ids = probs.topk(top_k, dim=-1)
+    best, ids = probs.topk(min(top_k, probs.shape[1]), dim=-1)
     # As transformers does: top_p counts the mass that top_k left, and keeps the token that crosses it. The total is the
     # last running sum: torch's own sum of a row depends on how many rows there are.
     mass = best.cumsum(dim=-1)
@@ -214,10 +232,23 @@ def _logprobs(logits: torch.Tensor, seqs: Rows[Position], tokens: list[int]) -> 
     if not rows:
         return result
     logprobs = logits[rows].float().log_softmax(dim=-1)
-    for j, i in enumerate(rows):
-        wanted = seqs[i].params.logprobs or 0
-        # Of equals, which ones come first may depend on how many are asked for: each row asks for its own.
-        values, ids = logprobs[j].topk(min(wanted, logprobs.shape[1]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        result[i] = TokenLogprob(tokens[i], logprobs[j, tokens[i]].item(), top)
+    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in rows], device=logits.device))[:, 0].tolist()
+    wanted = [seqs[i].params.logprobs or 0 for i in rows]
+    tops = _tops(logprobs, wanted)
+    for i, logprob, top in zip(rows, chosen, tops, strict=True):
+        result[i] = TokenLogprob(tokens[i], logprob, top)
     return result
+
+
+def _tops(logprobs: torch.Tensor, wanted: list[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The `wanted` best tokens of each row [V] of `logprobs`, with their values.
+
+    Of equals, which ones come first may depend on how many are asked for: rows that ask for as many ask together.
+    """
+    found: dict[int, tuple[tuple[int, float], ...]] = {}
+    for count in set(wanted):
+        rows = [row for row, own in enumerate(wanted) if own == count]
+        values, ids = logprobs[rows].topk(min(count, logprobs.shape[1]))
+        both = zip(ids.tolist(), values.tolist(), strict=True)
+        found |= {row: tuple(zip(*pair, strict=True)) for row, pair in zip(rows, both, strict=True)}
+    return [found[row] for row in range(len(wanted))]

@@ -2,7 +2,8 @@
 
 A grammar is tried for a moment first, then for seconds, then as long as it may; each level has slots of its own, and
 a grammar that does not get done in its time is ended and starts again one level on. Within a level those that came
-first, and small ones, go first. Knows processes; knows no requests.
+first, and small ones, go first. All of them run on time that others leave; one that gets next to none starts again at
+a low priority. Knows processes; knows no requests.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe_serve.errors import MoEServeError
-from moe_serve.grammars.grammar_process import GrammarProcess, ProcessEndedError, TooSlowError
+from moe_serve.grammars.allowance import Allowance, StarvedError, TooSlowError
+from moe_serve.grammars.grammar_process import GrammarProcess, ProcessEndedError
 from moe_serve.grammars.refusal import RefusedError
 from moe_serve.scheduling.sequence import GrammarSpec
 
-LEVELS = ((0.3, 2), (2.0, 1), (float("inf"), 1))
-"""(seconds that a try may take, slots), from level to level; the last is bounded by the limit for all."""
+INFINITY = float("inf")
+LEVELS = ((0.3, 1.5, 2), (2.0, 10.0, 1), (INFINITY, INFINITY, 1))
+"""(CPU seconds of a try, seconds of it, slots), from level to level; the last is bounded by the limit for all."""
+PATIENCE = 20
+"""Seconds of the last try for each CPU second that it may take."""
 CHARS_PER_S = 100_000
 """A text of this many characters gives way to texts that arrive up to a second after it."""
 
@@ -34,6 +39,8 @@ class Compilation:
     """Called once at most, on a thread of the queue: the process, or what went wrong."""
     arrived_s: float = field(default_factory=time.monotonic)
     process: GrammarProcess | None = None
+    is_idle: bool = True
+    """It is compiled on the time that others leave."""
     is_unwanted: bool = False
 
     def kill(self) -> None:
@@ -45,8 +52,8 @@ class Compilation:
 class CompileQueue:
     """Compiles on threads of its own. Safe to call from any thread."""
 
-    def __init__(self, fork: Callable[[], GrammarProcess], limit_s: float) -> None:
-        """`limit_s`: longest that compiling one grammar may take."""
+    def __init__(self, fork: Callable[[bool], GrammarProcess], limit_s: float) -> None:
+        """`fork` takes whether it compiles on idle time. `limit_s`: CPU seconds that compiling one grammar may take."""
         self._fork = fork
         self._limit_s = limit_s
         self._changed = threading.Condition()
@@ -91,7 +98,7 @@ class CompileQueue:
             thread.join()
 
     def _start_threads(self) -> None:
-        levels = [level for level, (_, slots) in enumerate(LEVELS) for _ in range(slots)]
+        levels = [level for level, (*_, slots) in enumerate(LEVELS) for _ in range(slots)]
         self._threads = [
             threading.Thread(target=self._work, args=(level,), name=f"moe-serve-grammars-{level}", daemon=True)
             for level in levels
@@ -122,9 +129,8 @@ class CompileQueue:
 
     def _try(self, compilation: Compilation, level: int) -> GrammarProcess | Exception | None:
         """The outcome; None if it goes on at the next level, or is not wanted any more."""
-        limit_s = min(LEVELS[level][0], self._limit_s)
         try:
-            process = self._fork()
+            process = self._fork(compilation.is_idle)
         except Exception as error:
             return error
         with self._changed:
@@ -133,23 +139,34 @@ class CompileQueue:
             if compilation.is_unwanted or self._is_closed:
                 process.kill()
         try:
-            process.compile(compilation.spec.kind.value, compilation.spec.text, limit_s)
-        except TooSlowError:
+            process.compile(compilation.spec.kind.value, compilation.spec.text, self._allowance(compilation, level))
+        except (TooSlowError, StarvedError) as error:
             process.close()
-            return self._pass_on(compilation, level, limit_s)
+            return self._pass_on(compilation, level, error)
         except (RefusedError, ProcessEndedError) as error:
             process.close()
             return error
         return process
 
-    def _pass_on(self, compilation: Compilation, level: int, tried_s: float) -> Exception | None:
+    def _allowance(self, compilation: Compilation, level: int) -> Allowance:
+        cpu_s, wall_s, _ = LEVELS[level]
+        if self._is_last(level):
+            cpu_s, wall_s = self._limit_s, self._limit_s * PATIENCE
+        return Allowance(cpu_s, wall_s, compilation.is_idle)
+
+    def _is_last(self, level: int) -> bool:
+        return LEVELS[level][0] >= self._limit_s
+
+    def _pass_on(self, compilation: Compilation, level: int, error: TooSlowError | StarvedError) -> Exception | None:
+        is_starved = isinstance(error, StarvedError)
         with self._changed:
             compilation.process = None
             if self._is_closed:
                 return _shutting_down()
-            if tried_s >= self._limit_s or compilation.is_unwanted:
-                return TooSlowError()
-            self._push(level + 1, compilation)
+            if compilation.is_unwanted or (self._is_last(level) and not is_starved):
+                return error
+            compilation.is_idle = compilation.is_idle and not is_starved
+            self._push(level if is_starved else level + 1, compilation)
         return None
 
 

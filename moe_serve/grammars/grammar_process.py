@@ -20,11 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_serve.grammars import wire
+from moe_serve.grammars.allowance import Allowance, TooSlowError, cpu_seconds
 from moe_serve.grammars.processes import Zygote
 from moe_serve.grammars.refusal import RefusedError
 
 STEP_S = 10.0
 """Masks take milliseconds; a process that needs this long for those that it was asked for is ended."""
+CLOSE_S = 10.0
+"""A process on idle time may need this long to end on a busy machine."""
+STEP_CLOSE_S = 0.25
+"""Longest that a step waits for the reason why a process has ended."""
 ENDS = {
     signal.SIGSEGV: "it is nested too deeply",
     signal.SIGBUS: "it is nested too deeply",
@@ -43,18 +48,15 @@ class ProcessEndedError(Exception):
         self.is_grammars = is_grammars
 
 
-class TooSlowError(Exception):
-    """The process did not answer in time."""
-
-
 class GrammarProcess:
     """One forked process. `begin` and `forget` from any thread; `ask` and `hear` from one at a time."""
 
-    def __init__(self, zygote: Zygote, memory_mib: int, most_s: float) -> None:
-        """Fork it. `most_s`: CPU seconds that compiling may take, whatever the caller does."""
+    def __init__(self, zygote: Zygote, memory_mib: int, most_s: float, is_idle: bool) -> None:
+        """Fork it. `most_s`: CPU seconds that compiling may take, whatever the caller does. `is_idle`: it compiles on
+        the time that others leave."""
         self._zygote = zygote
         self._limits = {"mib": memory_mib, "s": most_s}
-        self._pid, self._channel = zygote.fork(memory_mib << 20, int(most_s) + 1)
+        self._pid, self._channel = zygote.fork(memory_mib << 20, int(most_s) + 1, is_idle)
         self._lock = threading.Lock()
         """Of the followers; never held while the process is asked."""
         self._ids = itertools.count()
@@ -73,20 +75,28 @@ class GrammarProcess:
     def pid(self) -> int:
         return self._pid
 
-    def compile(self, kind: str, text: str, limit_s: float) -> None:
-        """RefusedError, ProcessEndedError, or TooSlowError after `limit_s`; the caller ends the process then."""
-        deadline_s = time.monotonic() + limit_s
+    def compile(self, kind: str, text: str, allowance: Allowance) -> None:
+        """RefusedError, ProcessEndedError, TooSlowError or StarvedError; the caller ends the process then."""
         try:
-            self._channel.settimeout(limit_s)
+            self._channel.settimeout(allowance.wall_s)
             wire.send(self._channel, json.dumps({"kind": kind, "text": text}).encode())
-            answer = wire.receive(self._channel, deadline_s)
+            self._await_verdict(allowance)
+            answer = wire.receive(self._channel, time.monotonic() + STEP_S)
         except TimeoutError as error:
-            raise TooSlowError from error
+            raise TooSlowError(is_busy=True) from error
         except (EOFError, OSError) as error:
             raise self.close() from error
         refused, self.kib = wire.unpack_words(answer[: 2 * wire.WORD_BYTES])
         if refused:
             raise RefusedError(answer[2 * wire.WORD_BYTES :].decode(errors="replace"))
+
+    def _await_verdict(self, allowance: Allowance) -> None:
+        """Return when there is something to hear."""
+        coming = select.poll()
+        coming.register(self._channel, select.POLLIN)
+        start_s, base_s = time.monotonic(), cpu_seconds(self._pid)
+        while not coming.poll(1000 * allowance.pause_s(cpu_seconds(self._pid) - base_s, time.monotonic() - start_s)):
+            pass
 
     def begin(self) -> int:
         """A matcher's number; it begins with the first step that names it."""
@@ -122,7 +132,7 @@ class GrammarProcess:
             self._channel.settimeout(STEP_S)
             wire.send(self._channel, wire.Step(num_words, rows, forgotten).pack())
         except OSError as error:
-            raise self.close() from error
+            raise self.close(STEP_CLOSE_S) from error
         self._asked, self.asked_s = [matcher for matcher, _ in rows], time.monotonic()
 
     def has_answered(self, wait_s: float) -> bool:
@@ -150,10 +160,10 @@ class GrammarProcess:
             self._end_slow()
             raise
         except (EOFError, OSError) as error:
-            raise self.close() from error
+            raise self.close(STEP_CLOSE_S) from error
 
     def _end_slow(self) -> None:
-        self.close()
+        self.close(STEP_CLOSE_S)
         self._end = ProcessEndedError(f"a token's mask took longer than {STEP_S:g} s")
         raise self._end
 
@@ -180,16 +190,17 @@ class GrammarProcess:
         with suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> ProcessEndedError:
-        """End it, if it has not ended by itself; why it ended."""
+    def close(self, patience_s: float = CLOSE_S) -> ProcessEndedError:
+        """End it, if it has not ended by itself; why it ended, so far as that is known within `patience_s`."""
         if self._end is None:
             self._end = ProcessEndedError("it was closed", is_grammars=False)
             self._channel.close()
-            status = self._zygote.end(self._pid)
-            self._end = self._reason(status)
+            self._end = self._reason(self._zygote.end(self._pid, patience_s))
         return self._end
 
-    def _reason(self, status: int) -> ProcessEndedError:
+    def _reason(self, status: int | None) -> ProcessEndedError:
+        if status is None:
+            return ProcessEndedError("its process was ended", is_grammars=False)
         number = status & 0x7F
         if not number:
             return ProcessEndedError(f"its process ended with status {status >> 8}")

@@ -16,8 +16,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from moe_serve.errors import InvalidRequestError, MoEServeError, OverloadedError
+from moe_serve.grammars.allowance import TooSlowError
 from moe_serve.grammars.compile_queue import Compilation, CompileQueue
-from moe_serve.grammars.grammar_process import GrammarProcess, ProcessEndedError, TooSlowError
+from moe_serve.grammars.grammar_process import GrammarProcess, ProcessEndedError
 from moe_serve.grammars.matcher import Matcher, Place
 from moe_serve.grammars.processes import Vocabulary, Zygote
 from moe_serve.grammars.refusal import RefusedError
@@ -46,6 +47,7 @@ class GrammarLimits:
     """What one grammar may take."""
 
     compile_s: float = 10.0
+    """CPU time, in seconds."""
     process_mib: int = 1024
 
 
@@ -123,8 +125,8 @@ class Grammars:
             process.close()
         self.zygote.close()
 
-    def _fork(self) -> GrammarProcess:
-        return GrammarProcess(self.zygote, self._limits.process_mib, self._limits.compile_s)
+    def _fork(self, is_idle: bool) -> GrammarProcess:
+        return GrammarProcess(self.zygote, self._limits.process_mib, self._limits.compile_s, is_idle)
 
     def _key(self, spec: GrammarSpec) -> Key:
         if not self._has_end:
@@ -227,7 +229,7 @@ def _refusal(spec: GrammarSpec, wrong: str) -> InvalidRequestError:
 
 def _wrong(outcome: Exception, limits: GrammarLimits) -> str:
     if isinstance(outcome, TooSlowError):
-        return f"it cannot be compiled: it takes longer than {limits.compile_s:g} s; make it smaller"
+        return f"it cannot be compiled: it takes longer than {limits.compile_s:g} s of CPU time; make it smaller"
     return f"it cannot be compiled: {outcome}" if isinstance(outcome, ProcessEndedError) else str(outcome)
 
 
@@ -235,6 +237,8 @@ def _error(outcome: Exception, spec: GrammarSpec, limits: GrammarLimits) -> Exce
     """What a waiter is told; each names its own field."""
     if isinstance(outcome, ProcessEndedError) and not outcome.is_grammars:
         return OverloadedError(f"the grammar could not be compiled: {outcome}", retry_after_s=10)
+    if isinstance(outcome, TooSlowError) and outcome.is_busy:
+        return OverloadedError("the machine is too busy to compile the grammar", retry_after_s=10)
     if isinstance(outcome, RefusedError | ProcessEndedError | TooSlowError):
         return _refusal(spec, _wrong(outcome, limits))
     if isinstance(outcome, MoEServeError):

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_serve.errors import MoEServeError, OverloadedError
+from moe_serve.grammars.wire import STILL_ENDING
 
 START_S = 120.0
 """To import llguidance and to read a vocabulary; 150,000 tokens take 2 s."""
 REPLY_BYTES = 64
+END_PAUSE_S = 0.002
 FORK_PAUSES_S = (0.05, 0.2, 0.8)
 RETRY_AFTER_S = 10
 ROOT = Path(__file__).parents[2]
@@ -58,26 +60,35 @@ class Zygote:
         with self._lock:
             self._connected()
 
-    def fork(self, memory_bytes: int, cpu_s: int) -> tuple[int, socket.socket]:
-        """A new process within limits: its id, and a socket to it.
+    def fork(self, memory_bytes: int, cpu_s: int, is_idle: bool) -> tuple[int, socket.socket]:
+        """A new process within limits: its id, and a socket to it. `is_idle`: it compiles when nothing else runs.
 
         MoEServeError: the zygote does not start. OverloadedError: the machine starts no more processes.
         """
         ours, its = socket.socketpair()
         with its:
-            message = json.dumps({"op": "fork", "memory_bytes": memory_bytes, "cpu_s": cpu_s}).encode()
+            wanted = {"op": "fork", "memory_bytes": memory_bytes, "cpu_s": cpu_s, "is_idle": is_idle}
+            message = json.dumps(wanted).encode()
             try:
                 return self._forked(message, its.fileno()), ours
             except BaseException:
                 ours.close()
                 raise
 
-    def end(self, pid: int) -> int:
-        """Kill a process, if it has not ended yet; its wait status (as os.waitpid tells it)."""
+    def end(self, pid: int, patience_s: float) -> int | None:
+        """Kill a process, if it has not ended yet; its wait status (as os.waitpid tells it).
+
+        None: it takes longer than `patience_s` to end.
+        """
+        message, deadline_s = json.dumps({"op": "end", "pid": pid}).encode(), time.monotonic() + patience_s
         try:
-            return self._ask(json.dumps({"op": "end", "pid": pid}).encode())
+            while (status := self._ask(message)) == STILL_ENDING:
+                if time.monotonic() > deadline_s:
+                    return None
+                time.sleep(END_PAUSE_S)
         except ZygoteGoneError:
             return int(signal.SIGKILL)
+        return status
 
     def close(self) -> None:
         """End the zygote and all processes."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 LENGTH = struct.Struct("=I")
 WORD_BYTES = 4
+STILL_ENDING = -1
+"""The zygote's answer for a process that was killed and has not ended yet."""
 
 
 def send(channel: socket.socket, message: bytes) -> None:

@@ -10,6 +10,7 @@ Host integers only: imports no torch, no tokenizer, no HTTP.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
@@ -76,7 +77,7 @@ class Scheduler:
         self.pool.free(seq.page_ids)
         self.seats.give_back(seq.seat)
         self.prefixes.drop(seq)
-        seq.page_ids, seq.seat = [], NO_SEAT
+        seq.page_ids, seq.seat = array("q"), NO_SEAT
 
     # ---- plan -----------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Scheduler:
             seq.num_computed = 0
             return False
         self.pool.share(cached)
-        seq.page_ids = cached
+        seq.page_ids = array("q", cached)
         seq.seat = self.seats.take()
         grown = self._grow(seq, num_cached + count)
         assert grown, "admission miscounted the free pages"

@@ -6,7 +6,8 @@ Plain Python: no torch, no tokenizer, no HTTP. Scheduler tests import this in mi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -210,7 +211,8 @@ class Sequence:
     """Of these, at most this many came from disk."""
     seat: int = NO_SEAT
     """Row of the recurrent layers' states while it runs (moe_serve/execution/state_cache.py)."""
-    page_ids: list[int] = field(default_factory=list)
+    page_ids: MutableSequence[int] = field(default_factory=lambda: array("q"))
+    """Its KV pages in order. An array where it grows: tensors are made of its memory, whatever its length."""
     page_hashes: list[bytes] = field(default_factory=list)
     """Prefix hash of each full page of token_ids known so far, in order."""
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expert_cache.running.experts import PaddingRows
 from moe_serve.execution.decode_graphs import LARGEST, DecodeGraphs, StepInputs, sizes_up_to, widths_up_to
@@ -72,6 +74,29 @@ def test_rows_and_padding() -> None:
     assert inputs.is_padding(4).tolist() == [[False], [False], [True], [True]]
     assert all(t.is_contiguous() for t in (group.lengths, batch.kv_slots))
     assert inputs.batch(4, 2).decode_groups[0].page_table.shape == (4, 2)
+
+
+class _Copied(TorchDispatchMode):
+    """Bytes of copies from one tensor into another."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "copy_":
+            self.most = max(self.most, args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_pages_that_are_there_are_copied() -> None:
+    """In a graph for contexts of 500 pages, a step of two takes two columns to the GPU."""
+    inputs = StepInputs(4, 500, PAGE, SPARE, CPU)
+    batch, short = step([6, 2]), inputs.batch(4, 500).decode_groups[0]
+    with _Copied() as copied:
+        inputs.write(batch, 4)
+    assert copied.most <= 4 * 4 * 8
+    assert torch.equal(short.page_table[:2, :2], batch.decode_groups[0].page_table)
 
 
 @torch.inference_mode()

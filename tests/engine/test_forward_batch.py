@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from moe_serve.execution import forward_batch
@@ -37,6 +39,16 @@ def test_decodes_first_by_length_then_prefills(make_seq: MakeSeq) -> None:
     assert not group.even
     (run,) = batch.prefill_runs
     assert (run.first_row, run.start, run.end, run.pages.tolist()) == (2, 0, 6, [4, 5])
+
+
+def test_pages_are_read_where_they_are(make_seq: MakeSeq) -> None:
+    """A table of N pages costs no Python per page; and an array that was read can still grow."""
+    item = scheduled(make_seq, range(9), [4, 1, 2], 8, 1)
+    pages = item.seq.page_ids = array("q", item.seq.page_ids)
+    assert np.shares_memory(forward_batch._pages_of(item), np.frombuffer(pages, dtype=np.int64))
+    batch = forward_batch.make(BatchPlan((item,)), 4, CPU, GroupLimits())
+    pages.append(7)
+    assert batch.decode_groups[0].page_table.tolist() == [[4, 1, 2]]
 
 
 def test_a_chunk_that_does_not_reach_the_end_is_not_sampled(make_seq: MakeSeq) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_serve.execution import sampler
 from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence
@@ -126,6 +127,56 @@ def test_what_others_cut_off_changes_no_row() -> None:
     rows = [seq(seed=i, request_id=str(i), **ways[i % len(ways)]) for i in range(len(logits))]
     alone = [sampler.sample(logits[i : i + 1], [row], 0, NO_EOS)[0][0] for i, row in enumerate(rows)]
     assert sampler.sample(logits, rows, 0, NO_EOS)[0] == alone
+
+
+class _Sorted(TorchDispatchMode):
+    """Notes the most entries of a row that an operation puts in order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "topk":
+            self.most = max(self.most, args[1])
+        if name in ("sort", "argsort", "msort", "_unique2"):
+            self.most = max(self.most, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_vocabulary_is_never_sorted() -> None:
+    torch.manual_seed(1)
+    ways: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_k": 3000}, {"top_k": 40, "top_p": 0.9}, {"min_p": 0.1}]
+    rows = [seq(seed=i, request_id=str(i), logprobs=3, **way) for i, way in enumerate(ways)]
+    with _Sorted() as noted:
+        sampler.sample(torch.randn(len(rows), 5000), rows, 0, NO_EOS)
+    assert noted.most <= sampler.MOST_SORTED
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.9), (0, 1e-6), (0, 0.999999), (2000, 1.0), (2000, 0.7), (4999, 0.5)]
+)
+def test_what_is_kept_without_sorting_is_what_sorting_keeps(top_k: int, top_p: float) -> None:
+    torch.manual_seed(3)
+    probs = torch.softmax(torch.randn(4, 5000) * torch.tensor([[0.1], [1.0], [3.0], [9.0]]), -1)
+    params = [SamplingParams(top_k=top_k, top_p=top_p)] * 4
+    got = sampler._best_of_many(probs, params)
+    order = torch.sort(probs.double(), dim=-1, descending=True, stable=True)
+    kept = order.values.clone()
+    kept[:, top_k or 5000 :] = 0
+    before = kept.cumsum(-1) - kept
+    kept[:, 1:] = torch.where(before >= top_p * kept.sum(-1, keepdim=True), 0.0, kept)[:, 1:]
+    expected = torch.zeros_like(probs).scatter_(1, order.indices, kept.float())
+    assert torch.equal(got, expected)
+
+
+def test_of_equals_the_first_are_kept() -> None:
+    probs = torch.full((1, 2000), 1 / 2000)
+    assert sampler._best_of_many(probs, [SamplingParams(top_p=0.25)])[0].nonzero().flatten().tolist() == list(
+        range(500)
+    )
+    assert sampler._best_of_many(probs, [SamplingParams(top_k=1500)])[0].nonzero().numel() == 1500
 
 
 def test_equal_probabilities_of_the_best_do_not_depend_on_others() -> None:

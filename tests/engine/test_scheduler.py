@@ -89,7 +89,7 @@ def test_samples_of_one_request_share_the_prompt(make_driver: MakeDriver, make_s
     driver.step()
     assert follower.num_cached == 8
     driver.run()
-    assert follower.page_ids == []
+    assert list(follower.page_ids) == []
 
 
 def test_preemption_takes_the_youngest_and_recomputes_it(make_driver: MakeDriver, make_seq: MakeSeq) -> None:

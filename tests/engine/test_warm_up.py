@@ -37,7 +37,7 @@ def test_prompts_of_every_size_in_pages_that_there_are() -> None:
     warm_up(plans.append, 21, PAGE_SIZE)
     runs = [plan.scheduled[0] for plan in plans]
     assert [run.count for run in runs] == [1, 2, 4, 8, 16, 21]
-    assert runs[-1].seq.page_ids == [0, 1]
+    assert list(runs[-1].seq.page_ids) == [0, 1]
     assert all(run.start == 0 and run.needs_sample for run in runs)
     assert sizes_up_to(16) == [1, 2, 4, 8, 16]
 

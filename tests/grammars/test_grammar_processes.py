@@ -18,8 +18,9 @@ import pytest
 from llguidance import LLTokenizer
 
 from moe_serve.errors import InvalidRequestError, OverloadedError
+from moe_serve.grammars import allowance, compile_queue, processes, wire
 from moe_serve.grammars import grammars as grammars_module
-from moe_serve.grammars import processes
+from moe_serve.grammars.compiler import limits as compiler_limits
 from moe_serve.grammars.compiler.zygote import Zygote as ZygoteProcess
 from moe_serve.grammars.grammars import GrammarLimits, Grammars
 from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
@@ -153,6 +154,84 @@ def test_time_has_a_limit(tokenizer: Tokenizer) -> None:
         assert eventually(lambda: len(children_of(grammars)) == 1), "what was refused is gone"
     finally:
         grammars.close()
+
+
+def policies_of(pid: int) -> list[tuple[int, int]]:
+    """(scheduling policy, niceness) of each thread."""
+    threads = map(int, os.listdir(f"/proc/{pid}/task"))
+    return sorted((os.sched_getscheduler(tid), os.getpriority(os.PRIO_PROCESS, tid)) for tid in threads)
+
+
+def test_compiling_takes_idle_time_and_steps_do_not(own: Grammars) -> None:
+    waiting = own.begin_check(slow_gbnf(1))
+    assert waiting is not None
+    normal = (os.SCHED_OTHER, os.getpriority(os.PRIO_PROCESS, 0))
+
+    def is_so() -> bool:
+        policies = [policies_of(child.pid) for child in children_of(own)]
+        return any([normal, normal, (os.SCHED_IDLE, normal[1])] == policy for policy in policies)
+
+    assert eventually(is_so)
+    waiting.cancel()
+
+
+def test_a_container_that_refuses_idle_time_gives_the_lowest_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with compiler_limits.low_priority_thread(is_idle=True) as thread:
+        assert thread.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result() == 19
+
+
+def test_a_starving_grammar_is_tried_at_a_low_priority(own: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allowance, "STARVING_SHARE", 100.0)
+    monkeypatch.setattr(allowance, "STARVING_S", 0.0)
+    waiting = own.begin_check(slow_gbnf(1))
+    assert waiting is not None
+    normal = os.getpriority(os.PRIO_PROCESS, 0)
+    wanted = [(os.SCHED_OTHER, niceness) for niceness in (normal, normal, max(normal, 10))]
+    assert eventually(lambda: [policies_of(child.pid) for child in children_of(own)] == [wanted])
+    waiting.cancel()
+
+
+def test_a_machine_without_time_is_no_fault_of_the_grammar(
+    own: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_queue, "PATIENCE", 0.0)
+    monkeypatch.setattr(compile_queue, "LEVELS", ((compile_queue.INFINITY, 1.0, 1),))
+    with pytest.raises(OverloadedError, match="too busy"):
+        own.check(slow_gbnf(1))
+
+
+@pytest.mark.parametrize(
+    ("cpu_s", "wall_s", "outcome"),
+    [
+        (0.0, 0.0, 0.3),
+        (0.2, 0.4, 0.1),
+        (0.299, 0.4, allowance.SHORTEST_PAUSE_S),
+        (0.3, 0.4, "slow"),
+        (0.2, 1.5, "busy"),
+        (0.005, 0.6, "starved"),
+    ],
+)
+def test_cpu_time_is_limited_and_starving_is_noticed(cpu_s: float, wall_s: float, outcome: float | str) -> None:
+    limit = allowance.Allowance(cpu_s=0.3, wall_s=1.5, is_idle=True)
+    if isinstance(outcome, float):
+        assert limit.pause_s(cpu_s, wall_s) == pytest.approx(outcome)
+        return
+    error = allowance.StarvedError if outcome == "starved" else allowance.TooSlowError
+    with pytest.raises(error) as told:
+        limit.pause_s(cpu_s, wall_s)
+    assert getattr(told.value, "is_busy", None) == {"slow": False, "busy": True}.get(outcome)
+
+
+def test_a_process_that_is_slow_to_end_holds_up_no_other(own: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [wire.STILL_ENDING, wire.STILL_ENDING, signal.SIGSEGV]
+    monkeypatch.setattr(own.zygote, "_ask", lambda message: answers.pop(0))
+    assert own.zygote.end(1, PATIENCE_S) == signal.SIGSEGV
+    answers += [wire.STILL_ENDING] * 1000
+    assert own.zygote.end(1, 0.0) is None
 
 
 def test_memory_has_a_limit(tokenizer: Tokenizer) -> None:

@@ -30,13 +30,13 @@ DEFECT = 70
 """Exit status of an error that is ours."""
 
 
-def run(channel: socket.socket, tokenizer: LLTokenizer, memory_bytes: int, cpu_s: int) -> None:
-    """Serve one grammar and end the process; never returns."""
+def run(channel: socket.socket, tokenizer: LLTokenizer, memory_bytes: int, cpu_s: int, is_idle: bool) -> None:
+    """Serve one grammar and end the process; never returns. `is_idle`: compile on the time that others leave."""
     status = [DEFECT]
 
     def serve() -> None:
         sys.setrecursionlimit(RECURSION)
-        compiling = limits.low_priority_thread()
+        compiling = limits.low_priority_thread(is_idle)
         limits.limit_memory(memory_bytes)
         limits.limit_cpu(cpu_s)
         status[0] = _serve(channel, tokenizer, compiling)
@@ -53,7 +53,7 @@ def _serve(channel: socket.socket, tokenizer: LLTokenizer, compiling: Executor) 
     """Exit status."""
     base_kib = limits.peak_kib()
     try:
-        matcher = compiling.submit(_compile, channel, tokenizer, base_kib).result()
+        matcher = compiling.submit(_compile, channel, wire.receive(channel), tokenizer, base_kib).result()
         if matcher is not None:
             limits.lift_cpu_limit()
             follower = Follower(matcher, base_kib)
@@ -64,8 +64,8 @@ def _serve(channel: socket.socket, tokenizer: LLTokenizer, compiling: Executor) 
     return 0
 
 
-def _compile(channel: socket.socket, tokenizer: LLTokenizer, base_kib: int) -> LLMatcher | None:
-    wanted = json.loads(wire.receive(channel))
+def _compile(channel: socket.socket, message: bytes, tokenizer: LLTokenizer, base_kib: int) -> LLMatcher | None:
+    wanted = json.loads(message)
     try:
         matcher = compile_grammar(wanted["kind"], wanted["text"], tokenizer)
     except RefusedError as error:

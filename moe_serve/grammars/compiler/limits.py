@@ -16,6 +16,7 @@ STACK_BYTES = 256 << 20
 """Address space for the thread that compiles: some 30 times the usual 8 MiB; only what is used takes memory."""
 LOW_PRIORITY = 10
 """As of nice: beside a thread at 0 it gets a tenth of a core."""
+LOWEST_PRIORITY = 19
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,19 +48,32 @@ def with_deep_stack(function: Callable[[], None]) -> None:
     thread.join()
 
 
-def low_priority_thread() -> ThreadPoolExecutor:
+def low_priority_thread(is_idle: bool) -> ThreadPoolExecutor:
     """One thread, already running, that gives way to everything else: compiling can wait, steps cannot.
+
+    `is_idle`: it leaves a core at once when another thread wakes, and may get no time at all.
 
     A thread of its own, since a thread's priority can be lowered and not raised again. Its stack takes STACK_BYTES of
     address space, so it is made before limit_memory counts what may be added, and kept until the process ends.
     """
 
-    def lower() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
-
-    pool = ThreadPoolExecutor(1, initializer=lower)
+    pool = ThreadPoolExecutor(1, initializer=_become_idle if is_idle else _become_low)
     pool.submit(lambda: None).result()
     return pool
+
+
+def _become_low(priority: int = LOW_PRIORITY) -> None:
+    """A server that has a lower one keeps it: raising is for root only."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, max(priority, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _become_idle() -> None:
+    """Some containers refuse the policy; the lowest priority comes near to it."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        _become_low(LOWEST_PRIORITY)
 
 
 def limit_memory(more_bytes: int) -> None:

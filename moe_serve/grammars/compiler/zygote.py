@@ -22,8 +22,11 @@ from contextlib import suppress
 from llguidance import LLTokenizer
 
 from moe_serve.grammars.compiler import child, limits
+from moe_serve.grammars.wire import STILL_ENDING
 
 CONTROL_BYTES = 1 << 12
+MAX_UNASKED = 1000
+"""Ended processes whose status is kept for a server that may not ask."""
 
 
 class Zygote:
@@ -45,11 +48,13 @@ class Zygote:
         signal.set_wakeup_fd(wake.fileno())
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ, self._answer)
-            selector.register(woken, selectors.EVENT_READ, lambda: self._reap(woken))
+            selector.register(woken, selectors.EVENT_READ, lambda: self._reap_all(woken))
             while all([key.data() for key, _ in selector.select()]):
                 pass
-        for pid in list(self._running):
-            self._end(pid)
+        for pid in self._running:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._running:
+            os.waitpid(pid, 0)
 
     def _answer(self) -> bool:
         message, fds, _, _ = socket.recv_fds(self._control, CONTROL_BYTES, 1)
@@ -72,28 +77,38 @@ class Zygote:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.close()
-            child.run(socket.socket(fileno=fd), self._tokenizer, request["memory_bytes"], request["cpu_s"])
+            channel, memory_bytes, cpu_s = socket.socket(fileno=fd), request["memory_bytes"], request["cpu_s"]
+            child.run(channel, self._tokenizer, memory_bytes, cpu_s, bool(request["is_idle"]))
         os.close(fd)
         self._running.add(pid)
         return pid
 
     def _end(self, pid: int) -> int:
-        """Kill a process unless it has ended by itself; its wait status."""
+        """Kill a process unless it has ended by itself; its wait status, or STILL_ENDING: to be asked again.
+
+        A process on idle time may take a while to end on a busy machine; no other is to wait for that.
+        """
         if pid in self._running:
             os.kill(pid, signal.SIGKILL)
-            self._running.remove(pid)
-            self._ended[pid] = os.waitpid(pid, 0)[1]
-        return self._ended.pop(pid, 0)
+            self._reap(pid)
+        return STILL_ENDING if pid in self._running else self._ended.pop(pid, 0)
 
-    def _reap(self, woken: socket.socket) -> bool:
+    def _reap_all(self, woken: socket.socket) -> bool:
         with suppress(BlockingIOError):
             woken.recv(CONTROL_BYTES)
         for pid in list(self._running):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                self._running.remove(pid)
-                self._ended[pid] = status
+            self._reap(pid)
         return True
+
+    def _reap(self, pid: int) -> None:
+        """Note how it ended, if it has."""
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            return
+        self._running.remove(pid)
+        self._ended[pid] = status
+        if len(self._ended) > MAX_UNASKED:
+            del self._ended[next(iter(self._ended))]
 
 
 def main() -> None:

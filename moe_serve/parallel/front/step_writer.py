@@ -68,7 +68,7 @@ class StepWriter:
         seq = item.seq
         fresh = seq.token_ids[self._known_tokens[seq] :]
         self._known_tokens[seq] = seq.num_tokens
-        return Item(self._keys[seq], item.start, item.count, fresh, seq.page_ids)
+        return Item(self._keys[seq], item.start, item.count, fresh, list(seq.page_ids))
 
 
 def merge(plan: BatchPlan, answers: Items[StepDone], shape: RouterShape, routes: int = NO_ROUTES) -> StepResult:

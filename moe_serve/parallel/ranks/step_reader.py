@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -40,7 +41,7 @@ class StepReader:
         for item in message.items:
             seq = self._sequences[item.key]
             seq.token_ids += item.fresh
-            seq.page_ids = item.pages
+            seq.page_ids = array("q", item.pages)
             seq.num_computed = item.start
             scheduled.append(ScheduledSequence(seq, item.start, item.count))
         homes = tuple(item.seq.home_rank for item in scheduled)
