@@ -5,7 +5,8 @@
 Starts a server on the demo model. The ordinary clients stream alone, then beside the hostile ones, by turns, so that
 both see the same machine. A hostile client sends slowly, reads slowly, closes half, sends a huge body, huge headers
 or garbage, or leaves in the middle of compiling a grammar; then it starts again. The hostile ones share the machine
-here, which those of a network do not: the cores that each side used are told. `per_server_cpu_ratio` compares tokens
+here, which those of a network do not: the cores that each side used are told, and `--hostile-nice 19` has their process
+give way to the server's, as a machine of their own would. `per_server_cpu_ratio` compares tokens
 per CPU second of the server, its grammars included; other work on the machine changes it little. /live is asked from a
 process of its own, and so is a server that does nothing: what that takes is the machine's.
 
@@ -200,8 +201,19 @@ async def ordinary_phase(port: int, seconds: float, clients: int, into: Ordinary
 class Hostiles:
     """The hostile clients, in a process of their own: their work is not to slow the ordinary ones' clients."""
 
-    def __init__(self, port: int, clients: int, seconds: float, seed: int) -> None:
-        command = [sys.executable, __file__, "--hostile-part", str(port), str(clients), str(seconds), str(seed)]
+    def __init__(self, port: int, clients: int, seconds: float, seed: int, niceness: int) -> None:
+        command = [
+            "nice",
+            "-n",
+            str(niceness),
+            sys.executable,
+            __file__,
+            "--hostile-part",
+            str(port),
+            str(clients),
+            str(seconds),
+            str(seed),
+        ]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
 
     def wait(self) -> tuple[Counter[str], float]:
@@ -258,7 +270,7 @@ def measure(args: argparse.Namespace, server: StartedServer) -> dict[str, Any]:
     end_s, turn = time.monotonic() + args.minutes * 60, 0
     while time.monotonic() < end_s:
         counted_phase(server.pid, port, args, alone)
-        hostiles = Hostiles(port, args.hostile, args.phase_s + 2, args.seed + turn)
+        hostiles = Hostiles(port, args.hostile, args.phase_s + 2, args.seed + turn, args.hostile_nice)
         counted_phase(server.pid, port, args, beside)
         answers, cpu_s = hostiles.wait()
         statuses += answers
@@ -303,6 +315,7 @@ def main() -> int:
     parser.add_argument("--phase-s", type=float, default=15.0, help="length of a turn")
     parser.add_argument("--hostile", type=int, default=200)
     parser.add_argument("--ordinary", type=int, default=8)
+    parser.add_argument("--hostile-nice", type=int, default=0, help="niceness of the hostile clients' process")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     server = StartedServer(None, ["--kv-cache-mib", "64", "--read-timeout-s", "5"])
@@ -311,7 +324,14 @@ def main() -> int:
         told = faults(found) + server.check()
     finally:
         server.stop()
-    result = {"benchmark": "hostile_clients", "passed": not told, "faults": told, "minutes": args.minutes, **found}
+    result = {
+        "benchmark": "hostile_clients",
+        "passed": not told,
+        "faults": told,
+        "minutes": args.minutes,
+        "hostile_nice": args.hostile_nice,
+        **found,
+    }
     print(json.dumps(result | {"versions": versions(), "hardware": hardware()}))
     return 1 if told else 0
 

@@ -205,7 +205,11 @@ def _declared() -> set[str]:
     extras = project["optional-dependencies"]
     lines = [
         *project["dependencies"],
-        *(line for name in ("gpu", "distributed", "plot", "otel", "sentencepiece") for line in extras[name]),
+        *(
+            line
+            for name in ("gpu", "distributed", "plot", "otel", "sentencepiece", "tiktoken")
+            for line in extras[name]
+        ),
     ]
     return {_normal(re.split(r"[^\w.-]", line)[0]) for line in lines}
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from expert_cache.gpu_managed.compute import GpuCompute
 from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_slot
+from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.report import CacheCounters, ExpertTotals, Residency
 from expert_cache.running import LocalExperts, PaddingRows, Work, nothing
-from expert_cache.storage import ExpertStore
+from expert_cache.storage import ExpertStore, ExpertWeights, codes_on
 from moe_serve_kernels.gpu.pool import Bank
 from predictors.shape import MoELayer
 
@@ -134,11 +135,25 @@ def _read_experts(
     for layer in store.layers:
         for expert in range(store.num_experts):
             gate_up, down = _take(heap, pool.gate_up), _take(heap, pool.down)
-            write_slot(store.weights(layer, expert), compute.pool.layout, gate_up, down)
+            _write(store.weights(layer, expert), compute.pool, gate_up, down)
             for lists, parts in ((gate_ups, gate_up), (downs, down)):
                 for name, part in parts.items():
                     lists[name].append(part)
     return gate_ups, downs
+
+
+def _write(weights: ExpertWeights, pool: SlotPool, gate_up: Parts, down: Parts) -> None:
+    """Fill a slot's parts in host memory. Codes that have to be converted go by a slot of the pool, which has no expert
+    yet: its device converts them."""
+    first = slot_of_bank(pool.experts.gate_up, 0), slot_of_bank(pool.experts.down, 0)
+    moved = codes_on(first[0]["data"].device, weights)
+    if moved is weights:
+        write_slot(weights, pool.layout, gate_up, down)
+        return
+    write_slot(moved, pool.layout, *first)
+    for parts, made in zip((gate_up, down), first, strict=True):
+        for name, part in parts.items():
+            part.copy_(made[name], non_blocking=True)
 
 
 def _take(heap: HostHeap, bank: Bank) -> Parts:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_cache.storage import ExpertStore, ExpertWeights, Matrix
+from expert_cache.storage import ExpertStore, ExpertWeights, Matrix, codes_on
 from moe_serve_kernels import gpu
 from moe_serve_kernels.cpu.expert_mlp import as_tensor
 from moe_serve_kernels.gpu.pool import GROUP_SIZE, Bank, ExpertPool, Format, empty_bank, pack_int4
@@ -92,7 +92,8 @@ def slot_of_bank(bank: Bank, slot: int) -> dict[str, torch.Tensor]:
 
 
 def write_slot(weights: ExpertWeights, layout: SlotLayout, gate_up: Parts, down: Parts) -> None:
-    """Fill one slot's parts, on the device of the weights or another."""
+    """Fill one slot's parts, on the device of the weights or another, which converts codes then."""
+    weights = codes_on(gate_up["data"].device, weights)
     if layout.format == "int4":
         _write_groups([weights.gate, weights.up], layout.group_size, gate_up)
         _write_groups([weights.down], layout.group_size, down)

@@ -39,14 +39,23 @@ class InPlaceExperts:
     def run(self, layer: MoELayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As Experts.run, but for the routes: hidden [T, H], ids and weights [T, K] -> [T, H] in hidden's dtype."""
         out, counts = self.layers[layer].run(hidden.float(), ids, weights, self._activation)
-        self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])
+        self._count_experts(layer, counts)
         return out.to(hidden.dtype)
 
-    def have_run(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """A kernel has run all layers of a step itself: ids [L, T, K] int64, weights [L, T, K]."""
+    def have_run(self, ids: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        """A kernel has run all layers of a step itself: ids [L, T, K] int64, weights [L, T, K]; counts [L, E] int64 of
+        the pairs that each expert had, if the kernel has counted them."""
         if self._routes.is_on:
             for chosen, weight in zip(ids, weights, strict=True):
                 self._routes.add(chosen, weight)
+        if counts is None:
+            self._count_ids(ids)
+            return
+        for layer, own in enumerate(counts.tolist()):
+            self._count_experts(MoELayer(layer), own)
+
+    def _count_ids(self, ids: torch.Tensor) -> None:
+        """[L, T, K]."""
         once = [1] * ids.shape[2]
         for layer, experts in enumerate(ids.flatten(1).tolist()):
             if len(experts) == len(once):  # of one token, which chooses no expert twice
@@ -54,6 +63,10 @@ class InPlaceExperts:
                 continue
             counts = Counter(experts)
             self._count(MoELayer(layer), list(counts), list(counts.values()))
+
+    def _count_experts(self, layer: MoELayer, counts: Sequence[int]) -> None:
+        """counts [E]."""
+        self._count(layer, [e for e, count in enumerate(counts) if count], [count for count in counts if count])
 
     def _count(self, layer: MoELayer, experts: Sequence[int], counts: Sequence[int]) -> None:
         """These were used where they are, each for this many tokens."""

@@ -10,6 +10,7 @@ from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.encoding import Matrix
 from expert_cache.storage.errors import ExpertReadError
 from expert_cache.storage.fetch import DEMAND, LATER, Fetch, Fetcher
+from expert_cache.storage.moved_codes import codes_on
 from expert_cache.storage.store import ExpertStore, ExpertWeights, Read, views_in
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "Matrix",
     "Read",
     "SlotArena",
+    "codes_on",
     "views_in",
 ]

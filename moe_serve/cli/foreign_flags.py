@@ -12,7 +12,7 @@ _CHECKPOINT = "the checkpoint's config.json says how it is quantised; `moe-serve
 _TLS = "put a reverse proxy in front for TLS (docs/operation.md)"
 _TOOLS = "tools need no flag: `tools` and `tool_choice` in a request are enough"
 _DOWNLOAD = "nothing is downloaded; run `hf download org/name`, then give org/name as MODEL"
-_CODE = "code of a checkpoint is never run; leave it out"
+_CODE = "this command runs no code of a checkpoint; serve, generate and chat have the flag, for tokenizers"
 
 HINTS: Mapping[str, str] = MappingProxyType(
     {

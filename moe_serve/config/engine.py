@@ -28,6 +28,11 @@ class EngineConfig(Settings):
     revision: str | None = option(None, "Branch, tag or commit of a model id. Default: main.")
     offline: bool = option(False, "Take a model id from the local Hugging Face cache only, as HF_HUB_OFFLINE=1 does.")
     tokenizer: str | None = option(None, "Folder of the tokenizer. Default: the model's folder.", metavar="FOLDER")
+    trust_remote_code: bool = option(
+        False,
+        "Run a tokenizer's own Python code, in a folder without a tokenizer file that is read. The model's own code"
+        " never runs.",
+    )
     dtype: str = option(
         "auto",
         "Type of weights and activations. auto: the checkpoint's type on a GPU, float32 on a CPU, where a request's"

@@ -100,7 +100,7 @@ class Engine:
         """Load the model folder `config` names. ConfigError and its subclasses say what is wrong."""
         eos = frozenset(read_eos_token_ids(config.model))
         runner = load_runner(config, eos)
-        tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+        tokenizer = Tokenizer.from_config(config)
         engine = Engine(runner, tokenizer, runner.spec, eos | frozenset(tokenizer.eos_token_ids))
         engine.cache_on_disk(open_tier(runner.prefix_facts(), engine.pool, engine.scheduler.prefixes))
         return engine

@@ -82,12 +82,35 @@ class Attend:
         decoding, where it has come from."""
         if run.count == 1:
             return self.decode(query, layer, run.as_group())
+        if native.is_available(layer.keys.device, layer.keys.dtype):
+            return self._prefill_in_place(query, layer, run)
         keys, values = layer.gather(run.pages[None])
         keys, values = keys[0, :, : run.end], values[0, :, : run.end]
         group = len(query) // len(keys)
         if group > 1:
             keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
         return self.attend_to_context(query, keys, values, run)
+
+    def _prefill_in_place(self, query: torch.Tensor, layer: LayerKV, run: PrefillRun) -> torch.Tensor:
+        """With the bits that decoding gives each token."""
+        pieces = self._pieces(run)
+        return native.paged_attention(
+            query.transpose(0, 1),
+            layer.keys,
+            layer.values,
+            run.pages.expand(len(pieces), -1).contiguous(),
+            torch.tensor([start + 1 for start, _ in pieces]),
+            page_size=layer.page_size,
+            scale=self._scale(query),
+            window=self.window,
+            sinks=self.sinks,
+            starts=torch.tensor([*(start - run.start for start, _ in pieces), run.count]),
+            firsts=torch.tensor([first for _, first in pieces]),
+        )
+
+    def _pieces(self, run: PrefillRun) -> list[tuple[int, int]]:
+        """Parts of a run: where each begins, and where the context that its tokens see does."""
+        return [(run.start, 0)]
 
     def attend_to_context(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: PrefillRun

@@ -11,6 +11,7 @@ D head dim, C context length.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from moe_serve.execution.forward_batch import ForwardBatch
-from moe_serve.execution.kv_cache import KVCache, LayerKVShape
+from moe_serve.execution.kv_cache import KVCache, LayerKV, LayerKVShape
 from moe_serve.hf.attend import Attend
 from moe_serve.hf.chunked_attention import AttendToChunk
 from moe_serve.hf.latent_attention import AttendToLatents
+from moe_serve.hf.plain_torch import plain_torch
 from moe_serve.hf.sparse_attention import AttendToChosen, Choice
 
 NAME = "moe_serve_paged"
@@ -88,7 +90,6 @@ def paged_attention(
         kv_cache.observe(module, key, value)
         return out.zero_()[None], None
     layer = kv_cache.layers[layer_idx]
-    layer.write(forward_batch.kv_slots, key[0], value[0])
     if (scales := getattr(module, "query_scales", None)) is not None:
         query = (query * scales(forward_batch.positions)).to(query.dtype)
     # Some families pass their window, None included; some only keep it; some leave it to the mask (hf/loading.py).
@@ -101,10 +102,23 @@ def paged_attention(
         attend = AttendToLatents(plain, latents)
     elif latents is not None and indices is not None:
         attend = AttendToChosen(plain, latents, indices, forward_batch.kv_slots)
-    for group in forward_batch.decode_groups:
-        rows = slice(group.first_row, group.first_row + group.num_seqs)
-        out[rows] = attend.decode(query[0, :, rows], layer, group)
-    for run in forward_batch.prefill_runs:
-        rows = slice(run.first_row, run.first_row + run.count)
-        out[rows] = attend.prefill(query[0, :, rows], layer, run)
+    with plain_torch() if indices is None else nullcontext():  # an indexer's scores need the fixed order
+        layer.write(forward_batch.kv_slots, key[0], value[0])
+        _attend_by_sequence(attend, query[0], layer, forward_batch, out)
     return out[None], None
+
+
+def _attend_by_sequence(
+    attend: Attend | AttendToLatents | AttendToChosen,
+    query: torch.Tensor,
+    layer: LayerKV,
+    batch: ForwardBatch,
+    out: torch.Tensor,
+) -> None:
+    """query [Hq, T, D] -> out [T, Hq, Dv]."""
+    for group in batch.decode_groups:
+        rows = slice(group.first_row, group.first_row + group.num_seqs)
+        out[rows] = attend.decode(query[:, rows], layer, group)
+    for run in batch.prefill_runs:
+        rows = slice(run.first_row, run.first_row + run.count)
+        out[rows] = attend.prefill(query[:, rows], layer, run)

@@ -36,6 +36,10 @@ class AttendToChunk(Attend):
         seen = (group.max_length - 1) % self._chunk + 1
         return Attend(self.scaling, seen, self.sinks).decode(query, layer, group)
 
+    def _pieces(self, run: PrefillRun) -> list[tuple[int, int]]:
+        edges = range(run.start // self._chunk * self._chunk, run.end, self._chunk)
+        return [(max(edge, run.start), edge) for edge in edges]
+
     def attend_to_context(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: PrefillRun
     ) -> torch.Tensor:

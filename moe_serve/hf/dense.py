@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_serve.hf.plain_torch import plain_torch
 from moe_serve_kernels.cpu import expert_mlp
 from moe_serve_kernels.cpu.coded import CodedRows
 from moe_serve_kernels.cpu.expert_mlp import Matrix, as_tensor
@@ -30,15 +31,15 @@ class StoredLinear(nn.Linear):
     """x [.., K] -> [.., N] of x's dtype, computed in float32 on a weight [N, K] as it is stored, bias [N]."""
 
     @staticmethod
-    def of(layer: nn.Linear, matrix: Matrix | None = None) -> StoredLinear:
+    def of(layer: nn.Linear, matrix: Matrix | None = None, rounds: bool = False) -> StoredLinear:
         """Shares the layer's parameters, or has `matrix` in the place of its weight. `moved` must be called when these
-        move in memory."""
+        move in memory. `rounds`: inputs are bf16, or rounded to it."""
         stored = StoredLinear.__new__(StoredLinear)
         nn.Module.__init__(stored)
         stored.in_features, stored.out_features = layer.in_features, layer.out_features
         stored.weight = layer.weight if matrix is None else _no_values(layer.weight)
         stored.bias = layer.bias
-        stored.matrix = matrix
+        stored.matrix, stored.rounds = matrix, rounds
         stored.moved()
         return stored
 
@@ -46,17 +47,20 @@ class StoredLinear(nn.Linear):
     """The parameters as the kernels read them."""
     matrix: Matrix | None
     """In the place of `weight`, which then has no values."""
+    rounds: bool
+    """As of LinearWeights."""
 
     def moved(self) -> None:
         """To be called when the parameters have moved in memory."""
-        self.stored = self.weights()
+        self.stored = self.weights(self.rounds)
 
     def weights(self, rounds: bool = False) -> LinearWeights:
         """`rounds`: as of LinearWeights."""
         return LinearWeights(self.weight if self.matrix is None else self.matrix, self.bias, rounds)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input.float(), self.stored).to(input.dtype)
+        with plain_torch():
+            return linear(input.float(), self.stored).to(input.dtype)
 
 
 class StoredEmbedding(nn.Embedding):

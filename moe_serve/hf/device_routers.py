@@ -21,7 +21,10 @@ from moe_serve_kernels.routings import Routing
 class DeviceRouter(nn.Module):
     """The gate of `router`, with our top-k."""
 
-    def __init__(self, router: nn.Module, routing: Routing, logits_dtype: torch.dtype) -> None:
+    def __init__(
+        self, router: nn.Module, routing: Routing, logits_dtype: torch.dtype, correction: torch.Tensor | None
+    ) -> None:
+        """`correction` [E] float32: added to what experts are chosen by."""
         super().__init__()
         self.router = router
         self.routing = routing
@@ -29,11 +32,12 @@ class DeviceRouter(nn.Module):
         assert isinstance(weight, torch.Tensor)
         self._weight = weight.detach().to(logits_dtype)
         self._bias = None if bias is None else bias.detach().to(logits_dtype)
-        self._correction = correction_of(router)
+        self._correction = correction
         self.logits_dtype = logits_dtype
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [.., H] -> logits [T, E], weights [T, K] float32, ids [T, K] int64: what the families' blocks take."""
+    def forward(self, hidden: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden [.., H] -> logits [T, E], weights [T, K] float32, ids [T, K] int64: what the families' blocks take.
+        `known`: a correction, where the block has it and not the router."""
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self.logits_dtype)
         logits = self._logits(rows)
         ids, weights = self._route(logits)
@@ -60,7 +64,7 @@ def install(model: nn.Module, routing: Routing | None, num_experts: int) -> None
         if any(isinstance(child, ExpertsProxy) for child in block.children()):
             for name, child in list(block.named_children()):
                 if _is_router(child, num_experts):
-                    setattr(block, name, DeviceRouter(child, routing, _logits_dtype(child)))
+                    setattr(block, name, _device_router(child, routing, block))
 
 
 def router_in(block: nn.Module, routing: Routing) -> DeviceRouter | None:
@@ -69,8 +73,12 @@ def router_in(block: nn.Module, routing: Routing) -> DeviceRouter | None:
         if isinstance(child, DeviceRouter):
             return child
         if hasattr(child, "top_k") and isinstance(getattr(child, "weight", None), torch.Tensor):
-            return DeviceRouter(child, routing, _logits_dtype(child))
+            return _device_router(child, routing, block)
     return None
+
+
+def _device_router(router: nn.Module, routing: Routing, block: nn.Module) -> DeviceRouter:
+    return DeviceRouter(router, routing, _logits_dtype(router), correction_of(block))
 
 
 def _is_router(module: nn.Module, num_experts: int) -> bool:

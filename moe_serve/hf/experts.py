@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
+from moe_serve.hf.plain_torch import plain_torch
 from predictors.shape import MoELayer
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -44,7 +45,8 @@ class ExpertsProxy(nn.Module):
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
         if self.experts is None:  # the KV shape probe runs before experts are connected
             return torch.zeros_like(hidden_states)
-        return self.experts.run(self.layer, hidden_states, top_k_index, top_k_weights)
+        with plain_torch():
+            return self.experts.run(self.layer, hidden_states, top_k_index, top_k_weights)
 
 
 def find_experts(model: nn.Module) -> dict[int, ExpertsProxy]:

@@ -21,8 +21,11 @@ from moe_serve.execution.kv_cache import LayerKV
 from moe_serve.hf.attend import Attend
 from moe_serve.hf.dense import StoredLinear
 from moe_serve_kernels.cpu import expert_mlp
+from moe_serve_kernels.cpu import paged_attention as native
 from moe_serve_kernels.cpu.latent_heads import LatentHeads
 
+KERNELS_READ = (torch.float32, torch.bfloat16)
+"""Dtypes of weights."""
 EXPANDED_BYTES = 64 << 20
 """Keys and values that may be made at a time: more heads at once are hardly faster."""
 
@@ -78,9 +81,8 @@ class LatentProjections:
     def make_heads(self) -> Heads:
         """For the kernels where these read such weights."""
         layer, up = self._attention.kv_b_proj, self.up
-        computes_in = torch.float32 if isinstance(layer, StoredLinear) else up.dtype
-        if expert_mlp.is_available(up.device, str(up.dtype).removeprefix("torch."), computes_in):
-            return LatentHeads(up, self.plain)
+        if up.dtype in KERNELS_READ and expert_mlp.is_available(up.device, expert_mlp.weight_kind(up), torch.float32):
+            return LatentHeads(up, self.plain, rounds=isinstance(layer, StoredLinear) and layer.rounds)
         return TorchHeads(up, self.plain)
 
 
@@ -109,13 +111,21 @@ class AttendToLatents:
 
     def decode(self, query: torch.Tensor, layer: LayerKV, group: DecodeGroup) -> torch.Tensor:
         """query [Hq, N, D] -> [N, Hq, Dv]."""
-        heads, plain = self._projections.heads, self._projections.plain
-        query = torch.cat([heads.carry_over(query[..., :plain]), query[..., plain:]], dim=-1)
-        attended = self._attend.decode(query, layer, group)
-        return heads.carry_back(attended.transpose(0, 1)).transpose(0, 1)
+        return self.carried_back(self._attend.decode(self.carried_over(query), layer, group))
+
+    def carried_over(self, query: torch.Tensor) -> torch.Tensor:
+        """[Hq, T, D] -> [Hq, T, rank + R]."""
+        plain = self._projections.plain
+        return torch.cat([self._projections.heads.carry_over(query[..., :plain]), query[..., plain:]], dim=-1)
+
+    def carried_back(self, attended: torch.Tensor) -> torch.Tensor:
+        """[T, Hq, rank] -> [T, Hq, Dv]."""
+        return self._projections.heads.carry_back(attended.transpose(0, 1)).transpose(0, 1)
 
     def prefill(self, query: torch.Tensor, layer: LayerKV, run: PrefillRun) -> torch.Tensor:
         """query [Hq, count, D] -> [count, Hq, Dv], causal over a context of run.end tokens."""
+        if native.is_available(layer.keys.device, layer.keys.dtype):
+            return self.carried_back(self._attend.prefill(self.carried_over(query), layer, run))
         rows = layer.gather(run.pages[None])[0][0, 0, : run.end]
         step = self._heads_at_once(query, run)
         parts = [self._prefill(part, rows, run, first * step) for first, part in enumerate(torch.split(query, step))]

@@ -93,7 +93,7 @@ def _load(
             log.info("%d linear layers are computed from 12-bit codes", count)
     _say_how_experts_run(store, scheme)
     _adapt(model, hf_config, family)
-    if family.recurrence is not None and dense.is_available(device, dtype):
+    if fixed_order.is_available(device, dtype):
         fixed_order.install(model, family.widened)
     kv_shapes, state_shapes = _probe_shapes(model, device)
     _refuse_unknown_layers(folder, hf_config, kv_shapes.keys() | state_shapes.keys())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moe_serve.execution.state_cache import Mix, StateKey, States, StateShape
+from moe_serve.hf.plain_torch import plain_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,13 @@ class Mixer:
 
     def _mix(self, hidden: torch.Tensor, states: States, begins: bool) -> torch.Tensor:
         held = {self._recurrence.cache_argument: HeldStates(states)}
+        mixed: torch.Tensor
+        if hidden.shape[1] == 1:
+            mixed = self._forward(hidden, **held)
+            return mixed
         if begins or self._recurrence.continues_runs:
-            mixed: torch.Tensor = self._forward(hidden, **held)
+            with plain_torch():
+                mixed = self._forward(hidden, **held)
             return mixed
         return torch.cat([self._forward(token, **held) for token in hidden.split(1, dim=1)], dim=1)
 

@@ -44,6 +44,11 @@ def greedy(config: Any) -> Routing | None:
     return routing if config.topk_method == "greedy" else None
 
 
+def renormalized_sigmoid(config: Any) -> Routing | None:
+    """A score for each expert by itself, divided by the sum over the chosen ones."""
+    return Routing(config.num_experts_per_tok, "sigmoid", renormalize=True)
+
+
 def sigmoid_in_groups(config: Any) -> Routing | None:
     """DeepSeek-V3's scores, chosen by score and correction in the best groups; where n_group is None, among all."""
     return Routing(

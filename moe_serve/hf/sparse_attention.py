@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.overrides import TorchFunctionMode
 
 from moe_serve.execution.forward_batch import DecodeGroup, PrefillRun
 from moe_serve.execution.kv_cache import LayerKV
 from moe_serve.hf.attend import Attend, additive
 from moe_serve.hf.latent_attention import AttendToLatents, LatentProjections
+from moe_serve_kernels.cpu import paged_attention as native
 
 NOT_READ = torch.zeros(1, 1, 1, 1)
 """In the place of a mask, which attention modules cut before they hand it on."""
@@ -43,8 +45,26 @@ class Choice:
             mask = _causal(start, count, self._hidden)[None]
             turns = self._cos[:, rows], self._sin[:, rows]
             asked = self._hidden[:, rows], self._residual[:, rows], turns, mask, None
-            self._chosen[rows.start] = self._score(*asked, past_key_values=keys)[0].long()
+            with _FirstOfTies():
+                self._chosen[rows.start] = self._score(*asked, past_key_values=keys)[0].long()
         return self._chosen[rows.start]
+
+
+class _FirstOfTies(TorchFunctionMode):
+    """While it is entered, `topk` takes the first of equal scores: which one torch takes depends on how many there are
+    behind them, and those are of later tokens."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_first_of_ties if func is torch.Tensor.topk else func)(*args, **(kwargs or {}))
+
+
+def _first_of_ties(scores: torch.Tensor, k: int, dim: int = -1) -> Any:
+    """[.., C] -> what `topk` returns; indices [.., K] in rising order."""
+    least = scores.topk(k, dim=-1).values[..., -1:]
+    better, equal = scores > least, scores == least
+    chosen = better | (equal & (equal.cumsum(-1) <= k - better.sum(-1, keepdim=True)))
+    indices = chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
+    return torch.return_types.topk((scores.gather(-1, indices), indices))
 
 
 class KeysInPages:
@@ -76,9 +96,28 @@ class AttendToChosen:
         chosen = self._chosen(slice(one.first_row, one.first_row + 1), one.max_length - 1, layer, pages, one.max_length)
         if one.max_length <= self._choice.most:
             return self._to_all.decode(query, layer, one)
+        if native.is_available(layer.keys.device, layer.keys.dtype):
+            return self._attend_in_place(query, layer, chosen, pages, one.lengths)
         seen = chosen[0]
         rows = layer.keys[0, pages[seen // layer.page_size] * layer.page_size + seen % layer.page_size]
         return self._attend_to_rows(query, rows)
+
+    def _attend_in_place(
+        self, query: torch.Tensor, layer: LayerKV, chosen: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """query [Hq, T, D] of tokens that see `lengths` [T] of a sequence, chosen [T, K] of these -> [T, Hq, Dv]."""
+        assert self._attend.scaling is not None
+        seen = chosen.sort(dim=1).values  # what is hidden from a token lies behind what is not
+        attended = native.paged_decode(
+            self._to_all.carried_over(query).transpose(0, 1),
+            layer.keys,
+            layer.values,
+            pages[seen // layer.page_size] * layer.page_size + seen % layer.page_size,
+            lengths.clamp(max=chosen.shape[1]),
+            page_size=1,
+            scale=self._attend.scaling,
+        )
+        return self._to_all.carried_back(attended)
 
     def _attend_to_rows(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """query [Hq, 1, D], latents and rotary values [K, rank + R] -> [1, Hq, Dv]."""
@@ -93,6 +132,9 @@ class AttendToChosen:
         chosen = self._chosen(slice(run.first_row, run.first_row + run.count), run.start, layer, run.pages, run.end)
         if run.end <= self._choice.most:
             return self._to_all.prefill(query, layer, run)
+        if native.is_available(layer.keys.device, layer.keys.dtype):
+            lengths = torch.arange(run.start, run.end) + 1
+            return self._attend_in_place(query, layer, chosen, run.pages, lengths)
         return AttendToLatents(_Masked(self._attend, chosen), self._projections).prefill(query, layer, run)
 
     def _chosen(self, rows: slice, start: int, layer: LayerKV, pages: torch.Tensor, end: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """WholeSteps: steps on a CPU without the model's modules.
 
-A few sequences that decode one token each are one call of the kernel for all layers, if no expert can be missing.
-Otherwise each layer is one call up to its experts, and `Experts.run` runs those. Every other step, with parts of
-prompts or many sequences, runs kernel by kernel. All give a token the same bits, whatever else is in the step. The
-counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
+A step is one call for all layers if no expert can be missing: one for a few sequences that decode one token each, one
+for every other step, with parts of prompts or many sequences. Otherwise `Experts.run` runs each layer's experts; what
+is before them is one call for a few sequences, and several for other steps. All give a token the same bits, whatever
+else is in the step. The counterpart of decode_graphs.py. Knows steps and kernels; nothing of requests.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from moe_serve_kernels.cpu.decode_step import DecodeStep, most_tokens
 from moe_serve_kernels.cpu.decoder import DecodeInputs
 from moe_serve_kernels.cpu.layer_parts import LayerParts
 from moe_serve_kernels.cpu.native_model import NativeModel
+from moe_serve_kernels.cpu.prompt_step import PromptStep
 from predictors.methods.next_gate import Router
 
 log = logging.getLogger(__name__)
@@ -83,23 +84,24 @@ class WholeSteps:
         self._logits_divisor = getattr(self._config, "logits_scaling", 1.0)
         self._team = TeamSize(torch.get_num_threads())
         self._in_place = experts.in_place()
-        self._few, self._many = self._new_steps()
+        self._few, self._many, self._prompts = self._new_steps()
 
-    def _new_steps(self) -> tuple[DecodeStep, LayerParts]:
+    def _new_steps(self) -> tuple[DecodeStep, LayerParts, PromptStep]:
         model, found = self._model, self._in_place
         in_place = {} if found is None else {i: found.layers[layer] for i, layer in self._moe_layers.items()}
         blocks = decoder_blocks.blocks_of(model, self._config, self._kv_cache, self._routers, in_place)
         rounds = next(iter(self._kv_cache.layers.values())).keys.dtype == torch.bfloat16
         head = decoder_blocks.weights_of(model.lm_head, rounds)
         native = NativeModel(self._shape, blocks, model.model.norm.weight.float(), head)
-        return DecodeStep(native), LayerParts(native)
+        return DecodeStep(native), LayerParts(native), PromptStep(native)
 
     def run(self, batch: ForwardBatch, rows: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of the tokens `rows` [n]; overwritten by the next step of as many tokens."""
         in_place = self._follow()
         inputs = self._inputs(batch)
         with nullcontext() if in_place is None else self._threads(batch):
-            logits = self._run_few(inputs, rows, in_place) if _are_few(batch) else self._run_many(inputs, rows)
+            run = self._run_few if _are_few(batch) else self._run_many
+            logits = run(inputs, rows, in_place)
         return logits if self._logits_divisor == 1 else logits.div_(self._logits_divisor)
 
     @contextmanager
@@ -129,7 +131,7 @@ class WholeSteps:
         in_place = self._experts.in_place()
         if in_place is not self._in_place:
             self._in_place = in_place
-            self._few, self._many = self._new_steps()
+            self._few, self._many, self._prompts = self._new_steps()
         return in_place
 
     def _run_few(self, inputs: DecodeInputs, rows: torch.Tensor, in_place: InPlaceExperts | None) -> torch.Tensor:
@@ -145,8 +147,11 @@ class WholeSteps:
         self._run_layers(self._few, inputs)
         return self._few.head(inputs)
 
-    def _run_many(self, inputs: DecodeInputs, rows: torch.Tensor) -> torch.Tensor:
-        self._run_layers(self._many, inputs)
+    def _run_many(self, inputs: DecodeInputs, rows: torch.Tensor, in_place: InPlaceExperts | None) -> torch.Tensor:
+        if in_place is None:
+            self._run_layers(self._many, inputs)
+        else:
+            in_place.have_run(*self._prompts.run(inputs))
         return self._many.head(inputs.x[rows])
 
     def _run_layers(self, step: DecodeStep | LayerParts, inputs: DecodeInputs) -> None:

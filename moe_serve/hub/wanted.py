@@ -6,12 +6,15 @@ Looks at names only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 
 from moe_serve.errors import ConfigError
 from moe_serve.gguf_files.paths import PART, PROJECTOR, SUFFIX
 
 SMALL = (".json", ".jinja", "merges.txt", "vocab.txt", ".model", ".tiktoken")
 """Ends of the names of what is not weights."""
+TOKENIZER_CODE = "tokenization_*.py"
+"""Runs with --trust-remote-code only."""
 TEMPLATES = "additional_chat_templates/"
 OTHER_RECIPE = "-ud-"
 """Before the type in the names of files in which layers differ in type by Unsloth's choice."""
@@ -37,7 +40,8 @@ def _is_top(name: str) -> bool:
 
 
 def _is_small(name: str) -> bool:
-    return name.endswith(SMALL) and (_is_top(name) or name.startswith(TEMPLATES))
+    named = name.endswith(SMALL) or fnmatch(name, TOKENIZER_CODE)
+    return named and (_is_top(name) or name.startswith(TEMPLATES))
 
 
 def _one_variant(model_id: str, gguf: Sequence[str], variant: str | None) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 from tokenizers import decoders, normalizers
 
 from moe_serve.errors import ConfigError
+from moe_serve.text.probes import PROBES
 
 NAME = "tokenizer.model"
 SPACE = "\u2581"
-PROBES = ("a", "Hello, world!", "  two  spaces\n\ttab", "1234 + 5.6", "naïve Füße 你好 👩", "def f(x):\n    return x")
 
 
 def agree_with_sentencepiece(hf: Any, file: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any, cast
 
 import jinja2
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError, one_line
-from moe_serve.text import model_file, tokenizer_files
+from moe_serve.config import EngineConfig
+from moe_serve.errors import ConfigError, ContextTooLongError, InvalidRequestError
+from moe_serve.text import tokenizer_files
+from moe_serve.text.tokenizer_loading import load_tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -38,17 +40,14 @@ class Tokenizer:
         """A character of a text is at least one of a token, even where tokens are written in bytes."""
 
     @staticmethod
-    def from_path(folder: str, chat_template_file: str | None = None) -> Tokenizer:
+    def from_config(config: EngineConfig) -> Tokenizer:
+        """Load what the settings name. ConfigError says what is wrong."""
+        return Tokenizer.from_path(config.tokenizer or config.model, config.chat_template, config.trust_remote_code)
+
+    @staticmethod
+    def from_path(folder: str, chat_template_file: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
         """Load from a checkpoint folder; `chat_template_file` replaces its chat template."""
-        tokenizer_files.refuse_unreadable(folder)
-        try:
-            hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # tokenizers raises Exception itself, transformers what a wrong field leads to
-            raise ConfigError(f"{folder}: cannot load its tokenizer ({one_line(error)})") from error
-        if not hf.is_fast:
-            raise ConfigError(f"{folder}: needs a tokenizer.json; convert the slow tokenizer with transformers first")
-        if not (Path(folder) / tokenizer_files.WHOLE).is_file() and (file := Path(folder) / model_file.NAME).is_file():
-            model_file.agree_with_sentencepiece(hf, file)
+        hf = load_tokenizer(folder, trust_remote_code)
         if chat_template_file is not None:
             path = Path(chat_template_file)
             if not path.is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_serve.errors import ConfigError
 from moe_serve.gguf_files.folder import NO_TOKENIZER
 
-READABLE = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+READABLE = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WHOLE = "tokenizer.json"
 INSTEAD = "give a folder with a tokenizer.json by --tokenizer, such as that of the model it was made from"
 PROCESSORS_TEMPLATE = "chat_template.json"
@@ -21,14 +21,14 @@ PROCESSORS_TEMPLATE = "chat_template.json"
 
 
 def refuse_unreadable(folder: str) -> None:
-    """ConfigError where the folder's tokenizer cannot be read."""
+    """ConfigError where the folder's tokenizer is none that transformers reads without its code."""
     path = Path(folder)
     if (path / WHOLE).is_file():
         return
-    if _has_own_code(path):
+    if has_own_code(path):
         raise ConfigError(
-            f"{folder}: its tokenizer is Python code of its own (auto_map in tokenizer_config.json), which is never"
-            f" run; {INSTEAD}"
+            f"{folder}: its tokenizer is Python code of its own (auto_map in tokenizer_config.json);"
+            f" --trust-remote-code runs it, or {INSTEAD}"
         )
     if not any((path / name).is_file() for name in READABLE):
         raise ConfigError(_reason_for_none(path))
@@ -42,13 +42,14 @@ def refuse_unreadable(folder: str) -> None:
 def _reason_for_none(path: Path) -> str:
     if (note := path / NO_TOKENIZER).is_file():
         return note.read_text(encoding="utf-8")
-    if any(path.glob("tekken*.json")):
-        return f"{path}: tekken.json is Mistral's own format of a tokenizer, which is not read; {INSTEAD}"
+    if any(path.glob("*tiktoken*")):
+        return f"{path}: a tiktoken file does not say how a text is cut before it, and no code here is named; {INSTEAD}"
     # transformers would make up an empty one
     return f"{path}: no tokenizer here ({', '.join(READABLE)}); see --tokenizer"
 
 
-def _has_own_code(path: Path) -> bool:
+def has_own_code(path: Path) -> bool:
+    """Whether the tokenizer's class is Python code in the folder."""
     try:
         fields = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

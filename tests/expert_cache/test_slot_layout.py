@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from expert_cache.gpu_managed import cache
 from expert_cache.gpu_managed.cache import HostHeap
 from expert_cache.gpu_managed.layout import SlotLayout, layout_of, slot_of_bank, write_slot
+from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.storage.store import ExpertWeights
 from moe_serve_kernels.gpu.pool import ExpertPool
 from tests.kernels.quantized_experts import Form
@@ -55,6 +61,51 @@ def test_quantised(form: Form) -> None:
     torch.testing.assert_close(dequantize(pool.gate_up, 1), both, rtol=1e-6, atol=0)
     torch.testing.assert_close(dequantize(pool.down, 1), down.dequantized(torch.float64), rtol=1e-6, atol=0)
     assert sum(layout.part_bytes()) == sum(t[1].nbytes for b in (pool.gate_up, pool.down) for t in b.parts().values())
+
+
+class _OnTheCpu(TorchDispatchMode):
+    """Notes operations on tensors of the CPU, but copies from there."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        if any(tensor.device == CPU for tensor in tensors):
+            self.names.add(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_codes_are_converted_on_the_device_of_the_slots(form: Form, dtype: torch.dtype) -> None:
+    """Meta stands for a GPU: what reads codes there cannot run on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    gate, up, down = (make_matrix(form, *shape, generator) for shape in shapes)
+    weights = ExpertWeights(gate, up, down)
+    layout = layout_of(weights, dtype)
+    pool = layout.pool(2, torch.device("meta"))
+    with _OnTheCpu() as noted:
+        write_slot(weights, layout, slot_of_bank(pool.gate_up, 1), slot_of_bank(pool.down, 1))
+    assert noted.names <= {"_to_copy", "copy_", "detach", "lift_fresh", "alias"}
+
+
+def test_codes_reach_host_memory_by_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a cache that the GPU manages: converted in the pool's first slot, they are what a direct write makes."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    gate, up, down = (make_matrix(FORMS[0], *shape, generator) for shape in shapes)
+    weights = ExpertWeights(gate, up, down)
+    layout, expected = written(weights, torch.bfloat16)
+    pool, host = SlotPool(layout, 2, CPU), layout.pool(1, CPU)
+    monkeypatch.setattr("expert_cache.gpu_managed.cache.codes_on", lambda device, own: replace(own))
+    cache._write(weights, pool, slot_of_bank(host.gate_up, 0), slot_of_bank(host.down, 0))
+    for bank, wanted in ((host.gate_up, expected.gate_up), (host.down, expected.down)):
+        for name, part in slot_of_bank(bank, 0).items():
+            assert torch.equal(part, slot_of_bank(wanted, 1)[name]), name
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if str(form) in KEPT], ids=str)

@@ -1,7 +1,8 @@
 """A request's tokens and log-probabilities do not depend on what else runs: bit for bit, in every dtype, on a CPU.
 
 Each request runs alone first. Then all run together, in chunks of several sizes, after their prompts are cached, with
-so few KV pages that some are preempted, and with an expert cache that changes its size.
+so few KV pages that some are preempted, and with an expert cache that changes its size. A few families do all of this;
+`test_every_family` holds each tiny model to the most of it, so a family that is added is held to it too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import library
 
 from .serving import StepLog, host_managed, load
+from .tiny_configs import CASES
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
@@ -34,6 +36,16 @@ SIDES = [
     for name in MODELS
     for dtype in DTYPES
 ]
+QUICK_FAMILIES = ("phimoe", "deepseek_v32", "qwen3_next")
+"""Plain attention, chosen tokens, and a recurrence."""
+FAMILIES = [
+    pytest.param((name, dtype), id=f"{name}-{dtype}", marks=[] if quick else [pytest.mark.slow])
+    for i, name in enumerate(CASES)
+    for dtype in DTYPES
+    for quick in [name in QUICK_FAMILIES and DTYPES[i % 2] == dtype]
+]
+STATE_BLOCK = 16
+"""Recurrent layers give a prompt the same bits in any chunks if these end with blocks."""
 NUM_REQUESTS = int(os.environ.get("MOE_SERVE_TEST_REQUESTS", "32"))
 
 
@@ -161,3 +173,35 @@ def test_scored_prompts(model: Model) -> None:
     alone = [scores(llm, [prompt])[0] for prompt in prompts]
     assert scores(llm, prompts) == alone
     assert scores(start(model, enable_prefix_caching=False, max_num_batched_tokens=7, max_num_seqs=7), prompts) == alone
+
+
+def few_requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Longer than the tiny models' windows and choices of tokens, and as short as one token; two begin alike."""
+    rng = random.Random(7)
+    prompts = [[rng.randrange(3, 250) for _ in range(count)] for count in (1, 2, 9, 20, 37, 52)]
+    prompts.append([*prompts[-1][:32], 5, 6, 7])
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=5, ignore_eos=True, logprobs=3)
+        for i in range(len(prompts))
+    ]
+    return prompts, params
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: tuple[str, str], checkpoint: Checkpoint) -> None:
+    name, dtype = family
+    prompts, params = few_requests()
+    settings: dict[str, Any] = {"state_block_size": STATE_BLOCK, "max_num_batched_tokens": 64}
+    model = Model(folder_of(name, checkpoint), dtype)
+    llm = start(model, enable_prefix_caching=False, **settings)
+    alone = [run(llm, [prompt], [own])[0] for prompt, own in zip(prompts, params, strict=True)]
+    assert run(llm, prompts, params) == alone
+    assert (
+        run(start(model, enable_prefix_caching=False, **{**settings, "max_num_batched_tokens": 23}), prompts, params)
+        == alone
+    )
+    llm = start(model, **settings, block_size=4, num_kv_pages=22)
+    log = StepLog(llm)
+    assert run(llm, prompts, params) == alone
+    assert log.num_preemptions > 0
+    assert run(llm, prompts[-1:], params[-1:]) == alone[-1:]

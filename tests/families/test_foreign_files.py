@@ -41,12 +41,17 @@ def test_a_checkpoint_may_lie_beside_them(tmp_path: Path) -> None:
     assert safetensors_files(str(tmp_path)) == [tmp_path / "model.safetensors"]
 
 
+PACKAGES = ("sentencepiece", "tiktoken")
+"""Optional ones, which are not there in these tests."""
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["tekken.json"], "tekken.json is Mistral's own format"),
+        (["tekken.json"], "tekken.json: cannot be read as a tekken file"),
         (["tokenizer.model"], "sentencepiece, which is not installed"),
-        (["tiktoken.model", "code"], "auto_map in tokenizer_config.json"),
+        (["tiktoken.model", "code"], "tiktoken, which is not installed"),
+        (["qwen.tiktoken"], "does not say how a text is cut"),
         (["tokenizer.model", "code"], "auto_map in tokenizer_config.json"),
         ([], "no tokenizer here"),
     ],
@@ -55,7 +60,7 @@ def test_tokenizers_that_are_not_read(
     files: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in PACKAGES else found(name))
     for file in files:
         (tmp_path / file).touch()
     if "code" in files:

@@ -65,7 +65,9 @@ def _as_transformers_loads_it(case: str, folder: Path) -> Iterator[tuple[str, nn
 def test_one_wider_tensor_and_everything_is_widened(case: str, checkpoint: Callable[[str], Path]) -> None:
     """Rounding it to bf16 would change results."""
     llm = load(checkpoint(case), dtype="float32")
-    assert not any(isinstance(m, StoredLinear | StoredEmbedding) for m in runner_of(llm).model.modules())
+    model = runner_of(llm).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(isinstance(module, StoredEmbedding) for module in model.modules())
 
 
 def test_beside_a_cache_of_experts_no_weight_is_mapped() -> None:

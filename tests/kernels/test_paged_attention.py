@@ -108,3 +108,43 @@ def test_gathered_path_matches_the_reference(window: int | None, with_sinks: boo
     settings: dict[str, Any] = {"page_size": 16, "scale": 0.2, "window": window, "sinks": sinks}
     expected = paged_decode_reference(query, keys, values, table, lengths, **settings)
     torch.testing.assert_close(got, expected, rtol=0, atol=3e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 7])
+def test_parts_of_prompts_get_the_bits_of_single_tokens(shape: Shape, window: int | None, dtype: torch.dtype) -> None:
+    """Sequences with all, some and one of their tokens in the step; what some see begins late."""
+    query, keys, values, table, lengths = case(*shape)
+    keys, values = keys.to(dtype), values.to(dtype)
+    counts = [int(length) if n % 2 == 0 else 1 + n for n, length in enumerate(lengths.tolist())]
+    firsts = torch.tensor([n % 2 * 2 for n in range(len(counts))])
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    several = torch.randn(int(starts[-1]), *query.shape[1:]).to(dtype)
+    settings: dict[str, Any] = {
+        "page_size": shape[-1],
+        "scale": 0.2,
+        "window": window,
+        "sinks": torch.randn(query.shape[1]),
+    }
+    seen = lengths - torch.tensor(counts) + 1
+    firsts = torch.minimum(firsts, seen - 1)
+    together = paged_attention.paged_attention(
+        several, keys, values, table, seen, starts=starts, firsts=firsts, **settings
+    )
+    assert together.dtype == dtype
+    for n, count in enumerate(counts):
+        for i in range(count):
+            one, row = slice(n, n + 1), int(starts[n]) + i
+            own = keys, values, table[one], seen[one] + i
+            alone = paged_attention.paged_attention(several[row : row + 1], *own, firsts=firsts[one], **settings)
+            assert torch.equal(alone, together[row : row + 1])
+
+
+@needs_library
+def test_a_context_that_begins_late_is_that_of_a_window() -> None:
+    query, keys, values, table, lengths = case(5, 40, 2, 4, 32, 32, 16)
+    settings: dict[str, Any] = {"page_size": 16, "scale": 0.2}
+    late = paged_attention.paged_attention(query, keys, values, table, lengths, firsts=lengths - 3, **settings)
+    assert torch.equal(late, paged_attention.paged_decode(query, keys, values, table, lengths, window=3, **settings))

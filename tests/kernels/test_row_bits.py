@@ -15,6 +15,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation, MLPWeights, expert_mlp
 from moe_serve_kernels.cpu.layer_parts import LayerParts
 from moe_serve_kernels.cpu.linear import LinearWeights, linear
 from moe_serve_kernels.cpu.native_model import NativeModel
+from moe_serve_kernels.cpu.prompt_step import Choices, PromptStep
 from tests.kernels.quantized_experts import FORMS, Form, make_expert
 from tests.kernels.test_decode_step import CASES, LAYERS, PAGE_SIZE, Tiny, tiny
 
@@ -132,6 +133,12 @@ def run_layers(model: Tiny, inputs: DecodeInputs) -> torch.Tensor:
     return parts.head(inputs.x)
 
 
+def run_at_once(model: Tiny, inputs: DecodeInputs) -> tuple[torch.Tensor, Choices]:
+    native = NativeModel(model.case.shape, model.blocks, model.final_norm, model.head)
+    choices = PromptStep(native).run(inputs)
+    return LayerParts(native).head(inputs.x), choices
+
+
 PER_TOKEN = ("x", "cos", "sin", "kv_slots", "lengths")
 
 
@@ -178,6 +185,11 @@ def test_a_step_of_many_tokens_is_as_many_steps_of_one(name: str, rounds: bool) 
     assert len(model.blocks) == LAYERS
     assert alike(torch.cat(one_by_one), several)
     assert all(alike(keys, before) for keys, before in zip(take_keys(model, inputs), kept, strict=True))
+    logits, choices = run_at_once(model, copy_of(inputs))
+    assert alike(logits, several)
+    assert all(alike(keys, before) for keys, before in zip(take_keys(model, inputs), kept, strict=True))
+    for ids, counts in zip(choices.ids, choices.counts, strict=True):
+        assert counts.tolist() == ids.flatten().bincount(minlength=len(counts)).tolist()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,7 +18,7 @@ from moe_serve_kernels.cpu.linear import LinearTable, LinearWeights, linear, lin
 
 
 class LatentHeads:
-    """One layer's heads on a CPU: float32 activations on weights as they are stored."""
+    """One layer's heads on a CPU: computed in float32 on weights as they are stored; results of the inputs' dtype."""
 
     def __init__(self, up: torch.Tensor, plain: int, rounds: bool = False) -> None:
         """`up` [Hq, plain + Dv, rank], float32 or bf16, contiguous: of each head the keys' values that are not rotated,
@@ -32,13 +32,13 @@ class LatentHeads:
 
     def carry_over(self, query: torch.Tensor) -> torch.Tensor:
         """[Hq, T, plain] -> [Hq, T, rank]."""
-        return linears(query, self.into)
+        return linears(query.float(), self.into).to(query.dtype)
 
     def carry_back(self, attended: torch.Tensor) -> torch.Tensor:
         """[Hq, T, rank] -> [Hq, T, Dv]."""
-        return linears(attended, self.back)
+        return linears(attended.float(), self.back).to(attended.dtype)
 
     def expand(self, latents: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """[C, rank] -> [C, count, plain + Dv] of the heads from `first` on."""
         rows = LinearWeights(self.up[first : first + count].flatten(0, 1))
-        return linear(latents, rows).view(len(latents), count, -1)
+        return linear(latents.float(), rows).to(latents.dtype).view(len(latents), count, -1)

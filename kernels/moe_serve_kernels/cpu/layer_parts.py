@@ -69,7 +69,7 @@ class LayerParts:
         q, k, v = linear(normed, layer.q), linear(normed, layer.k), linear(normed, layer.v)
         attended = normed.new_empty(len(normed), shape.heads * shape.value_dim)
         tensors = (q.data_ptr(), k.data_ptr(), v.data_ptr(), attended.data_ptr())
-        step = _step(inputs)
+        step = step_of(inputs)
         self._native.moe_serve_attend(
             self._model.address, ctypes.addressof(step), block, *tensors, torch.get_num_threads()
         )
@@ -78,7 +78,7 @@ class LayerParts:
     def _attend_to_latents(self, block: int, normed: torch.Tensor, inputs: DecodeInputs) -> torch.Tensor:
         """[T, H] -> [T, Hq * Dv]."""
         layer, shape = self._model.blocks[block], self._model.shape
-        latents, count, step = layer.latents, len(normed), _step(inputs)
+        latents, count, step = layer.latents, len(normed), step_of(inputs)
         assert latents is not None
         where = (self._model.address, ctypes.addressof(step), block)
         kv = linear(normed, latents.kv)
@@ -119,8 +119,8 @@ class LayerParts:
         return self._add(x, out, gate)
 
 
-def _step(inputs: DecodeInputs) -> Any:
-    """struct Step, as far as attention reads it."""
+def step_of(inputs: DecodeInputs) -> Any:
+    """struct Step, as far as attention reads it. The tensors of `inputs` must outlive it."""
     tensors = (inputs.x, inputs.cos, inputs.sin, inputs.kv_slots, inputs.page_table, inputs.lengths)
     assert all(tensor.is_contiguous() for tensor in tensors)
     assert inputs.x.dtype == inputs.cos.dtype == inputs.sin.dtype == torch.float32

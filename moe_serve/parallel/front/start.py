@@ -31,7 +31,7 @@ def engine_over_ranks(config: EngineConfig, parallel: ParallelConfig) -> Paralle
     if parallel.devices == 1:
         return None
     spec = ModelSpec.from_hf(read_config(config.model))  # a wrong folder is found before any process starts
-    tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+    tokenizer = Tokenizer.from_config(config)
     uses = None if parallel.ep_predictor is None else load_uses(parallel.ep_predictor)
     team = _team(config, parallel)
     resolved = team.start()

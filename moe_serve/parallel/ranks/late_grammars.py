@@ -22,6 +22,6 @@ def late_grammars(config: EngineConfig) -> Grammars:
 
 
 def _vocabulary(config: EngineConfig) -> Vocabulary:
-    tokenizer = Tokenizer.from_path(config.tokenizer or config.model, config.chat_template)
+    tokenizer = Tokenizer.from_config(config)
     eos = frozenset(eos_token_ids(config.model)) | frozenset(tokenizer.eos_token_ids)
     return vocabulary_of(tokenizer, ModelSpec.from_hf(read_config(config.model)).vocab_size, eos)

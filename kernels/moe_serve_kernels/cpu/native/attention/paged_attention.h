@@ -24,6 +24,7 @@ struct Queries {
     const float* sinks;  // [G] or null
     float* out;          // what head g of token i gets: Dv from i * token_stride + g * head_stride on
     int64_t token_stride, head_stride;
+    int64_t first = 0;  // the context before it is hidden from all of them
 };
 
 // Where a KV head's keys [tokens, D] and values [tokens, Dv] lie, and the pages of a sequence.

@@ -28,11 +28,11 @@ bool moe_serve_linears(const float* x, const moe_serve::Expert* const* layers, i
                        int64_t count, int32_t num_threads);
 void moe_serve_unpack_rows(const moe_serve::Expert* table, const int64_t* rows, int64_t count, float* out);
 
-void moe_serve_paged_decode_f32(const float* query, const float* keys, const float* values, const int64_t* page_table,
-                                const int64_t* lengths, const float* sinks, float* out, int64_t num_seqs,
-                                int64_t kv_heads, int64_t groups, int64_t key_dim, int64_t value_dim,
-                                int64_t value_stride, int64_t tokens, int64_t page_size, int64_t table_width,
-                                float scale, int64_t window, int32_t num_threads);
+void moe_serve_paged_attention(const float* query, const void* keys, const void* values, const int64_t* page_table,
+                               const int64_t* starts, const int64_t* lengths, const int64_t* firsts, const float* sinks,
+                               float* out, int64_t num_seqs, int64_t kv_heads, int64_t groups, int64_t key_dim,
+                               int64_t value_dim, int64_t value_stride, int64_t tokens, int64_t page_size,
+                               int64_t table_width, float scale, int64_t window, int64_t bf16, int32_t num_threads);
 
 int64_t moe_serve_decode_memory(moe_serve::Model* model, int64_t num_tokens, int32_t num_threads);
 void moe_serve_decode_step(const moe_serve::Model* model, const moe_serve::Step* step, float* memory,
@@ -42,6 +42,9 @@ void moe_serve_decode_until_experts(const moe_serve::Model* model, const moe_ser
 void moe_serve_decode_shared(const moe_serve::Model* model, const moe_serve::Step* step, int64_t block, float* memory,
                              int32_t num_threads);
 void moe_serve_decode_head(const moe_serve::Model* model, const moe_serve::Step* step, float* memory,
+                           int32_t num_threads);
+
+bool moe_serve_prompt_step(const moe_serve::Model* model, const moe_serve::Step* step, int64_t* counts,
                            int32_t num_threads);
 
 void moe_serve_norm(const float* x, const float* weight, double eps, int64_t rows, int64_t columns, float* out,

@@ -222,12 +222,13 @@ void tell_functions(std::ostream& text) {
     TELL_FUNCTION(moe_serve_linear);
     TELL_FUNCTION(moe_serve_linears);
     TELL_FUNCTION(moe_serve_unpack_rows);
-    TELL_FUNCTION(moe_serve_paged_decode_f32);
+    TELL_FUNCTION(moe_serve_paged_attention);
     TELL_FUNCTION(moe_serve_decode_memory);
     TELL_FUNCTION(moe_serve_decode_step);
     TELL_FUNCTION(moe_serve_decode_until_experts);
     TELL_FUNCTION(moe_serve_decode_shared);
     TELL_FUNCTION(moe_serve_decode_head);
+    TELL_FUNCTION(moe_serve_prompt_step);
     TELL_FUNCTION(moe_serve_norm);
     TELL_FUNCTION(moe_serve_attend);
     TELL_FUNCTION(moe_serve_write_latents);
