@@ -165,8 +165,8 @@ class WholeSteps:
 
 
 def _are_few(batch: ForwardBatch) -> bool:
-    """All tokens are decoded, and they are few."""
-    return batch.num_tokens <= most_tokens() and not batch.prefill_runs
+    """Every sequence decodes one token, without drafts, and they are few."""
+    return batch.num_tokens <= most_tokens() and not batch.prefill_runs and batch.decode_starts is None
 
 
 def _kind(batch: ForwardBatch) -> tuple[bool, int]:

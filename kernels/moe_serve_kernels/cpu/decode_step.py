@@ -4,7 +4,7 @@ Between the short layers of one token, waking threads and asking Python what com
 weights. Here one team of threads runs the whole step, or each layer up to its experts if the caller runs those.
 Float32 activations on weights as they are stored. (llama.cpp's graphs on CPUs; CUDA graphs on GPUs.)
 
-Shape alphabet: T tokens, of which some may share a sequence, H hidden, K choices, V vocabulary, L layers with a router.
+Shape alphabet: T tokens (one per sequence), H hidden, K choices, V vocabulary, L layers with a router.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DecodeStep:
     def _step(self, inputs: DecodeInputs) -> tuple[_Outputs, int]:
         count, hidden = inputs.x.shape
         assert 0 < count <= len(self._outputs)
-        assert len(inputs.page_table) == (count if inputs.starts is None else len(inputs.starts) - 1)
+        assert len(inputs.page_table) == count
         assert hidden == self._model.shape.hidden
         assert inputs.x.dtype == inputs.cos.dtype == inputs.sin.dtype == torch.float32
         tensors = (inputs.x, inputs.cos, inputs.sin, inputs.kv_slots, inputs.page_table, inputs.lengths)
@@ -84,8 +84,6 @@ class DecodeStep:
         step.cos, step.sin = inputs.cos.data_ptr(), inputs.sin.data_ptr()
         step.kv_slots, step.lengths = inputs.kv_slots.data_ptr(), inputs.lengths.data_ptr()
         step.page_table, step.table_width = inputs.page_table.data_ptr(), inputs.page_table.shape[1]
-        step.starts = None if inputs.starts is None else inputs.starts.data_ptr()
-        step.num_sequences = len(inputs.page_table)
         step.x = inputs.x.data_ptr()
         return outputs, ctypes.addressof(step)
 

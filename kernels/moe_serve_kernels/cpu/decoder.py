@@ -101,7 +101,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """The tokens of a step; some may be of one sequence."""
+    """The tokens of a step. With `DecodeStep` each is of another sequence; with `LayerParts` some may be of one."""
 
     x: torch.Tensor
     """[T, H] float32 embedded tokens; becomes what the layers make of them."""
