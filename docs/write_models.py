@@ -54,7 +54,7 @@ def served() -> str:
     """The 25 checkpoints, and whether their twins are served."""
     count = sum(row.twin is not None for row in ROWS)
     lines = [f"{count} of {len(ROWS)} are served.\n", "| Checkpoint | `model_type` | Stored as | Served |"]
-    lines += ["|---|---|---|---|", *(_line(row) for row in ROWS), "", "In other forms:\n"]
+    lines += ["|---|---|---|---|", *(_line(row) for row in ROWS), "", "Further models and forms:\n"]
     lines += ["| Checkpoint | `model_type` | Stored as | Served |", "|---|---|---|---|", *(_line(row) for row in MORE)]
     return "\n".join(lines) + "\n"
 

@@ -45,6 +45,17 @@ def free_bytes(device: torch.device) -> int:
     return min(_available(), *(_left(root, v) for root in _cgroup_roots() for v in CGROUP_VERSIONS))
 
 
+def release_pinned() -> None:
+    """Give pinned host memory that is free again back to the system; torch keeps it otherwise."""
+    if not torch.cuda.is_available():
+        return
+    for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):  # torch 2.12 and newer; 2.11
+        release = getattr(torch._C, name, None)
+        if release is not None:
+            release()
+            return
+
+
 def _available() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

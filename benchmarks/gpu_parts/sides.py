@@ -45,7 +45,7 @@ class Side:
     def __init__(self, folder: Path, name: str, cache_mib: int, **settings: Any) -> None:
         """`name`: of ALL. `cache_mib`: of experts, where there is a cache; KiB in simulation."""
         graphs, cached_by = ALL[name]
-        settings = {"device": str(device()), "enforce_eager": is_simulated() or not graphs} | settings
+        settings = {"device": str(device()), "enforce_eager": not graphs} | settings
         if cached_by:
             settings |= {"moe_cache_mib": cache_mib, "moe_cache_manager": cached_by}
         self._count = 0

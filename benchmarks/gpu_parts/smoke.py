@@ -2,8 +2,8 @@
 
     python -m gpu_parts.smoke mixtral
 
-float32 must give the tokens of transformers' `generate` on the CPU. In bf16, graphs must give the tokens of launches.
-The other ways in bf16 add up in other orders, so only how many tokens are equal is told.
+In float32, launched module by module and in graphs of few launches, the tokens must be those of transformers'
+`generate` on the CPU. In bf16 each way rounds elsewhere, so only how many tokens are equal is told.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def main() -> int:
     lengths, count = ((3,), 2) if is_simulated() else ((9, 30, 17), 16)
     with tempfile.TemporaryDirectory() as name:
         folder = checkpoint(family, Path(name))
-        with lines.row(family=family, side="float32, resident, launched") as row:
-            got = _run(row, folder, "resident, launched", "float32", lengths, count)
-            row["expected"] = _expected(folder, lengths, count)
-            assert got == row["expected"], "other tokens than transformers"
+        expected = _expected(folder, lengths, count)
+        for side in ("resident, launched", "resident, graphs"):
+            with lines.row(family=family, side=f"float32, {side}", expected=expected) as row:
+                got = _run(row, folder, side, "float32", lengths, count)
+                assert got == expected, "other tokens than transformers"
         # The interpreter's bf16 products are wrong; what runs is the same.
         dtype = "float32" if is_simulated() else "bfloat16"
         first: list[list[int]] = []
-        for side in ALL:
+        for side in list(ALL)[2:] if is_simulated() else ALL:
             with lines.row(family=family, side=f"{dtype}, {side}") as row:
                 got = _run(row, folder, side, dtype, lengths, count)
                 first = first or got
                 row["equal_frac"] = _equal_frac(first, got)
-                assert side != "resident, graphs" or got == first, "other tokens than launched"
     return lines.exit_status()
 
 

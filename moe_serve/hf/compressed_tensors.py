@@ -16,6 +16,11 @@ PACKED_WEIGHT = {".weight_packed": "codes", ".weight_scale": "scale", ".weight_z
 NVFP4_GROUP = 16
 FOUR_BIT_FLOATS = {"nvfp4-pack-quantized": NVFP4_GROUP, "mxfp4-pack-quantized": 32}
 """compressed-tensors' format -> columns of a group."""
+MXFP8 = "mxfp8-quantized"
+LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", MXFP8, *FOUR_BIT_FLOATS)
+MIXED = "mixed-precision"
+"""The format of a checkpoint whose groups have formats of their own."""
+MXFP8_GROUP = 32
 GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
 """Of a group of compressed-tensors."""
 WEIGHTS = {
@@ -29,13 +34,21 @@ ANY = re.compile("")
 
 def compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
     fields.object("sparsity_config").choice("format", ("dense",), "dense")
-    known = ("pack-quantized", "int-quantized", "float-quantized", *FOUR_BIT_FLOATS)
-    layout, groups = fields.choice("format", known), _groups(fields)
-    if len(groups) > 1 and layout == "pack-quantized":
-        return _several_groups(groups, float_dtype)
-    if len(groups) != 1:
-        raise fields.unsupported("config_groups", "exactly one group, or several of format pack-quantized")
-    group = groups[0]
+    layout, groups = fields.choice("format", (*LAYOUTS, MIXED)), _groups(fields)
+    if not groups or (layout not in ("pack-quantized", MIXED) and len(groups) > 1):
+        raise fields.unsupported("config_groups", f"exactly one group, or several of format pack-quantized or {MIXED}")
+    if len(groups) == 1 and layout != MIXED:
+        return _of_layout(layout, groups[0], float_dtype)
+    return _several_groups([(_layout_of(group, layout), group) for group in groups], float_dtype)
+
+
+def _layout_of(group: Fields, layout: str) -> str:
+    """A group's own format, in a checkpoint of several."""
+    return str(group.choice("format", LAYOUTS)) if layout == MIXED else layout
+
+
+def _of_layout(layout: str, group: Fields, float_dtype: torch.dtype) -> Scheme:
+    """One group alone."""
     weights = group.object("weights")
     if layout in FOUR_BIT_FLOATS:
         return _four_bit_floats(weights, group.has("input_activations"), FOUR_BIT_FLOATS[layout])
@@ -46,6 +59,14 @@ def compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
         )
         suffixes = {**PACKED_WEIGHT, ".weight_g_idx": "order"}
         return Scheme(_packed(weights, float_dtype), suffixes, promised=promised)
+    return _eight_bits(layout, weights, group.has("input_activations"), float_dtype)
+
+
+def _eight_bits(layout: str, weights: Fields, rounds_activations: bool, float_dtype: torch.dtype) -> Scheme:
+    """A byte per value: int8, fp8, or MXFP8 (e8m0 scales)."""
+    if layout == MXFP8:
+        weights.choice("strategy", ("group",))
+        weights.choice("group_size", (MXFP8_GROUP,))
     weights.choice("type", ("int",) if layout == "int-quantized" else ("float",))
     weights.choice("num_bits", (8,))
     weights.choice("symmetric", (True,))
@@ -56,7 +77,7 @@ def compressed_tensors(fields: Fields, float_dtype: torch.dtype) -> Scheme:
         encoding,
         SCALED_WEIGHT,
         unused=(*Scheme(encoding, {}).unused, ".weight_zero_point"),
-        rounds_activations=group.has("input_activations"),
+        rounds_activations=rounds_activations,
         all_zero=".weight_zero_point",
         symmetric_field=weights.says("symmetric"),
     )
@@ -79,16 +100,21 @@ def _packed(weights: Fields, float_dtype: torch.dtype) -> Encoding:
     return Encoding("packed", kind, zero=1 << (bits - 1), float_dtype=float_dtype, **_strategy(weights))
 
 
-def _several_groups(groups: list[Fields], float_dtype: torch.dtype) -> Scheme:
-    """Whole-number codes that are symmetric, of other bits or groups of columns in some modules."""
+def _several_groups(groups: list[tuple[str, Fields]], float_dtype: torch.dtype) -> Scheme:
+    """Symmetric codes of other bits, formats or groups of columns in some modules; each group has its layout."""
     found: list[tuple[re.Pattern[str], Encoding]] = []
-    for group in groups:
+    suffixes: dict[str, str] = {}
+    rounds = False
+    for layout, group in groups:
         weights = group.object("weights")
         weights.choice("symmetric", (True,), True)
         weights.choice("actorder", (None, "static", "weight"))
-        found += [(target, _packed(weights, float_dtype)) for target in _targets(group)]
+        scheme = _of_layout(layout, group, float_dtype)
+        found += [(target, scheme.encoding) for target in _targets(group)]
+        suffixes |= {end: role for end, role in scheme.suffixes.items() if role != "order"}
+        rounds = rounds or scheme.rounds_activations
     found.sort(key=lambda each: each[0] is ANY)  # a module's name counts for more than its class
-    return Scheme(found[0][1], PACKED_WEIGHT, by_target=tuple(found))
+    return Scheme(found[0][1], suffixes, by_target=tuple(found), rounds_activations=rounds)
 
 
 def _targets(group: Fields) -> list[re.Pattern[str]]:

@@ -16,7 +16,7 @@ from expert_cache.running.compute import ExpertCompute
 from expert_cache.storage.store import ExpertStore
 from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError
-from moe_serve.memory import free_bytes
+from moe_serve.memory import free_bytes, release_pinned
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def gpu_managed_experts(
                 return GpuManagedExperts(store, compute, device)
             except (ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
+            release_pinned()  # what was read before it failed, which the error's frames held until here
         if not is_required:
             log.warning("the host manages the expert cache, not the GPU, because %s", reason)
     else:

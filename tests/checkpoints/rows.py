@@ -379,6 +379,45 @@ ROWS = (
 )
 MORE = (
     Row(
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "llama4",
+        Twin(
+            "llama4",
+            "bf16, vision tower",
+            {
+                **{"torch_dtype": "bfloat16", "use_qk_norm": True, "rope_theta": 500000.0, "attention_bias": False},
+                **{"attn_temperature_tuning": True, "router_jitter_noise": 0.0, "for_llm_compressor": False},
+                "rope_scaling": {
+                    **{"factor": 4.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "rope_type": "llama3"},
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            composite=Composite(
+                "language_model.",
+                {
+                    **{"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]},
+                    **{"boi_token_index": 200080, "image_token_index": 200092, "tie_word_embeddings": False},
+                    "torch_dtype": "bfloat16",
+                },
+                tower="vision_model.",
+            ),
+            end_tokens=(3, 5, 8),
+        ),
+    ),
+    Row(
+        "allenai/OLMoE-1B-7B-0924",
+        "olmoe",
+        Twin(
+            "olmoe",
+            "bf16",
+            {
+                **{"architectures": ["OlmoeForCausalLM"], "torch_dtype": "bfloat16", "clip_qkv": None},
+                **{"norm_topk_prob": False, "rope_scaling": None, "rope_theta": 10000.0, "attention_bias": False},
+                **{"output_router_logits": False, "router_aux_loss_coef": 0.01},
+            },
+        ),
+    ),
+    Row(
         "nvidia/Qwen3-30B-A3B-NVFP4",
         "qwen3_moe",
         Twin(
@@ -407,4 +446,4 @@ MORE = (
         ),
     ),
 )
-"""Further published forms of rows above."""
+"""Further models and forms of the families above."""

@@ -51,7 +51,7 @@ def test_a_published_checkpoint_gives_the_tokens_of_its_twin(row: Row, tmp_path:
     assert tokenizer.decode(tokenizer.render_chat([{"role": "user", "content": "one"}])) == "user: one\n"
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in MORE])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in MORE if row.twin and not row.twin.composite])
 def test_a_tokenizer_needs_no_config_that_transformers_knows(row: Row, tmp_path: Path) -> None:
     assert row.twin is not None
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -90,3 +90,24 @@ def test_nvfp4_experts_beside_fp8_attention(tmp_path: Path) -> None:
     (older / "config.json").write_text(json.dumps(config))
     (older / "hf_quant_config.json").write_text(json.dumps({"quantization": note}))
     assert tokens(greedy(load(older), reference.prompts)) == reference.outputs
+
+
+@pytest.mark.slow
+def test_compressed_tensors_of_two_formats(tmp_path: Path) -> None:
+    """NVFP4 experts beside fp8 attention: each group has a format and names its modules."""
+    (tmp_path / "pair").mkdir()
+    source = write_checkpoint(CASES["qwen3_moe"], tmp_path / "source")
+    forms = {"re:.*self_attn.*": FORMATS["ct-fp8"], "re:.*mlp.experts.*": FORMATS["ct-nvfp4"]}
+
+    def form_of(name: str) -> Format:
+        return forms["re:.*self_attn.*" if "self_attn" in name else "re:.*mlp.experts.*"]
+
+    coded, twin = write_pair(source, tmp_path / "pair", FORMATS["ct-nvfp4"], form_of)
+    groups = {
+        f"group_{n}": {**form.config["config_groups"]["group_0"], "targets": [target], "format": form.config["format"]}
+        for n, (target, form) in enumerate(forms.items())
+    }
+    note = {**FORMATS["ct-nvfp4"].config, "format": "mixed-precision", "config_groups": groups}
+    edit(coded, {"quantization_config": note})
+    reference = compute_reference(twin)
+    assert tokens(greedy(load(coded), reference.prompts)) == reference.outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def test_too_little_host_memory(
     monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
     assert module.gpu_managed_experts(EngineConfig(), store, gpu_compute(store), CPU) is None
     assert "pinned memory" in caplog.text
+
+
+def test_host_memory_of_a_cache_that_failed_is_given_back(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When torch is told to release what is free, nothing holds what had been read any more."""
+    read: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def fail(store: ExpertStore, compute: GpuCompute, device: torch.device) -> None:
+        chunk = torch.empty(8)
+        read.append(weakref.ref(chunk))
+        raise RuntimeError("cudaHostAlloc failed")
+
+    monkeypatch.setattr(module, "GpuManagedExperts", fail)
+    monkeypatch.setattr(module, "release_pinned", lambda: alive.append(read[0]() is not None))
+    assert module.gpu_managed_experts(EngineConfig(), store, gpu_compute(store), CPU) is None
+    assert alive == [False]
 
 
 def test_the_host_when_it_is_asked_for(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
