@@ -72,7 +72,13 @@ def _config_of(folder: str, fields: dict[str, Any]) -> Any:
         fields = {**fields, **family.sets, "model_type": family.same_as}
         config = CONFIG_MAPPING[family.same_as].from_dict(fields)
         setattr(config, FAMILY_NAME, name)
+    _forget_implementations(config)
     return config
+
+
+def _forget_implementations(config: Any) -> None:
+    """A file may name the code that computes attention or experts, which transformers would fetch. Ours does that."""
+    config._attn_implementation = config._experts_implementation = None
 
 
 def scheme_in(folder: str, config: Any) -> Scheme | None:
