@@ -32,11 +32,12 @@ MAY_IMPORT = {
 }
 # Library -> the only modules (with everything below them) that may import it.
 ONLY_IN = {
-    "fastapi": ("moe_serve.server",),
+    "fastapi": ("moe_serve.server", "moe_serve.scale"),
     "pydantic": ("moe_serve.server",),
-    "starlette": ("moe_serve.server",),
+    "starlette": ("moe_serve.server", "moe_serve.scale"),
     "uvicorn": ("moe_serve.server",),
-    "prometheus_client": ("moe_serve.server",),
+    "prometheus_client": ("moe_serve.server", "moe_serve.scale"),
+    "ray": ("moe_serve.scale",),
     "transformers": ("moe_serve",),
     "triton": ("moe_serve_kernels",),
     "torch": ("moe_serve", "expert_cache", "moe_serve_kernels", "predictors.methods"),
@@ -207,7 +208,7 @@ def _declared() -> set[str]:
         *project["dependencies"],
         *(
             line
-            for name in ("gpu", "distributed", "plot", "otel", "sentencepiece", "tiktoken")
+            for name in ("gpu", "distributed", "plot", "otel", "ray", "sentencepiece", "tiktoken")
             for line in extras[name]
         ),
     ]

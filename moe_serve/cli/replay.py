@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         type=float,
         nargs="+",
         default=[12.5, 25.0, 50.0],
-        help="Slots as a share of all experts. Default: 12.5 25 50.",
+        help="Slots in percent of all experts, from 1 to 100. Default: 12.5 25 50.",
     )
     parser.add_argument(
         "--policies",
@@ -99,8 +99,8 @@ Tables = list[tuple[float, "list[Row]"]]
 def _check(args: argparse.Namespace) -> None:
     """Mistakes that a long replay should not end in."""
     for percent in args.capacity:
-        if not 0 < percent <= 100:
-            raise ConfigError(f"--capacity {percent:g}: give percentages above 0 and up to 100")
+        if not 1 <= percent <= 100:
+            raise ConfigError(f"--capacity {percent:g}: give percentages from 1 to 100, as 25 for a quarter")
     if args.limit_tokens is not None and args.limit_tokens < 1:
         raise ConfigError(f"--limit-tokens {args.limit_tokens}: give 1 or more")
     if args.concurrency < 1:

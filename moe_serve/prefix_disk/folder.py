@@ -1,6 +1,7 @@
 """PrefixFolder: the files of one model's cached prefixes, within a budget of bytes; the least recently used go first.
 
-Only files with names of this cache, below a folder named after the model's fingerprint, are read, counted or removed.
+The budget includes what other models, or this one with other settings, have left in the same folder. Only files with
+names of this cache, below folders named after fingerprints, are read, counted or removed.
 Methods may be called from several threads. Knows files and bytes; knows no pages and no tensors.
 """
 
@@ -10,20 +11,17 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 from moe_serve.prefix_disk.files import HEADER, DamagedFileError, ForeignFileError, Kind, Label, check, header
+from moe_serve.prefix_disk.other_folders import Key, OtherFolders, cache_files, key_of
 from moe_serve.scheduling.stats import DiskTotals
 from moe_serve_base.whole_files import OutputError, whole_file
 
 log = logging.getLogger(__name__)
-
-NAME = re.compile(r"(?P<digest>[0-9a-f]{32})\.(?P<kind>page|state)")
-Key = tuple[Kind, bytes]
 
 
 class PrefixFolder:
@@ -40,18 +38,13 @@ class PrefixFolder:
         self._sizes: OrderedDict[Key, int] = OrderedDict(self._listed())
         """Bytes of each file, least recently used first."""
         self.totals.num_bytes = sum(self._sizes.values())
+        self._others = OtherFolders(folder, self.path)
         self._is_full = False
         self._make_room(0)
 
     def _listed(self) -> list[tuple[Key, int]]:
-        found = []
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                match = NAME.fullmatch(entry.name)
-                if match is not None and entry.is_file(follow_symlinks=False):
-                    key = (Kind[match["kind"].upper()], bytes.fromhex(match["digest"]))
-                    found.append((entry.stat().st_mtime_ns, key, entry.stat().st_size))
-        return [(key, size) for _, key, size in sorted(found)]
+        found = sorted(cache_files(self.path))
+        return [(key_of(path.name), size) for _, path, size in found]
 
     def has(self, kind: Kind, digest: bytes) -> bool:
         return (kind, digest) in self._sizes
@@ -122,7 +115,8 @@ class PrefixFolder:
             self.totals.num_bytes -= self._sizes.pop((kind, digest), 0)
 
     def _make_room(self, size: int) -> None:
-        """Remove files until `size` more bytes fit."""
+        """Remove files until `size` more bytes fit; those of other models first, because no sequence here uses them."""
+        self._others.shrink(self._budget_bytes - self.totals.num_bytes - size)
         while self._sizes and self.totals.num_bytes + size > self._budget_bytes:
             key, freed = self._sizes.popitem(last=False)
             self.totals.num_bytes -= freed

@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": 0.3,
     "tune": 0.3,
     "launch": 0.3,
+    "scale": 0.3,
     "completion": 0.3,
 }
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "fastapi", "pydantic", "httpx", "uvicorn"}
@@ -64,7 +65,7 @@ def test_the_listing_is_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     listed = re.findall(r"^    (\w+)(?= |$)", capsys.readouterr().out, re.MULTILINE)
     assert listed == [
         *("batch", "bench", "chat", "completion", "doctor", "generate", "launch", "pack", "plan", "predictor"),
-        *("quantize", "replay", "serve", "trace", "tune"),
+        *("quantize", "replay", "scale", "serve", "trace", "tune"),
     ]
 
 

@@ -159,6 +159,10 @@ MISTAKES = {
     "two models": (["{dir}/a.npz", "{dir}/other.npz"], "other.npz: n_experts: 9, but 8"),
     "a profile of another model": (["{dir}/a.npz", "--profile", "{dir}/other.npz"], "other.npz: n_experts"),
     "no capacity": (["{dir}/a.npz", "--capacity", "0"], "--capacity 0: give percentages"),
+    "a share for a percentage": (
+        ["{dir}/a.npz", "--capacity", "0.25"],
+        "--capacity 0.25: give percentages from 1 to 100",
+    ),
     "too much capacity": (["{dir}/a.npz", "--capacity", "101"], "--capacity 101"),
     "no concurrency": (["{dir}/a.npz", "--concurrency", "0"], "--concurrency 0"),
     "no tokens": (["{dir}/a.npz", "--limit-tokens", "0"], "--limit-tokens 0"),

@@ -51,12 +51,43 @@ def test_a_new_process_finds_what_was_written(tmp_path: Path) -> None:
     assert not again.has(Kind.STATE, digest(1))
 
 
-def test_another_models_files_are_neither_found_nor_removed(tmp_path: Path) -> None:
+def test_another_models_files_are_not_found_and_stay_within_the_budget(tmp_path: Path) -> None:
     fill(opened(tmp_path), 1)
-    other = opened(tmp_path, OTHER, files=1)
+    other = opened(tmp_path, OTHER)
     fill(other, 2, 3)
     assert not other.has(Kind.PAGE, digest(1))
     assert read(opened(tmp_path), 1) == PAYLOAD
+
+
+def test_the_budget_is_that_of_all_models_and_the_oldest_of_others_go_first(tmp_path: Path) -> None:
+    old = opened(tmp_path, b"a" * 16)
+    fill(old, 1)
+    older = opened(tmp_path)
+    fill(older, 1, 2)
+    for number, seconds in ((1, 100), (2, 300)):
+        os.utime(file_of(older, number), (seconds, seconds))
+    os.utime(file_of(old, 1), (200, 200))
+    new = opened(tmp_path, OTHER, files=4)
+    fill(new, 1)
+    fill(new, 2)
+    assert not file_of(older, 1).exists()
+    fill(new, 3)
+    assert not old.path.exists()
+    assert file_of(older, 2).exists()
+    fill(new, 4, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.path.name]
+    assert new.totals.num_bytes == 4 * FILE_BYTES
+    assert not new.has(Kind.PAGE, digest(1))
+
+
+def test_what_is_not_of_this_cache_stays(tmp_path: Path) -> None:
+    fill(opened(tmp_path), 1)
+    kept = [tmp_path / "notes" / file_of(opened(tmp_path), 1).name, opened(tmp_path).path / "note.txt"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(PAYLOAD)
+    fill(opened(tmp_path, OTHER, files=1), 1, 2)
+    assert [path.exists() for path in kept] == [True, True]
 
 
 def test_only_the_owner_may_read(tmp_path: Path) -> None:

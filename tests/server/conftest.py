@@ -24,8 +24,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expert_cache.report import ExpertReport, ExpertTotals, Residency
-from moe_serve.config import EngineConfig
+from moe_serve.cli.flags import default_model
+from moe_serve.config import EngineConfig, ServerConfig
 from moe_serve.engine.async_engine import AsyncEngine
+from moe_serve.engine.engine import Engine
 from moe_serve.engine.trouble import Trouble
 from moe_serve.errors import ContextTooLongError, InvalidRequestError, MoEServeError
 from moe_serve.expert_routes.route_recorder import RouteObserver
@@ -34,6 +36,7 @@ from moe_serve.scheduling.finish import FinishedStats, FinishReason
 from moe_serve.scheduling.sequence import Request, SampleOutput, TokenLogprob
 from moe_serve.scheduling.stats import EngineLoad, StatsObserver, StepStats
 from moe_serve.server.app import create_app
+from moe_serve.server.transport.guard import guard
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.tokenizer import Tokenizer
 from predictors.predictor import RouterShape
@@ -380,7 +383,7 @@ def served(make: Make) -> Served:
 
 
 @contextmanager
-def live_server(app: FastAPI) -> Iterator[str]:
+def live_server(app: Any) -> Iterator[str]:
     """A real uvicorn on a free port; gives its URL."""
     server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=2))
     with socket.socket() as listener:
@@ -446,3 +449,13 @@ def claude(hermes: Model) -> Iterator[anthropic.Anthropic]:
     url = str(hermes.client.base_url).removesuffix("/v1/")
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def demo_url() -> Iterator[str]:
+    """A server of the demo model: weights, template and tokenizer are real."""
+    settings = {"model": default_model(), "num_kv_pages": 512, "num_threads": 1, "device": "cpu"}
+    engine = Engine.from_config(EngineConfig.from_dict(settings))
+    app = guard(create_app(AsyncEngine(engine), engine.tokenizer, model_name="gpt-5.2"), ServerConfig(), frozenset())
+    with live_server(app) as url:
+        yield url

@@ -250,8 +250,8 @@ def test_wrong_methods_and_bodies_keep_the_shape(served: Any) -> None:
 
 
 def test_the_demo_model_answers() -> None:
-    """Weights, template and tokenizer that are real; no tools in its template."""
-    settings = {"model": default_model(), "max_model_len": 256, "num_kv_pages": 32, "num_threads": 1, "device": "cpu"}
+    """Weights, template and tokenizer that are real."""
+    settings = {"model": default_model(), "max_model_len": 512, "num_kv_pages": 64, "num_threads": 1, "device": "cpu"}
     engine = Engine.from_config(EngineConfig.from_dict(settings))
     body: dict[str, Any] = {"max_tokens": 12, "system": "Be short.", "messages": ASK, "extra_body": {"temperature": 0}}
     with (
@@ -261,4 +261,9 @@ def test_the_demo_model_answers() -> None:
         whole, (message, _) = ask(client, **body), streamed(client, **body)
         assert whole.content[0].text == message.content[0].text != ""
         assert message.usage.cache_read_input_tokens + message.usage.input_tokens == whole.usage.input_tokens
+        assert ask(client, tools=[WEATHER], **body).usage.input_tokens > whole.usage.input_tokens
+
+
+def test_tools_that_the_model_cannot_see_are_refused(bare: Model) -> None:
+    with anthropic.Anthropic(base_url=str(bare.client.base_url).removesuffix("/v1/"), api_key="none") as client:
         assert "tool calls" in refused(lambda: ask(client, tools=[WEATHER]))

@@ -26,7 +26,7 @@ async def until(condition: Callable[[], object]) -> None:
 class Visitor:
     """A client at the level of ASGI, which can hang up at any moment."""
 
-    def __init__(self, app: Any, body: dict[str, Any]) -> None:
+    def __init__(self, app: Any, body: dict[str, Any], path: str = PATH) -> None:
         self.received = b""
         self._body: dict[str, Any] | None = {"type": "http.request", "body": json.dumps(body).encode()}
         self._gone = asyncio.Event()
@@ -34,7 +34,7 @@ class Visitor:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "method": "POST",
-            "path": PATH,
+            "path": path,
         }
         scope |= {"query_string": b"", "headers": [], "server": ("test", 80), "scheme": "http", "http_version": "1.1"}
         self.task = asyncio.create_task(app(scope, self._receive, self._send))

@@ -65,7 +65,10 @@ def test_who_says_nothing_is_refused(served: Any, role: str, message: dict[str, 
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
-def test_a_turn_that_only_calls_has_empty_content(demo: Tokenizer, content: dict[str, Any]) -> None:
+def test_a_turn_that_only_calls_has_empty_content(content: dict[str, Any]) -> None:
+    """Through a template that adds to the content of each message, and shows no calls."""
+    demo = Tokenizer.from_path(str(MODEL))
+    demo.hf.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '|' }}{% endfor %}"
     called = {"role": "assistant", "tool_calls": [CALL], **content}
     got = prompt(demo, USER, called, {"role": "tool", "tool_call_id": "a", "content": "5"})
     assert got == prompt(demo, USER, {"role": "assistant", "content": ""}, {"role": "tool", "content": "5"})

@@ -18,7 +18,7 @@ from moe_serve.errors import MoEServeError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, SampleOutput
 from moe_serve.server.endpoints import chat
-from moe_serve.server.endpoints.answers import generation
+from moe_serve.server.endpoints.answers import generation, sse
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger
 from moe_serve.server.endpoints.answers.message_blocks import ContentBlocks, Event
 from moe_serve.server.endpoints.bodies import unsupported_fields
@@ -44,6 +44,8 @@ from moe_serve.text.tokenizer import Tokenizer
 
 router = APIRouter()
 
+PING = {"type": "ping"}
+
 
 class CountTokensBody(Body, CommonFields):
     """POST /v1/messages/count_tokens, and what it has in common with /v1/messages."""
@@ -51,8 +53,8 @@ class CountTokensBody(Body, CommonFields):
     model: str | None = None
     """The served model's name or path. A name that begins with `claude` stands for it too: agents ask by such names."""
     messages: Annotated[JsonList[dict[str, Any]], Field(min_length=1)]
-    """Turns of user and assistant: text, tool_use, tool_result and thinking blocks. A last turn of the assistant is
-    continued."""
+    """Turns of user and assistant: text, tool_use, tool_result and thinking blocks. Turns of system before the first
+    answer are added to `system`. A last turn of the assistant is continued."""
     system: str | JsonList[dict[str, Any]] | None = None
     """Text, or text blocks."""
     tools: JsonList[Tool] | None = None
@@ -158,8 +160,9 @@ async def create_message(
         merger = AnswerMerger([plan.request])
         shape = MessageShape(body, plan, service.model_name, service.tokenizer, merger)
         events = generation.named_events(service, http, merger, shape) if body.stream else None
-        answer = await generation.answer(service, http, merger, shape.whole, events)
+        answer = await generation.answer(service, http, merger, shape.whole, events, shape.ping)
     generation.name_ignored_tools(answer, ignored_tools(body.tools))
+    answer.headers["request-id"] = request_id  # Anthropic's name of it
     return answer
 
 
@@ -186,6 +189,8 @@ def _within_context(plan: ChatPlan, service: TheService) -> ChatPlan:
 class MessageShape:
     """The JSON of one message, whole or as events."""
 
+    ping = sse.named_events([PING])
+
     def __init__(
         self, body: MessagesBody, plan: ChatPlan, model: str, tokenizer: Tokenizer, merger: AnswerMerger
     ) -> None:
@@ -210,9 +215,11 @@ class MessageShape:
         return self._message(self._blocks.content) | ending | {"usage": self._usage()}
 
     def begin(self) -> Iterator[Event]:
-        """Before the first output."""
-        yield {"type": "message_start", "message": self._message([])}
-        yield {"type": "ping"}
+        """Before the first output, or in the middle of a long prompt: its tokens are known."""
+        tokens = {"input_tokens": len(self._request.prompt_token_ids)} if not self._merger.usage.prompt_tokens else {}
+        message = self._message([])
+        yield {"type": "message_start", "message": message | {"usage": message["usage"] | tokens}}
+        yield PING
 
     def feed(self, output: SampleOutput) -> Iterator[Event]:
         """What a step's output shows, and with the last one how the message ended."""

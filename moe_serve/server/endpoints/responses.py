@@ -19,7 +19,7 @@ from moe_serve.errors import InvalidRequestError, MoEServeError
 from moe_serve.scheduling.finish import FinishReason
 from moe_serve.scheduling.sequence import Completion, SampleOutput, TokenLogprob
 from moe_serve.server.endpoints import chat
-from moe_serve.server.endpoints.answers import generation
+from moe_serve.server.endpoints.answers import generation, sse
 from moe_serve.server.endpoints.answers.answer_merger import AnswerMerger, json_logprob
 from moe_serve.server.endpoints.answers.response_store import ResponseStore
 from moe_serve.server.endpoints.answers.responses_items import Event, OutputItems
@@ -152,13 +152,15 @@ async def create_response(
             items = body.items(before)
             shape.keep = lambda response: responses.keep(owner, response, items)
         events = generation.named_events(service, http, merger, shape) if body.stream else None
-        answer = await generation.answer(service, http, merger, shape.whole, events)
+        answer = await generation.answer(service, http, merger, shape.whole, events, shape.ping)
     generation.name_ignored_tools(answer, ignored_tools(body.tools))
     return answer
 
 
 class ResponseShape:
     """The JSON of one response, whole or as events."""
+
+    ping = sse.COMMENT
 
     def __init__(
         self, body: ResponsesBody, plan: ChatPlan, model: str, tokenizer: Tokenizer, merger: AnswerMerger

@@ -63,13 +63,17 @@ def error_response(error: MoEServeError, path: str, headers: Mapping[str, str] =
 
 
 def error_body(error: MoEServeError, path: str = "") -> dict[str, Any]:
-    """The JSON object that the clients of `path` expect; OpenAI's where none is given."""
+    """The JSON object that the clients of `path` expect; OpenAI's where none is given. The tool runner of Anthropic's
+    client asks for a thread at first. By the details of the refusal it knows to send whole conversations."""
     if not is_anthropic(path):
         return body_of(error.message, error.error_type, getattr(error, "param", None), error.http_status)
     kind = "overloaded_error" if isinstance(error, OverloadedError) else _anthropic_type(error.http_status)
     # Agents make room in the conversation when they read these words.
     told = "prompt is too long: " if isinstance(error, ContextTooLongError) else ""
-    return _anthropic_body(kind, told + error.message)
+    body = _anthropic_body(kind, told + error.message)
+    if getattr(error, "param", None) == "thread":
+        body["error"]["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return body
 
 
 def body_of(message: str, error_type: str, param: str | None, code: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Knows uvicorn and the settings; what is behind the door comes from `load`.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -34,7 +33,7 @@ def serve_until_told(
     server = DrainingServer(
         _uvicorn_config(guard(door, config, keys), config), door, config.shutdown_timeout_s, config.supervisor
     )
-    sys.setswitchinterval(float(os.environ.get("SWITCH", SWITCH_S)))
+    sys.setswitchinterval(SWITCH_S)
     asyncio.run(server.serve(sockets=[bound]))
     return door
 

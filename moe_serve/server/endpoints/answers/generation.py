@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
@@ -28,6 +28,8 @@ from moe_serve.server.monitoring import request_log
 from moe_serve.server.monitoring.access_log import given_id
 from moe_serve.server.transport import http_errors
 
+T = TypeVar("T")
+
 
 class Shapes(Protocol):
     """OpenAI's JSON of one answer that is streamed in chunks."""
@@ -39,6 +41,9 @@ class Shapes(Protocol):
 
 class EventShapes(Protocol):
     """One answer that is streamed as events with names; each has a `type`."""
+
+    ping: bytes
+    """What is sent after a silence."""
 
     def begin(self) -> Iterable[dict[str, Any]]: ...
     def feed(self, output: SampleOutput) -> Iterable[dict[str, Any]]: ...
@@ -62,8 +67,10 @@ async def answer(
     merger: AnswerMerger,
     whole: Callable[[Sequence[Completion]], dict[str, Any]],
     events: AsyncGenerator[bytes] | None,
+    ping: bytes = b"",
 ) -> Response:
-    """Run a body's requests. `whole` shapes the answer, unless it is to be the stream `events`."""
+    """Run a body's requests. `whole` shapes the answer, unless it is to be the stream `events`, with a `ping` after
+    each silence."""
     await asyncio.sleep(0)  # a connection's end that came with the request is known then
     _tell_clients_apart(merger, http)
     for request in merger.requests:  # refuse the whole body before any part of it runs
@@ -77,12 +84,12 @@ async def answer(
         if events is None:
             choices = await unless_disconnected(http, collect(service.engine, merger))
             return await _whole_answer(service, merger, choices, whole, headers)
-        # Wait for the first output: until then an overload or a dead engine is still an HTTP status.
+        # Wait for the first event: until then an overload or a dead engine is still an HTTP status.
         first = await unless_disconnected(http, anext(events))
     except (OverloadedError, TooManyRequestsError, EngineDeadError) as error:
         service.metrics.on_rejected(error.error_type.removesuffix("_error"))
         raise
-    return sse.EventStream(first, events, headers)
+    return sse.EventStream(first, events, headers, ping)
 
 
 async def _whole_answer(
@@ -154,19 +161,20 @@ def name_ignored_tools(answer: Response, tools: Sequence[str]) -> None:
 async def named_events(
     service: TheService, http: HttpRequest, merger: AnswerMerger, shapes: EventShapes
 ) -> AsyncGenerator[bytes]:
-    """SSE bytes of one answer. Errors before the first output raise; later ones become the events of `fail`."""
-    started = False
-    num_scores = 0
+    """SSE bytes of one answer, its beginning after sse.SILENCE_S at the latest. Errors before that raise; later ones
+    become the events of `fail`."""
+    started, num_scores = False, 0
     try:
-        async with aclosing(stream(service.engine, merger)) as outputs:
-            async for _, output in outputs:
-                if output.error is not None:
-                    raise output.error
+        async with aclosing(stream(service.engine, merger)) as items, aclosing(_with_silence(items)) as outputs:
+            async for item in outputs:
+                if item is not None and item[1].error is not None:
+                    raise item[1].error
                 head = [] if started else list(shapes.begin())
                 started = True
-                num_scores += merger.num_scores(output)  # the last event repeats those of all before it
-                fed = partial(_fed, shapes, output)
-                feed = fed() if output.finish_reason is None else await service.preparation.shape(num_scores, fed)
+                feed: list[dict[str, Any]] = []
+                if item is not None:
+                    num_scores += merger.num_scores(item[1])
+                    feed = await _feed(service, shapes, item[1], num_scores)
                 if events := [*head, *feed]:
                     yield sse.named_events(events)
     except MoEServeError as error:
@@ -174,6 +182,29 @@ async def named_events(
             raise
         merger.error_type = error.error_type
         yield sse.named_events(shapes.fail(error, http_errors.error_body(error, http.url.path)))
+
+
+async def _with_silence(items: AsyncGenerator[T]) -> AsyncGenerator[T | None]:
+    """The items, and None before the first one if it takes longer than sse.SILENCE_S."""
+    first = asyncio.ensure_future(anext(items))
+    try:
+        await asyncio.wait((first,), timeout=sse.SILENCE_S)
+        if not first.done():
+            yield None
+        yield await first
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    async for item in items:
+        yield item
+
+
+async def _feed(
+    service: TheService, shapes: EventShapes, output: SampleOutput, num_scores: int
+) -> list[dict[str, Any]]:
+    """`num_scores`: of all outputs so far, because the last event repeats those before it."""
+    fed = partial(_fed, shapes, output)
+    return fed() if output.finish_reason is None else await service.preparation.shape(num_scores, fed)
 
 
 def _fed(shapes: EventShapes, output: SampleOutput) -> list[dict[str, Any]]:

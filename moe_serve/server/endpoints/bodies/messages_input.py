@@ -22,12 +22,19 @@ Block = Mapping[str, Any]
 
 def messages_of(given: Sequence[Block], system: str | Sequence[Block] | None) -> list[Message]:
     """The conversation, for a chat template. InvalidRequestError names `messages` or `system`, and the block."""
-    messages: list[Message] = []
-    if system is not None and (text := _joined(system, "system", "\n\n")):
-        messages.append({"role": "system", "content": text})
-    for index, message in enumerate(given):
-        messages += _turn(message, f"messages[{index}]")
-    return messages
+    turns = [turn for index, message in enumerate(given) for turn in _turn(message, f"messages[{index}]")]
+    first = [] if system is None else [_joined(system, "system", "\n\n")]
+    begun = next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
+    return [*_before_any_answer(first, turns[:begun]), *turns[begun:]]
+
+
+def _before_any_answer(system: list[str], turns: Sequence[Message]) -> list[Message]:
+    """The system's turns among them join `system`: chat templates take one system message, and first. Claude Code sends
+    a second one behind the user's first turn."""
+    texts = [*system, *(turn["content"] for turn in turns if turn["role"] == "system")]
+    text = "\n\n".join(filter(None, texts))
+    others = [turn for turn in turns if turn["role"] != "system"]
+    return [{"role": "system", "content": text}, *others] if text else others
 
 
 def is_prefill(messages: Sequence[Message]) -> bool:
