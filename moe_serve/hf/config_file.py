@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from moe_serve.config.model_folder import read_config_json, read_object, refuse_mlx
 from moe_serve.errors import CheckpointError, ConfigError, MoEServeError, one_line
-from moe_serve.hf.composites import text_config_of
+from moe_serve.hf.composites import HOLDS_TEXT, text_config_of
 from moe_serve.hf.families import family_in
 from moe_serve.hf.family import FAMILY_NAME, find
 from moe_serve.hf.quantization_scheme import modelopt_scheme, scheme_of
@@ -65,7 +65,7 @@ def _config_of(folder: str, fields: dict[str, Any]) -> Any:
     name = family_in(fields) or str(fields.get("model_type"))
     family = find(name)  # before AutoConfig, whose error would list none of ours
     refuse_wrong_fields(fields, f"{folder}/config.json")
-    if family.same_as is None or "text_config" in fields:
+    if family.same_as is None or any(name in fields for name in HOLDS_TEXT):
         config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         fields = config.to_dict()
     if family.same_as is not None:
