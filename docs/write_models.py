@@ -63,6 +63,7 @@ def _line(row: Row) -> str:
     if row.twin is not None:
         return f"| {row.name} | {row.model_type} | {row.twin.stored} | yes |"
     why = f"needs {MISSING[row.model_type]}" if row.model_type in MISSING else "not in transformers 5.23"
+    why = row.lacks or why
     return f"| {row.name} | {row.model_type} | | no: {why} |"
 
 

@@ -72,6 +72,11 @@ def test_the_readme_lists_each_family_by_how_it_decodes() -> None:
     assert all(f" {name}," in README or f" {name} |" in README for name in family_names())
 
 
+def test_the_page_of_families_is_of_today() -> None:
+    writer = docs_script("write_families")
+    assert writer.page() == (ROOT / "docs" / "families.md").read_text(), "run: python docs/write_families.py"
+
+
 def test_the_site_lists_every_page() -> None:
     """mkdocs itself would only say so when the site is built."""
     listed = re.findall(r"([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text())

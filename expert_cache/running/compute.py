@@ -37,7 +37,7 @@ class ExpertCompute:
     @property
     def runs_layers(self) -> bool:
         """Whether whole layers can be run at once where their experts are all in place (expert_layer.py)."""
-        is_ours = self._dtype in (torch.float32, torch.bfloat16)
+        is_ours = self._dtype in (torch.float32, torch.bfloat16) and native.has_function(self.activation)
         return is_ours and expert_layer.is_available(self._device, torch.float32)
 
     @property
@@ -49,6 +49,7 @@ class ExpertCompute:
         """Done once for each expert that comes in: the form that `run` takes."""
         rows = (weights.gate, weights.up, weights.down)
         available = native.is_available(self._device, native.weight_kind(weights.gate), torch.float32)
+        available = available and native.has_function(self.activation)
         if not available or not native.are_readable(rows) or self._matrix_tokens == 0:
             return weights
         return MLPWeights(*rows, weights.gate_bias, weights.up_bias, weights.down_bias, rounds=self._rounds)
@@ -82,13 +83,22 @@ class ExpertCompute:
                     x, tokens, [(start, end)], [_readable_copy(expert, self._rounds)], self.activation, out
                 )
             else:
-                out[start:end] = self._in_torch(hidden.index_select(0, tokens[start:end]), expert)
+                for rows in self._rows_at_once(start, end):
+                    out[rows] = self._in_torch(hidden.index_select(0, tokens[rows]), expert)
         native.expert_mlp(x, tokens, fused_segments, fused_weights, self.activation, out)
+
+    def _rows_at_once(self, start: int, end: int) -> list[slice]:
+        """Where only the activation is unknown to the kernels, a row at a time: torch's sums depend on how many there
+        are."""
+        if self._device.type != "cpu" or native.has_function(self.activation):
+            return [slice(start, end)]
+        return [slice(row, row + 1) for row in range(start, end)]
 
     @property
     def _runs_copies(self) -> bool:
         """Whether the kernel also runs what it cannot read: torch's sums depend on how many tokens there are."""
-        available = native.is_available(self._device, "float32", torch.float32)
+        known = native.has_function(self.activation)
+        available = known and native.is_available(self._device, "float32", torch.float32)
         return self._dtype in (torch.float32, torch.bfloat16) and available
 
     def start(

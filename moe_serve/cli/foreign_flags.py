@@ -37,8 +37,6 @@ HINTS: Mapping[str, str] = MappingProxyType(
         "--revision": _DOWNLOAD,
         "--hf-token": _DOWNLOAD,
         "--enable-auto-tool-choice": _TOOLS,
-        "--tool-call-parser": _TOOLS,
-        "--reasoning-parser": "reasoning needs no flag; it is read from the chat template",
         "--speculative-config": "speculative decoding is not implemented",
         "--ssl-keyfile": _TLS,
         "--ssl-certfile": _TLS,

@@ -3,7 +3,8 @@
     EngineConfig            model, device, batching
     ├── kv: KVConfig            memory for keys and values
     ├── experts: ExpertCacheConfig  which experts are where
-    └── queue: QueueConfig      who may wait, and for how long
+    ├── queue: QueueConfig      who may wait, and for how long
+    └── speculation: SpeculationConfig  guesses of next tokens
     ServerConfig            HTTP
     ParallelConfig          several devices
 
@@ -20,6 +21,7 @@ from moe_serve.config.parallel import ParallelConfig
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.server import ServerConfig
 from moe_serve.config.settings import Settings, flag_name, option
+from moe_serve.config.speculation import SpeculationConfig
 
 __all__ = [
     "EngineConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "QueueConfig",
     "ServerConfig",
     "Settings",
+    "SpeculationConfig",
     "flag_name",
     "option",
 ]

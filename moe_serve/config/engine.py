@@ -10,6 +10,7 @@ from moe_serve.config.kv import HEADING as BATCHING
 from moe_serve.config.kv import KVConfig
 from moe_serve.config.queue import QueueConfig
 from moe_serve.config.settings import Settings, changed_settings, option
+from moe_serve.config.speculation import SpeculationConfig
 from moe_serve.errors import ConfigError
 
 
@@ -89,6 +90,7 @@ class EngineConfig(Settings):
     kv: KVConfig = field(default_factory=KVConfig)
     experts: ExpertCacheConfig = field(default_factory=ExpertCacheConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def check(self) -> None:
         if self.expert_aware_batching == "on" and self.max_num_batched_seqs is None:
@@ -106,4 +108,4 @@ class EngineConfig(Settings):
         for name in ("max_skipped_steps", "expert_aware_batching"):
             if name in given and self.max_num_batched_seqs is None:
                 return f"{given[name].flag} has no effect without --max-num-batched-seqs"
-        return self.kv.no_effect() or self.experts.no_effect()
+        return self.kv.no_effect() or self.experts.no_effect() or self.speculation.no_effect()

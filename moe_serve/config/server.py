@@ -74,6 +74,18 @@ class ServerConfig(Settings):
         "Keep a small parent process that starts the server again after a signal such as SIGSEGV has ended it. Several"
         " ranks have a supervision of their own.",
     )
+    tool_call_parser: str | None = option(
+        None,
+        "Format in which the model writes tool calls, under vLLM's name, such as hermes. Default: the tokenizer's"
+        " response_template or chat template tells.",
+        metavar="NAME",
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "Format in which the model writes reasoning, under vLLM's name, such as deepseek_r1. Default: as for"
+        " --tool-call-parser.",
+        metavar="NAME",
+    )
     log_format: str = option("text", "Format of log lines. json: one object per line.", ("text", "json"), heading=LOGS)
     log_requests: bool = option(
         False, "Log prompts and sampling parameters. They are never logged otherwise.", heading=LOGS

@@ -6,6 +6,7 @@ text. Single-threaded: moe_serve/engine/async_engine.py runs it on a worker thre
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -36,10 +37,13 @@ from moe_serve.scheduling.sequence import Request, SampleOutput, Sequence
 from moe_serve.scheduling.stats import EngineLoad, StatsObserver
 from moe_serve.scheduling.step_draft import SchedulerLimits
 from moe_serve.spec import ModelSpec
+from moe_serve.speculation.speculator import Speculator
 from moe_serve.text.detokenizer import IncrementalDetokenizer
 from moe_serve.text.generation_defaults import eos_token_ids as read_eos_token_ids
 from moe_serve.text.tokenizer import Tokenizer
 from predictors.predictor import RouterShape
+
+log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -79,6 +83,17 @@ class Engine:
         self._detokenizers: dict[Sequence, IncrementalDetokenizer] = {}
         self._arrivals: Arrivals | None = None
         self._choose_batches_by_experts()
+        self._speculator = self._new_speculator()
+
+    def _new_speculator(self) -> Speculator | None:
+        """Have next tokens guessed where settings ask for it and states need not be rolled back."""
+        if not self.config.speculation.is_on:
+            return None
+        if self.scheduler.limits.state_block is not None:
+            log.warning("--speculative-method is off: states of recurrent layers cannot be rolled back")
+            return None
+        speculator = self.scheduler.drafter = Speculator(self.config.speculation)
+        return speculator
 
     @staticmethod
     def from_config(config: EngineConfig) -> Engine:
@@ -191,7 +206,7 @@ class Engine:
     def _fail(self, seq: Sequence, error: MoEServeError) -> SampleOutput:
         self._end(seq, FinishReason.ERROR)
         self._forget(seq)
-        return output_of(seq, "", 0, error)
+        return output_of(seq, "", error)
 
     def _report_load(self) -> None:
         if self.observer is not None:
@@ -249,6 +264,7 @@ class Engine:
         if self._arrivals is not None:
             self._queue(self._arrivals.landed(is_idle=not self.scheduler.has_work()))
         recorder = StepRecorder(self.runner.experts, self.observer)
+        start = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan.is_empty:
             return []
@@ -256,6 +272,8 @@ class Engine:
         result = self.runner.run(plan)
         now = time.monotonic()
         advanced = self.scheduler.update(plan, result)
+        if self._speculator is not None:
+            self._speculator.learn(plan, time.perf_counter() - start)
         recorder.stamp(advanced, now)
         if result.routes is not None:
             for observer in self._route_observers:
@@ -267,12 +285,13 @@ class Engine:
         return outputs
 
     def _emit(self, seq: Sequence) -> SampleOutput:
-        """Text of the newest token; may end the sequence at a stop string."""
+        """Text of the newest tokens; may end the sequence at a stop string."""
         if not seq.num_generated:  # only the prompt was wanted
             self._forget(seq)
-            return output_of(seq, "", 0)
+            return output_of(seq, "")
         detokenizer = self._detokenizers[seq]
-        text, stop = detokenizer.push(seq.token_ids[-1:])
+        text, stop, starts = detokenizer.push_each(seq.token_ids[-seq.num_new :])
+        seq.drop_newest(seq.num_new - len(starts))
         if stop is not None:
             if seq.is_finished:
                 seq.finish_reason, seq.stop_reason = FinishReason.STOP, stop
@@ -280,7 +299,7 @@ class Engine:
                 self._end(seq, FinishReason.STOP, stop)
         elif seq.is_finished:
             text += detokenizer.flush()
-        output = output_of(seq, text, 1, start=detokenizer.token_start)
+        output = output_of(seq, text, starts=starts)
         if seq.is_finished:
             self._forget(seq)
         return output

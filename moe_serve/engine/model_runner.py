@@ -6,7 +6,7 @@ The middle of plan, run, apply. Knows nothing of queues, requests or HTTP.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +27,8 @@ from moe_serve.hf.loading import LoadedModel
 from moe_serve.hf.routers import find_routers
 from moe_serve.hf.whole_steps import WholeSteps
 from moe_serve.prefix_disk.open import PrefixFacts
-from moe_serve.scheduling.batch_plan import BatchPlan, StepError, StepResult, StepRoutes
+from moe_serve.scheduling.batch_plan import BatchPlan, DraftedPosition, Sampled, StepError, StepResult, StepRoutes
+from moe_serve.scheduling.sequence import Sequence as Seq
 from moe_serve.spec import ModelSpec
 from moe_serve_kernels import gpu
 
@@ -139,28 +140,36 @@ class ModelRunner:
         device = self.device if graphs is None else torch.device("cpu")
         kv = self.config.kv
         batch = forward_batch.make(plan, kv.page_size, device, self._group_limits, kv.state_block_size)
-        seqs = [s.seq for s in plan.scheduled if s.needs_sample]
-        rows = [seqs[i] for i in batch.sample_order]
-        pending = self.masks.start(rows)
+        positions = plan.positions()
+        rows = [positions[i] for i in batch.sample_order]
+        pending = self.masks.start([row.seq if isinstance(row, DraftedPosition) else row for row in rows])
         scored = forward_batch.scored_rows(plan)
         logits = self._forward(batch, scored) if graphs is None else graphs.run(batch)
-        broken = broken_logits.find(plan, logits, [*batch.sample_rows.tolist(), *scored])
+        broken = broken_logits.find(logits, [*batch.sample_rows.tolist(), *scored])
         logits, prompt_logits = logits[: len(rows)], logits[len(rows) :]
         masks = pending.result() if pending is not None else None
         tokens, logprobs = sampler.sample(logits, rows, self.config.seed, self.eos_token_ids, masks)
         by_plan = sorted(zip(batch.sample_order, tokens, logprobs, strict=True), key=lambda row: row[0])
-        failures = forward_batch.by_sequence(plan, self.experts.take_failures())
-        wrong = broken | {seq: error.message for seq, error in failures.items()}
-        errors = {seq: StepError(message) for seq, message in wrong.items()}
-        errors |= masks.errors if masks is not None else {}
+        wrong = broken | {row: error.message for row, error in self.experts.take_failures().items()}
+        errors = self._errors(plan, wrong) | (masks.errors if masks is not None else {})
+        own, drafted = _divide(plan, [(token, logprob) for _, token, logprob in by_plan], wrong)
         return StepResult(
-            tuple(t for _, t, _ in by_plan),
-            tuple(p for _, _, p in by_plan),
+            tuple(token for token, _ in own),
+            tuple(logprob for _, logprob in own),
             errors,
             self._routes(plan),
             prompt_logprobs.score(prompt_logits, plan) if scored else {},
+            drafted,
             masks.late if masks is not None else frozenset(),
         )
+
+    def _errors(self, plan: BatchPlan, wrong: Mapping[int, str]) -> dict[Seq, StepError]:
+        """`wrong`: by row of the batch. What is wrong with a draft alone ends no sequence."""
+        drafts = forward_batch.draft_rows(plan)
+        found = forward_batch.by_sequence(plan, {row: text for row, text in wrong.items() if row not in drafts})
+        for seq, message in found.items():
+            log.error("request %s ends with an error: %s", seq.request.request_id, message)
+        return {seq: StepError(message) for seq, message in found.items()}
 
     def _graphs_for(self, plan: BatchPlan) -> DecodeGraphs | None:
         """The graphs, if they can run this plan. A graph does not tell the routes that an observer wants."""
@@ -199,6 +208,25 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def _divide(
+    plan: BatchPlan, sampled: Sequence[Sampled], wrong: Mapping[int, str]
+) -> tuple[list[Sampled], dict[Seq, tuple[Sampled, ...]]]:
+    """What was sampled behind the sequences, and behind drafts of theirs unless a row of the sequence went wrong."""
+    if not plan.num_drafts:
+        return list(sampled), {}
+    failed = forward_batch.by_sequence(plan, wrong)
+    rest = iter(sampled)
+    own: list[Sampled] = []
+    drafted: dict[Seq, tuple[Sampled, ...]] = {}
+    for item in plan.scheduled:
+        if item.needs_sample:
+            own.append(next(rest))
+            behind = tuple(next(rest) for _ in item.drafts)
+            if behind and item.seq not in failed:
+                drafted[item.seq] = behind
+    return own, drafted
 
 
 def _group_limits(

@@ -21,9 +21,10 @@ def told(seq: Sequence, error: StepError) -> MoEServeError:
 
 
 def output_of(
-    seq: Sequence, text: str, num_new: int, error: MoEServeError | None = None, start: int = 0
+    seq: Sequence, text: str, error: MoEServeError | None = None, starts: tuple[int, ...] = ()
 ) -> SampleOutput:
-    """`start`: where the new token's text begins in the sample's."""
+    """`starts`: where the text of each new token begins in the sample's."""
+    num_new = len(starts)
     wants_logprobs = seq.params.logprobs is not None and num_new > 0
     return SampleOutput(
         request_id=seq.request.request_id,
@@ -39,6 +40,6 @@ def output_of(
         num_output_tokens=seq.num_generated,
         error=error,
         prompt_logprobs=tuple(seq.prompt_logprobs) if seq.num_generated <= 1 else (),
-        text_starts=(start,) if wants_logprobs else (),
+        text_starts=starts if wants_logprobs else (),
         stats=finished_stats(seq, time.monotonic()) if seq.is_finished else None,
     )

@@ -20,7 +20,7 @@ class StepRecorder:
 
     def __init__(self, experts: ExpertsControl, observer: StatsObserver | None) -> None:
         self._start = self._end = time.monotonic()
-        self._num_generated = 0
+        self._num_generated = self._num_accepted = 0
         self._experts = experts
         self._observer = observer
         self._plan = BatchPlan(())
@@ -44,7 +44,8 @@ class StepRecorder:
     def stamp(self, advanced: list[Sequence], now: float) -> None:
         """Give the sequences that got a token at time `now` their times."""
         self._end = now
-        self._num_generated = sum(seq.num_generated > 0 for seq in advanced)
+        self._num_generated = sum(seq.num_new for seq in advanced)
+        self._num_accepted = sum(max(0, item.seq.num_new - 1) for item in self._plan.scheduled if item.drafts)
         self._gaps = tuple(now - s.last_token_s for s in advanced if s.last_token_s is not None)
         self._firsts = tuple(now - s.request.arrival_time_s for s in advanced if s.first_token_s is None)
         for seq in advanced:
@@ -72,6 +73,8 @@ class StepRecorder:
             time_to_first_token_s=self._firsts,
             experts=self._expert_totals().since(self._experts_before),
             num_restored_states=self._plan.num_restored,
+            num_drafted_tokens=self._plan.num_drafts,
+            num_accepted_tokens=self._num_accepted,
         )
 
 

@@ -153,9 +153,9 @@ class DecodeGraphs:
         return self._logits[: len(logits)].copy_(logits)
 
     def takes(self, plan: BatchPlan) -> bool:
-        """Every sequence decodes one token in this step, and a graph is large enough for them."""
-        is_decoding = all(item.count == 1 and item.needs_sample for item in plan.scheduled)
-        return is_decoding and len(plan.scheduled) <= self.sizes[-1]
+        """Every sequence decodes in this step, and a graph is large enough for them and their drafts."""
+        is_decoding = all(item.is_decoding and item.needs_sample for item in plan.scheduled)
+        return is_decoding and plan.num_tokens <= self.sizes[-1]
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [N, V], valid until the next step, of a plan that `takes` takes. `batch`: tensors on the CPU."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -121,6 +121,9 @@ class ForwardBatch:
     sample_order: tuple[int, ...]
     """For each row of sample_rows, in batch order, its index in plan order."""
     page_size: int
+    decode_starts: tuple[int, ...] | None = None
+    """Rows with each decoding sequence's first token: with drafts it has several, each as a member of a decode group.
+    None: every decoding sequence has one row."""
     state_runs: tuple[StateRun, ...] = ()
     """In batch order: of sequences with one token, then of each prefill run."""
 
@@ -130,9 +133,9 @@ class ForwardBatch:
 
 
 def order_for_batch(plan: BatchPlan) -> list[ScheduledSequence]:
-    """Single-token runs first, by context length, so that equals sit together; then the others."""
-    decodes = sorted((s for s in plan.scheduled if s.count == 1), key=lambda s: s.end)
-    return decodes + [s for s in plan.scheduled if s.count > 1]
+    """Decoding sequences first, by context length, so that equals sit together; then the others."""
+    decodes = sorted((s for s in plan.scheduled if s.is_decoding), key=lambda s: s.end)
+    return decodes + [s for s in plan.scheduled if not s.is_decoding]
 
 
 def make(
@@ -143,19 +146,21 @@ def make(
     ordered = order_for_batch(plan)
     ids: list[int] = []
     for item in ordered:
-        ids += item.seq.token_ids[item.start : item.end]
+        ids += item.token_ids
     positions, slots = _places(ordered, page_size)
-    num_decodes = sum(item.count == 1 for item in ordered)
+    decoding = [item for item in ordered if item.is_decoding]
+    num_rows = sum(item.count for item in decoding)
     rows, order = _sample_rows(plan, ordered)
     return ForwardBatch(
         input_ids=_int64([ids], device),
         positions=torch.from_numpy(positions).to(device)[None],
         kv_slots=torch.from_numpy(slots).to(device),
-        decode_groups=tuple(_decode_groups(ordered[:num_decodes], page_size, device, limits)),
-        prefill_runs=tuple(_prefill_runs(ordered[num_decodes:], num_decodes, page_size, device, state_block)),
+        decode_groups=tuple(_decode_groups(decoding, page_size, device, limits)),
+        prefill_runs=tuple(_prefill_runs(ordered[len(decoding) :], num_rows, page_size, device, state_block)),
         sample_rows=_int64(rows, device),
         sample_order=tuple(order),
         page_size=page_size,
+        decode_starts=_decode_starts(decoding) if num_rows > len(decoding) else None,
         state_runs=tuple(_state_runs(ordered, state_block)),
     )
 
@@ -189,6 +194,14 @@ def rows_of(plan: BatchPlan) -> tuple[slice, ...]:
         found[id(item)] = slice(first, first + item.count)
         first += item.count
     return tuple(found[id(item)] for item in plan.scheduled)
+
+
+def draft_rows(plan: BatchPlan) -> frozenset[int]:
+    """Rows of drafts, which may turn out not to count."""
+    if not plan.num_drafts:
+        return frozenset()
+    spans = zip(plan.scheduled, rows_of(plan), strict=True)
+    return frozenset(row for item, span in spans for row in range(span.stop - len(item.drafts), span.stop))
 
 
 def scored_rows(plan: BatchPlan) -> list[int]:
@@ -229,15 +242,26 @@ def _pages_of(item: ScheduledSequence) -> Int64:
 
 
 def _sample_rows(plan: BatchPlan, ordered: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
-    """Rows whose logits are wanted (in batch order), and which sampled sequence of the plan each is."""
-    plan_index = {id(s.seq): i for i, s in enumerate(s for s in plan.scheduled if s.needs_sample)}
-    rows, order, row = [], [], 0
+    """Rows whose logits are wanted (in batch order), and which of the plan's positions each is."""
+    first_index: dict[int, int] = {}
+    count = 0
+    for item in plan.scheduled:
+        if item.needs_sample:
+            first_index[id(item.seq)] = count
+            count += 1 + len(item.drafts)
+    rows: list[int] = []
+    order: list[int] = []
+    row = 0
     for item in ordered:
         row += item.count
         if item.needs_sample:
-            rows.append(row - 1)
-            order.append(plan_index[id(item.seq)])
+            rows += range(row - 1 - len(item.drafts), row)
+            order += range(first_index[id(item.seq)], first_index[id(item.seq)] + 1 + len(item.drafts))
     return rows, order
+
+
+def _decode_starts(decoding: list[ScheduledSequence]) -> tuple[int, ...]:
+    return tuple(accumulate((item.count for item in decoding[:-1]), initial=0))
 
 
 def _decode_groups(
@@ -245,37 +269,42 @@ def _decode_groups(
 ) -> list[DecodeGroup]:
     groups = []
     first = 0
-    for last in _group_ends([-(-s.end // page_size) for s in items], page_size, limits):
-        groups.append(_decode_group(items[first:last], first, page_size, device))
+    rows = [(item, end) for item in items for end in range(item.start + 1, item.end + 1)]
+    for last in _group_ends([-(-end // page_size) for _, end in rows], page_size, limits):
+        groups.append(_decode_group(rows[first:last], first, page_size, device))
         first = last
     return groups
 
 
 def _group_ends(num_pages: list[int], page_size: int, limits: GroupLimits) -> list[int]:
-    """Cut ascending page counts into groups of bounded size and padding.
+    """Cut page counts, which ascend from sequence to sequence, into groups of bounded size and padding.
 
     Example: [2, 2, 3, 40, 41] and max_padding 1.25 -> [3, 5]: a group of four would span 4 x 40
     pages where 47 are needed.
     """
     ends = []
-    first, used = 0, 0
+    first, used, most = 0, 0, 0
     for i, pages in enumerate(num_pages):
-        padded = (i - first + 1) * pages
+        most = max(most, pages)
+        padded = (i - first + 1) * most
         wasteful = padded > MIN_GROUP_PAGES and padded > limits.max_padding * (used + pages)
         if i > first and (wasteful or padded * page_size > limits.max_tokens):
             ends.append(i)
-            first, used = i, 0
+            first, used, most = i, 0, pages
         used += pages
     if num_pages:
         ends.append(len(num_pages))
     return ends
 
 
-def _decode_group(items: list[ScheduledSequence], first_row: int, page_size: int, device: torch.device) -> DecodeGroup:
-    lengths = [s.end for s in items]
+def _decode_group(
+    rows: list[tuple[ScheduledSequence, int]], first_row: int, page_size: int, device: torch.device
+) -> DecodeGroup:
+    """`rows`: sequences, and what each row of theirs sees of them."""
+    lengths = [length for _, length in rows]
     width = -(-max(lengths) // page_size)
-    table = np.zeros((len(items), width), dtype=np.int64)
-    for row, item in zip(table, items, strict=True):
+    table = np.zeros((len(rows), width), dtype=np.int64)
+    for row, (item, _) in zip(table, rows, strict=True):
         pages = _pages_of(item)[:width]
         row[: len(pages)] = pages
     return DecodeGroup(
@@ -283,7 +312,7 @@ def _decode_group(items: list[ScheduledSequence], first_row: int, page_size: int
         page_table=torch.from_numpy(table).to(device),
         lengths=_int64(lengths, device),
         max_length=max(lengths),
-        even=lengths[0] == lengths[-1],
+        even=min(lengths) == max(lengths),
         single_run=_single_run(table),
     )
 

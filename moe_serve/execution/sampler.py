@@ -4,7 +4,7 @@ Randomness is a pure function of (seed, sample index, position): the same reques
 tokens whatever else is in the batch, after a preemption, and on every device. Knows nothing of
 models or scheduling.
 
-Shape alphabet: N rows (sequences that sample in this step), V vocabulary.
+Shape alphabet: N rows (positions where this step samples: one per sequence, and one behind each draft), V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 
 from moe_serve.execution import best_tokens
 from moe_serve.grammars.masks import Masks
-from moe_serve.scheduling.sequence import SamplingParams, Sequence, TokenLogprob
+from moe_serve.scheduling.batch_plan import Position
+from moe_serve.scheduling.sequence import SamplingParams, TokenLogprob
 
 MASK64 = (1 << 64) - 1
 MOST_SORTED = 1024
@@ -25,7 +26,7 @@ MOST_SORTED = 1024
 
 def sample(
     logits: torch.Tensor,
-    seqs: Rows[Sequence],
+    seqs: Rows[Position],
     default_seed: int,
     eos_token_ids: frozenset[int],
     masks: Masks | None = None,
@@ -60,7 +61,7 @@ def _scatter(tokens: list[int], rows: list[int], chosen: torch.Tensor) -> None:
 # ---- adjustments: bias, penalties, forbidden tokens -----------------------------------------------
 
 
-def _adjust(logits: torch.Tensor, seqs: Rows[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
+def _adjust(logits: torch.Tensor, seqs: Rows[Position], eos_token_ids: frozenset[int]) -> torch.Tensor:
     """A copy with each row's own adjustments, or `logits` itself when no row has any."""
     rows = [i for i, s in enumerate(seqs) if _needs_adjusting(s)]
     if not rows:
@@ -71,14 +72,14 @@ def _adjust(logits: torch.Tensor, seqs: Rows[Sequence], eos_token_ids: frozenset
     return adjusted
 
 
-def _needs_adjusting(seq: Sequence) -> bool:
+def _needs_adjusting(seq: Position) -> bool:
     p = seq.params
     penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
     restricted = bool(p.allowed_token_ids or p.bad_words) or seq.num_generated < p.min_tokens
     return penalised or restricted or bool(p.logit_bias)
 
 
-def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int]) -> None:
+def _adjust_row(row: torch.Tensor, seq: Position, eos_token_ids: frozenset[int]) -> None:
     """Apply one request's adjustments to its logits [V], in place."""
     params = seq.params
     if params.repetition_penalty != 1.0:
@@ -97,7 +98,7 @@ def _adjust_row(row: torch.Tensor, seq: Sequence, eos_token_ids: frozenset[int])
     _forbid(row, _forbidden(seq, eos_token_ids))
 
 
-def _forbidden(seq: Sequence, eos_token_ids: frozenset[int]) -> set[int]:
+def _forbidden(seq: Position, eos_token_ids: frozenset[int]) -> set[int]:
     """Tokens that min_tokens and bad_words rule out at this position."""
     params = seq.params
     forbidden = {word[-1] for word in params.bad_words if _ends_with(seq, word[:-1])}
@@ -106,7 +107,7 @@ def _forbidden(seq: Sequence, eos_token_ids: frozenset[int]) -> set[int]:
     return forbidden
 
 
-def _ends_with(seq: Sequence, ids: tuple[int, ...]) -> bool:
+def _ends_with(seq: Position, ids: tuple[int, ...]) -> bool:
     return len(ids) <= seq.num_generated and tuple(seq.token_ids[seq.num_tokens - len(ids) :]) == ids
 
 
@@ -139,7 +140,7 @@ def _constrain(adjusted: torch.Tensor, logits: torch.Tensor, masks: Masks) -> to
 # ---- random sampling --------------------------------------------------------------------------------
 
 
-def _sample_random(logits: torch.Tensor, seqs: Rows[Sequence], default_seed: int) -> torch.Tensor:
+def _sample_random(logits: torch.Tensor, seqs: Rows[Position], default_seed: int) -> torch.Tensor:
     """Inverse-CDF sampling of logits [n, V] after temperature and truncation -> [n] token ids.
 
     Always in vocabulary order, so that a row's draw means the same token in every batch.
@@ -199,7 +200,7 @@ def _column(values: list[float] | list[int], like: torch.Tensor) -> torch.Tensor
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _uniform(seq: Sequence, default_seed: int) -> float:
+def _uniform(seq: Position, default_seed: int) -> float:
     """A number in [0, 1) from (seed, request, sample index, position), by SplitMix64 finalisers.
 
     A request without a seed of its own mixes in its id, so that equal prompts differ.
@@ -225,7 +226,7 @@ def _text_seed(text: str) -> int:
 # ---- log-probabilities --------------------------------------------------------------------------------
 
 
-def _logprobs(logits: torch.Tensor, seqs: Rows[Sequence], tokens: list[int]) -> list[TokenLogprob | None]:
+def _logprobs(logits: torch.Tensor, seqs: Rows[Position], tokens: list[int]) -> list[TokenLogprob | None]:
     rows = [i for i, s in enumerate(seqs) if s.params.logprobs is not None]
     result: list[TokenLogprob | None] = [None] * len(seqs)
     if not rows:

@@ -72,9 +72,10 @@ class RouteRecorder:
         assert result.routes is not None
         for item, span in zip(plan.scheduled, result.routes.rows, strict=True):
             start = max(item.start, self._next_position.get(item.seq, 0))
-            if start < item.end and item.seq not in result.errors:
-                self._keep(result.routes, span.start + start - item.start, item.seq, start, item.end)
-                self._next_position[item.seq] = item.end
+            end = item.start + item.num_kept
+            if start < end and item.seq not in result.errors:
+                self._keep(result.routes, span.start + start - item.start, item.seq, start, end)
+                self._next_position[item.seq] = end
         self._forget_finished()
 
     def _keep(self, routes: StepRoutes, row: int, seq: Sequence, start: int, end: int) -> None:

@@ -42,7 +42,8 @@ class UsageForecast:
     def on_routes(self, plan: BatchPlan, result: StepResult) -> None:
         assert result.routes is not None
         for item, rows in zip(plan.scheduled, result.routes.rows, strict=True):
-            newest = slice(max(rows.start, rows.stop - PROMPT_TOKENS), rows.stop)
+            stop = rows.start + item.num_kept
+            newest = slice(max(rows.start, stop - PROMPT_TOKENS), stop)
             self.observe(item.seq, result.routes.ids[newest])
         for seq in [s for s in self._usage if s.is_finished]:
             del self._usage[seq]

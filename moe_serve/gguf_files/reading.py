@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFReader, ReaderTensor
 
 from moe_serve.errors import CheckpointError
@@ -51,11 +52,12 @@ def read(files: Sequence[Path]) -> Gguf:
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(files):
         try:
-            reader = GGUFReader(file)
+            with np.errstate(over="raise"):
+                reader = GGUFReader(file)
             if number == 0:
                 metadata = {name: field.contents() for name, field in reader.fields.items()}
             tensors |= {tensor.name: _place(tensor, number) for tensor in reader.tensors}
-        except (ValueError, IndexError, KeyError, OSError) as error:
+        except (ValueError, IndexError, KeyError, OSError, FloatingPointError) as error:
             raise CheckpointError(f"{file}: cut off, or not a GGUF file ({error})") from error
     return Gguf(metadata, tensors)
 
@@ -66,8 +68,9 @@ def header_end(file: Path, num_known: int) -> int | None:
     What follows these bytes may be anything.
     """
     try:
-        end = int(GGUFReader(file).data_offset)
-    except (ValueError, IndexError, KeyError, OSError):
+        with np.errstate(over="raise"):
+            end = int(GGUFReader(file).data_offset)
+    except (ValueError, IndexError, KeyError, OSError, FloatingPointError):
         return None
     return end if end <= num_known else None
 

@@ -38,6 +38,13 @@ def clamped(config: Any) -> Activation:
     return Activation("clamped_swiglu", alpha, float(getattr(config, "swiglu_limit", 7.0)))
 
 
+def limited(config: Any) -> Activation:
+    """DeepSeek-V4: silu(gate) * up, gate clamped at `swiglu_limit` above, up on both sides."""
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act {config.hidden_act!r} with swiglu_limit is not silu")
+    return Activation("limited_silu", limit=float(config.swiglu_limit))
+
+
 def relu_squared(config: Any) -> Activation:
     """Experts without a gate whose `mlp_hidden_act` is relu2: relu(x) squared is relu(x) * x, x being gate and up."""
     if config.mlp_hidden_act != "relu2":

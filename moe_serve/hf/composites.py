@@ -12,10 +12,18 @@ from typing import Any
 
 CARRIED = ("quantization_config", "tie_word_embeddings")
 """Of the whole checkpoint, and said outside of text_config."""
-TEXT_PREFIXES = {r"^model\.language_model\.": "model.", r"^language_model\.": ""}
+TEXT_PREFIXES = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.": "",
+    r"^thinker\.model\.": "model.",
+    r"^thinker\.lm_head\.": "lm_head.",
+}
 """How composites name their text model's tensors -> how the text model itself names them."""
+HOLDS_TEXT = ("text_config", "thinker_config")
+"""Fields of config.json in which a text model's config lies."""
 OTHER_TOWERS = re.compile(
-    r"^(?:model\.)?(?:visual|vision_\w+|audio_\w+|sound_\w+|embed_vision|embed_audio|multi_modal_projector|mm_\w+)\."
+    r"^(?:talker|code2wav)\.|^(?:model\.|thinker\.)?"
+    r"(?:visual|vision_\w+|audio_\w+|sound_\w+|embed_vision|embed_audio|multi_modal_projector|mm_\w+)\."
 )
 """Tensors of what is not served."""
 
@@ -44,6 +52,6 @@ def towers_in(names: Iterable[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in names:
         if match := OTHER_TOWERS.search(name):
-            tower = match[0].removeprefix("model.").rstrip(".")
+            tower = match[0].removeprefix("model.").removeprefix("thinker.").rstrip(".")
             found[tower] = found.get(tower, 0) + 1
     return found

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from moe_serve.config.model_folder import read_config_json, read_object, refuse_mlx
 from moe_serve.errors import CheckpointError, ConfigError, MoEServeError, one_line
-from moe_serve.hf.composites import text_config_of
+from moe_serve.hf.composites import HOLDS_TEXT, text_config_of
 from moe_serve.hf.families import family_in
 from moe_serve.hf.family import FAMILY_NAME, find
 from moe_serve.hf.quantization_scheme import modelopt_scheme, scheme_of
@@ -65,14 +65,20 @@ def _config_of(folder: str, fields: dict[str, Any]) -> Any:
     name = family_in(fields) or str(fields.get("model_type"))
     family = find(name)  # before AutoConfig, whose error would list none of ours
     refuse_wrong_fields(fields, f"{folder}/config.json")
-    if family.same_as is None or "text_config" in fields:
+    if family.same_as is None or any(name in fields for name in HOLDS_TEXT):
         config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         fields = config.to_dict()
     if family.same_as is not None:
         fields = {**fields, **family.sets, "model_type": family.same_as}
         config = CONFIG_MAPPING[family.same_as].from_dict(fields)
         setattr(config, FAMILY_NAME, name)
+    _forget_implementations(config)
     return config
+
+
+def _forget_implementations(config: Any) -> None:
+    """A file may name the code that computes attention or experts, which transformers would fetch. Ours does that."""
+    config._attn_implementation = config._experts_implementation = None
 
 
 def scheme_in(folder: str, config: Any) -> Scheme | None:

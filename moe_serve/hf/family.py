@@ -33,6 +33,8 @@ PART_OF = {
     "gate_up_proj": "gate_up",
     "input_linear": "gate_up",
     "output_linear": "down",
+    "fc1": "gate_up",
+    "fc2": "down",
     "gate_up_proj_bias": "gate_up_bias",
     "down_proj_bias": "down_bias",
 }

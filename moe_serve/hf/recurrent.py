@@ -9,6 +9,8 @@ Knows what transformers asks of a cache; knows no batches and no family by name.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +32,8 @@ class Recurrence:
     continues_runs: bool = True
     """Given a state and several tokens, it goes on from the state. Otherwise later chunks of a prompt are computed a
     token at a time."""
+    returns_weights: bool = False
+    """Its forward returns (mixed, attention weights), not mixed alone."""
 
 
 class RunsMixers(Protocol):
@@ -46,30 +50,45 @@ class Mixer:
         self.states: RunsMixers | None = None
         self._forward = module.forward
         self._recurrence = recurrence
+        self._unread = _without_default(self._forward) - {recurrence.cache_argument}
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
         """[1, T, H] -> [1, T, H]. Masks and caches that the model hands over are for padded batches: left out."""
         assert self.states is not None, "states are connected before the first step"
-        return self.states.run(self.layer, self._mix, hidden_states)
+        mixed = self.states.run(self.layer, self._mix, hidden_states)
+        return (mixed, None) if self._recurrence.returns_weights else mixed
 
     def _mix(self, hidden: torch.Tensor, states: States, begins: bool) -> torch.Tensor:
-        held = {self._recurrence.cache_argument: HeldStates(states)}
-        mixed: torch.Tensor
+        held = HeldStates(states, begins)
         if hidden.shape[1] == 1:
-            mixed = self._forward(hidden, **held)
-            return mixed
+            return self._call(hidden, held)
         if begins or self._recurrence.continues_runs:
             with plain_torch():
-                mixed = self._forward(hidden, **held)
-            return mixed
-        return torch.cat([self._forward(token, **held) for token in hidden.split(1, dim=1)], dim=1)
+                return self._call(hidden, held)
+        return torch.cat([self._call(token, held) for token in hidden.split(1, dim=1)], dim=1)
+
+    def _call(self, hidden: torch.Tensor, held: HeldStates) -> torch.Tensor:
+        unread = dict.fromkeys(self._unread)
+        mixed = self._forward(hidden, **unread, **{self._recurrence.cache_argument: held})
+        found: torch.Tensor = mixed[0] if self._recurrence.returns_weights else mixed
+        return found
+
+
+def _without_default(forward: Callable[..., Any]) -> set[str]:
+    """Parameters behind the first that must be given: positions and masks, which mixers of one sequence never read."""
+    given = list(inspect.signature(forward).parameters.values())[1:]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in given if p.default is inspect.Parameter.empty and p.kind in named}
 
 
 class HeldStates:
     """What transformers' mixers ask of a cache, over one call's states."""
 
-    def __init__(self, states: States) -> None:
+    def __init__(self, states: States, begins: bool) -> None:
         self._states = states
+        self._begins = begins
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """[N, C, W], or None: the layer keeps no such state yet."""
@@ -101,6 +120,13 @@ class HeldStates:
         """The new state in the place of the old one."""
         kept = self._kept(("recurrent", state_idx), recurrent_states)
         return kept.copy_(recurrent_states)
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        """MiniMax's name for its recurrent state; None where the sequence begins."""
+        return None if self._begins else self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, state: torch.Tensor) -> None:
+        self.update_recurrent_state(state, layer_idx)
 
     def _kept(self, key: StateKey, at_first: torch.Tensor) -> torch.Tensor:
         """In a probe the layer's first write says what it keeps."""

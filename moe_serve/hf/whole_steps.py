@@ -165,8 +165,8 @@ class WholeSteps:
 
 
 def _are_few(batch: ForwardBatch) -> bool:
-    """Every sequence decodes one token, and they are few."""
-    return batch.num_tokens <= most_tokens() and not batch.prefill_runs
+    """Every sequence decodes one token, without drafts, and they are few."""
+    return batch.num_tokens <= most_tokens() and not batch.prefill_runs and batch.decode_starts is None
 
 
 def _kind(batch: ForwardBatch) -> tuple[bool, int]:
@@ -178,8 +178,8 @@ def _kind(batch: ForwardBatch) -> tuple[bool, int]:
 def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Page table [S, pages], lengths [T] of what each token sees, and where sequences start [S + 1], or None where
     every token is one."""
-    groups, runs = batch.decode_groups, batch.prefill_runs
-    if len(groups) == 1 and not runs:
+    groups, runs, decode_starts = batch.decode_groups, batch.prefill_runs, batch.decode_starts
+    if len(groups) == 1 and not runs and decode_starts is None:
         return groups[0].page_table, groups[0].lengths, None
     tables = [*(group.page_table for group in groups), *(run.pages[None] for run in runs)]
     page_table = torch.zeros(sum(map(len, tables)), max(table.shape[1] for table in tables), dtype=torch.int64)
@@ -187,8 +187,12 @@ def _contexts(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     for table in tables:
         page_table[first : first + len(table), : table.shape[1]] = table
         first += len(table)
-    num_decoding = sum(group.num_seqs for group in groups)
-    starts = [*range(num_decoding), *(run.first_row for run in runs), batch.num_tokens]
+    num_rows = sum(group.num_seqs for group in groups)
+    if decode_starts is not None:
+        # A sequence has as many rows as its drafts make; the last one's pages are those of all.
+        last = [*(start - 1 for start in decode_starts[1:]), *range(num_rows - 1, len(page_table))]
+        page_table = page_table[last]
+    starts = [*(decode_starts or range(num_rows)), *(run.first_row for run in runs), batch.num_tokens]
     return page_table, batch.positions[0] + 1, torch.tensor(starts)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_serve.scheduling.sequence import Sequence, TokenLogprob
+from moe_serve.scheduling.sequence import Request, SamplingParams, Sequence, TokenLogprob
 
 
 class SavedAt(NamedTuple):
@@ -44,6 +44,8 @@ class ScheduledSequence:
     """Row of the saved state that the run goes on from; None: the sequence's own, or that of an empty sequence."""
     saves: tuple[SavedAt, ...] = ()
     """States to keep, in order of their places."""
+    drafts: tuple[int, ...] = ()
+    """Guesses of the tokens behind the sequence's own, computed as well: the last ones of `count`."""
 
     @property
     def end(self) -> int:
@@ -51,9 +53,24 @@ class ScheduledSequence:
         return self.start + self.count
 
     @property
+    def is_decoding(self) -> bool:
+        """Each of its tokens is computed as the only one of its sequence: bits are those of a step without drafts."""
+        return self.count == 1 + len(self.drafts)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute, drafts included."""
+        return [*self.seq.token_ids[self.start : self.end], *self.drafts]
+
+    @property
+    def num_kept(self) -> int:
+        """Of a step that was booked: the tokens whose keys and values stay. Only rejected drafts do not."""
+        return max(1, min(self.count, self.seq.num_tokens - 1 - self.start)) if self.drafts else self.count
+
+    @property
     def needs_sample(self) -> bool:
         """True when this run reaches the last known token, so that a new one can be sampled."""
-        return self.end == self.seq.num_tokens
+        return self.end - len(self.drafts) == self.seq.num_tokens
 
     @property
     def scored(self) -> range:
@@ -61,6 +78,48 @@ class ScheduledSequence:
         if not self.seq.num_unscored:
             return range(0)
         return range(max(self.start, len(self.seq.prompt_logprobs)), min(self.end, self.seq.num_prompt - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedPosition:
+    """A sequence as it is if some drafts are its next tokens: what a sampler has to know of it there."""
+
+    seq: Sequence
+    drafts: tuple[int, ...]
+
+    @property
+    def request(self) -> Request:
+        return self.seq.request
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.seq.params
+
+    @property
+    def index(self) -> int:
+        return self.seq.index
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.seq.token_ids, *self.drafts]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return [*self.seq.output_token_ids, *self.drafts]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.seq.num_tokens + len(self.drafts)
+
+    @property
+    def num_generated(self) -> int:
+        return self.seq.num_generated + len(self.drafts)
+
+
+Position = Sequence | DraftedPosition
+"""Where a token is sampled: behind a sequence, or behind some drafts of it."""
+Sampled = tuple[int, TokenLogprob | None]
+"""A token, and its log-probability if the request asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +144,19 @@ class BatchPlan:
     @property
     def is_empty(self) -> bool:
         return not self.scheduled
+
+    @property
+    def num_drafts(self) -> int:
+        return sum(len(s.drafts) for s in self.scheduled)
+
+    def positions(self) -> list[Position]:
+        """Where tokens are sampled, in plan order; those behind drafts follow their sequence."""
+        found: list[Position] = []
+        for item in self.scheduled:
+            if item.needs_sample:
+                found.append(item.seq)
+                found += [DraftedPosition(item.seq, item.drafts[:end]) for end in range(1, len(item.drafts) + 1)]
+        return found
 
     def spans(self) -> tuple[slice, ...]:
         """Each scheduled sequence's tokens, when those of all are counted in plan order."""
@@ -136,5 +208,7 @@ class StepResult:
     """Where the routers sent the tokens, if anyone wants to know."""
     prompt_logprobs: Mapping[Sequence, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     """For each sequence with scored positions in this step: of the tokens after them."""
+    drafted: Mapping[Sequence, tuple[Sampled, ...]] = field(default_factory=dict)
+    """What was sampled behind each draft of a sequence; a token counts if all drafts before it were sampled too."""
     late: frozenset[Sequence] = frozenset()
     """Sequences whose mask did not come in time: their sampled token does not count, and the next step samples anew."""

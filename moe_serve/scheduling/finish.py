@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -13,6 +14,14 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class Ending(NamedTuple):
+    """How a sequence ended."""
+
+    reason: FinishReason
+    stop_reason: int | str | None = None
+    """The stop token id or stop string, if any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from moe_serve.scheduling.batch_choice import BatchChoice, FirstComeFirstServed
-from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence, StepResult
+from moe_serve.scheduling.batch_plan import BatchPlan, Sampled, ScheduledSequence, StepResult
+from moe_serve.scheduling.drafting import Drafter
 from moe_serve.scheduling.fair_shares import FairShares
-from moe_serve.scheduling.finish import FinishReason
+from moe_serve.scheduling.finish import Ending, FinishReason
 from moe_serve.scheduling.kv_pages import PagePool
 from moe_serve.scheduling.prefixes import Prefixes
 from moe_serve.scheduling.seats import NO_SEAT, Seats
@@ -36,6 +37,8 @@ class Scheduler:
         self._eos = eos_token_ids
         self.choice: BatchChoice = FirstComeFirstServed()
         """Who decodes when a step is too narrow for all."""
+        self.drafter: Drafter | None = None
+        """Guesses next tokens; None: there are no guesses."""
         self.shares = FairShares()
         self.waiting = WaitingLine(self.shares)
         self.running: list[Sequence] = []
@@ -93,6 +96,8 @@ class Scheduler:
                 self._admit_waiting(draft, ahead_of=seq)
             self._schedule_running(seq, draft)
         self._admit_waiting(draft)
+        if self.drafter is not None:
+            self._add_drafts(draft, self.drafter)
         return draft.finish()
 
     def _in_turn(self, prompts: list[Sequence]) -> Iterable[Sequence]:
@@ -219,6 +224,21 @@ class Scheduler:
         self._plan(seq, count, draft, prefix.row)
         return True
 
+    def _add_drafts(self, draft: StepDraft, drafter: Drafter) -> None:
+        """Let sequences that decode compute guesses too, with the budget and the free pages that nothing else needs.
+
+        A grammar's masks are those of one position, so its sequences get none; nor does a sequence without an answer
+        yet, whose first output tells of the prompt.
+        """
+        able = [i.seq for i in draft.decoding if i.seq.num_generated and i.seq.matcher is None]
+        if not able or draft.preempted:
+            return
+        room = min(draft.budget, draft.score_budget)
+        for seq, tokens in drafter.draft(able, draft.num_tokens, room).items():
+            most = min(len(tokens), seq.max_total_tokens - seq.num_tokens - 1)
+            if most > 0 and self._grow(seq, seq.num_tokens + most):
+                draft.add_drafts(seq, tokens[:most])
+
     # ---- apply ----------------------------------------------------------------------------------
 
     def update(self, plan: BatchPlan, result: StepResult) -> list[Sequence]:
@@ -236,34 +256,60 @@ class Scheduler:
             token = next(sampled) if item.needs_sample else None
             seq = item.seq
             if seq.is_finished or seq in result.errors:
+                seq.num_new = 0
                 continue
-            self.shares.charge(seq.client, item.count)
             is_late = seq in result.late
-            seq.num_computed = item.end - is_late
-            seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
-            self.prefixes.publish(item)
-            if is_late and self.limits.state_block is not None:
-                self._put_back(seq)  # its state has the token already
-            if token is None or is_late:
+            tokens = [] if token is None or is_late else self._accepted(item, token, result)
+            ending = self._append(seq, tokens)
+            self._book(item, result, is_late)
+            if not tokens:
                 continue
             advanced.append(seq)
-            if seq.params.max_tokens == 0:
-                self.finish(seq, FinishReason.LENGTH)
-                continue
-            seq.token_ids.append(token[0])
-            if token[1] is not None:
-                seq.logprobs.append(token[1])
-            self._check_finished(seq)
+            if ending is not None:
+                self.finish(seq, *ending)
         return advanced
 
-    def _check_finished(self, seq: Sequence) -> None:
+    def _accepted(self, item: ScheduledSequence, token: Sampled, result: StepResult) -> list[Sampled]:
+        """The sampled tokens that count: each as long as the drafts before it are what was sampled."""
+        found = [token]
+        for draft, behind in zip(item.drafts, result.drafted.get(item.seq, ()), strict=False):
+            if found[-1][0] != draft:
+                break
+            found.append(behind)
+        return found
+
+    def _append(self, seq: Sequence, tokens: list[Sampled]) -> Ending | None:
+        """Give a sequence its new tokens, up to one that ends it."""
+        seq.num_new = 0
+        for token, logprob in tokens:
+            if seq.params.max_tokens == 0:
+                return Ending(FinishReason.LENGTH)
+            seq.token_ids.append(token)
+            seq.num_new += 1
+            if logprob is not None:
+                seq.logprobs.append(logprob)
+            if (ending := self._ending(seq)) is not None:
+                return ending
+        return None
+
+    def _book(self, item: ScheduledSequence, result: StepResult, is_late: bool) -> None:
+        """What was computed counts, and others may find it."""
+        seq = item.seq
+        seq.num_computed = item.start + item.num_kept - is_late
+        self.shares.charge(seq.client, item.num_kept)
+        seq.prompt_logprobs += result.prompt_logprobs.get(seq, ())
+        self.prefixes.publish(item)
+        if is_late and self.limits.state_block is not None:
+            self._put_back(seq)  # its state has the token already
+
+    def _ending(self, seq: Sequence) -> Ending | None:
+        """Why its newest token is its last; None: it is not."""
         token = seq.token_ids[-1]
         params = seq.params
         # A grammar that leaves nothing but the end has the last word (SamplingParams.grammar).
         past_min = seq.num_generated >= params.min_tokens or params.grammar is not None
         if past_min and token in params.stop_token_ids:
-            self.finish(seq, FinishReason.STOP, token)
-        elif past_min and not params.ignore_eos and token in self._eos:
-            self.finish(seq, FinishReason.STOP)
-        elif seq.num_tokens >= seq.max_total_tokens:
-            self.finish(seq, FinishReason.LENGTH)
+            return Ending(FinishReason.STOP, token)
+        if past_min and not params.ignore_eos and token in self._eos:
+            return Ending(FinishReason.STOP)
+        return Ending(FinishReason.LENGTH) if seq.num_tokens >= seq.max_total_tokens else None

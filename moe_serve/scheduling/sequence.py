@@ -223,6 +223,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if any."""
+    num_new: int = 0
+    """Tokens that the last step it was in has given it."""
     num_preemptions: int = 0
     is_paused: bool = False
     """Its client does not read: it is not computed, and gives way where memory is short."""
@@ -268,6 +270,13 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    def drop_newest(self, count: int) -> None:
+        """Take back the last `count` of its new tokens: a stop string ended it before them."""
+        if count:
+            del self.token_ids[-count:], self.logprobs[len(self.logprobs) - count if self.logprobs else 0 :]
+            self.num_new -= count
+            self.num_computed = min(self.num_computed, self.num_tokens - 1)
 
     def __repr__(self) -> str:
         return (

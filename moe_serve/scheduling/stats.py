@@ -33,6 +33,10 @@ class StepStats:
     """For each sequence that got its first token: seconds since its request arrived."""
     experts: ExpertTotals = field(default_factory=ExpertTotals)
     """What the expert cache did in this step."""
+    num_drafted_tokens: int = 0
+    """Guesses that this step checked."""
+    num_accepted_tokens: int = 0
+    """Of those, the ones that were right."""
     num_restored_states: int = 0
     """Sequences that went on from a saved state of the recurrent layers."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_serve.scheduling.batch_plan import BatchPlan, ScheduledSequence
 from moe_serve.scheduling.sequence import Sequence
@@ -50,6 +50,22 @@ class StepDraft:
                 self.budget += item.count
                 self.score_budget += len(item.scored)
                 return
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.scheduled)
+
+    @property
+    def decoding(self) -> list[ScheduledSequence]:
+        """Runs of one token that a new one is sampled behind."""
+        return [item for item in self.scheduled if item.count == 1 and item.needs_sample]
+
+    def add_drafts(self, seq: Sequence, tokens: tuple[int, ...]) -> None:
+        """Have a decoding sequence compute these too."""
+        place = next(i for i, item in enumerate(self.scheduled) if item.seq is seq)
+        self.scheduled[place] = replace(self.scheduled[place], count=1 + len(tokens), drafts=tokens)
+        self.budget -= len(tokens)
+        self.score_budget -= len(tokens)
 
     def finish(self) -> BatchPlan:
         return BatchPlan(tuple(self.scheduled), tuple(self.preempted), self.queried, self.hits)

@@ -24,6 +24,7 @@ from moe_serve.server.monitoring.stats_log import StatsLog
 from moe_serve.server.preparation import Preparation
 from moe_serve.server.service import Service
 from moe_serve.server.transport import http_errors
+from moe_serve.text.parser_names import ParserNames
 from moe_serve.text.tokenizer import Tokenizer
 
 
@@ -42,6 +43,7 @@ def create_app(
     recording_dir: str | None = None,
     recording_buffer_tokens: int = 65536,
     stored_responses_mib: int = 64,
+    parsers: ParserNames | None = None,
     tracing: Tracing | None = None,
     ranks: ParallelEngine | None = None,
 ) -> FastAPI:
@@ -65,6 +67,7 @@ def create_app(
         recording_dir=Path(recording_dir) if recording_dir else None,
         recording_buffer_tokens=recording_buffer_tokens,
         stored_responses_mib=stored_responses_mib,
+        parsers=parsers or ParserNames(),
         ranks=ranks,
     )
     app = FastAPI(title="moe-serve", version=version, lifespan=lambda _: _lifespan(service, drain_timeout_s, tracing))

@@ -26,6 +26,7 @@ from moe_serve.server.transport import serving
 from moe_serve.server.transport.auth import read_keys
 from moe_serve.server.transport.guard import warn_if_open
 from moe_serve.server.transport.listening import bind
+from moe_serve.text.parser_names import ParserNames, tool_parser_names
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from moe_serve.engine.engine import Engine
     from moe_serve.parallel.front.engine import ParallelEngine
     from moe_serve.server.monitoring.request_spans import Tracing
+    from moe_serve.server.service import Service
 
 log = logging.getLogger("moe_serve")
 
@@ -41,6 +43,7 @@ log = logging.getLogger("moe_serve")
 def serve(server_config: ServerConfig, engine_config: EngineConfig, parallel_config: ParallelConfig) -> None:
     """Serve until SIGTERM or SIGINT. ConfigError: the port, the keys or the model cannot be used."""
     logs.set_up(server_config.log_format)
+    parsers_of(server_config).check()
     keys = read_keys(server_config)
     warn_if_open(server_config, keys)
     tracing = _tracing(server_config)
@@ -97,6 +100,7 @@ def _load(
     engine = ranks or Engine.from_config(engine_config)
     _log_engine(engine, time.monotonic() - started)
     app = _app(engine, server_config, engine_config, tracing, ranks)
+    say_how_answers_are_read(app.state.service)
     _keep_for_good()
     _announce(server_config, port, app.state.service.model_name)
     return app
@@ -133,9 +137,26 @@ def _app(
         recording_dir=server_config.recording_dir,
         recording_buffer_tokens=server_config.recording_buffer_tokens,
         stored_responses_mib=server_config.stored_responses_mib,
+        parsers=parsers_of(server_config),
         tracing=tracing,
         ranks=ranks,
     )
+
+
+def parsers_of(config: ServerConfig) -> ParserNames:
+    """How the settings say that answers are read."""
+    return ParserNames(config.tool_call_parser, config.reasoning_parser)
+
+
+def say_how_answers_are_read(service: Service) -> None:
+    """A format that is unknown is told now, rather than by the first request with tools."""
+    if service.response_template is None and service.tokenizer.hf.chat_template:
+        log.info(
+            "the chat template shows no answer format that is known here: reasoning stays in the content, and tools are"
+            " refused unless tool_choice forces them. %s names a format: %s",
+            flag_name("tool_call_parser"),
+            ", ".join(tool_parser_names()),
+        )
 
 
 def _keep_for_good() -> None:

@@ -17,7 +17,9 @@ from moe_serve.errors import ModelNotFoundError
 from moe_serve.parallel.front.engine import ParallelEngine
 from moe_serve.server.monitoring.metrics import Metrics
 from moe_serve.server.preparation import Preparation
-from moe_serve.text.response_templates import Template, template_of
+from moe_serve.text.answer_format import Template
+from moe_serve.text.parser_names import ParserNames
+from moe_serve.text.response_templates import template_of
 from moe_serve.text.tokenizer import Tokenizer
 
 
@@ -42,6 +44,8 @@ class Service:
     recording_buffer_tokens: int = 65536
     stored_responses_mib: int = 64
     """For the answers of /v1/responses; 0: none are kept."""
+    parsers: ParserNames = field(default_factory=ParserNames)
+    """How answers are to be read, where the settings say it."""
     ranks: ParallelEngine | None = None
     """The engine over ranks; None on one device."""
     started_s: int = field(default_factory=lambda: int(time.time()))
@@ -49,7 +53,7 @@ class Service:
     @cached_property
     def response_template(self) -> Template | None:
         """How the model writes reasoning and tool calls, if that is known."""
-        return template_of(self.tokenizer)
+        return template_of(self.tokenizer, self.parsers)
 
     @property
     def max_model_len(self) -> int:

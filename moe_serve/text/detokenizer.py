@@ -67,6 +67,17 @@ class IncrementalDetokenizer:
             self._num_chars += len(piece)
         return self._release()
 
+    def push_each(self, token_ids: Sequence[int]) -> tuple[str, str | None, tuple[int, ...]]:
+        """As `push`, and where the text of each token begins; tokens behind a stop string are left out."""
+        text, starts = "", []
+        for token_id in token_ids:
+            more, stop = self.push([token_id])
+            text += more
+            starts.append(self.token_start)
+            if stop is not None:
+                return text, stop, tuple(starts)
+        return text, None, tuple(starts)
+
     def _chars_before(self, token_id: int, piece: str) -> int:
         """Characters of a piece that the pending tokens made: they broke off, and this token begins a new one."""
         own = self._tokenizer.token_text(token_id)

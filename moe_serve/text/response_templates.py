@@ -1,24 +1,25 @@
 """How a model's answers are to be read: which text is reasoning, which is a tool call.
 
 transformers reads answers by a `response_template` that a tokenizer may bring. For tokenizers without one, the chat
-template tells the family's format (`response_formats.py`).
+template tells the format (`answer_formats/`), or the server's settings name it.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from moe_serve.text.response_formats import FORMATS
+from moe_serve.text import call_lists
+from moe_serve.text.answer_format import ANSWER_END, AnswerFormat, Template
+from moe_serve.text.parser_names import ParserNames, formats
 from moe_serve.text.tokenizer import Tokenizer
 
-Template = Mapping[str, Any]
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names that response templates use for it."""
 LEAST_BEGINNING = 4
@@ -26,12 +27,33 @@ LEAST_BEGINNING = 4
 HERMES_TAGS = ("<tool_call>", "</tool_call>")
 
 
-def template_of(tokenizer: Tokenizer) -> Template | None:
-    """The tokenizer's own template, or that of its family, or None where nothing tells how calls are written."""
-    own = getattr(tokenizer.hf, "response_template", None)
-    if own is None:
-        own = _known_format(str(tokenizer.hf.chat_template or ""))
-    return None if own is None else _with_optional_fields(own, tokenizer)
+def template_of(tokenizer: Tokenizer, names: ParserNames | None = None) -> Template | None:
+    """What `names` say, the tokenizer's own template, or that of the format its chat template shows. None where nothing
+    tells how calls are written."""
+    names = names or ParserNames()
+    chat_template = str(tokenizer.hf.chat_template or "")
+    found: Template | None = getattr(tokenizer.hf, "response_template", None)
+    if names.tool_calls is not None:
+        found = _named([f for f in formats() if names.tool_calls in f.tool_parsers], chat_template)
+    elif found is None:
+        found = next((form.template for form in formats() if form.fits(chat_template)), None)
+    if names.reasoning is not None:
+        other = _named([f for f in formats() if names.reasoning in f.reasoning_parsers], chat_template)
+        found = _with_reasoning_of(other, found)
+    return None if found is None else _with_optional_fields(found, tokenizer)
+
+
+def _named(forms: list[AnswerFormat], chat_template: str) -> Template:
+    """Of several formats with one name, that of the chat template."""
+    return next((form for form in forms if form.fits(chat_template)), forms[0]).template
+
+
+def _with_reasoning_of(other: Template, template: Template | None) -> Template:
+    """`template` with the reasoning of `other`; without a template, `other` without its calls."""
+    fields = {name: field for name, field in other["fields"].items() if name not in ("tool_calls", "calls_end")}
+    if template is not None:
+        fields = {**template["fields"], "reasoning_content": other["fields"]["reasoning_content"]}
+    return {**(template or other), "fields": fields}
 
 
 def without_fields(template: Template, names: Collection[str]) -> Template | None:
@@ -89,18 +111,23 @@ def start_parser(template: Template, prompt: str, tools: list[dict[str, Any]]) -
     return ResponseParser(spec, prefix=prompt if is_answer_begun else "", tools=list(tools))
 
 
-def _known_format(chat_template: str) -> Template | None:
-    """The format of the family whose chat template this is."""
-    return next((form for marks, form in FORMATS if all(mark in chat_template for mark in marks)), None)
-
-
 def _with_optional_fields(template: Template, tokenizer: Tokenizer) -> Template:
-    """A cut answer lacks fields, which is no error; content without an end of its own ends at an end token."""
+    """A cut answer lacks fields, which is no error. Content ends at the tokenizer's end tokens too, and so do calls
+    without an end of their own, or with ANSWER_END in it."""
+    call_lists.register()
     template = copy.deepcopy(dict(template))
     for field in template["fields"].values():
         field["optional"] = True
-    content = template["fields"].get("content")
     ends = sorted(tokenizer.token_text(i) for i in tokenizer.eos_token_ids)
-    if content is not None and ends and not {"close", "close_pattern"} & set(content):
-        content["close"] = ends
+    for name in ("content", "tool_calls"):
+        if ends and (field := template["fields"].get(name)) is not None:
+            _end_at(field, ends, is_content=name == "content")
     return template
+
+
+def _end_at(field: dict[str, Any], ends: list[str], is_content: bool) -> None:
+    pattern, own = field.get("close_pattern"), field.get("close", [])
+    if pattern is not None:
+        field["close_pattern"] = pattern.replace(ANSWER_END, "|".join([ANSWER_END, *map(re.escape, ends)]))
+    elif is_content or not own:
+        field["close"] = sorted({*([own] if isinstance(own, str) else own), *ends})

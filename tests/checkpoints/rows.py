@@ -60,6 +60,7 @@ V3 = {
     **{"ep_size": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 1, "rope_theta": 10000},
     **yarn(beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
 }
+V4_CODES = "its FP4 experts, and fp8 scales under names of their own, are not read"
 MIMO_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 ROWS = (
@@ -145,7 +146,7 @@ ROWS = (
         ),
     ),
     Row("Qwen/Qwen3.8-Flash-Next", "qwen4_exp", None),
-    Row("deepseek-ai/DeepSeek-V4-Flash", "deepseek_v4", None),
+    Row("deepseek-ai/DeepSeek-V4-Flash", "deepseek_v4", None, lacks=V4_CODES),
     Row(
         "Qwen/Qwen3.5-122B-A10B-FP8",
         "qwen3_5_moe",
@@ -175,7 +176,7 @@ ROWS = (
             dropped=("layers_block_type", "layer_types"),
         ),
     ),
-    Row("deepseek-ai/DeepSeek-V4-Pro", "deepseek_v4", None),
+    Row("deepseek-ai/DeepSeek-V4-Pro", "deepseek_v4", None, lacks=V4_CODES),
     Row(
         "Qwen/Qwen3-Coder-Next-FP8",
         "qwen3_next",

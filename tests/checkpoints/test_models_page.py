@@ -23,7 +23,9 @@ def test_the_table_of_checkpoints_is_of_today() -> None:
 
 
 def test_no_row_without_a_twin_is_of_a_served_family() -> None:
-    assert [row.name for row in ROWS if row.twin is None and family_in({"model_type": row.model_type})] == []
+    """Unless it says which of its codes are not read."""
+    served = [row for row in ROWS if row.twin is None and family_in({"model_type": row.model_type})]
+    assert [row.name for row in served if not row.lacks] == []
 
 
 def test_a_line_of_sizes_is_of_today() -> None:

@@ -72,3 +72,5 @@ class Row:
     """Of its config.json."""
     twin: Twin | None
     """None: refused."""
+    lacks: str = ""
+    """What keeps the checkpoint from being read, where its family is served."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,20 @@ def test_what_is_no_file_of_ours_is_refused(mixtral: tuple[Path, Path], tmp_path
     other.write_bytes(mixtral[0].read_bytes().replace(b"llama", b"bloom", 1))
     with pytest.raises(UnsupportedModelError, match=r"GGUF architecture 'bloom'; moe-serve reads deepseek2, "):
         find_model(str(other))
+
+
+@pytest.mark.parametrize("number", [2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("place", ["tensors", "fields", "rows", "offset"])
+def test_numbers_that_overflow_are_refused(place: str, number: int, mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    """Readers have taken the product of such sizes for the size of a buffer."""
+    content = bytearray(mixtral[0].read_bytes())
+    after_name = content.index(b"token_embd.weight") + len(b"token_embd.weight")
+    at = {"tensors": 8, "fields": 16, "rows": after_name + 4 + 8, "offset": after_name + 4 + 2 * 8 + 4}[place]
+    struct.pack_into("<Q", content, at, number)
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"wrong\.gguf"):
+        load(wrong)
 
 
 def test_factors_of_rotary_frequencies_are_one_or_refused(tmp_path: Path) -> None:

@@ -197,3 +197,21 @@ def test_code_of_a_checkpoint_is_not_run(checkpoint: Checkpoint, tmp_path: Path)
     (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
     load(folder).close()
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["_attn_implementation_internal", "_attn_implementation", "attn_implementation", "_experts_implementation"],
+)
+def test_a_config_names_no_code_to_fetch(
+    field: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers once fetched a hub's kernel that a config named, and ran it."""
+    fetched: list[object] = []
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", lambda *args, **_: fetched.append(args))
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(FAMILY), folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: "somebody/kernel"}))
+    load(folder).close()
+    assert not fetched

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from .tiny_configs import TinyCase
 
 END_OF_TEXT = "<|endoftext|>"
+EXPERTS_OF_TABLES = 8
+"""Of models that route by token id."""
 
 
 def write_checkpoint(case: TinyCase, folder: Path, max_shard_size: str = "1GB") -> Path:
@@ -43,14 +45,17 @@ def auto_class(config: Any) -> Any:
 
 
 def _routing_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
-    """Correction biases are buffers in some families; left at zero they would test nothing."""
-    return [(n, b) for n, b in model.named_buffers() if "correction_bias" in n]
+    """Correction biases and tables of routes are buffers in some families; left at zero they would test nothing."""
+    return [(n, b) for n, b in model.named_buffers() if "correction_bias" in n or n.endswith("tid2eid")]
 
 
 def _randomise(name: str, tensor: torch.Tensor, std: float, generator: torch.Generator) -> None:
-    noise = torch.empty_like(tensor).normal_(0.0, 1.0, generator=generator)
+    noise = torch.empty(tensor.shape).normal_(0.0, 1.0, generator=generator)
     if "correction_bias" in name:
         tensor.copy_(noise * 0.1)
+    elif name.endswith("tid2eid"):
+        tokens, choices = torch.meshgrid(*(torch.arange(n) for n in tensor.shape), indexing="ij")
+        tensor.copy_((3 * tokens + choices) % EXPERTS_OF_TABLES)
     elif "norm" in name and name.endswith("weight"):
         tensor.copy_(1.0 + 0.2 * noise)
     elif name.endswith("sinks"):

@@ -91,6 +91,23 @@ DELTA_NET: dict[str, Any] = {
 }
 """Qwen3-Next: layers that keep a matrix per value head, and the last inputs of a convolution."""
 
+KIMI: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 16,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "moe_intermediate_size": 64,
+    "intermediate_size": 96,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+"""Kimi delta attention beside latent attention."""
+
 
 def rope_of_images(*sections: int) -> dict[str, Any]:
     """Three positions per token, which differ in images only; `sections`: the frequencies that turn by each."""
@@ -110,6 +127,21 @@ TOWER: dict[str, Any] = {
 }
 
 
+SPEECH: dict[str, Any] = {
+    "audio_config": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "num_mel_bins": 16,
+        "output_dim": 64,
+        "downsample_hidden_size": 8,
+    },
+    "vision_start_token_id": VOCAB - 1,
+}
+"""Of Qwen3-Omni's thinker."""
+
+
 @dataclass(frozen=True)
 class TinyCase:
     """One tiny model: a config and the seed of its weights."""
@@ -122,13 +154,15 @@ class TinyCase:
     """Of the random matrices."""
     tower: dict[str, Any] | None = None
     """vision_config of a composite; `fields` are its text_config's then."""
+    outside: dict[str, Any] = field(default_factory=dict)
+    """Other fields of a composite."""
 
     def config(self) -> Any:
         """The transformers config."""
         fields = {**COMMON, **self.fields}
         if self.tower is None:
             return AutoConfig.for_model(self.model_type, **fields)
-        outer = {"text_config": fields, "vision_config": self.tower, "tie_word_embeddings": False}
+        outer = {"text_config": fields, "vision_config": self.tower, "tie_word_embeddings": False, **self.outside}
         return AutoConfig.for_model(self.model_type, **outer)
 
 
@@ -365,6 +399,24 @@ CASES: dict[str, TinyCase] = {
             "use_mamba_kernels": False,
         },
     ),
+    "kimi_linear": TinyCase(
+        "kimi_linear", {**KIMI, "q_lora_rank": None, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+    ),
+    "bailing_hybrid": TinyCase("bailing_hybrid", {**KIMI, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}),
+    # Blocks end within the prompts.
+    "minimax": TinyCase(
+        "minimax",
+        {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "block_size": 32,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_attn_alpha_factor": 1.5,
+            "mlp_beta_factor": 0.5,
+        },
+    ),
     # Wider heads in the full layer, whose values are its keys; inputs per layer from a table of their own.
     "gemma4": TinyCase(
         "gemma4_text",
@@ -407,10 +459,42 @@ CASES: dict[str, TinyCase] = {
     "qwen3_vl_moe": TinyCase(
         "qwen3_vl_moe", {**FINE, "decoder_sparse_step": 1, **rope_of_images(3, 3, 2)}, tower=TOWER
     ),
+    "qwen3_omni_moe": TinyCase(
+        "qwen3_omni_moe_thinker", {**FINE, **rope_of_images(3, 3, 2)}, tower=TOWER, outside=SPEECH
+    ),
     "glm4v_moe": TinyCase("glm4v_moe", {**GROUPED, "first_k_dense_replace": 1, **rope_of_images(2, 1, 1)}, tower=TOWER),
+    "beam": TinyCase(
+        "beam", {**FINE, "n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"], **SLIDING}
+    ),
+    "aria": TinyCase("aria_text", {"intermediate_size": 64, "moe_num_experts": 8, "moe_topk": 2}),
     "mistral4": TinyCase("mistral4", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, "head_dim": 24}),
     # More tokens than the indexer chooses, in prompts and in answers.
     "deepseek_v32": TinyCase("deepseek_v32", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER}),
+    # Windows of 4 and of 8 tokens; more entries than the indexer chooses; the first layer routes by token.
+    "deepseek_v4": TinyCase(
+        "deepseek_v4",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.5,
+            "q_lora_rank": 32,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+            "sliding_window": WINDOW,
+            "index_n_heads": 4,
+            "index_head_dim": 16,
+            "index_topk": 6,
+            "hc_mult": 2,
+            "hc_sinkhorn_iters": 4,
+            "swiglu_limit": 1.0,
+        },
+    ),
     "axk2": TinyCase("axk2", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "gated_norm_rank": 8}),
     "axk2_light": TinyCase(
         "axk2", {**LATENT_ATTENTION, **DEEPSEEK_EXPERTS, **INDEXER, "n_group": None, "topk_group": None}, seed=1

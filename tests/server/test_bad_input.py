@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
@@ -154,6 +155,7 @@ def test_bad_field_is_named_and_the_next_request_served(
     error = refused.json()["error"]
     assert (error["param"], error["type"], error["code"]) == (param, "invalid_request_error", 400)
     assert error["message"]
+    assert not re.search(r"\b0x[0-9a-f]{6,}", refused.text), "an address tells where the process has its memory"
     assert after.status_code == 200
     assert len(served.engine.finished) == 1, "nothing of the refused request ran"
 

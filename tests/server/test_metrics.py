@@ -31,6 +31,8 @@ COUNTERS = (
         "saved_state_hits",
         "prompt_tokens",
         "generation_tokens",
+        "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens",
         "num_preemptions",
     ),
     *("request_success", "admission_rejections", "http_requests"),

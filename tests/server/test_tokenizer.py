@@ -81,6 +81,17 @@ def test_template_that_refuses_is_an_error_of_the_messages(
     assert error.value.param == "messages"
 
 
+@pytest.mark.parametrize(
+    "way", ["cycler.__init__.__globals__.os", "lipsum.__globals__['os']", "self.__init__.__globals__.__builtins__.open"]
+)
+def test_a_template_reaches_no_code(tokenizer_folder: Path, tmp_path: Path, way: str) -> None:
+    """Templates come with checkpoints, GGUF files included, and those come from anyone."""
+    tokenizer = with_template(tokenizer_folder, tmp_path, f"{{{{ {way}.mkdir('{tmp_path / 'ran'}') }}}}")
+    with pytest.raises(InvalidRequestError, match=r"unsafe|undefined|access"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
+    assert not (tmp_path / "ran").exists()
+
+
 def test_template_variables_reach_the_template_and_arguments_do_not(tokenizer_folder: Path, tmp_path: Path) -> None:
     tokenizer = with_template(tokenizer_folder, tmp_path, "{{ mood }}")
     messages = [{"role": "user", "content": "x"}]

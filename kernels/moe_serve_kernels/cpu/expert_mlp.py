@@ -32,7 +32,7 @@ from moe_serve_kernels.quantized import BlockRows, QuantizedRows
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Matrix = torch.Tensor | QuantizedRows | BlockRows | CodedRows
 WEIGHT_KINDS = ("float32", "bfloat16", "float16", "int8", "uint8", "fp8", "int4", "fp4", "blocks")
-Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu", "limited_silu"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -41,7 +41,8 @@ class Activation:
     """How gate [.., I] and up [.., I] become one tensor: kind(gate) * up.
 
     clamped_swiglu is GPT-OSS's: (clamp(up) + 1) * gate * sigmoid(alpha * gate), gate clamped at `limit` above,
-    up on both sides.
+    up on both sides. limited_silu clamps alike and gives silu(gate) * up (DeepSeek-V4); the CPU's kernels have no such
+    function (`has_function`).
     """
 
     kind: Kind
@@ -120,6 +121,11 @@ def _is_readable(matrix: Matrix) -> bool:
 def activation_arguments(activation: Activation) -> tuple[int, float, float]:
     """As every function that takes an activation wants it."""
     return native().value(f"ActivationKind.{activation.kind}"), activation.alpha, activation.limit
+
+
+def has_function(activation: Activation) -> bool:
+    """Whether the CPU's kernels know what joins gate and up."""
+    return activation.kind != "limited_silu"
 
 
 def is_available(device: torch.device, kind: str, compute_dtype: torch.dtype) -> bool:
@@ -226,10 +232,11 @@ def as_tensor(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
 
 def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gate, up [.., I] -> [.., I] in plain torch."""
-    if activation.kind == "clamped_swiglu":
+    if activation.kind in ("clamped_swiglu", "limited_silu"):
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    if activation.kind == "clamped_swiglu":
         return (up + 1) * (gate * torch.sigmoid(gate * activation.alpha))
     if activation.kind == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-    return functions[activation.kind](gate) * up
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+    return functions.get(activation.kind, F.silu)(gate) * up

@@ -8,12 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def activate(gate, up, alpha, limit, KIND: tl.constexpr):
-    """gate, up float32 of one shape -> float32. KIND is an Activation's `kind`; alpha, limit belong to GPT-OSS's."""
-    if KIND == "clamped_swiglu":
+    """gate, up float32 of one shape -> float32. KIND is an Activation's `kind`; alpha, limit are the clamped ones'."""
+    if KIND == "clamped_swiglu" or KIND == "limited_silu":
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
+    if KIND == "clamped_swiglu":
         return (up + 1.0) * gate * tl.sigmoid(alpha * gate)
-    elif KIND == "silu":
+    elif KIND == "silu" or KIND == "limited_silu":
         return gate * tl.sigmoid(gate) * up
     elif KIND == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up

@@ -53,22 +53,26 @@ def refuse_unknown_family(fields: Mapping[str, Any]) -> str:
 
 
 MISSING = {
-    "bailing_hybrid": "Kimi delta attention",
     "dbrx": "experts in flattened matrices",
-    "deepseek_v4": "compressed sparse attention, hyper-connections and routing by token id",
+    "deepseek_ocr2": "an image encoder: it reads pages and answers no text alone",
+    "diffusion_gemma": "decoding of whole blocks by diffusion",
     "dots3_note": "sparse attention with sliding layers",
     "ernie4_5_vl_moe": "two groups of experts in one layer",
     "glm5_next": "linear attention with an indexer and hyper-connections",
     "hy_v4": "sparse latent attention with sinks and hyper-connections",
+    "inkling2": "short convolutions inside attention",
     "inkling_mm_model": "short convolutions inside attention",
-    "kimi_linear": "Kimi delta attention",
+    "jetmoe": "experts inside attention",
     "longcat_flash": "experts that hand tokens on unchanged",
-    "minimax": "lightning attention",
     "minimax_m3_vl": "block-sparse attention",
     "mistral_large4": "sparse attention with position-free layers",
     "muse_spark": "a norm behind each expert",
+    "nllb-moe": "an encoder beside the decoder",
+    "openai_privacy_filter": "a classifier's answer per token, which is no text",
     "qwen4_exp": "sparse attention, hyper-connections and n-gram embeddings",
     "step3p7": "experts with a limit of their own in each layer",
+    "switch_transformers": "an encoder beside the decoder",
+    "unlimited_ocr": "an image encoder: it reads pages and answers no text alone",
     "zaya": "convolutions and delayed values inside attention",
 }
 """Mixture-of-Experts models of transformers that are not served, and the kind of layer that is missing here."""

@@ -72,6 +72,8 @@ def load(place: RankAddress, config: EngineConfig, parallel: ParallelConfig) -> 
         raise ConfigError("--moe-cache-manager device works on one device only; leave it out with --devices")
     if config.kv.prefix_cache_dir is not None:
         raise ConfigError("--prefix-cache-dir works on one device only; leave it out with --devices")
+    if config.speculation.is_on:
+        raise ConfigError("--speculative-method works on one device only; leave it out with --devices")
     device = _device_of(config.device, place)
     config, loaded, spec = load_model(config.replace(device=device, enforce_eager=True))
     if loaded.state_shapes:

@@ -35,7 +35,8 @@ from moe_serve.server.endpoints.bodies.json_types import Flag, Int, JsonList
 from moe_serve.server.endpoints.bodies.sampling_body import SamplingBody
 from moe_serve.server.endpoints.bodies.tools import Tool, ToolChoice, ToolPlan, calls_or_answer, plan_tools
 from moe_serve.server.endpoints.bodies.unsupported_fields import Refusal
-from moe_serve.text.response_templates import Template, call_syntax, call_tags, start_parser, without_fields
+from moe_serve.text.answer_format import Template
+from moe_serve.text.response_templates import call_syntax, call_tags, start_parser, without_fields
 from moe_serve.text.tokenizer import Tokenizer
 
 router = APIRouter()

@@ -71,6 +71,8 @@ COUNTERS = {
     "saved_state_hits": "Samples that went on from a saved state of the recurrent layers.",
     "prompt_tokens": "Prompt tokens computed.",
     "generation_tokens": "Tokens sampled.",
+    "spec_decode_num_draft_tokens": "Guessed tokens that were checked.",
+    "spec_decode_num_accepted_tokens": "Guessed tokens that were right.",
     "num_preemptions": "Samples that lost their pages and were recomputed.",
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -166,6 +168,8 @@ class Metrics:
             ("saved_state_hits", stats.num_restored_states),
             ("prompt_tokens", stats.num_prompt_tokens),
             ("generation_tokens", stats.num_generated_tokens),
+            ("spec_decode_num_draft_tokens", stats.num_drafted_tokens),
+            ("spec_decode_num_accepted_tokens", stats.num_accepted_tokens),
             ("num_preemptions", stats.num_preemptions),
         ):
             self._counters[name].inc(amount)

@@ -163,10 +163,11 @@ class TemplateAnswer:
             if self._count and not self._is_parallel:
                 continue
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            found.append(_new_call(self._count, str(name), text))
+            found.append(_new_call(self._count, str(name), text, item.get("id")))
             self._count += 1
         return found
 
 
-def _new_call(index: int, name: str, arguments: str) -> CallDelta:
-    return CallDelta(index, arguments, f"call_{uuid.uuid4().hex[:24]}", name)
+def _new_call(index: int, name: str, arguments: str, own_id: str | None = None) -> CallDelta:
+    """`own_id`: by which the model will know its call again (Kimi-K2)."""
+    return CallDelta(index, arguments, own_id or f"call_{uuid.uuid4().hex[:24]}", name)
