@@ -34,9 +34,10 @@ from measuring import hardware, save_json, versions
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import timing
 from moe_serve_kernels.gpu.moe_layer import config_for, moe_layer
-from moe_serve_kernels.gpu.pool import ExpertPool, Format
+from moe_serve_kernels.gpu.pool import ExpertPool
 from moe_serve_kernels.gpu.tuned import Shape
 from moe_serve_kernels.gpu.tuning import random_layers
+from moe_serve_kernels.gpu.weight_format import Format
 
 MODELS = {
     "mixtral": (4096, 14336, 8, 2),

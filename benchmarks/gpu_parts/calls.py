@@ -22,9 +22,10 @@ from moe_serve_kernels.gpu.configs import FLOAT32, GEMV, Config, steps_of
 from moe_serve_kernels.gpu.gpu_model import model_of
 from moe_serve_kernels.gpu.moe_layer import moe_layer
 from moe_serve_kernels.gpu.paged_attention import paged_decode
-from moe_serve_kernels.gpu.pool import ExpertPool, Format
+from moe_serve_kernels.gpu.pool import ExpertPool
 from moe_serve_kernels.gpu.residency import Copies, copy_experts, new_residency, plan
 from moe_serve_kernels.gpu.tuned import Shape
+from moe_serve_kernels.gpu.weight_format import Format
 
 PAGE = 16
 

@@ -27,8 +27,9 @@ from moe_serve_kernels.gpu import residency
 from moe_serve_kernels.gpu.configs import GEMV, Config, GemvConfig
 from moe_serve_kernels.gpu.moe_layer import config_for, moe_layer
 from moe_serve_kernels.gpu.paged_attention import paged_decode
-from moe_serve_kernels.gpu.pool import ExpertPool, Format
+from moe_serve_kernels.gpu.pool import ExpertPool
 from moe_serve_kernels.gpu.tuned import Shape
+from moe_serve_kernels.gpu.weight_format import Format
 
 SILU = Activation("silu")
 POINTS: list[tuple[Format, str, tuple[int, ...]]] = [

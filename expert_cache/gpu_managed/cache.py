@@ -11,19 +11,23 @@ Shape alphabet: L layers, E experts per layer, S slots, T tokens, H hidden, K ch
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from expert_cache.gpu_managed.compute import GpuCompute
-from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_slot
+from expert_cache.gpu_managed.layout import Parts, slot_of_bank, write_biases, write_slot
 from expert_cache.gpu_managed.pool import SlotPool
 from expert_cache.report import CacheCounters, ExpertTotals, Residency
 from expert_cache.running import LocalExperts, PaddingRows, Work, nothing
-from expert_cache.storage import ExpertStore, ExpertWeights, codes_on
-from moe_serve_kernels.gpu.pool import Bank
+from expert_cache.storage import ExpertStore, ExpertWeights, codes_on, record_layout, write_record
 from predictors.shape import MoELayer
+
+if TYPE_CHECKING:  # needs triton, which few machines without a GPU have
+    from moe_serve_kernels.gpu.coded_link import RecordLayout
 
 CHUNK_BYTES = 1 << 30
 ALIGN_BYTES = 16
@@ -42,9 +46,15 @@ class GpuManagedExperts(LocalExperts[object]):
         from moe_serve_kernels.gpu.cached_layer import CachedLayers
 
         pool = compute.pool.experts
-        gate_up, down = _read_experts(store, compute, pinned=device.type == "cuda")
         slots = shares(pool.down.num_slots, len(store.layers))
-        self._layers = CachedLayers(gate_up, down, pool, store.num_experts, slots)
+        host = _read_experts(store, compute, pinned=device.type == "cuda")
+        coded = None
+        if host.records and host.layout is not None:
+            from moe_serve_kernels.gpu.coded_link import CodedLink
+
+            most_at_once = min(store.num_experts, max(end - start for start, end in slots))
+            coded = CodedLink(host.records, host.layout, pool, most_at_once)
+        self._layers = CachedLayers(host.gate_up, host.down, pool, store.num_experts, slots, coded)
         self._slot_bytes = sum(compute.pool.layout.part_bytes())
         self._num_slots = pool.down.num_slots
         counters = DeviceCounters(len(store.layers), self._layers.state.totals, self._slot_bytes)
@@ -120,26 +130,62 @@ def shares(num_slots: int, num_layers: int) -> list[tuple[int, int]]:
 
 def host_bytes(store: ExpertStore, compute: GpuCompute) -> int:
     """Host memory that GpuManagedExperts take."""
-    one = sum(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in compute.pool.layout.part_bytes())
+    layout = _records(store, compute)
+    likes = _likes(compute, layout)
+    parts = [part.nbytes for bank in likes for part in bank.values()]
+    one = sum(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in (*parts, layout.num_bytes if layout else 0))
     return one * store.num_total
 
 
-def _read_experts(
-    store: ExpertStore, compute: GpuCompute, pinned: bool
-) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
-    """Every expert as a slot would hold it, in host memory: of both banks each part, by layer * E + expert."""
+@dataclass(frozen=True, slots=True)
+class HostSide:
+    """Every expert in host memory, by layer * E + expert."""
+
+    gate_up: dict[str, list[torch.Tensor]]
+    """Each part as a slot holds it; the weights are left out where there are records."""
+    down: dict[str, list[torch.Tensor]]
+    records: list[torch.Tensor]
+    """The weights in 12-bit codes, where the checkpoint has them so."""
+    layout: RecordLayout | None
+    """Of the records."""
+
+
+def _read_experts(store: ExpertStore, compute: GpuCompute, pinned: bool) -> HostSide:
     heap = HostHeap(host_bytes(store, compute), pinned)
-    pool = compute.pool.experts
-    gate_ups: dict[str, list[torch.Tensor]] = {name: [] for name in pool.gate_up.parts()}
-    downs: dict[str, list[torch.Tensor]] = {name: [] for name in pool.down.parts()}
+    layout = _records(store, compute)
+    likes = _likes(compute, layout)
+    host = HostSide({name: [] for name in likes[0]}, {name: [] for name in likes[1]}, [], layout)
     for layer in store.layers:
         for expert in range(store.num_experts):
-            gate_up, down = _take(heap, pool.gate_up), _take(heap, pool.down)
-            _write(store.weights(layer, expert), compute.pool, gate_up, down)
-            for lists, parts in ((gate_ups, gate_up), (downs, down)):
+            weights = store.weights(layer, expert)
+            gate_up, down = (_take(heap, bank) for bank in likes)
+            if layout is None:
+                _write(weights, compute.pool, gate_up, down)
+            else:
+                host.records.append(heap.take(layout.num_bytes))
+                write_record(weights, layout, host.records[-1])
+                write_biases(weights, gate_up, down)
+            for lists, parts in ((host.gate_up, gate_up), (host.down, down)):
                 for name, part in parts.items():
                     lists[name].append(part)
-    return gate_ups, downs
+    return host
+
+
+def _records(store: ExpertStore, compute: GpuCompute) -> RecordLayout | None:
+    """The layout of the weights' records, where slots are bf16 and all of a store's weights are in 12-bit codes."""
+    layout = compute.pool.layout
+    if (layout.format, layout.dtype) != ("plain", torch.bfloat16):
+        return None
+    return record_layout(store, sum(layout.part_bytes()))
+
+
+def _likes(compute: GpuCompute, layout: RecordLayout | None) -> list[Parts]:
+    """The parts of one slot of both banks that come as they are."""
+    banks = (compute.pool.experts.gate_up, compute.pool.experts.down)
+    return [
+        {name: part for name, part in slot_of_bank(bank, 0).items() if layout is None or name != "data"}
+        for bank in banks
+    ]
 
 
 def _write(weights: ExpertWeights, pool: SlotPool, gate_up: Parts, down: Parts) -> None:
@@ -156,9 +202,8 @@ def _write(weights: ExpertWeights, pool: SlotPool, gate_up: Parts, down: Parts) 
             part.copy_(made[name], non_blocking=True)
 
 
-def _take(heap: HostHeap, bank: Bank) -> Parts:
-    """Host memory for one slot of a bank."""
-    likes = slot_of_bank(bank, 0)
+def _take(heap: HostHeap, likes: Parts) -> Parts:
+    """Host memory for the parts of one slot of a bank."""
     return {name: heap.take(like.nbytes).view(like.dtype).view(like.shape) for name, like in likes.items()}
 
 

@@ -47,4 +47,5 @@ class GpuCompute(ExpertCompute):
         for expert in weights:
             assert isinstance(expert, PooledExpert)
             slots.append(expert.slot)
-        run_segments(hidden.contiguous(), tokens, segments, slots, self.pool.experts, self.activation, out)
+        with self.pool.order.reading(slots):
+            run_segments(hidden.contiguous(), tokens, segments, slots, self.pool.experts, self.activation, out)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from expert_cache.gpu_managed.layout import SlotLayout, slot_of_bank, write_slot
-from expert_cache.storage import ExpertWeights
+from expert_cache.storage import ExpertWeights, SlotOrder
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -30,6 +30,8 @@ class SlotPool:
 
     def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device) -> None:
         self.layout = layout
+        self.order = SlotOrder()
+        """Of writes and reads; one with a stream for copies, where the host brings experts while kernels run."""
         self.experts = layout.pool(num_slots, device)
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -38,11 +40,12 @@ class SlotPool:
         return len(self._free)
 
     def put(self, weights: ExpertWeights) -> PooledExpert:
-        """Copy an expert into a free slot; there must be one. Work issued before to the same stream may still read the
-        slot's last expert: it comes first."""
+        """Copy an expert into a free slot; there must be one. Kernels that still read the slot's last expert come
+        first. Kernels that read this one are to be issued inside of `order.reading`."""
         slot = self._free.pop()
         gate_up, down = slot_of_bank(self.experts.gate_up, slot), slot_of_bank(self.experts.down, slot)
-        write_slot(weights, self.layout, gate_up, down)
+        with self.order.writing(slot):
+            write_slot(weights, self.layout, gate_up, down)
         expert = PooledExpert(gate_up["data"], gate_up["data"], down["data"], slot=slot)
         weakref.finalize(expert, self._free.append, slot)
         return expert

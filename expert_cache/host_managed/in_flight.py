@@ -124,7 +124,8 @@ class InFlight:
         """The weights of an expert that lies, or will lie, in the slot taken for it."""
         reads = self._store.reads(*key)
         memory = self._arena.tensor(self._table.taken[key])
-        return self._prepare(self._store.assemble(key, views_in(memory, reads)))
+        with self._arena.preparing():
+            return self._prepare(self._store.assemble(key, views_in(memory, reads)))
 
     def _drop(self, key: Key) -> None:
         """An expert will not arrive: its slot is free again."""

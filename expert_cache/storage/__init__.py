@@ -6,6 +6,8 @@ The names here are what other rooms of expert_cache use.
 from __future__ import annotations
 
 from expert_cache.storage.arena import SlotArena
+from expert_cache.storage.coded_records import record_layout, write_record
+from expert_cache.storage.copy_stream import SlotOrder
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.encoding import Matrix
 from expert_cache.storage.errors import ExpertReadError
@@ -25,6 +27,9 @@ __all__ = [
     "Matrix",
     "Read",
     "SlotArena",
+    "SlotOrder",
     "codes_on",
+    "record_layout",
     "views_in",
+    "write_record",
 ]

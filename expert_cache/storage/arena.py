@@ -7,7 +7,9 @@ what makes the cache's budget elastic. Knows no experts.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -29,6 +31,10 @@ class SlotArena(Protocol):
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot's memory as uint8 [slot_bytes] on the device; stable until `release`."""
+        ...
+
+    def preparing(self) -> AbstractContextManager[object]:
+        """What reads a tensor for the first time, and lays its contents out anew, is to be issued inside."""
         ...
 
     def landing(self, slot: int) -> memoryview:
@@ -67,6 +73,10 @@ class HostArena:
         """The slot's memory as uint8 [slot_bytes]."""
         start = self._start(slot)
         return self._tensor[start : start + self.slot_bytes]
+
+    def preparing(self) -> AbstractContextManager[object]:
+        """Nothing is needed."""
+        return contextlib.nullcontext()
 
     def landing(self, slot: int) -> memoryview:
         """The slot itself."""

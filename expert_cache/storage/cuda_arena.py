@@ -1,13 +1,15 @@
 """CudaArena: slots in GPU memory, filled through pinned staging buffers on a stream of their own.
 
-Bytes are read into pinned host memory and copied from there while the GPU computes; the compute
-stream waits for a slot's copy only when that slot is used. Pinned memory is bounded: beyond
+For GPUs without triton; with it, `transit.py` does this and overlaps. Bytes are read into pinned host memory and copied
+from there; what is computed after a landing waits for the copy. Pinned memory is bounded: beyond
 `num_staging` buffers a pageable one is used, which is slower and always there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ class CudaArena:
         self._device = device
         self._copies: Any = torch.cuda.Stream(device)
         self._slots: dict[int, torch.Tensor] = {}
-        self._idle = [_pinned(slot_bytes) for _ in range(num_staging)]
+        self._idle = [pinned(slot_bytes) for _ in range(num_staging)]
         self._draining: list[tuple[Any, torch.Tensor]] = []
         self._landing: dict[int, torch.Tensor] = {}
 
@@ -38,12 +40,16 @@ class CudaArena:
             self._slots[slot] = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
         return self._slots[slot]
 
+    def preparing(self) -> AbstractContextManager[object]:
+        """Nothing is needed: the current stream waits for what has landed."""
+        return contextlib.nullcontext()
+
     def landing(self, slot: int) -> memoryview:
         """A staging buffer, pinned if one is free."""
         self._reclaim()
-        buffer = self._idle.pop() if self._idle else _pageable(self.slot_bytes)
+        buffer = self._idle.pop() if self._idle else pageable(self.slot_bytes)
         self._landing[slot] = buffer
-        return _bytes_of(buffer)
+        return bytes_of(buffer)
 
     def landed(self, slot: int) -> None:
         """Issue the copy to the GPU; work issued to the current stream from now on comes after it."""
@@ -76,27 +82,19 @@ class CudaArena:
             self._idle.append(buffer)
 
 
-class CudaTransit(CudaArena):
-    """Memory that experts only pass through, on their way into a pool in another layout (gpu_pool.py)."""
-
-    def tensor(self, slot: int) -> torch.Tensor:
-        """The slot's bytes, which leave the arena: they live as long as the returned tensor."""
-        memory = self._memory(slot)
-        del self._slots[slot]
-        return memory
-
-
-def _bytes_of(buffer: torch.Tensor) -> memoryview:
+def bytes_of(buffer: torch.Tensor) -> memoryview:
+    """The memory of a uint8 tensor on the host."""
     data: memoryview = buffer.numpy().data
     return data
 
 
-def _pinned(num_bytes: int) -> torch.Tensor:
+def pinned(num_bytes: int) -> torch.Tensor:
     """Pinned memory, block-aligned so that files can be read into it directly."""
     memory = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
     start = -memory.data_ptr() % BLOCK_BYTES
     return memory[start : start + num_bytes]
 
 
-def _pageable(num_bytes: int) -> torch.Tensor:
+def pageable(num_bytes: int) -> torch.Tensor:
+    """Block-aligned memory that no device reads by itself."""
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)

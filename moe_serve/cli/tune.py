@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_serve_kernels.gpu.tuned import Shape
 
 HELP = "Measure which kernel configurations are fastest for a model's experts on this GPU, and use them from now on."
-FORMATS = ("plain", "int8", "fp8", "int4")
+FORMATS = ("plain", "int8", "fp8", "int8_groups", "fp8_blocks", "int4", "mxfp4", "nvfp4")
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
 def _shape(model: str, format: str) -> Shape:
     from moe_serve.hf.config_file import read_config
     from moe_serve.spec import ModelSpec
-    from moe_serve_kernels.gpu.pool import FORMATS as KNOWN
     from moe_serve_kernels.gpu.tuned import Shape
+    from moe_serve_kernels.gpu.weight_format import FORMATS as KNOWN
 
     spec = ModelSpec.from_hf(read_config(model))
     kept = next(known for known in KNOWN if known == format)

@@ -25,7 +25,9 @@ FIXED_BYTES = 768 * MIB
 """Up to half for partial results of attention in the largest graph (tests/kernels/test_meta_step.py). The rest is an
 estimate: the libraries' workspaces, loaded kernels, and memory that the allocator cannot give out again."""
 LEAST_KV_BYTES = 2048 * MIB
-"""Experts leave at least this for pages, or what all sequences could use."""
+LEAST_KV_SHARE = 0.1
+"""All experts leave at least this for pages, the smaller of the two, or what all sequences could use. So GPT-OSS-20B is
+resident on 16 GB, with 1 GiB of pages (22,000 tokens)."""
 KV_SHARE = 0.25
 """Pages get at most this share where not all experts fit."""
 
@@ -76,10 +78,15 @@ def step_bytes(shape: StepShape) -> int:
     return FIXED_BYTES + prompt_bytes(shape) * 5 // 4 + logits + graphs
 
 
+def least_kv_bytes(left: int) -> int:
+    """Of pages beside all experts, of `left` bytes for both."""
+    return min(LEAST_KV_BYTES, int(left * LEAST_KV_SHARE))
+
+
 def divide(free: int, step: int, experts: int, pages: int) -> Shares:
     """`free` bytes less `step`; `experts` and `pages`: what all of them would take. Neither share is negative."""
     left = max(0, free - step)
-    if experts + min(pages, LEAST_KV_BYTES) <= left:
+    if experts + min(pages, least_kv_bytes(left)) <= left:
         return Shares(experts, min(pages, left - experts))
     for_pages = min(pages, int(left * KV_SHARE))
     return Shares(min(experts, left - for_pages), for_pages)

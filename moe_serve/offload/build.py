@@ -31,10 +31,12 @@ from expert_cache.simulation.live_shadows import LiveShadows
 from expert_cache.simulation.observers import Observers
 from expert_cache.simulation.quotas import quota_slots
 from expert_cache.storage.arena import HostArena, SlotArena
-from expert_cache.storage.cuda_arena import CudaArena, CudaTransit
+from expert_cache.storage.copy_stream import CudaCopyStream, SlotOrder
+from expert_cache.storage.cuda_arena import CudaArena
 from expert_cache.storage.direct_io import DirectFile
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
+from expert_cache.storage.transit import Transit
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CheckpointError, ConfigError
 from moe_serve.expert_routes.live_predictor import LivePredictor
@@ -253,8 +255,11 @@ def _arena(store: ExpertStore, device: torch.device, compute: ExpertCompute) -> 
     num_slots = compute.pool.num_free if isinstance(compute, GpuCompute) else store.num_total
     if device.type != "cuda":
         return HostArena(num_slots, store.slot_bytes)
-    arena = CudaTransit if isinstance(compute, GpuCompute) else CudaArena
-    return arena(num_slots, store.slot_bytes, device)
+    if not isinstance(compute, GpuCompute):
+        return CudaArena(num_slots, store.slot_bytes, device)
+    stream = CudaCopyStream(device)
+    compute.pool.order = SlotOrder(stream)
+    return Transit(num_slots, store.slot_bytes, device, stream)
 
 
 def _fetcher(config: EngineConfig, device: torch.device) -> Fetcher:

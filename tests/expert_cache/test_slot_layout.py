@@ -36,6 +36,10 @@ KEPT = {
     "int4-g128-float16-r1-zeros": "int4",
     "int4-g32-float32-r1": "int4",
     "int4-g64-float32-r1-zeros": "int4",
+    "int8-g128-bfloat16-r1": "int8_groups",
+    "fp8-g128-float32-r128": "fp8_blocks",
+    "fp4-g32-uint8-r1": "mxfp4",
+    "fp4-g16-float8_e4m3fn-r1": "nvfp4",
 }
 """Forms that a kernel reads as they are; all others become floats."""
 

@@ -6,8 +6,10 @@ import torch
 
 from moe_serve_kernels.cpu.expert_mlp import Activation, activate
 from moe_serve_kernels.gpu.align import Aligned, empty_aligned, max_tiles
-from moe_serve_kernels.gpu.pool import DTYPE_OF, GROUP_SIZE, Bank, ExpertPool, Format, pack_int4
+from moe_serve_kernels.gpu.pool import Bank, ExpertPool, pack
 from moe_serve_kernels.gpu.residency import GpuResidency
+from moe_serve_kernels.gpu.weight_format import GROUP_SIZE, Format, weight_format
+from moe_serve_kernels.quantized import FP4_VALUES
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -98,43 +100,112 @@ def quantize(weight: torch.Tensor, format: Format, group_size: int = GROUP_SIZE)
 
     int4 is asymmetric: zero and scale from a group's least and largest weight. Weights [2, I, H] count 2 * I outputs.
     """
+    form = weight_format(format)
+    group_size = form.group_size(group_size)
     if format == "plain":
         return {"data": weight}
-    if format != "int4":
-        return _quantize_rows(weight, DTYPE_OF[format])
+    if format == "int4":
+        return _quantize_int4(weight, group_size)
+    if form.is_packed:
+        return _quantize_fp4(weight, format, group_size)
+    assert form.dtype is not None
+    if form.scale_of == "output":
+        return _quantize_rows(weight, form.dtype)
+    return _quantize_blocks(weight, form.dtype, form.rows_per_scale, group_size)
+
+
+def _quantize_int4(weight: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
     outputs, inputs = weight.shape[:-1].numel(), weight.shape[-1]
     groups = weight.float().reshape(outputs, inputs // group_size, group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).clamp(min=1e-12)
     zero = (-low / scale).round()
     nibbles = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 15).to(torch.uint8)
-    return {"data": pack_int4(nibbles), "scale": scale.t().contiguous(), "zero": zero.t().contiguous()}
+    return {"data": pack(*nibbles.chunk(2, -1)), "scale": scale.t().contiguous(), "zero": zero.t().contiguous()}
+
+
+def _quantize_fp4(weight: torch.Tensor, format: Format, group_size: int) -> dict[str, torch.Tensor]:
+    """mxfp4: the power of two that keeps the largest of a group in range. nvfp4: its e4m3 scale, and an odd factor of
+    each output."""
+    outputs, inputs = weight.shape[:-1].numel(), weight.shape[-1]
+    groups = weight.float().reshape(outputs, inputs // group_size, group_size)
+    wanted = groups.abs().amax(-1) / 6
+    if format == "mxfp4":
+        bytes_of = (wanted.clamp(min=2**-40).log2().ceil() + 127).to(torch.uint8)
+        scale, parts = (bytes_of.float() - 127).exp2(), {}
+    else:
+        factor = torch.linspace(0.003, 0.005, outputs, device=weight.device)
+        bytes_of = (wanted / factor[:, None]).to(torch.float8_e4m3fn)
+        scale, parts = bytes_of.float() * factor[:, None], {"factor": factor}
+        bytes_of = bytes_of.view(torch.uint8)
+    values = torch.tensor(FP4_VALUES, device=weight.device)
+    scaled = torch.where(scale[..., None] > 0, groups / scale[..., None], 0)
+    nibbles = (scaled[..., None] - values).abs().argmin(-1).to(torch.uint8)
+    data = pack(nibbles[:, ::2], nibbles[:, 1::2])
+    return {"data": data, "scale": bytes_of.t().contiguous(), **parts}
 
 
 def _quantize_rows(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     largest = LARGEST[dtype]
     scale = weight.float().abs().amax(-1).clamp(min=1e-12) / largest
-    levels = weight.float() / scale[..., None]
-    return {"data": (levels if dtype.is_floating_point else levels.round()).to(dtype), "scale": scale}
+    return {"data": _levels(weight.float() / scale[..., None], dtype), "scale": scale}
 
 
-def unpack_int4(packed: torch.Tensor, group_size: int) -> torch.Tensor:
-    """bytes [inputs/2, outputs] -> nibbles [outputs, groups, g]."""
-    by_group = packed.t().reshape(packed.shape[1], -1, group_size // 2)
-    return torch.cat([by_group & 15, by_group >> 4], dim=-1)
+def _quantize_blocks(weight: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Blocks of `rows` outputs and `columns` inputs; those at the edges are smaller."""
+    size = [-(-weight.shape[-2] // rows), -(-weight.shape[-1] // columns)]
+    padded = torch.zeros(*weight.shape[:-2], size[0] * rows, size[1] * columns, device=weight.device)
+    padded[..., : weight.shape[-2], : weight.shape[-1]] = weight
+    scale = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).abs().amax((-3, -1)).clamp(min=1e-12)
+    scale = scale / LARGEST[dtype]
+    levels = weight.float() / _spread(scale, rows, columns, weight.shape)
+    return {"data": _levels(levels, dtype), "scale": scale.mT.contiguous()}
+
+
+def _spread(scale: torch.Tensor, rows: int, columns: int, shape: torch.Size) -> torch.Tensor:
+    """A scale of each block -> one of each weight."""
+    spread = scale.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    return spread[..., : shape[-2], : shape[-1]]
+
+
+def _levels(levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (levels if dtype.is_floating_point else levels.round()).to(dtype)
+
+
+def unpack(packed: torch.Tensor, half: int) -> torch.Tensor:
+    """bytes [inputs/2, outputs] -> nibbles [outputs, inputs]."""
+    by_step = packed.t().reshape(packed.shape[1], -1, half)
+    return torch.cat([by_step & 15, by_step >> 4], dim=-1).flatten(1)
 
 
 def dequantize(bank: Bank, slot: int) -> torch.Tensor:
     """One slot's weights as float64 [outputs, inputs]: what the kernels' references multiply with."""
-    data = bank.data[slot]
+    weights = _packed_weights(bank, slot) if bank.form.is_packed else _row_weights(bank, slot)
+    return weights if bank.factor is None else weights * bank.factor[slot].double().reshape(-1, 1)
+
+
+def _packed_weights(bank: Bank, slot: int) -> torch.Tensor:
+    assert bank.scale is not None
+    nibbles = unpack(bank.data[slot], bank.form.half(bank.group_size))
+    scale = bank.scale[slot]
     if bank.format == "int4":
-        assert bank.scale is not None
         assert bank.zero is not None
-        levels = unpack_int4(data, bank.group_size).double() - bank.zero[slot].t().double()[..., None]
-        return (levels * bank.scale[slot].t().double()[..., None]).flatten(1)
+        codes = nibbles.double() - bank.zero[slot].double().t().repeat_interleave(bank.group_size, 1)
+    else:
+        codes = torch.tensor(FP4_VALUES, dtype=torch.float64, device=nibbles.device)[nibbles.long()]
+        scale = (scale.double() - 127).exp2() if bank.format == "mxfp4" else scale.view(torch.float8_e4m3fn).float()
+    return codes * scale.double().t().repeat_interleave(bank.group_size, 1)
+
+
+def _row_weights(bank: Bank, slot: int) -> torch.Tensor:
+    data = bank.data[slot]
     rows = data.to(torch.float64 if data.dtype != torch.float8_e4m3fn else torch.float32).double()
+    if bank.form.scale_of == "group":
+        assert bank.scale is not None
+        rows = rows * _spread(bank.scale[slot].double().mT, bank.form.rows_per_scale, bank.group_size, rows.shape)
     rows = rows.reshape(bank.num_outputs, bank.num_inputs)
-    return rows if bank.scale is None else rows * bank.scale[slot].double().reshape(-1, 1)
+    has_own = bank.form.scale_of == "output" and bank.scale is not None
+    return rows * bank.scale[slot].double().reshape(-1, 1) if has_own and bank.scale is not None else rows
 
 
 def fill_slot(bank: Bank, slot: int, parts: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu import (
     add_norm,
     align,
+    coded_link,
     combine,
     configs,
     gemv,
@@ -30,7 +31,8 @@ from moe_serve_kernels.gpu import (
 )
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.gpu_model import GpuModel
-from moe_serve_kernels.gpu.pool import FORMATS, GROUP_SIZE, Bank, Format, empty_bank
+from moe_serve_kernels.gpu.pool import Bank, empty_bank
+from moe_serve_kernels.gpu.weight_format import FORMATS, GROUP_SIZE, Format
 from moe_serve_kernels.routings import Routing
 
 META = torch.device("meta")
@@ -61,6 +63,8 @@ def launches(gpu: GpuModel) -> Iterator[Launch]:
         gemvs = configs.GEMV[format]
         yield Launch(f"{format}", partial(_gemv_gate_up, format, gemvs.gate_up))
         yield Launch(f"{format}", partial(_gemv_down, format, gemvs.down))
+        if gemv.is_split(_ids(1), HIDDEN, gemvs.down):
+            yield Launch(f"{format}, a pair each", partial(_gemv_down, format, gemvs.down, num_tokens=1))
         for config in configs.steps_of(gpu, format).values():
             for activation in (SILU, GPT_OSS):
                 name = f"{format} {_shape(config.gate_up)} {activation.kind}"
@@ -126,6 +130,7 @@ def _around() -> Iterator[Launch]:
     for num_slots in (32, 1024):
         yield Launch(f"{num_slots} slots", partial(_plan, num_slots))
     yield Launch("", _copy)
+    yield Launch("", _decode)
 
 
 def _small_groups(gpu: GpuModel) -> Iterator[Launch]:
@@ -234,6 +239,11 @@ def _copy() -> None:
     residency.copy_experts(state, residency.Copies(*tables))
 
 
+def _decode() -> None:
+    state = residency.new_residency(4, EXPERTS, 32, META)
+    coded_link.decode(_new(8, 1 << 20, dtype=torch.uint8), _new(3, 7, dtype=torch.int64), state)
+
+
 def _combine() -> None:
     outputs, weights = _new(32 * TOP_K, HIDDEN, dtype=torch.float32), _new(32, TOP_K, dtype=torch.float32)
     combine.combine(outputs, _ids(32), weights, _slot_of(), _new(32, HIDDEN))
@@ -244,10 +254,12 @@ def _gemv_gate_up(format: Format, config: Gemv, group_size: int = GROUP_SIZE) ->
     gemv.gemv_gate_up(_new(4, HIDDEN), _ids(4), bank, _slot_of(), SILU, config)
 
 
-def _gemv_down(format: Format, config: Gemv, group_size: int = GROUP_SIZE) -> None:
-    weights = _new(4, TOP_K, dtype=torch.float32)
+def _gemv_down(format: Format, config: Gemv, group_size: int = GROUP_SIZE, num_tokens: int = 8) -> None:
+    """Eight tokens fill the GPU, one does not."""
+    weights = _new(num_tokens, TOP_K, dtype=torch.float32)
     bank = _bank((HIDDEN, INNER), format, group_size=group_size)
-    gemv.gemv_down(_new(4 * TOP_K, INNER), _ids(4), weights, bank, _slot_of(), _new(4, HIDDEN), config)
+    act, out = _new(num_tokens * TOP_K, INNER), _new(num_tokens, HIDDEN)
+    gemv.gemv_down(act, _ids(num_tokens), weights, bank, _slot_of(), out, config)
 
 
 def _aligned(num_tokens: int, block_t: int) -> align.Aligned:

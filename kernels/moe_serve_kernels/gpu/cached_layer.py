@@ -1,6 +1,6 @@
 """A MoE layer whose experts are partly on the GPU, as one sequence of launches that a CUDA graph can capture.
 
-    plan -> copy what is missing from pinned host memory -> the layer
+    plan -> copy what is missing from pinned host memory (-> decode it into slots) -> the layer
 
 The device decides all of it (residency.py), so a whole decode step can be one graph although its experts are unknown
 beforehand. If a step chooses more experts of a layer than its pool has slots, they run in waves. The number of waves
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from moe_serve_kernels.cpu.expert_mlp import Activation
+from moe_serve_kernels.gpu.coded_link import CodedLink
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
 from moe_serve_kernels.gpu.pool import Bank, ExpertPool
@@ -29,9 +30,16 @@ class CachedLayers:
     """The experts of L layers in host memory, some of them in the slots of a pool."""
 
     def __init__(
-        self, gate_up: HostParts, down: HostParts, pool: ExpertPool, num_experts: int, slots: Sequence[tuple[int, int]]
+        self,
+        gate_up: HostParts,
+        down: HostParts,
+        pool: ExpertPool,
+        num_experts: int,
+        slots: Sequence[tuple[int, int]],
+        coded: CodedLink | None = None,
     ) -> None:
-        """`slots`: each layer's range of the pool's slots; ranges are equal or apart.
+        """`slots`: each layer's range of the pool's slots; ranges are equal or apart. `coded` brings the weights that
+        gate_up and down lack.
 
         ValueError: a part whose bytes per expert are no multiple of 16.
         """
@@ -39,7 +47,8 @@ class CachedLayers:
         self.state = new_residency(len(slots), num_experts, pool.down.num_slots, device)
         self._pool, self._slots, self._num_experts = pool, slots, num_experts
         self._hosts = (gate_up, down)  # keeps alive what `sources` points to
-        self._copies = _copies([(gate_up, pool.gate_up), (down, pool.down)], device)
+        self._copies = _copies([(gate_up, pool.gate_up), (down, pool.down)], device) if gate_up else None
+        self._coded = coded
 
     def run(
         self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activation: Activation
@@ -54,7 +63,10 @@ class CachedLayers:
 
     def _bring(self, layer: int, ids: torch.Tensor) -> None:
         plan(self.state, layer, ids.contiguous(), self._slots[layer])
-        copy_experts(self.state, self._copies)
+        if self._copies is not None:
+            copy_experts(self.state, self._copies)
+        if self._coded is not None:
+            self._coded.bring(self.state)
 
     def _in_waves(
         self,
@@ -85,6 +97,8 @@ def _copies(banks: Sequence[tuple[HostParts, Bank]], device: torch.device) -> Co
     sources, targets, sizes = [], [], []
     for host, bank in banks:
         for name, slots in bank.parts().items():
+            if name not in host:
+                continue
             size = slots[0].nbytes
             if size % 16:
                 raise ValueError(f"{name}: {size} bytes per expert are no multiple of 16")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_serve_kernels.gpu.gpu_model import GpuModel
-from moe_serve_kernels.gpu.pool import Format
+from moe_serve_kernels.gpu.weight_format import Format
 
 GEMV_MAX_TOKENS = 8
 HOPPER = 90
@@ -68,7 +68,11 @@ GEMV = {
     "plain": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
     "int8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
     "fp8": GemvConfig(Gemv(8, 512, 4), Gemv(8, 512, 4)),
+    "int8_groups": GemvConfig(Gemv(32, 128, 4), Gemv(32, 128, 4)),
+    "fp8_blocks": GemvConfig(Gemv(32, 128, 4), Gemv(32, 128, 4)),
     "int4": GemvConfig(Gemv(32, 128, 4, 4), Gemv(32, 128, 4, 4)),
+    "mxfp4": GemvConfig(Gemv(32, 64, 4, 5), Gemv(32, 64, 4, 5)),
+    "nvfp4": GemvConfig(Gemv(32, 32, 4, 5), Gemv(32, 32, 4, 5)),
 }
 """By weight format."""
 
@@ -93,7 +97,25 @@ HOPPER_STEPS = {
         64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
         128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
     },
+    "int8_groups": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
+    },
+    "fp8_blocks": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
+    },
     "int4": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+        64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
+    },
+    "mxfp4": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+        64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
+    },
+    "nvfp4": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
         64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
     },
@@ -112,7 +134,23 @@ AMPERE_STEPS = {
         16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 4, False)),
         64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
     },
+    "int8_groups": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+    },
+    "fp8_blocks": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 4, False)),
+        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+    },
     "int4": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+        64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
+    },
+    "mxfp4": {
+        16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 2, True)),
+        64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
+    },
+    "nvfp4": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
         64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
     },

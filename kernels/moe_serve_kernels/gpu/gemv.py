@@ -4,7 +4,8 @@
     down:     out[t] = sum over k, in order, of weights[t, k] * (down act[t * K + k] + down_bias)
 
 One launch each, and the second one adds up a token's choices itself, so that a decode step of a model with small
-experts is two launches (one thread block per pair and output tile: vLLM's CUDA decode kernel). Programs of different
+experts is two launches (one thread block per pair and output tile: vLLM's CUDA decode kernel). It is split into two
+where one token has few output tiles. Programs of different
 pairs and one output tile are neighbours: where two tokens share an expert, its weights come from the L2 cache.
 
 Per program, in torch terms, w [F, C] tiles and one row x:  acc += (w * x).sum(1)
@@ -22,10 +23,14 @@ import triton.language as tl
 
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.activate import activate
+from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Gemv
 from moe_serve_kernels.gpu.grouped import bank_arguments, loop_arguments
-from moe_serve_kernels.gpu.operands import load_int4, load_rows, scales_of_slot, slot_of_choice
+from moe_serve_kernels.gpu.operands import load_packed, load_rows, second_half, slot_of_choice
 from moe_serve_kernels.gpu.pool import Bank
+
+FEW_PROGRAMS = 256
+"""Fewer leave most of a large GPU idle: an H100 has 132 multiprocessors, and each takes several programs."""
 
 
 def gemv_gate_up(
@@ -67,19 +72,47 @@ def gemv_down(
     out: torch.Tensor,
     gemv: Gemv,
 ) -> None:
-    """act [P, I], weights [T, K] -> out [T, H], the sum over the choices whose expert is in a slot."""
+    """act [P, I], weights [T, K] -> out [T, H], the sum over the choices whose expert is in a slot.
+
+    Where that would leave most of a GPU idle, each pair is computed for itself, and `combine` adds them up: one launch
+    more, and the same order of the sum.
+    """
     assert weights.is_contiguous()
+    if is_split(ids, out.shape[1], gemv):
+        outputs = torch.empty(ids.numel(), out.shape[1], dtype=torch.float32, device=out.device)
+        _sum_pairs(act, ids, None, bank, slot_of, outputs, gemv)
+        combine(outputs, ids, weights, slot_of, out)
+    else:
+        _sum_pairs(act, ids, weights, bank, slot_of, out, gemv)
+
+
+def is_split(ids: torch.Tensor, hidden: int, gemv: Gemv) -> bool:
+    """Whether the second product of ids [T, K] takes each pair for itself."""
+    return ids.shape[1] > 1 and ids.shape[0] * triton.cdiv(hidden, gemv.block_f) < FEW_PROGRAMS
+
+
+def _sum_pairs(
+    act: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    bank: Bank,
+    slot_of: torch.Tensor,
+    out: torch.Tensor,
+    gemv: Gemv,
+) -> None:
+    """`out` [T, H], the weighted sums; without weights [P, H], each pair as it is, zeros where it is in no slot."""
     assert out.is_contiguous()
     if ids.numel():
-        gemv_down_kernel[(ids.shape[0], triton.cdiv(out.shape[1], gemv.block_f))](
+        gemv_down_kernel[(out.shape[0], triton.cdiv(out.shape[1], gemv.block_f))](
             act,
             out,
             slot_of,
             ids,
-            weights,
+            act if weights is None else weights,
             hidden=out.shape[1],
             inner=act.shape[1],
-            TOP_K=ids.shape[1],
+            PAIRS=ids.numel() // out.shape[0],
+            WEIGHTED=weights is not None,
             **bank_arguments(bank),
             **loop_arguments(gemv, bank),
             STAGES=gemv.num_stages,
@@ -95,17 +128,22 @@ def gemv_gate_up_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
+    factor_ptr,
     bias_ptr,
     slot_stride,
+    scale_stride,
     hidden,
     inner,
     top_k,
     alpha,
     limit,
     KIND: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
@@ -119,25 +157,23 @@ def gemv_gate_up_kernel(
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     f_ok = f < inner
     x_ptr += (pair // top_k) * hidden
-    w_ptr += slot * slot_stride
-    scales = scales_of_slot(slot, 2 * inner, hidden, FORMAT, GROUP)
-    scale_ptr += scales
-    zero_ptr += scales
-    if FORMAT == "int4":
-        gate = _product_int4(x_ptr, w_ptr, scale_ptr, zero_ptr, f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F, STAGES)
-        up = _product_int4(
-            x_ptr, w_ptr, scale_ptr, zero_ptr, inner + f, f_ok, 2 * inner, hidden, GROUP, BLOCK_F, STAGES
-        )
+    weights = w_ptr + slot * slot_stride, scale_ptr + slot * scale_stride, zero_ptr + slot * scale_stride
+    if HALF:
+        gate = _product_packed(x_ptr, weights, f, f_ok, 2 * inner, hidden, FORMAT, HALF, BLOCK_F, STAGES)
+        up = _product_packed(x_ptr, weights, inner + f, f_ok, 2 * inner, hidden, FORMAT, HALF, BLOCK_F, STAGES)
     else:
         gates = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
         ups = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
+        others = second_half(weights, inner, hidden, GROUP, ROWS)
         for first in tl.range(0, hidden, BLOCK_C, num_stages=STAGES):
-            c = first + tl.arange(0, BLOCK_C)
-            x = _load_x(x_ptr, c, hidden)
-            gates += load_rows(w_ptr, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
-            ups += load_rows(w_ptr + inner * hidden, f, c, inner, hidden, tl.float32, FORMAT, EVEN) * x
-        gate = _scaled(tl.sum(gates, axis=1), scale_ptr, f, f_ok, FORMAT)
-        up = _scaled(tl.sum(ups, axis=1), scale_ptr, inner + f, f_ok, FORMAT)
+            x = _load_x(x_ptr, first + tl.arange(0, BLOCK_C), hidden)
+            gates += load_rows(weights, f, first, inner, hidden, tl.float32, FORMAT, BLOCK_C, GROUP, ROWS, EVEN) * x
+            ups += load_rows(others, f, first, inner, hidden, tl.float32, FORMAT, BLOCK_C, GROUP, ROWS, EVEN) * x
+        gate = tl.sum(gates, axis=1)
+        up = tl.sum(ups, axis=1)
+    if HAS_FACTOR:
+        gate *= tl.load(factor_ptr + slot * 2 * inner + f, mask=f_ok, other=0.0)
+        up *= tl.load(factor_ptr + (slot * 2 + 1) * inner + f, mask=f_ok, other=0.0)
     if HAS_BIAS:
         gate += tl.load(bias_ptr + slot * 2 * inner + f, mask=f_ok, other=0.0)
         up += tl.load(bias_ptr + (slot * 2 + 1) * inner + f, mask=f_ok, other=0.0)
@@ -155,45 +191,54 @@ def gemv_down_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
+    factor_ptr,
     bias_ptr,
     slot_stride,
+    scale_stride,
     hidden,
     inner,
-    TOP_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (T, cdiv(H, BLOCK_F))."""
-    token = tl.program_id(0)
+    """Grid (P / PAIRS, cdiv(H, BLOCK_F)). Each program adds up PAIRS pairs."""
+    row = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     f_ok = f < hidden
     total = tl.zeros([BLOCK_F], tl.float32)
-    for k in range(TOP_K):
-        pair = token * TOP_K + k
+    for k in range(PAIRS):
+        pair = row * PAIRS + k
         slot = slot_of_choice(ids_ptr, slot_of_ptr, pair)
         if slot >= 0:
             x_ptr = act_ptr + pair * inner
-            own = w_ptr + slot * slot_stride
-            scales = scales_of_slot(slot, hidden, inner, FORMAT, GROUP)
-            if FORMAT == "int4":
-                one = _product_int4(
-                    x_ptr, own, scale_ptr + scales, zero_ptr + scales, f, f_ok, hidden, inner, GROUP, BLOCK_F, STAGES
-                )
+            weights = w_ptr + slot * slot_stride, scale_ptr + slot * scale_stride, zero_ptr + slot * scale_stride
+            if HALF:
+                one = _product_packed(x_ptr, weights, f, f_ok, hidden, inner, FORMAT, HALF, BLOCK_F, STAGES)
             else:
                 sums = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
                 for first in tl.range(0, inner, BLOCK_C, num_stages=STAGES):
-                    c = first + tl.arange(0, BLOCK_C)
-                    sums += load_rows(own, f, c, hidden, inner, tl.float32, FORMAT, EVEN) * _load_x(x_ptr, c, inner)
-                one = _scaled(tl.sum(sums, axis=1), scale_ptr + scales, f, f_ok, FORMAT)
+                    x = _load_x(x_ptr, first + tl.arange(0, BLOCK_C), inner)
+                    sums += (
+                        load_rows(weights, f, first, hidden, inner, tl.float32, FORMAT, BLOCK_C, GROUP, ROWS, EVEN) * x
+                    )
+                one = tl.sum(sums, axis=1)
+            if HAS_FACTOR:
+                one *= tl.load(factor_ptr + slot * hidden + f, mask=f_ok, other=0.0)
             if HAS_BIAS:
                 one += tl.load(bias_ptr + slot * hidden + f, mask=f_ok, other=0.0)
-            total += tl.load(weights_ptr + pair).to(tl.float32) * one
-    tl.store(out_ptr + token * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f_ok)
+            if WEIGHTED:
+                one *= tl.load(weights_ptr + pair).to(tl.float32)
+            total += one
+    tl.store(out_ptr + row * hidden + f, total.to(out_ptr.dtype.element_ty), mask=f_ok)
 
 
 @triton.jit
@@ -203,34 +248,24 @@ def _load_x(x_ptr, c, num_inputs):
 
 
 @triton.jit
-def _scaled(sums, scale_ptr, f, f_ok, FORMAT: tl.constexpr):
-    if FORMAT == "plain":
-        return sums
-    else:
-        return sums * tl.load(scale_ptr + f, mask=f_ok, other=0.0)
-
-
-@triton.jit
-def _product_int4(
+def _product_packed(
     x_ptr,
-    w_ptr,
-    scale_ptr,
-    zero_ptr,
+    weights,
     f,
     f_ok,
     stride,
     num_inputs,
-    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One row x times an int4 matrix -> [F]."""
-    half: tl.constexpr = GROUP // 2
-    sums = tl.zeros([half, BLOCK_F], tl.float32)
-    for group in tl.range(0, num_inputs // GROUP, num_stages=STAGES):
-        c = group * GROUP + tl.arange(0, half)
+    """One row x times a packed matrix (data, scale, zero) -> [F]."""
+    sums = tl.zeros([HALF, BLOCK_F], tl.float32)
+    for step in tl.range(0, num_inputs // (2 * HALF), num_stages=STAGES):
+        c = step * 2 * HALF + tl.arange(0, HALF)
         x_low = tl.load(x_ptr + c).to(tl.float32)[:, None]
-        x_high = tl.load(x_ptr + half + c).to(tl.float32)[:, None]
-        low, high = load_int4(w_ptr, scale_ptr, zero_ptr, f, group, stride, tl.float32, f_ok, half)
+        x_high = tl.load(x_ptr + HALF + c).to(tl.float32)[:, None]
+        low, high = load_packed(weights, f, f_ok, step, stride, tl.float32, FORMAT, HALF)
         sums += low * x_low + high * x_high
     return tl.sum(sums, axis=0)

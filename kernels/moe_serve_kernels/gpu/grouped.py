@@ -29,12 +29,12 @@ from moe_serve_kernels.gpu.activate import activate
 from moe_serve_kernels.gpu.align import Aligned
 from moe_serve_kernels.gpu.configs import Gemv, Tile
 from moe_serve_kernels.gpu.operands import (
-    load_input_group,
+    load_input_halves,
     load_inputs,
     load_rows,
     multiply,
-    multiply_group,
-    scales_of_slot,
+    multiply_packed,
+    second_half,
     zeros,
 )
 from moe_serve_kernels.gpu.pool import Bank
@@ -42,23 +42,30 @@ from moe_serve_kernels.gpu.pool import Bank
 
 def bank_arguments(bank: Bank) -> dict[str, Any]:
     """What a kernel gets to know of a bank; absent tensors are stood in for by one that is never read."""
-    data = bank.data.view(torch.uint8) if bank.format == "fp8" else bank.data
-    none = data
+    form = bank.form
+    data = bank.data.view(torch.uint8) if bank.data.dtype == torch.float8_e4m3fn else bank.data
+    of_output = bank.scale if form.scale_of == "output" else bank.factor
     return {
         "w_ptr": data,
-        "scale_ptr": none if bank.scale is None else bank.scale,
-        "zero_ptr": none if bank.zero is None else bank.zero,
-        "bias_ptr": none if bank.bias is None else bank.bias,
+        "scale_ptr": data if bank.scale is None else bank.scale,
+        "zero_ptr": data if bank.zero is None else bank.zero,
+        "factor_ptr": data if of_output is None else of_output,
+        "bias_ptr": data if bank.bias is None else bank.bias,
         "slot_stride": data.stride(0),
+        "scale_stride": 0 if bank.scale is None else bank.scale.stride(0),
+        "HAS_FACTOR": of_output is not None,
         "HAS_BIAS": bank.bias is not None,
         "FORMAT": bank.format,
         "GROUP": bank.group_size,
+        "ROWS": form.rows_per_scale if form.scale_of == "group" else 0,
+        "HALF": form.half(bank.group_size) if form.is_packed else 0,
     }
 
 
 def loop_arguments(loop: Tile | Gemv, bank: Bank) -> dict[str, Any]:
-    """The shape of a program's loop as the kernels' constants; int4 steps by groups."""
-    block_c = bank.group_size if bank.format == "int4" else loop.block_c
+    """The shape of a program's loop as the kernels' constants. A step reads one scale of an output at most; packed
+    formats step by their groups."""
+    block_c = min(loop.block_c, bank.group_size) if bank.form.scale_of == "group" else loop.block_c
     return {
         "BLOCK_F": loop.block_f,
         "BLOCK_C": block_c,
@@ -138,17 +145,22 @@ def gate_up_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
+    factor_ptr,
     bias_ptr,
     slot_stride,
+    scale_stride,
     hidden,
     inner,
     top_k,
     alpha,
     limit,
     KIND: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -165,30 +177,30 @@ def gate_up_kernel(
     f_ok = f < inner
     dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     x_rows = x_ptr + tokens.to(tl.int64)[:, None] * hidden
-    w_ptr += slot * slot_stride
-    scales = scales_of_slot(slot, 2 * inner, hidden, FORMAT, GROUP)
-    scale_ptr += scales
-    zero_ptr += scales
+    weights = w_ptr + slot * slot_stride, scale_ptr + slot * scale_stride, zero_ptr + slot * scale_stride
+    factor_ptr += slot * 2 * inner
     bias_ptr += slot * 2 * inner
     gate = zeros(BLOCK_F, BLOCK_T, SWAP)
     up = zeros(BLOCK_F, BLOCK_T, SWAP)
-    if FORMAT == "int4":
-        weights = w_ptr, scale_ptr, zero_ptr
-        for group in tl.range(0, hidden // GROUP):
-            x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
-            gate = multiply_group(gate, x_low, x_high, weights, f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST)
-            up = multiply_group(
-                up, x_low, x_high, weights, inner + f, f_ok, group, 2 * inner, dtype, GROUP, SWAP, UPCAST
+    if HALF:
+        for step in tl.range(0, hidden // (2 * HALF)):
+            x_low, x_high = load_input_halves(x_rows, step, row_ok, HALF)
+            gate = multiply_packed(
+                gate, x_low, x_high, weights, f, f_ok, step, 2 * inner, dtype, FORMAT, HALF, SWAP, UPCAST
+            )
+            up = multiply_packed(
+                up, x_low, x_high, weights, inner + f, f_ok, step, 2 * inner, dtype, FORMAT, HALF, SWAP, UPCAST
             )
     else:
+        ups = second_half(weights, inner, hidden, GROUP, ROWS)
         for first in tl.range(0, hidden, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            x = load_inputs(x_rows, c, row_ok, hidden, EVEN)
-            gate = multiply(load_rows(w_ptr, f, c, inner, hidden, dtype, FORMAT, EVEN), x, gate, SWAP, UPCAST)
-            w_up = load_rows(w_ptr + inner * hidden, f, c, inner, hidden, dtype, FORMAT, EVEN)
-            up = multiply(w_up, x, up, SWAP, UPCAST)
-    gate = _finish(gate, scale_ptr, bias_ptr, f, f_ok, FORMAT, HAS_BIAS, SWAP)
-    up = _finish(up, scale_ptr, bias_ptr, inner + f, f_ok, FORMAT, HAS_BIAS, SWAP)
+            x = load_inputs(x_rows, first + tl.arange(0, BLOCK_C), row_ok, hidden, EVEN)
+            w = load_rows(weights, f, first, inner, hidden, dtype, FORMAT, BLOCK_C, GROUP, ROWS, EVEN)
+            gate = multiply(w, x, gate, SWAP, UPCAST)
+            w = load_rows(ups, f, first, inner, hidden, dtype, FORMAT, BLOCK_C, GROUP, ROWS, EVEN)
+            up = multiply(w, x, up, SWAP, UPCAST)
+    gate = _finish(gate, factor_ptr, bias_ptr, f, f_ok, HAS_FACTOR, HAS_BIAS, SWAP)
+    up = _finish(up, factor_ptr, bias_ptr, inner + f, f_ok, HAS_FACTOR, HAS_BIAS, SWAP)
     act = activate(gate, up, alpha, limit, KIND).to(act_ptr.dtype.element_ty)
     _store(act_ptr, act, rows, row_ok, f, f_ok, inner, SWAP)
 
@@ -205,13 +217,18 @@ def down_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
+    factor_ptr,
     bias_ptr,
     slot_stride,
+    scale_stride,
     hidden,
     inner,
+    HAS_FACTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -227,22 +244,18 @@ def down_kernel(
     f_ok = f < hidden
     dtype: tl.constexpr = tl.float32 if UPCAST else act_ptr.dtype.element_ty
     x_rows = act_ptr + rows.to(tl.int64)[:, None] * inner
-    w_ptr += slot * slot_stride
-    scales = scales_of_slot(slot, hidden, inner, FORMAT, GROUP)
-    scale_ptr += scales
-    zero_ptr += scales
+    weights = w_ptr + slot * slot_stride, scale_ptr + slot * scale_stride, zero_ptr + slot * scale_stride
     acc = zeros(BLOCK_F, BLOCK_T, SWAP)
-    if FORMAT == "int4":
-        weights = w_ptr, scale_ptr, zero_ptr
-        for group in tl.range(0, inner // GROUP):
-            x_low, x_high = load_input_group(x_rows, group, row_ok, GROUP)
-            acc = multiply_group(acc, x_low, x_high, weights, f, f_ok, group, hidden, dtype, GROUP, SWAP, UPCAST)
+    if HALF:
+        for step in tl.range(0, inner // (2 * HALF)):
+            x_low, x_high = load_input_halves(x_rows, step, row_ok, HALF)
+            acc = multiply_packed(acc, x_low, x_high, weights, f, f_ok, step, hidden, dtype, FORMAT, HALF, SWAP, UPCAST)
     else:
         for first in tl.range(0, inner, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            x = load_inputs(x_rows, c, row_ok, inner, EVEN)
-            acc = multiply(load_rows(w_ptr, f, c, hidden, inner, dtype, FORMAT, EVEN), x, acc, SWAP, UPCAST)
-    acc = _finish(acc, scale_ptr, bias_ptr + slot * hidden, f, f_ok, FORMAT, HAS_BIAS, SWAP)
+            x = load_inputs(x_rows, first + tl.arange(0, BLOCK_C), row_ok, inner, EVEN)
+            w = load_rows(weights, f, first, hidden, inner, dtype, FORMAT, BLOCK_C, GROUP, ROWS, EVEN)
+            acc = multiply(w, x, acc, SWAP, UPCAST)
+    acc = _finish(acc, factor_ptr + slot * hidden, bias_ptr + slot * hidden, f, f_ok, HAS_FACTOR, HAS_BIAS, SWAP)
     pairs = tl.load(pairs_ptr + rows, mask=row_ok, other=0)
     _store(out_ptr, acc.to(out_ptr.dtype.element_ty), pairs, row_ok, f, f_ok, hidden, SWAP)
 
@@ -257,11 +270,11 @@ def _rows_of_tile(slot_of_ptr, ends_ptr, tile_expert_ptr, tile_start_ptr, BLOCK_
 
 
 @triton.jit
-def _finish(acc, scale_ptr, bias_ptr, f, f_ok, FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr):
-    """Scale per output, then bias; both pointers are those of the slot."""
+def _finish(acc, factor_ptr, bias_ptr, f, f_ok, HAS_FACTOR: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr):
+    """Factor per output, then bias; both pointers are those of the slot."""
     axis: tl.constexpr = 1 if SWAP else 0
-    if FORMAT == "int8" or FORMAT == "fp8":
-        acc *= tl.expand_dims(tl.load(scale_ptr + f, mask=f_ok, other=0.0), axis)
+    if HAS_FACTOR:
+        acc *= tl.expand_dims(tl.load(factor_ptr + f, mask=f_ok, other=0.0), axis)
     if HAS_BIAS:
         acc += tl.expand_dims(tl.load(bias_ptr + f, mask=f_ok, other=0.0), axis)
     return acc

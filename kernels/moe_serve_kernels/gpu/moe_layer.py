@@ -1,6 +1,6 @@
 """One MoE layer's experts on a GPU, from the router's choice to the weighted sum, without waiting for the device.
 
-    few tokens:   gemv gate_up -> gemv down with the sum                     2 launches
+    few tokens:   gemv gate_up -> gemv down with the sum                     2 launches (3 with few output tiles)
     otherwise:    align -> gate_up -> down -> combine                        4 launches (6 beyond 512 pairs)
 
 Shape alphabet: T tokens, K choices, P = T * K pairs, E experts, H hidden, I intermediate, S slots.

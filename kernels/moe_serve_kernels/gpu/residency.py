@@ -123,13 +123,13 @@ class Copies:
     sources: torch.Tensor
     """[R, L*E] address of each part of each expert, in pinned memory."""
     targets: torch.Tensor
-    """[R] address of each part of slot 0."""
+    """[R] address of each part of slot 0, or of place 0 of a stage."""
     num_bytes: torch.Tensor
     """[R] of one expert's part: a multiple of 16, as are the addresses."""
 
 
-def copy_experts(state: GpuResidency, copies: Copies) -> None:
-    """Copy what the last plan wants, all parts in one launch."""
+def copy_experts(state: GpuResidency, copies: Copies, to_stage: bool = False) -> None:
+    """Copy what the last plan wants, all parts in one launch: into slots, or into places 0, 1, ... of a stage."""
     num_parts, num_keys = copies.sources.shape
     copy_kernel[(COPY_PROGRAMS, num_parts)](
         copies.sources,
@@ -139,6 +139,7 @@ def copy_experts(state: GpuResidency, copies: Copies) -> None:
         state.counts,
         num_keys,
         state.num_experts,
+        TO_STAGE=to_stage,
         BLOCK=COPY_WORDS,
         num_warps=8,
         enable_fp_fusion=True,
@@ -218,7 +219,15 @@ def _add(ptr, value):
 
 @triton.jit
 def copy_kernel(
-    sources_ptr, targets_ptr, bytes_ptr, wanted_ptr, counts_ptr, num_keys, num_experts, BLOCK: tl.constexpr
+    sources_ptr,
+    targets_ptr,
+    bytes_ptr,
+    wanted_ptr,
+    counts_ptr,
+    num_keys,
+    num_experts,
+    TO_STAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Grid (programs, R): program i takes every `programs`-th block, from block i on, of one part of every expert."""
     part = tl.program_id(1)
@@ -227,7 +236,8 @@ def copy_kernel(
     step = tl.num_programs(0) * BLOCK
     for i in range(0, tl.load(counts_ptr)):
         source = tl.load(sources_ptr + part * num_keys + tl.load(wanted_ptr + i))
-        target = tl.load(targets_ptr + part) + tl.load(wanted_ptr + num_experts + i) * num_bytes
+        place = i if TO_STAGE else tl.load(wanted_ptr + num_experts + i)
+        target = tl.load(targets_ptr + part) + place * num_bytes
         source = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
         target = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
         for first in range(tl.program_id(0) * BLOCK, num_words, step):

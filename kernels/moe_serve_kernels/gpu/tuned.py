@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile
-from moe_serve_kernels.gpu.pool import Format
+from moe_serve_kernels.gpu.weight_format import Format
 
 log = logging.getLogger(__name__)
 VERSION = 1

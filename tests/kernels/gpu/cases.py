@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_serve_kernels.gpu.pool import Bank, ExpertPool, Format, empty_bank
+from moe_serve_kernels.gpu.pool import Bank, ExpertPool, empty_bank
+from moe_serve_kernels.gpu.weight_format import Format
 from tests.support.gpu_references import fill_slot, quantize
 
 

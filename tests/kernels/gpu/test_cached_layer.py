@@ -7,12 +7,13 @@ import torch
 
 from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.cached_layer import CachedLayers
-from moe_serve_kernels.gpu.pool import ExpertPool, Format, empty_bank
+from moe_serve_kernels.gpu.pool import ExpertPool, empty_bank
+from moe_serve_kernels.gpu.weight_format import Format
 from tests.support.gpu_references import moe_layer_reference
 
 from .cases import make_ids, make_pool, poison
 
-LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 6, 32, 32, 2
+LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 6, 64, 64, 2
 SILU = Activation("silu")
 
 
@@ -56,8 +57,9 @@ def test_steps(device: torch.device, num_tokens: int, slots: int) -> None:
     assert int(layers.state.totals[1].sum()) > 0
 
 
-def test_quantised_parts_are_all_copied(device: torch.device) -> None:
-    layers, wholes = make(device, 3, "int8")
+@pytest.mark.parametrize("format", ["int8", "int8_groups", "mxfp4", "nvfp4"])
+def test_quantised_parts_are_all_copied(device: torch.device, format: Format) -> None:
+    layers, wholes = make(device, 3, format)
     x, weights = torch.randn(1, HIDDEN, device=device), torch.rand(1, TOP_K, device=device)
     ids = torch.tensor([[4, 1]], device=device)
     check(layers.run(1, x, ids, weights, SILU), wholes[1], x, ids, weights)

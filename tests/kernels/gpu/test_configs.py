@@ -15,7 +15,7 @@ from moe_serve_kernels.gpu import configs, fallback, gpu_model, grouped, paged_a
 from moe_serve_kernels.gpu.configs import GroupedConfig, Tile
 from moe_serve_kernels.gpu.gpu_model import GpuModel, known
 from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs, run_segments
-from moe_serve_kernels.gpu.pool import FORMATS, Format
+from moe_serve_kernels.gpu.weight_format import FORMATS, Format
 from tests.support.gpu_references import moe_layer_reference
 
 from .cases import Layer, make_layer

@@ -19,9 +19,10 @@ from expert_cache.policies import find_policy
 from expert_cache.running.local_experts import LocalExperts
 from expert_cache.simulation.capacity import Capacity
 from expert_cache.storage.arena import HostArena
-from expert_cache.storage.cuda_arena import CudaTransit
+from expert_cache.storage.copy_stream import CudaCopyStream, SlotOrder
 from expert_cache.storage.fetch import Fetcher
 from expert_cache.storage.store import ExpertStore
+from expert_cache.storage.transit import Transit
 from moe_serve.execution.forward_batch import DecodeGroup
 from moe_serve.execution.kv_cache import LayerKV, LayerKVShape, Scratch
 from moe_serve.hf import attend
@@ -45,9 +46,16 @@ def cached(store: ExpertStore, device: torch.device, num_slots: int) -> HostMana
     compute = compute_of(store, device, num_slots)
     policy = find_policy("lru")(len(store.layers), store.num_experts)
     size = (num_slots, store.slot_bytes)
-    arena = HostArena(*size) if device.type == "cpu" else CudaTransit(*size, device)
+    arena = HostArena(*size) if device.type == "cpu" else beside_kernels(compute, *size, device)
     cache = ExpertCache(store, compute.prepare, arena, Capacity.shared(num_slots), 0, policy, Fetcher())
     return HostManagedExperts(cache, compute)
+
+
+def beside_kernels(compute: GpuCompute, num_slots: int, slot_bytes: int, device: torch.device) -> Transit:
+    """An arena that fills the pool on a stream of its own."""
+    stream = CudaCopyStream(device)
+    compute.pool.order = SlotOrder(stream)
+    return Transit(num_slots, slot_bytes, device, stream)
 
 
 def choices(

@@ -20,6 +20,7 @@ from expert_cache.running.local_experts import LocalExperts
 from moe_serve import LLM, SamplingParams
 from moe_serve_kernels.cpu import paged_attention
 
+from ...families.quantized_checkpoints import write_mxfp4_pair
 from ...families.tiny_configs import VOCAB
 
 NEW_TOKENS = 3
@@ -70,6 +71,25 @@ def test_tokens_are_those_of_transformers(
     result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
     assert list(result[0].completions[0].token_ids) == expected(folders(family), prompt)
     llm.close()
+
+
+@pytest.mark.slow
+def test_codes_give_the_tokens_of_their_floats(
+    device: torch.device, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MXFP4 codes in slots, and a checkpoint with the bf16 numbers that they stand for."""
+    monkeypatch.setattr(paged_attention, "is_available", lambda device, dtype: False)
+    prompt = torch.randint(0, VOCAB - 1, (9,)).tolist()
+    tokens = {}
+    for folder, format in zip(write_mxfp4_pair(folders("gpt_oss"), tmp_path), ("mxfp4", "plain"), strict=True):
+        llm = LLM(str(folder), dtype="bfloat16", device=str(device), num_threads=1, max_model_len=64, num_kv_pages=16)
+        compute = experts_of(llm).compute
+        assert isinstance(compute, GpuCompute)
+        assert compute.pool.experts.format == format
+        result = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True))
+        tokens[format] = result[0].completions[0].token_ids
+        llm.close()
+    assert tokens["mxfp4"] == tokens["plain"]
 
 
 def test_the_cpu_computes_misses_beside_the_gpu(

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from moe_serve_kernels.cpu.expert_mlp import KINDS, Activation, Kind
+from moe_serve_kernels.gpu import configs, gemv
 from moe_serve_kernels.gpu.combine import combine
 from moe_serve_kernels.gpu.configs import Config, Gemv, GemvConfig, GroupedConfig, Tile, choose
 from moe_serve_kernels.gpu.gpu_model import known
 from moe_serve_kernels.gpu.moe_layer import moe_layer, run_pairs
-from moe_serve_kernels.gpu.pool import FORMATS, Format
+from moe_serve_kernels.gpu.weight_format import FORMATS, Format
 from tests.support.gpu_references import combine_reference, moe_layer_reference
 
 from .cases import Layer, make_layer
@@ -49,7 +50,7 @@ def test_dtypes(device: torch.device, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats(device: torch.device, name: str, format: Format) -> None:
-    check(make_layer(3, 2, 3, 64, 96, device, format=format), CONFIGS[name])
+    check(make_layer(3, 2, 3, 64, 192, device, format=format), CONFIGS[name])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -57,6 +58,29 @@ def test_formats_with_biases_and_bf16(device: torch.device, format: Format) -> N
     layer = make_layer(3, 2, 3, 64, 64, device, format=format, with_bias=True, dtype=torch.bfloat16)
     for config in (GEMV, SWAPPED):
         check(layer, config, Activation("clamped_swiglu"))
+
+
+@pytest.mark.parametrize("format", ["plain", "mxfp4"])
+def test_a_split_sum_has_the_same_terms(device: torch.device, format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for each pair, and one for all pairs of a token; an expert in no slot, and padding."""
+    layer = make_layer(3, 2, 3, 64, 64, device, format=format, with_bias=True)
+    layer.slot_of[1] = -1
+    layer.ids[2, 1] = -1
+    assert gemv.is_split(layer.ids, 64, GEMV.down)
+    check(layer, GEMV)
+    monkeypatch.setattr(gemv, "FEW_PROGRAMS", 0)
+    assert not gemv.is_split(layer.ids, 64, GEMV.down)
+    check(layer, GEMV)
+
+
+def test_what_is_split() -> None:
+    """Where one token has few output tiles: 32 outputs of a packed format each, 8 of the others."""
+    one, two = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
+    packed, plain = configs.GEMV["int4"].down, configs.GEMV["plain"].down
+    assert gemv.is_split(one, 4096, packed)
+    assert not gemv.is_split(two, 4096, packed)
+    assert not gemv.is_split(one, 2048, plain)
+    assert not gemv.is_split(one[:, :1], 2048, packed)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

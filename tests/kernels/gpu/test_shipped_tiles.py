@@ -12,7 +12,7 @@ from moe_serve_kernels.cpu.expert_mlp import Activation
 from moe_serve_kernels.gpu.configs import Config, GroupedConfig, candidates
 from moe_serve_kernels.gpu.gpu_model import SHARED_BYTES, known
 from moe_serve_kernels.gpu.moe_layer import moe_layer
-from moe_serve_kernels.gpu.pool import FORMATS, Format
+from moe_serve_kernels.gpu.weight_format import FORMATS, Format
 from tests.support.gpu_references import moe_layer_reference
 
 from .cases import make_layer

@@ -13,9 +13,9 @@ import torch
 from moe_serve_kernels.gpu import configs, tuned
 from moe_serve_kernels.gpu.configs import Config, GemvConfig, GroupedConfig
 from moe_serve_kernels.gpu.gpu_model import SHARED_BYTES, known
-from moe_serve_kernels.gpu.pool import FORMATS, Format
 from moe_serve_kernels.gpu.tuned import Shape, Tuned
 from moe_serve_kernels.gpu.tuning import neighbours, random_layers, tune
+from moe_serve_kernels.gpu.weight_format import FORMATS, Format
 
 SHAPE = Shape(64, 32, 8, 2, "plain")
 
