@@ -40,7 +40,9 @@ class KVConfig(Settings):
         metavar="FOLDER",
     )
     prefix_cache_disk_mib: int = option(
-        16384, "Most bytes in --prefix-cache-dir, of all models, in MiB; the least recently used go first.", bound="positive"
+        16384,
+        "Most bytes in --prefix-cache-dir, of all models, in MiB; the least recently used go first.",
+        bound="positive",
     )
     state_block_size: int | None = option(
         None,
