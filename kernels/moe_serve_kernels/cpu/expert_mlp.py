@@ -33,7 +33,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Matrix = torch.Tensor | QuantizedRows | BlockRows | CodedRows
 WEIGHT_KINDS = ("float32", "bfloat16", "float16", "int8", "uint8", "fp8", "int4", "fp4", "blocks")
 Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu", "limited_silu"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
