@@ -121,11 +121,12 @@ class _Sizes:
 
 
 def _simulation() -> ExitStack:
-    """On a CPU: the GPU's attention, few copying programs, a cache's budget in KiB, one size of graph."""
+    """On a CPU: a GPU's attention and products, few copying programs, a cache's budget in KiB, one size of graph."""
     stack = ExitStack()
     if is_simulated():
         patches: dict[str, Any] = {
             "moe_serve_kernels.cpu.paged_attention.is_available": lambda device, dtype: False,
+            "moe_serve.hf.fixed_order.is_available": lambda device, dtype: False,
             "moe_serve_kernels.gpu.residency.COPY_PROGRAMS": 2,
             "moe_serve.resolve.MIB": 1 << 10,
             "expert_cache.simulation.capacity.MIB": 1 << 10,

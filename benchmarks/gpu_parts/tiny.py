@@ -18,14 +18,14 @@ WIDER: dict[str, dict[str, Any]] = {
 }
 """So that in bf16 one MiB holds a part of the experts, as it does in float32 in the tests."""
 NARROW: dict[str, dict[str, Any]] = {
-    "mixtral": {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 1},
-    "qwen3_moe": {"hidden_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_hidden_layers": 1},
-    "gpt_oss": {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 1},
-    "deepseek_v2": {"hidden_size": 32, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_hidden_layers": 2}
+    "mixtral": {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 1},
+    "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_hidden_layers": 1},
+    "gpt_oss": {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_hidden_layers": 1},
+    "deepseek_v2": {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_hidden_layers": 2}
     | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
 }
 """A program of the interpreter takes ten milliseconds. Heads stay as wide as they are."""
-CACHE_UNITS = {True: 40, False: 1}
+CACHE_UNITS = {True: 60, False: 1}
 """--moe-cache-mib that holds a part of the experts: KiB in simulation, MiB otherwise."""
 
 

@@ -25,7 +25,9 @@ Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 CLIPPED = {name for name, case in CASES.items() if getattr(case.config(), "clip_qkv", None)}
 """Not plain whatever the family: their attention limits queries, keys and values."""
-PLAIN = {name for name, case in CASES.items() if find(case.config().model_type).plain_layers} - CLIPPED
+PLAIN = {
+    name for name, case in CASES.items() if find(case.config().model_type.removesuffix("_thinker")).plain_layers
+} - CLIPPED
 
 
 def whole_steps_of(llm: LLM) -> WholeSteps | None:

@@ -23,11 +23,13 @@ FAMILIES = Extensions(
 
 TEXT_MODEL = "_text"
 """What transformers puts behind the name of a family with other towers, for its text model alone."""
+THINKER = "_thinker"
+"""The same for what understands, in a family that also speaks."""
 
 
 def family_name(model_type: str) -> str | None:
     """The family of a model_type, its text model's included; None: not supported."""
-    names = (model_type, model_type.removesuffix(TEXT_MODEL))
+    names = (model_type, model_type.removesuffix(TEXT_MODEL), model_type.removesuffix(THINKER))
     return next((name for name in names if name in family_names()), None)
 
 

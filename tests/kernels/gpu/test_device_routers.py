@@ -13,7 +13,11 @@ from moe_serve.hf.routings import unknown
 from ...families.tiny_checkpoints import random_model
 from ...families.tiny_configs import CASES
 
-OWN = [name for name, case in CASES.items() if family.find(case.config().model_type).same_as is None]
+OWN = [
+    name
+    for name, case in CASES.items()
+    if family.find(case.config().model_type.removesuffix("_thinker")).same_as is None
+]
 """Without those that run as another family's modules, whose routers are tested here."""
 
 

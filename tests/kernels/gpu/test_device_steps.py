@@ -22,7 +22,11 @@ from ...families.tiny_configs import CASES, VOCAB
 
 CLIPPED = "olmoe_clipped"
 """Its queries and keys are clipped, so it runs module by module."""
-PLAIN = [name for name, case in CASES.items() if family.find(case.config().model_type).plain_layers and name != CLIPPED]
+PLAIN = [
+    name
+    for name, case in CASES.items()
+    if family.find(case.config().model_type.removesuffix("_thinker")).plain_layers and name != CLIPPED
+]
 QUICK = {"gpt_oss"}
 """Biases, sinks and windows."""
 PAGE_SIZE = 4
