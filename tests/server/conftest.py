@@ -453,9 +453,10 @@ def claude(hermes: Model) -> Iterator[anthropic.Anthropic]:
 
 @pytest.fixture(scope="session")
 def demo_url() -> Iterator[str]:
-    """A server of the demo model: weights, template and tokenizer are real."""
+    """A server of the demo model: weights, template and tokenizer are real. Greedy, so that answers do not vary."""
     settings = {"model": default_model(), "num_kv_pages": 512, "num_threads": 1, "device": "cpu"}
     engine = Engine.from_config(EngineConfig.from_dict(settings))
-    app = guard(create_app(AsyncEngine(engine), engine.tokenizer, model_name="gpt-5.2"), ServerConfig(), frozenset())
-    with live_server(app) as url:
+    greedy = {"temperature": 0.0}
+    app = create_app(AsyncEngine(engine), engine.tokenizer, model_name="gpt-5.2", sampling_defaults=greedy)
+    with live_server(guard(app, ServerConfig(), frozenset())) as url:
         yield url
