@@ -25,6 +25,7 @@ Checkpoint = Callable[[str], Path]
 References = Callable[[str], Reference]
 
 SAVED_STACKED = (
+    "aria",
     "gemma4",
     "gpt_oss",
     "granitemoe",

@@ -20,5 +20,11 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are 
     ],
 )
 def test_batch_invariance(kind: str, family: str) -> None:
-    said = run_tests(kind, "tests/families/test_batch_invariance.py", "-k", family, MOE_SERVE_TEST_REQUESTS="12")
+    said = run_tests(
+        kind,
+        "tests/families/test_batch_invariance.py",
+        "-k",
+        f"{family} and not every_family",
+        MOE_SERVE_TEST_REQUESTS="12",
+    )
     assert "16 passed" in said
