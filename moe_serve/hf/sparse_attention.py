@@ -63,7 +63,7 @@ def _first_of_ties(scores: torch.Tensor, k: int, dim: int = -1) -> Any:
     least = scores.topk(k, dim=-1).values[..., -1:]
     better, equal = scores > least, scores == least
     chosen = better | (equal & (equal.cumsum(-1) <= k - better.sum(-1, keepdim=True)))
-    indices = chosen.nonzero()[:, -1].view(*scores.shape[:-1], k)
+    indices = chosen.byte().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return torch.return_types.topk((scores.gather(-1, indices), indices))
 
 

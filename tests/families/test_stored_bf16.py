@@ -21,8 +21,10 @@ from .tiny_configs import CASES
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="C++ kernels are not built here (no compiler)")
 
-SCALED: dict[str, set[type]] = defaultdict(set, gemma4={StoredEmbedding})
-"""Its embedding multiplies by a factor in the weights' type, which bf16 would round: it is widened."""
+SCALED: dict[str, set[type]] = defaultdict(set, gemma4={StoredEmbedding}, deepseek_v4={StoredEmbedding})
+"""Gemma's embedding multiplies by a factor in the weights' type, which bf16 would round. DeepSeek-V4's is
+widened as well."""
+TOWERS = (".visual", ".audio_tower")
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def test_tokens_are_those_of_the_widened_model(case: str, bf16_checkpoint: Path)
     llm = load(bf16_checkpoint, dtype="float32")
     modules = dict(runner_of(llm).model.named_modules())
     widened = {n for n, m in modules.items() if type(m) in (nn.Linear, nn.Embedding)}
-    assert {name.split(".")[-1] for name in widened} == set(runner_of(llm).loaded.family.widened)
+    assert {name.split(".")[-1] for name in widened} == set(runner_of(llm).loaded.family.widened) | (
+        {"embed_tokens"} if case == "deepseek_v4" else set()
+    )
     stored = {n: m for n, m in modules.items() if isinstance(m, StoredLinear | StoredEmbedding)}
     assert {type(m) for m in stored.values()} == {StoredLinear, StoredEmbedding} - ({StoredEmbedding} & SCALED[case])
     assert {n: m.weight.dtype for n, m in stored.items()} == {
@@ -57,7 +61,7 @@ def _as_transformers_loads_it(case: str, folder: Path) -> Iterator[tuple[str, nn
     """In bf16, but for what the family keeps in float32 (Hunyuan's gates). Of a composite, the text model."""
     model = auto_class(CASES[case].config()).from_pretrained(folder, dtype=torch.bfloat16)
     for name, module in model.named_modules():
-        if CASES[case].tower is None or ".visual" not in name:
+        if CASES[case].tower is None or not any(tower in name for tower in TOWERS):
             yield name.replace("model.language_model.", "model."), module
 
 

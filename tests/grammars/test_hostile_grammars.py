@@ -14,6 +14,7 @@ from moe_serve.scheduling.sequence import GrammarKind, GrammarSpec
 from moe_serve.text.tokenizer import Tokenizer
 from tests.grammars.hostile import FOLLOWED, LIMITED, REFUSED, schema
 from tests.grammars.walking import walk
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -32,7 +33,7 @@ def test_what_is_large_ends_within_the_limits(grammars: Grammars, name: str) -> 
     start = time.monotonic()
     with suppress(InvalidRequestError):
         grammars.check(LIMITED[name])
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < PATIENCE_S, "limits count CPU time; by the clock a busy machine takes longer"
     grammars.check(GrammarSpec(GrammarKind.REGEX, f"after {name}"))
 
 
