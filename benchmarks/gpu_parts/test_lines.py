@@ -5,7 +5,6 @@ So a run that is cut short tells how far it came. With pytest-xdist only the con
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
@@ -42,6 +41,6 @@ class Reporter:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Not in xdist's workers."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    """Not in xdist's workers; the environment says of them also where another run's worker started this one."""
+    if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Reporter())
