@@ -37,7 +37,7 @@ HINTS: Mapping[str, str] = MappingProxyType(
         "--revision": _DOWNLOAD,
         "--hf-token": _DOWNLOAD,
         "--enable-auto-tool-choice": _TOOLS,
-        "--speculative-config": "speculative decoding is not implemented",
+        "--speculative-config": "give --speculative-method ngram, --num-speculative-tokens and --prompt-lookup-max",
         "--ssl-keyfile": _TLS,
         "--ssl-certfile": _TLS,
         "--enable-log-requests": "--log-requests logs prompts and sampling parameters",
