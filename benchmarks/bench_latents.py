@@ -75,7 +75,7 @@ def with_keys(heads: int, context: int) -> Callable[[int], Any]:
     import torch
 
     from moe_serve_kernels.cpu.linear import LinearWeights, linear
-    from moe_serve_kernels.cpu.paged_attention import paged_decode
+    from moe_serve_kernels.cpu.paged_attention import paged_attention
 
     ups = [LinearWeights(weight.flatten(0, 1)) for weight in up_weights(heads)]
     tokens = -(-context // PAGE_SIZE) * PAGE_SIZE
@@ -86,7 +86,7 @@ def with_keys(heads: int, context: int) -> Callable[[int], Any]:
         keys, values = caches[layer]
         plain, value = linear(latents, ups[layer]).view(heads, -1).tensor_split([PLAIN], dim=-1)
         keys[:, context - 1, :PLAIN], values[:, context - 1] = plain, value
-        return paged_decode(query, keys, values, *pages(context), page_size=PAGE_SIZE, scale=0.1)
+        return paged_attention(query, keys, values, *pages(context), page_size=PAGE_SIZE, scale=0.1)
 
     return run
 
@@ -95,7 +95,7 @@ def with_latents(heads: int, context: int) -> Callable[[int], Any]:
     import torch
 
     from moe_serve_kernels.cpu.latent_heads import LatentHeads
-    from moe_serve_kernels.cpu.paged_attention import paged_decode
+    from moe_serve_kernels.cpu.paged_attention import paged_attention
 
     layers = [LatentHeads(weight, PLAIN) for weight in up_weights(heads)]
     tokens = -(-context // PAGE_SIZE) * PAGE_SIZE
@@ -106,7 +106,7 @@ def with_latents(heads: int, context: int) -> Callable[[int], Any]:
         rows = caches[layer]
         rows[0, context - 1, :RANK] = latents
         carried = torch.cat([layers[layer].carry_over(query[..., :PLAIN]), query[..., PLAIN:]], dim=-1).transpose(0, 1)
-        attended = paged_decode(carried, rows, rows[..., :RANK], *pages(context), page_size=PAGE_SIZE, scale=0.1)
+        attended = paged_attention(carried, rows, rows[..., :RANK], *pages(context), page_size=PAGE_SIZE, scale=0.1)
         return layers[layer].carry_back(attended.transpose(0, 1))
 
     return run

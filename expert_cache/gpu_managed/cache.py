@@ -131,10 +131,12 @@ def shares(num_slots: int, num_layers: int) -> list[tuple[int, int]]:
 def host_bytes(store: ExpertStore, compute: GpuCompute) -> int:
     """Host memory that GpuManagedExperts take."""
     layout = _records(store, compute)
-    likes = _likes(compute, layout)
+    return store.num_total * _bytes_of_one(_likes(compute, layout), layout)
+
+
+def _bytes_of_one(likes: list[Parts], layout: RecordLayout | None) -> int:
     parts = [part.nbytes for bank in likes for part in bank.values()]
-    one = sum(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in (*parts, layout.num_bytes if layout else 0))
-    return one * store.num_total
+    return sum(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in (*parts, layout.num_bytes if layout else 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +153,9 @@ class HostSide:
 
 
 def _read_experts(store: ExpertStore, compute: GpuCompute, pinned: bool) -> HostSide:
-    heap = HostHeap(host_bytes(store, compute), pinned)
     layout = _records(store, compute)
     likes = _likes(compute, layout)
+    heap = HostHeap(store.num_total * _bytes_of_one(likes, layout), pinned)
     host = HostSide({name: [] for name in likes[0]}, {name: [] for name in likes[1]}, [], layout)
     for layer in store.layers:
         for expert in range(store.num_experts):

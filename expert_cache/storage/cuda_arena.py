@@ -8,13 +8,12 @@ from there; what is computed after a landing waits for the copy. Pinned memory i
 from __future__ import annotations
 
 import contextlib
-import mmap
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from expert_cache.storage.direct_io import BLOCK_BYTES
+from expert_cache.storage.staging import Staging, pinned
 
 
 class CudaArena:
@@ -27,9 +26,7 @@ class CudaArena:
         self._device = device
         self._copies: Any = torch.cuda.Stream(device)
         self._slots: dict[int, torch.Tensor] = {}
-        self._idle = [pinned(slot_bytes) for _ in range(num_staging)]
-        self._draining: list[tuple[Any, torch.Tensor]] = []
-        self._landing: dict[int, torch.Tensor] = {}
+        self._staging = Staging([pinned(slot_bytes) for _ in range(num_staging)])
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot's memory as uint8 [slot_bytes] on the GPU."""
@@ -46,14 +43,11 @@ class CudaArena:
 
     def landing(self, slot: int) -> memoryview:
         """A staging buffer, pinned if one is free."""
-        self._reclaim()
-        buffer = self._idle.pop() if self._idle else pageable(self.slot_bytes)
-        self._landing[slot] = buffer
-        return bytes_of(buffer)
+        return self._staging.landing(slot, waits=False)
 
     def landed(self, slot: int) -> None:
         """Issue the copy to the GPU; work issued to the current stream from now on comes after it."""
-        buffer = self._landing.pop(slot)
+        buffer = self._staging.landed(slot)
         compute = torch.cuda.current_stream(self._device)
         # The slot's previous expert may still be read by kernels that were issued but have not run.
         self._copies.wait_stream(compute)
@@ -62,39 +56,12 @@ class CudaArena:
             memory.copy_(buffer, non_blocking=True)
         done = self._copies.record_event()
         compute.wait_event(done)
-        self._draining.append((done, buffer))
+        self._staging.drain(buffer, done)
 
     def dropped(self, slot: int) -> None:
         """The staging buffer is free again."""
-        self._keep(self._landing.pop(slot))
+        self._staging.dropped(slot)
 
     def release(self, slot: int) -> None:
         """Back to torch's allocator."""
         self._slots.pop(slot, None)
-
-    def _reclaim(self) -> None:
-        """Take back buffers whose copies are done."""
-        while self._draining and self._draining[0][0].query():
-            self._keep(self._draining.pop(0)[1])
-
-    def _keep(self, buffer: torch.Tensor) -> None:
-        if buffer.is_pinned():
-            self._idle.append(buffer)
-
-
-def bytes_of(buffer: torch.Tensor) -> memoryview:
-    """The memory of a uint8 tensor on the host."""
-    data: memoryview = buffer.numpy().data
-    return data
-
-
-def pinned(num_bytes: int) -> torch.Tensor:
-    """Pinned memory, block-aligned so that files can be read into it directly."""
-    memory = torch.empty(num_bytes + BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
-    start = -memory.data_ptr() % BLOCK_BYTES
-    return memory[start : start + num_bytes]
-
-
-def pageable(num_bytes: int) -> torch.Tensor:
-    """Block-aligned memory that no device reads by itself."""
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)

@@ -6,14 +6,13 @@ Bytes are read into pinned buffers on the host, as many as PINNED_BYTES hold, an
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
-from expert_cache.storage.copy_stream import CopyStream, Mark
-from expert_cache.storage.cuda_arena import bytes_of, pageable, pinned
+from expert_cache.storage.copy_stream import CopyStream
+from expert_cache.storage.staging import Staging, pinned
 
 PINNED_BYTES = 512 << 20
 FEWEST_BUFFERS = 4
@@ -37,10 +36,7 @@ class Transit:
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
         self._device, self._stream = device, stream
         count = min(num_slots, max(FEWEST_BUFFERS, PINNED_BYTES // slot_bytes))
-        self._idle = [allocate(slot_bytes) for _ in range(count)]
-        self._pinned = {buffer.data_ptr() for buffer in self._idle}
-        self._draining: deque[tuple[Mark, torch.Tensor]] = deque()
-        self._landing: dict[int, torch.Tensor] = {}
+        self._staging = Staging([allocate(slot_bytes) for _ in range(count)])
         self._landed: dict[int, torch.Tensor] = {}
 
     def tensor(self, slot: int) -> torch.Tensor:
@@ -55,35 +51,20 @@ class Transit:
     def landing(self, slot: int) -> memoryview:
         """A pinned buffer: one that is idle, or the first that will be. Pageable memory where all are being read into,
         whose copy the host waits for."""
-        self._reclaim()
-        if not self._idle and self._draining:
-            self._draining[0][0].synchronize()
-            self._reclaim()
-        buffer = self._idle.pop() if self._idle else pageable(self.slot_bytes)
-        self._landing[slot] = buffer
-        return bytes_of(buffer)
+        return self._staging.landing(slot, waits=True)
 
     def landed(self, slot: int) -> None:
         """Issue the copy to the GPU."""
-        buffer = self._landing.pop(slot)
+        buffer = self._staging.landed(slot)
         with self._stream.copying():
             memory = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
             memory.copy_(buffer, non_blocking=True)
         self._landed[slot] = memory
-        self._draining.append((self._stream.copies_so_far(), buffer))
+        self._staging.drain(buffer, self._stream.copies_so_far())
 
     def dropped(self, slot: int) -> None:
         """The buffer is free again."""
-        self._keep(self._landing.pop(slot))
+        self._staging.dropped(slot)
 
     def release(self, slot: int) -> None:
         """Nothing is left to give back."""
-
-    def _reclaim(self) -> None:
-        """Take back buffers whose copies are done."""
-        while self._draining and self._draining[0][0].query():
-            self._keep(self._draining.popleft()[1])
-
-    def _keep(self, buffer: torch.Tensor) -> None:
-        if buffer.data_ptr() in self._pinned:
-            self._idle.append(buffer)

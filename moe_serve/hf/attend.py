@@ -22,7 +22,7 @@ from moe_serve_kernels.cpu import paged_attention as native
 def in_place_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
     """What attends to pages where they lie, for decoding; None: they have to be gathered."""
     if native.is_available(device, dtype):
-        return native.paged_decode
+        return native.paged_attention
     if gpu.is_available(device):
         from moe_serve_kernels.gpu import paged_attention as triton_attention  # machines without a GPU may lack triton
 

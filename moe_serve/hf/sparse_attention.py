@@ -108,7 +108,7 @@ class AttendToChosen:
         """query [Hq, T, D] of tokens that see `lengths` [T] of a sequence, chosen [T, K] of these -> [T, Hq, Dv]."""
         assert self._attend.scaling is not None
         seen = chosen.sort(dim=1).values  # what is hidden from a token lies behind what is not
-        attended = native.paged_decode(
+        attended = native.paged_attention(
             self._to_all.carried_over(query).transpose(0, 1),
             layer.keys,
             layer.values,

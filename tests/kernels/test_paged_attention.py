@@ -56,7 +56,7 @@ def test_native_matches_the_reference(shape: Shape, window: int | None, with_sin
     query, keys, values, table, lengths = case(*shape)
     sinks = torch.randn(query.shape[1]) if with_sinks else None
     settings: dict[str, Any] = {"page_size": shape[-1], "scale": 0.2, "window": window, "sinks": sinks}
-    got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
+    got = paged_attention.paged_attention(query, keys, values, table, lengths, **settings)
     wide = (query.double(), keys.double(), values.double(), table, lengths)
     expected = paged_decode_reference(*wide, **settings)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
@@ -69,7 +69,7 @@ def test_values_that_are_the_beginnings_of_keys(rank: int, rotary: int, heads: i
     query, keys, _, table, lengths = case(3, 45, 1, heads, rank + rotary, 1, 16)
     values = keys[..., :rank]
     settings: dict[str, Any] = {"page_size": 16, "scale": 0.1}
-    got = paged_attention.paged_decode(query, keys, values, table, lengths, **settings)
+    got = paged_attention.paged_attention(query, keys, values, table, lengths, **settings)
     expected = paged_decode_reference(query.double(), keys.double(), values.double(), table, lengths, **settings)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6)
 
@@ -77,8 +77,8 @@ def test_values_that_are_the_beginnings_of_keys(rank: int, rotary: int, heads: i
 @needs_library
 def test_a_head_does_not_depend_on_its_neighbours() -> None:
     query, keys, values, table, lengths = case(2, 30, 1, 21, 160, 208, 4)
-    together = paged_attention.paged_decode(query, keys, values, table, lengths, page_size=4, scale=0.1)
-    alone = paged_attention.paged_decode(
+    together = paged_attention.paged_attention(query, keys, values, table, lengths, page_size=4, scale=0.1)
+    alone = paged_attention.paged_attention(
         query[:, 5:6].contiguous(), keys, values, table, lengths, page_size=4, scale=0.1
     )
     assert torch.equal(together[:, 5:6], alone)
@@ -87,7 +87,7 @@ def test_a_head_does_not_depend_on_its_neighbours() -> None:
 @needs_library
 def test_large_scores_do_not_overflow() -> None:
     query, keys, values, table, lengths = case(*SHAPES[0])
-    got = paged_attention.paged_decode(query * 300, keys, values, table, lengths, page_size=16, scale=1.0)
+    got = paged_attention.paged_attention(query * 300, keys, values, table, lengths, page_size=16, scale=1.0)
     wide = (query.double() * 300, keys.double(), values.double(), table, lengths)
     expected = paged_decode_reference(*wide, page_size=16, scale=1.0)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-3)
@@ -147,4 +147,4 @@ def test_a_context_that_begins_late_is_that_of_a_window() -> None:
     query, keys, values, table, lengths = case(5, 40, 2, 4, 32, 32, 16)
     settings: dict[str, Any] = {"page_size": 16, "scale": 0.2}
     late = paged_attention.paged_attention(query, keys, values, table, lengths, firsts=lengths - 3, **settings)
-    assert torch.equal(late, paged_attention.paged_decode(query, keys, values, table, lengths, window=3, **settings))
+    assert torch.equal(late, paged_attention.paged_attention(query, keys, values, table, lengths, window=3, **settings))

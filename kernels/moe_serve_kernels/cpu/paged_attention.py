@@ -22,23 +22,6 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and library.load() is not None
 
 
-def paged_decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of one query token per sequence [N, Hk*G, D] -> [N, Hk*G, Dv]; see `paged_attention`."""
-    tables = query, keys, values, page_table, lengths
-    return paged_attention(*tables, page_size=page_size, scale=scale, window=window, sinks=sinks)
-
-
 def paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,

@@ -80,6 +80,17 @@ FLOAT32 = GroupedConfig(Tile(16, 32, 32, 4, 2, False), Tile(16, 32, 32, 4, 2, Fa
 """For float32 activations, with plain weights only; and the last resort of every format where a GPU has little shared
 memory."""
 
+HOPPER_BYTES = {
+    16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
+    64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+    128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
+}
+"""A code is a byte, whatever its scales are."""
+HOPPER_NIBBLES = {
+    16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+    64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
+}
+"""Two codes are a byte."""
 HOPPER_STEPS = {
     "plain": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
@@ -87,38 +98,25 @@ HOPPER_STEPS = {
         64: GroupedConfig(Tile(64, 128, 64, 8, 3, False), Tile(64, 128, 64, 4, 4, False)),
         128: GroupedConfig(Tile(128, 128, 64, 8, 3, False), Tile(128, 128, 64, 8, 4, False)),
     },
-    "int8": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
-    },
-    "fp8": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
-    },
-    "int8_groups": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
-    },
-    "fp8_blocks": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 4, True), Tile(16, 64, 128, 4, 4, True)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-        128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
-    },
-    "int4": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
-        64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
-    },
-    "mxfp4": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
-        64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
-    },
-    "nvfp4": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
-        64: GroupedConfig(Tile(64, 128, 128, 8, 2, True), Tile(64, 128, 128, 8, 2, True)),
-    },
+    "int8": HOPPER_BYTES,
+    "fp8": HOPPER_BYTES,
+    "int8_groups": HOPPER_BYTES,
+    "fp8_blocks": HOPPER_BYTES,
+    "int4": HOPPER_NIBBLES,
+    "mxfp4": HOPPER_NIBBLES,
+    "nvfp4": HOPPER_NIBBLES,
+}
+AMPERE_INT8 = {
+    16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
+    64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+}
+AMPERE_FP8 = {
+    16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 4, False)),
+    64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+}
+AMPERE_INT4 = {
+    16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
+    64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
 }
 AMPERE_STEPS = {
     "plain": {
@@ -126,34 +124,16 @@ AMPERE_STEPS = {
         64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
         128: GroupedConfig(Tile(128, 64, 64, 8, 3, False), Tile(128, 128, 64, 8, 3, False)),
     },
-    "int8": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-    },
-    "fp8": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 4, False)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-    },
-    "int8_groups": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 3, False), Tile(16, 64, 128, 4, 4, False)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-    },
-    "fp8_blocks": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 4, False)),
-        64: GroupedConfig(Tile(64, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-    },
-    "int4": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
-        64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
-    },
+    "int8": AMPERE_INT8,
+    "fp8": AMPERE_FP8,
+    "int8_groups": AMPERE_INT8,
+    "fp8_blocks": AMPERE_FP8,
+    "int4": AMPERE_INT4,
     "mxfp4": {
         16: GroupedConfig(Tile(16, 64, 128, 4, 3, True), Tile(16, 64, 128, 4, 2, True)),
         64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
     },
-    "nvfp4": {
-        16: GroupedConfig(Tile(16, 64, 128, 4, 2, True), Tile(16, 64, 128, 4, 2, True)),
-        64: GroupedConfig(Tile(64, 32, 128, 4, 2, True), Tile(64, 64, 128, 8, 2, True)),
-    },
+    "nvfp4": AMPERE_INT4,
 }
 """Weight format -> tokens of a tile -> configuration."""
 
